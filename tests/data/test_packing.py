@@ -1,0 +1,241 @@
+"""Packing, sampling and the pipeline against their promises, on random items."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from scipy import sparse, stats
+
+from vixml_jax.data import packing, pipeline, sampling
+from vixml_jax.data.store import Items, PreparedDataset, Ragged
+
+
+def random_items(rng, n, longest=12, image_width=0, most_images=3):
+    lengths = rng.integers(1, longest + 1, n)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = Ragged(rng.integers(1, 1000, offsets[-1]).astype(np.int32), offsets)
+    images = None
+    if image_width:
+        counts = rng.integers(0, most_images + 1, n)
+        at = np.concatenate([[0], np.cumsum(counts)])
+        images = Ragged(rng.normal(size=(at[-1], image_width)).astype(np.float16), at)
+    return Items([str(i) for i in range(n)], tokens, images)
+
+
+def check(packed, items, ids, width, num_images):
+    """Every item once, unbroken, in order: pictures first, then its tokens."""
+    flat = packed.segments.reshape(-1)
+    for k, i in enumerate(ids):
+        at = np.flatnonzero(flat == k)
+        if i < 0:
+            assert not len(at)
+            continue
+        tokens = items.tokens.values[items.tokens.offsets[i] : items.tokens.offsets[i + 1]]
+        tokens = tokens[: width - num_images]
+        pictures = np.zeros((0, 1))
+        if items.images is not None:
+            pictures = items.images.values[items.images.offsets[i] : items.images.offsets[i + 1]]
+            pictures = pictures[:num_images]
+        assert len(at) == len(pictures) + len(tokens)
+        assert len(at) == 0 or at[-1] - at[0] == len(at) - 1
+        assert len(set(at // width)) <= 1
+        image_at = packed.image_at.reshape(-1)[at]
+        if len(pictures):
+            np.testing.assert_array_equal(packed.images[image_at[: len(pictures)]], pictures)
+        assert (image_at[len(pictures) :] == -1).all()
+        np.testing.assert_array_equal(packed.tokens.reshape(-1)[at[len(pictures) :]], tokens)
+        np.testing.assert_array_equal(
+            packed.positions.reshape(-1)[at],
+            [*range(len(pictures)), *range(num_images, num_images + len(tokens))],
+        )
+    empty = flat == -1
+    assert (packed.tokens.reshape(-1)[empty] == 0).all()
+    assert (packed.image_at.reshape(-1)[empty] == -1).all()
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.integers(0, 3), st.sampled_from([1, 2, 4]))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_every_item_is_packed_once_and_whole(seed, num_images, blocks):
+    rng = np.random.default_rng(seed)
+    items = random_items(rng, 50, image_width=5 if num_images and seed % 2 else 0)
+    ids = np.where(rng.random(16) < 0.2, -1, rng.integers(0, 50, 16))
+    sizes = packing.RowSizes(int(rng.integers(1, 4)), int(rng.integers(1, 4)))
+    packed = packing.pack(items, ids, width=16, num_images=num_images, rows=sizes, blocks=blocks)
+    check(packed, items, ids, 16, num_images)
+    rows = len(packed.tokens) // blocks
+    assert len(packed.tokens) % blocks == 0
+    assert rows >= sizes.least and (rows - sizes.least) % sizes.step == 0
+    where = np.flatnonzero((packed.segments >= 0).any(axis=1))
+    for row in where:  # A block holds its own items alone.
+        segments = packed.segments[row][packed.segments[row] >= 0]
+        assert set(segments // (16 // blocks)) == {row // rows}
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2]))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_joined_sides_keep_their_items(seed, blocks):
+    rng = np.random.default_rng(seed)
+    queries, labels = random_items(rng, 30, image_width=4), random_items(rng, 20)
+    ids, label_ids = rng.integers(0, 30, 8), rng.integers(0, 20, 8)
+    one = packing.pack(queries, ids, width=16, num_images=2, blocks=blocks)
+    two = packing.pack(labels, label_ids, width=16, num_images=2, blocks=blocks)
+    sizes = packing.RowSizes(3, 5)
+    both = packing.join(one, two, 8, rows=sizes, blocks=blocks)
+    rows = len(both.tokens) // blocks
+    assert rows >= 3 and (rows - 3) % 5 == 0
+    check(
+        both._replace(
+            segments=np.where(both.segments < 8, both.segments, -1),
+            tokens=np.where(both.segments < 8, both.tokens, 0),
+            image_at=np.where(both.segments < 8, both.image_at, -1),
+        ),
+        queries,
+        ids,
+        16,
+        2,
+    )
+    mine = both.segments >= 8
+    check(
+        both._replace(
+            segments=np.where(mine, both.segments - 8, -1),
+            tokens=np.where(mine, both.tokens, 0),
+            image_at=np.where(mine, both.image_at, -1),
+        ),
+        labels,
+        label_ids,
+        16,
+        2,
+    )
+    assert both.tokens.dtype == both.segments.dtype == np.int32
+    first = both.segments.reshape(blocks, rows, 16)
+    for block in range(blocks):
+        found = first[block][first[block] >= 0] % 8
+        assert set(found // (8 // blocks)) == {block}
+
+
+def test_titles_leave_few_positions_empty():
+    rng = np.random.default_rng(0)
+    items = random_items(rng, 20000, longest=20)
+    mean = float(np.mean(np.diff(items.tokens.offsets)))
+    sizes = packing.RowSizes.expected(mean, batch_size=256, width=64)
+    filled, shapes = [], set()
+    for _ in range(200):
+        packed = packing.pack(
+            items, rng.integers(0, 20000, 256), width=64, num_images=0, rows=sizes
+        )
+        filled.append(np.mean(packed.segments >= 0))
+        shapes.add(len(packed.tokens))
+    assert np.mean(filled) > 0.9
+    assert len(shapes) <= 4
+
+
+def random_relevance(rng, n, labels):
+    dense = rng.random((n, labels)) < 0.15
+    dense[np.arange(n), rng.integers(0, labels, n)] = True
+    return dense, sparse.csr_matrix(dense, dtype=np.float32)
+
+
+def test_positives_follow_their_weights():
+    rng = np.random.default_rng(3)
+    dense, relevance = random_relevance(rng, 6, 9)
+    weights = rng.random(9).astype(np.float32) * 5 + 0.1
+    draws = 20000
+    for w in (weights, None):
+        ids = np.tile([0, 3, 5, -1], draws)
+        drawn = sampling.sample_positives(relevance, ids, w, rng).reshape(draws, 4)
+        assert (drawn[:, 3] == -1).all()
+        for column, query in enumerate([0, 3, 5]):
+            true = np.flatnonzero(dense[query])
+            counts = np.bincount(drawn[:, column], minlength=9)
+            assert counts[true].sum() == draws
+            mass = np.ones(len(true)) if w is None else w[true].astype(np.float64)
+            assert stats.chisquare(counts[true], draws * mass / mass.sum()).pvalue > 1e-4
+
+
+def test_relevance_of_a_batch_is_that_of_the_matrix():
+    rng = np.random.default_rng(4)
+    dense, relevance = random_relevance(rng, 30, 17)
+    for _ in range(20):
+        ids, label_ids = rng.integers(-1, 30, 12), rng.integers(-1, 17, 9)
+        found = sampling.relevance_block(relevance, ids, label_ids)
+        expected = dense[ids][:, label_ids] & (ids >= 0)[:, None] & (label_ids >= 0)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_orders_visit_every_query_once():
+    rng = np.random.default_rng(5)
+    np.testing.assert_array_equal(np.sort(sampling.shuffled_order(50, rng)), np.arange(50))
+    clusters = rng.permutation(np.repeat(np.arange(10), 5))
+    order = sampling.clustered_order(clusters, rng)
+    np.testing.assert_array_equal(np.sort(order), np.arange(50))
+    read = clusters[order].reshape(10, 5)
+    assert (read == read[:, :1]).all()
+    assert (np.diff(order.reshape(10, 5), axis=1) > 0).all()
+    assert not np.array_equal(read[:, 0], np.arange(10))
+
+
+@pytest.fixture
+def dataset():
+    rng = np.random.default_rng(6)
+    _, relevance = random_relevance(rng, 45, 14)
+    none = np.zeros((0, 2), np.int64)
+    return PreparedDataset(
+        "",
+        {"num_labels": 14},
+        random_items(rng, 45, image_width=4),
+        random_items(rng, 3),
+        random_items(rng, 14),
+        relevance,
+        relevance[:3],
+        none,
+        none,
+    )
+
+
+def batches(dataset, **changes):
+    settings = {
+        "epoch": 2,
+        "seed": 1,
+        "batch_size": 8,
+        "width": 16,
+        "num_images": 1,
+        "weights": None,
+        "rows": packing.RowSizes(),
+        "num_threads": 2,
+        "prefetch": 3,
+    }
+    order = np.random.default_rng(0).permutation(45)
+    return pipeline.epoch_batches(dataset, order, **{**settings, **changes})
+
+
+def assert_same(one, other):
+    for a, b in zip((*one.items, *one[1:]), (*other.items, *other[1:]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_batch_is_a_function_of_seed_epoch_and_index(dataset):
+    first, again = list(batches(dataset)), list(batches(dataset, num_threads=1, prefetch=1))
+    assert len(first) == 6
+    for one, other in zip(first, again, strict=True):
+        assert_same(one, other)
+    ids = np.concatenate([batch.query_ids for batch in first])
+    np.testing.assert_array_equal(np.sort(ids), [-1] * 3 + list(range(45)))
+    np.testing.assert_array_equal(first[-1].label_ids[-3:], -1)
+    assert not first[-1].relevance[-3:].any()
+    real = first[0].relevance[np.arange(8), np.arange(8)]
+    assert real.all()  # The label drawn for a query is one of its own.
+    other = next(batches(dataset, epoch=3))
+    assert not np.array_equal(other.label_ids, first[0].label_ids)
+
+
+@pytest.mark.parametrize("seen", [1, 4])
+def test_an_epoch_resumes_where_it_stood(dataset, seen):
+    iterator = batches(dataset)
+    for _ in range(seen):
+        next(iterator)
+    state = iterator.get_state()
+    rest = list(iterator)
+    resumed = batches(dataset)
+    resumed.set_state(state)
+    for one, other in zip(rest, list(resumed), strict=True):
+        assert_same(one, other)

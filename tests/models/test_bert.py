@@ -1,0 +1,184 @@
+"""The encoder: one parameter layout for every way to run it, gradients as torch's, dropout."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import linen as nn
+from safetensors import torch as safetensors
+
+from vixml_jax import sharding
+from vixml_jax.models import hf, layers
+from vixml_jax.models.bert import BertConfig
+from vixml_jax.models.tower import Tower
+
+TINY = BertConfig(
+    vocab_size=40, num_layers=3, width=16, num_heads=4, mlp_width=24, max_positions=20,
+)  # fmt: skip
+
+
+@pytest.fixture
+def packed(pack, draw_items):
+    items = draw_items(np.random.default_rng(1), 5, vocab_size=40, longest=8)
+    return pack(items, [[0, 1], [2, 3], [4]], width=18)
+
+
+def random_params(config, packed, seed=0):
+    """Parameters of all sizes, none of them at the zero or one that norms and biases start at."""
+    variables = Tower(config).init(jax.random.key(0), packed, 1, deterministic=True)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: x + 0.2 * jnp.asarray(rng.normal(size=x.shape), x.dtype),
+        nn.unbox(variables)["params"],
+    )
+
+
+def vectors(config, params, packed, key=None):
+    return Tower(config).apply(
+        {"params": params}, packed, 5, deterministic=key is None,
+        rngs=None if key is None else {"dropout": key},
+    )  # fmt: skip
+
+
+def gradient(config, params, packed, key=None):
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(5, 16)), jnp.float32)
+    return jax.jit(jax.grad(lambda p: jnp.sum(vectors(config, p, packed, key) * weights)))(params)
+
+
+def assert_trees_close(found, expected, atol):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), found, expected)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("key", [None, 3])
+def test_scan_and_remat_change_nothing(packed, scan, remat, key):
+    params = random_params(TINY, packed)
+    key = None if key is None else jax.random.key(key)
+    other = dataclasses.replace(TINY, scan=scan, remat=remat)
+    np.testing.assert_allclose(
+        vectors(other, params, packed, key), vectors(TINY, params, packed, key), atol=2e-6
+    )
+    assert_trees_close(
+        gradient(other, params, packed, key), gradient(TINY, params, packed, key), atol=2e-5
+    )
+
+
+def test_scan_and_remat_are_in_the_program(packed):
+    params = random_params(TINY, packed)
+
+    def text(**changes):
+        config = dataclasses.replace(TINY, **changes)
+        return str(jax.make_jaxpr(lambda p: gradient(config, p, packed))(params))
+
+    assert "scan" not in text() and "remat" not in text()
+    assert "scan" in text(scan=True) and "remat" in text(remat=True)
+
+
+def test_blocks_are_stacked_and_start_as_bert(packed):
+    config = dataclasses.replace(TINY, width=64, mlp_width=128, num_layers=2)
+    params = nn.unbox(Tower(config).init(jax.random.key(0), packed, 1, deterministic=True))
+    blocks = params["params"]["encoder"]["blocks"]
+    assert blocks["query"]["kernel"].shape == (2, 64, 4, 16)
+    assert blocks["down"]["kernel"].shape == (2, 128, 64)
+    assert not np.allclose(*blocks["up"]["kernel"])  # Each layer draws its own.
+    np.testing.assert_allclose(np.std(blocks["up"]["kernel"]), 0.02, rtol=0.05)
+    assert not np.any(blocks["up"]["bias"])
+    assert np.all(blocks["mlp_norm"]["scale"] == 1)
+
+
+def test_gradients_match_torch(tmp_path, pack, draw_items):
+    torch.manual_seed(0)
+    about = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=24, max_position_embeddings=20,
+    )  # fmt: skip
+    model = transformers.BertModel(about, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    items = draw_items(rng, 5, vocab_size=40, longest=8)
+    weights = rng.normal(size=(5, 16)).astype(np.float32)
+    means = [
+        model(input_ids=torch.tensor(words)[None]).last_hidden_state[0].mean(0)
+        for words, _ in items
+    ]
+    torch.sum(torch.stack(means) * torch.tensor(weights)).backward()
+
+    config, params = hf.load_hf_tower(str(tmp_path))
+    packed = pack(items, [[4, 2], [1, 0, 3]], width=24)
+    found = jax.grad(lambda p: jnp.sum(vectors(config, p, packed) * weights))(
+        jax.tree.map(jnp.asarray, params)
+    )
+    # Their gradients, written and read as if they were a checkpoint, have our names.
+    safetensors.save_file(
+        {name: value.grad for name, value in model.named_parameters()},
+        tmp_path / "model.safetensors",
+    )
+    _, expected = hf.load_hf_tower(str(tmp_path))
+    assert_trees_close(found, expected, atol=2e-5)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"
+
+
+def test_bfloat16_is_close_and_comes_out_float32(packed):
+    params = random_params(TINY, packed)
+    half = dataclasses.replace(TINY, dtype="bfloat16")
+    exact, found = vectors(TINY, params, packed), vectors(half, params, packed)
+    assert found.dtype == jnp.float32
+    error = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert 1e-5 < error.max() < 0.03
+    slopes = gradient(half, params, packed)
+    assert {leaf.dtype for leaf in jax.tree.leaves(slopes)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("which", ["dropout", "attention_dropout"])
+def test_each_dropout_acts_in_training_alone(packed, which):
+    none = dataclasses.replace(TINY, dropout=0.0, attention_dropout=0.0)
+    some = dataclasses.replace(none, **{which: 0.3})
+    params, key = random_params(TINY, packed), jax.random.key(0)
+    exact = vectors(none, params, packed)
+    np.testing.assert_allclose(vectors(none, params, packed, key), exact, atol=1e-6)
+    np.testing.assert_array_equal(vectors(some, params, packed), exact)
+    assert np.abs(vectors(some, params, packed, key) - exact).max() > 1e-2
+    again = vectors(some, params, packed, key)
+    np.testing.assert_array_equal(again, vectors(some, params, packed, key))
+    assert not np.allclose(again, vectors(some, params, packed, jax.random.key(1)))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_keeps_the_mean(rate):
+    x = layers.dropout(jnp.ones((300, 400)), rate, jax.random.key(0))
+    assert set(np.unique(x)) == {0.0, np.float32(1 / (1 - rate))}
+    # Four standard deviations of a share over 120,000 draws.
+    np.testing.assert_allclose(np.mean(x == 0), rate, atol=4 * (rate * (1 - rate) / 120000) ** 0.5)
+    rows = np.mean(np.asarray(x == 0), axis=1)
+    np.testing.assert_allclose(np.std(rows), (rate * (1 - rate) / 400) ** 0.5, rtol=0.2)
+
+
+def test_gelu_and_its_slope_are_exact():
+    x = jnp.linspace(-8, 8, 2001)
+    exact = torch.tensor(np.asarray(x), dtype=torch.float64, requires_grad=True)
+    y = torch.nn.functional.gelu(exact)
+    y.sum().backward()
+    np.testing.assert_allclose(layers.gelu(x), y.detach().numpy(), atol=1e-6)
+    slope = jax.vmap(jax.grad(layers.gelu))(x)
+    np.testing.assert_allclose(slope, exact.grad.numpy(), atol=1e-6)
+
+
+def test_eight_devices_give_what_one_does(packed):
+    config = dataclasses.replace(TINY, vocab_size=40, mlp_width=32)
+    params = random_params(config, packed)
+    boxed = jax.eval_shape(
+        lambda: Tower(config).init(jax.random.key(0), packed, 1, deterministic=True)
+    )["params"]
+    mesh = sharding.create_mesh(2, 2, 2)
+    spread = jax.device_put(params, sharding.shardings_of(boxed, mesh))
+    assert not spread["encoder"]["blocks"]["up"]["kernel"].is_fully_replicated
+    assert_trees_close(
+        gradient(config, spread, packed), gradient(config, params, packed), atol=2e-5
+    )

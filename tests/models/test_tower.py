@@ -1,0 +1,173 @@
+"""The tower: pictures as tokens, means by segment, and that neighbours in a row never matter."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import linen as nn
+
+from vixml_jax.models import hf, layers
+from vixml_jax.models.bert import BertConfig
+from vixml_jax.models.tower import Tower
+
+CONFIG = BertConfig(
+    vocab_size=40, num_layers=2, width=16, num_heads=4, mlp_width=24, max_positions=20,
+    image_width=7, initializer_range=0.3,
+)  # fmt: skip
+
+
+def init(config, packed):
+    return nn.unbox(Tower(config).init(jax.random.key(0), packed, 1, deterministic=True))["params"]
+
+
+def vectors(config, params, packed, num_items):
+    apply = jax.jit(
+        lambda params, packed: Tower(config).apply(
+            {"params": params}, packed, num_items, deterministic=True
+        )
+    )
+    return np.asarray(apply(params, packed))
+
+
+def test_pictures_enter_as_tokens(tmp_path, pack, draw_items):
+    torch.manual_seed(0)
+    about = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=24, max_position_embeddings=20,
+    )  # fmt: skip
+    model = transformers.BertModel(about, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    config, params = hf.load_hf_tower(str(tmp_path))
+    config = dataclasses.replace(config, image_width=7)
+    rng = np.random.default_rng(0)
+    items = draw_items(rng, 8, vocab_size=40, longest=8, num_images=3, image_width=7)
+    assert {len(pictures) for _, pictures in items} == {0, 1, 2, 3}
+    packed = pack(items, [[4, 2], [1, 0, 3], [5], [6, 7]], width=30, num_images=3, image_width=7)
+    linear = torch.nn.Linear(7, 16)
+    weights = rng.normal(size=(8, 16)).astype(np.float32)
+
+    means = []
+    for words, pictures in items:
+        embedded = torch.cat(
+            [
+                linear(torch.tensor(pictures).float()),
+                model.embeddings.word_embeddings(torch.tensor(words)),
+            ]
+        )
+        # Text stands after the places of all pictures, also where some are missing.
+        positions = [*range(len(pictures)), *range(3, 3 + len(words))]
+        states = model(inputs_embeds=embedded[None], position_ids=torch.tensor([positions]))
+        means.append(states.last_hidden_state[0].mean(0))
+    means = torch.stack(means)
+    torch.sum(means * torch.tensor(weights)).backward()
+
+    params["image_projection"] = {
+        "kernel": linear.weight.detach().numpy().T, "bias": linear.bias.detach().numpy(),
+    }  # fmt: skip
+    found = vectors(config, params, packed, 8)
+    np.testing.assert_allclose(found, means.detach().numpy(), atol=1e-5)
+
+    def objective(params):
+        return jnp.sum(
+            Tower(config).apply({"params": params}, packed, 8, deterministic=True) * weights
+        )
+
+    slopes = jax.jit(jax.grad(objective))(params)
+    projection = slopes["image_projection"]
+    np.testing.assert_allclose(projection["kernel"].T, linear.weight.grad, atol=2e-5)
+    np.testing.assert_allclose(projection["bias"], linear.bias.grad, atol=2e-5)
+    words = model.embeddings.word_embeddings.weight.grad
+    np.testing.assert_allclose(slopes["word_embeddings"], words, atol=2e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_neighbours_never_change_a_vector(seed, pack, draw_items):
+    rng = np.random.default_rng(seed)
+    num_items = int(rng.integers(2, 9))
+    items = draw_items(rng, num_items, vocab_size=40, longest=12, num_images=2, image_width=7)
+    rows, room = [[]], 0
+    for item in rng.permutation(num_items):
+        length = len(items[item][0]) + len(items[item][1])
+        if room < length:
+            rows.append([])
+            room = 24
+        rows[-1].append(int(item))
+        room -= length
+    settings = {"num_images": 2, "image_width": 7}
+    alone = pack(items, [[i] for i in range(num_items)], width=14, **settings)
+    params = init(CONFIG, alone)
+    expected = vectors(CONFIG, params, alone, num_items)
+    assert np.linalg.norm(expected, axis=1).min() > 0.1
+    shared = pack(items, rows, width=24, **settings)
+    np.testing.assert_allclose(vectors(CONFIG, params, shared, num_items), expected, atol=2e-6)
+    # One after the other in the row, or gaps between them: no matter either.
+    order = rng.permutation(24)
+    mixed = shared._replace(
+        **{
+            name: np.asarray(getattr(shared, name))[:, order]
+            for name in ("tokens", "segments", "positions", "image_at")
+        }
+    )
+    np.testing.assert_allclose(vectors(CONFIG, params, mixed, num_items), expected, atol=2e-6)
+
+
+def test_absent_items_are_zero_with_finite_gradients(pack):
+    packed = pack([([], []), ([3, 4], []), ([], [])], [[1], []], width=5, image_width=7)
+    params = init(CONFIG, packed)
+    found = vectors(CONFIG, params, packed, 3)
+    assert np.all(found[[0, 2]] == 0) and np.all(found[1] != 0)
+    slopes = jax.grad(
+        lambda p: Tower(CONFIG).apply({"params": p}, packed, 3, deterministic=True)[1].sum()
+    )(params)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))
+    assert not np.any(slopes["image_projection"]["kernel"])
+
+
+@pytest.mark.parametrize("image_width", [1, 7])
+def test_a_batch_without_pictures_needs_no_row_of_them(image_width, pack, draw_items):
+    items = draw_items(np.random.default_rng(0), 3, vocab_size=40, longest=6)
+    rows = [[0, 1], [2]]
+    none = pack(items, rows, width=12, num_images=0, image_width=image_width)
+    assert none.images.shape == (0, image_width)
+    params = init(CONFIG, none)
+    assert params["image_projection"]["kernel"].shape == (7, 16)
+    absent = none._replace(images=np.zeros((6, 7), np.float16))
+    found = vectors(CONFIG, params, none, 3)
+    np.testing.assert_array_equal(found, vectors(CONFIG, params, absent, 3))
+    text = dataclasses.replace(CONFIG, image_width=0)
+    assert "image_projection" not in init(text, none)
+    del params["image_projection"]
+    np.testing.assert_array_equal(found, vectors(text, params, none, 3))
+
+
+def test_the_projection_starts_as_a_torch_linear(pack):
+    config = dataclasses.replace(CONFIG, width=64, image_width=100)
+    packed = pack([([1], [])], [[0]], width=2, image_width=100)
+    for leaf in init(config, packed)["image_projection"].values():
+        assert np.abs(leaf).max() <= 0.1
+        np.testing.assert_allclose(np.std(leaf), 0.1 / 3**0.5, rtol=0.15)
+
+
+def test_mean_by_segment_matches_numpy():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 9, 5)).astype(np.float32)
+    segments = rng.integers(-1, 7, (4, 9))
+    segments[segments == 3] = 4
+    expected = np.zeros((7, 5))
+    for item in range(7):
+        if np.any(segments == item):
+            expected[item] = x[segments == item].astype(np.float64).mean(0)
+    found = layers.mean_by_segment(jnp.asarray(x), jnp.asarray(segments), 7)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    half = layers.mean_by_segment(jnp.asarray(x, jnp.bfloat16), jnp.asarray(segments), 7)
+    assert half.dtype == jnp.float32
+
+
+def test_an_equation_of_another_form_is_refused():
+    layer = layers.Einsum("psd,dm->pms", {"d": 2, "m": 3}, nn.initializers.zeros)
+    with pytest.raises(ValueError, match="psd,dm->pms"):
+        layer.init(jax.random.key(0), jnp.zeros((1, 1, 2)))

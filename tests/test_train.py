@@ -1,0 +1,259 @@
+"""The whole line on a tiny data set: one seed one run, stopped and resumed, on one device and
+eight."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from vixml_jax import config as config_lib
+from vixml_jax import evaluate, runs, train
+from vixml_jax.data import preparation
+from vixml_jax.errors import InputError
+from vixml_jax.training import telemetry
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Queries "aK bJ" have labels "label aK" and "label bJ"; every other one has a picture."""
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("raw")
+    words = [f"{stem}{n}" for stem in "ab" for n in "0123456789"]
+    (root / "lbl.raw.txt").write_text("".join(f"label {word}\n" for word in words))
+    for split, count in (("trn", 90), ("tst", 30)):
+        first, second = rng.integers(0, 10, count), rng.integers(0, 10, count)
+        (root / f"{split}.raw.txt").write_text(
+            "".join(f"a{a} b{b}\n" for a, b in zip(first, second, strict=True))
+        )
+        (root / f"{split}_X_Y.txt").write_text(
+            f"{count} 20\n"
+            + "".join(f"{a}:1 {10 + b}:1\n" for a, b in zip(first, second, strict=True))
+        )
+        np.save(root / f"{split}_image_embeddings.npy", np.eye(12)[first].astype(np.float16))
+        np.save(root / f"{split}_has_image.npy", np.arange(count) % 2 == 0)
+    out = root / "prepared"
+    preparation.prepare(str(root), str(out), tokenizer="train", max_tokens=8)
+    return str(out)
+
+
+def configuration(data, workdir, **changes):
+    made = config_lib.from_dict(
+        {
+            "data": data,
+            "workdir": str(workdir),
+            "model": {
+                "num_layers": 1,
+                "width": 16,
+                "num_heads": 2,
+                "mlp_width": 32,
+                "num_images": 1,
+            },
+            "labels": {"num_free": 7, "mlp_width": 32, "num_heads": 2},
+            "loss": {"num_negatives": 4},
+            "batch": {
+                "size": 16,
+                "row_width": 16,
+                "cluster_start": 0,
+                "cluster_every": 1,
+                "cluster_size": 4,
+                "curriculum": [1],
+            },
+            "optimizer": {
+                "learning_rate": 3e-3,
+                "label_learning_rate": 3e-3,
+                "image_learning_rate": 3e-3,
+                "warmup_steps": 3,
+            },
+            "loop": {"epochs": 3, "save_every": 2, "log_every": 3},
+            "eval": {"k": 10, "block": 32},
+        }
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def final_state(config):
+    """Everything of the newest checkpoint, as numpy arrays by path."""
+    import orbax.checkpoint as ocp
+
+    directory = os.path.join(config.workdir, runs.CHECKPOINTS)
+    with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
+        restored = manager.restore(
+            manager.latest_step(),
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(), training=ocp.args.StandardRestore()
+            ),
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(
+        {"model": restored["model"], "training": restored["training"]}
+    )
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_state(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if tolerance:
+            np.testing.assert_allclose(other[name], value, err_msg=name, **tolerance)
+        else:
+            np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory):
+    config = configuration(data, tmp_path_factory.mktemp("whole") / "run")
+    train.train(config)
+    return config
+
+
+def test_the_run_learns_and_writes_what_it_says(whole_run):
+    with open(os.path.join(whole_run.workdir, "evaluation", "test-exact.json")) as file:
+        found = json.load(file)
+    assert found["counts"] == {"queries": 30, "labels": 20, "filter_pairs": 0}
+    assert found["R@10"] > 50.0 + 5.0  # Chance is 50.
+    lines = [json.loads(line) for line in open(os.path.join(whole_run.workdir, "metrics.jsonl"))]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 15, 18]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 11, 17])
+def test_a_stopped_run_resumes_bit_for_bit(data, whole_run, tmp_path, monkeypatch, at):
+    config = configuration(data, tmp_path / "run")
+    advance = telemetry.Telemetry.advance
+    seen = []
+
+    def stop(self, epoch):
+        advance(self, epoch)
+        seen.append(epoch)
+        if len(seen) == at:
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(telemetry.Telemetry, "advance", stop)
+        with pytest.raises(Stopped):
+            train.train(config)
+    train.train(config)
+    assert_same_state(final_state(whole_run), final_state(config))
+    steps = [
+        json.loads(line)["step"] for line in open(os.path.join(config.workdir, "metrics.jsonl"))
+    ]
+    assert steps == sorted(set(steps))
+
+
+def test_a_killed_process_resumes_bit_for_bit(data, whole_run, tmp_path):
+    config = configuration(data, tmp_path / "run")
+    flags = [
+        f"--{prefix}{field.name}="
+        + (
+            ",".join(map(str, value))
+            if isinstance(value, list)
+            else str(value).lower()
+            if isinstance(value, bool)
+            else str(value)
+        )
+        for prefix, field, value in config_lib._leaves(config)
+    ]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "vixml_jax.train", *flags],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    train.train(config)
+    assert_same_state(final_state(whole_run), final_state(config))
+
+
+def test_one_device_equals_eight(data, whole_run, tmp_path, monkeypatch):
+    config = configuration(data, tmp_path / "run")
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    make = jax.make_mesh
+    monkeypatch.setattr(jax, "make_mesh", lambda *a, **k: make(*a, devices=one, **k))
+    # Dropout draws by position in the packed rows, which differ; without it all is equal.
+    plain = {
+        "model": dataclasses.replace(config.model, dropout=0.0),
+        "labels": dataclasses.replace(config.labels, dropout=0.0),
+        "loop": dataclasses.replace(config.loop, epochs=1),
+    }
+    config = dataclasses.replace(config, **plain)
+    train.train(config)
+    alone = final_state(config)
+    monkeypatch.undo()
+    spread = dataclasses.replace(config, workdir=str(tmp_path / "spread"))
+    train.train(spread)
+    together = final_state(spread)
+    for name, value in alone.items():
+        rows = min(len(value), len(together[name])) if value.ndim else None
+        np.testing.assert_allclose(
+            together[name][:rows] if value.ndim else together[name],
+            value[:rows] if value.ndim else value,
+            atol=2e-4,
+            err_msg=name,
+        )
+
+
+def test_another_configuration_is_refused(whole_run):
+    with pytest.raises(InputError, match="--seed: 0 there, 1 here"):
+        train.train(dataclasses.replace(whole_run, seed=1))
+
+
+def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
+    with open(os.path.join(whole_run.workdir, "evaluation", "test-exact.json")) as file:
+        trained = json.load(file)
+    config = config_lib.load(os.path.join(whole_run.workdir, runs.CONFIG))
+    dataset = runs.open_dataset(config)
+    model = runs.build_model(
+        config, runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
+    )
+    params, labels, step = runs.restore_model(config.workdir, model)
+    assert step == 18
+    evaluate.show(config, model, params, labels, dataset, split="test", search="exact")
+    with open(os.path.join(whole_run.workdir, "evaluation", "test-exact.json")) as file:
+        again = json.load(file)
+    assert {k: v for k, v in again.items() if "@" in k} == {
+        k: v for k, v in trained.items() if "@" in k
+    }
+    assert "P@1" in capsys.readouterr().out
+
+
+def test_collapse_is_told_once():
+    guard = telemetry.CollapseGuard(margin=0.1, num_negatives=10, patience=5)
+    fine = {"loss_text": 0.05, "violators": 3.0}
+    collapsed = {"loss_text": 0.1001, "violators": 9.99}
+    said = [guard.warning(x) for x in [fine] * 3 + [collapsed] * 5]
+    assert said[:-1] == [None] * 7
+    assert "collapsed?" in said[-1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
+    config = configuration(data, tmp_path / "run")
+    config = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30)
+    )
+    with pytest.raises(FloatingPointError, match=r"at step \d+ \(epoch \d+\)"):
+        train.train(config)
+
+
+def test_more_negatives_than_queries_is_refused(data, tmp_path):
+    config = configuration(data, tmp_path / "run")
+    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, size=200))
+    with pytest.raises(InputError, match=r"--batch\.size=200 is more than the 90"):
+        train.train(config)
+    assert not os.path.exists(config.workdir)

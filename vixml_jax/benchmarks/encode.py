@@ -1,0 +1,120 @@
+"""Texts a second of inference, beside the same tower in PyTorch.
+
+    python -m vixml_jax.benchmarks.encode --peer=torch [--data=DIR] [--threads=1]
+
+MiniLM-L6 sizes, random weights, float32, real texts in the order of the data; programs take turns
+in one run, each alone on the same processors: ours packed; torch padded to 32 as the paper's
+program does; torch in batches of texts sorted by length, padded to the longest.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from vixml_jax import errors
+from vixml_jax.benchmarks import train_step, workers
+from vixml_jax.data.store import Items, Ragged
+
+PROGRAMS = ("ours", "torch, padded to 32", "torch, sorted by length")
+
+
+def prepare(program: str, settings: dict[str, Any]) -> tuple[Any, Callable[[], dict[str, Any]]]:
+    """Builds a program and encodes once, so that nothing is compiled in a timed round."""
+    dataset = train_step.data_of(settings, full=False)
+    items = _first(dataset.train, settings["texts"])
+    run = (_ours if program == "ours" else _torch)(program, items, settings)
+    run()
+    return {"texts": len(items)}, run
+
+
+def _first(items: Items, count: int) -> Items:
+    offsets = np.asarray(items.tokens.offsets[: count + 1])
+    return dataclasses.replace(
+        items,
+        texts=[""] * (len(offsets) - 1),
+        tokens=Ragged(np.asarray(items.tokens.values[: offsets[-1]]), offsets),
+    )
+
+
+def _ours(program: str, items: Items, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    import functools
+
+    import jax
+    from flax import linen as nn
+
+    from vixml_jax import runs, sharding
+    from vixml_jax.config import Config, LabelsConfig
+
+    model = runs.build_model(
+        Config(labels=LabelsConfig(num_free=2)),
+        train_step.tower_of_minilm(),
+        2,
+        sharding.create_mesh(),
+    )
+    params = nn.unbox(jax.jit(functools.partial(runs.init_params, model))(jax.random.key(0)))
+
+    def run() -> dict[str, Any]:
+        found = model.encode_queries(params, items, block=settings["batch"])
+        return {"sum": float(found.sum())}
+
+    return run
+
+
+def _torch(program: str, items: Items, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    import torch
+
+    from vixml_jax.benchmarks import torch_peer
+
+    torch.set_num_threads(settings["threads"])
+    tower = torch_peer.Tower(train_step.MINILM).eval()
+    offsets = items.tokens.offsets
+    texts = [np.asarray(items.tokens.values[a:b]) for a, b in itertools.pairwise(offsets)]
+
+    def run() -> dict[str, Any]:
+        order, length = range(len(texts)), 32
+        if "sorted" in program:
+            order, length = np.argsort([len(text) for text in texts], kind="stable"), None
+        found = np.empty((len(texts), train_step.MINILM["hidden_size"]), np.float32)
+        with torch.no_grad():
+            for start in range(0, len(texts), settings["batch"]):
+                ids = order[start : start + settings["batch"]]
+                vectors = tower(*torch_peer.pad([texts[i] for i in ids], length))
+                found[ids] = torch.nn.functional.normalize(vectors, dim=-1).numpy()
+        return {"sum": float(found.sum())}
+
+    return run
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    values = flags.FLAGS
+    settings = {name: values[name].value for name in ("data", "batch", "texts", "threads")}
+    names = PROGRAMS if values.peer == "torch" else PROGRAMS[:1]
+    workers.compare(
+        "vixml_jax.benchmarks.encode",
+        names,
+        [("ours", name) for name in PROGRAMS[1:]],
+        settings,
+        rounds=values.rounds,
+        texts=lambda about: about["texts"],
+    )
+
+
+def define_flags() -> None:
+    """The flags of this benchmark."""
+    flags.DEFINE_enum("peer", "torch", ["torch", "none"], "What to run beside ours.")
+    flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are read, or 'glyphs'.")
+    flags.DEFINE_integer("batch", 512, "Texts encoded at a time.")
+    flags.DEFINE_integer("texts", 4096, "Texts of a round.")
+    flags.DEFINE_integer("rounds", 5, "Rounds of each program.")
+    flags.DEFINE_integer("threads", 1, "Processors that each program has.")
+
+
+if __name__ == "__main__":
+    if not workers.serve(prepare):
+        define_flags()
+        errors.launch(main)

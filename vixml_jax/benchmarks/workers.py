@@ -1,0 +1,114 @@
+"""Programs that take turns: each in a process of its own, pinned alike, idle while others run."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class Worker:
+    """A child process that prepares once and then times what it is told to.
+
+    Pinning the process to its processors before anything is imported sets the thread pools of
+    XLA and of torch alike, without flags of either.
+    """
+
+    def __init__(self, module: str, program: str, settings: dict[str, Any], threads: int):
+        command = [sys.executable, "-m", module, "--worker", program, json.dumps(settings)]
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "VIXML_CORES": ",".join(map(str, cores)),
+                "OMP_NUM_THREADS": str(threads),
+            },
+        )
+        self.about = self._read()
+
+    def time(self) -> dict[str, Any]:
+        """Runs one round; what the child reports of it, seconds among it."""
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Ends the child."""
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"a benchmark's program ended with status {self._process.wait()}")
+
+
+def serve(
+    prepare: Callable[[str, dict[str, Any]], tuple[Any, Callable[[], dict[str, Any]]]],
+) -> bool:
+    """In a child: prepares and answers each line with one timed round.
+
+    Args:
+      prepare: (program, settings) -> (what to tell of it, a function that runs one round).
+
+    Returns:
+      Whether this process is a child.
+    """
+    if len(sys.argv) < 4 or sys.argv[1] != "--worker":
+        return False
+    os.sched_setaffinity(0, {int(core) for core in os.environ["VIXML_CORES"].split(",")})
+    about, run = prepare(sys.argv[2], json.loads(sys.argv[3]))
+    print(json.dumps(about), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        said = run()
+        print(json.dumps({"seconds": time.perf_counter() - start, **said}), flush=True)
+    return True
+
+
+def compare(
+    module: str,
+    programs: Sequence[str],
+    ratios: Sequence[tuple[str, str]],
+    settings: dict[str, Any],
+    *,
+    rounds: int,
+    texts: Callable[[dict[str, Any]], int],
+) -> None:
+    """Runs programs in turn, A B C A B C ..., and prints texts a second and ratios.
+
+    Args:
+      module: Whose `serve` answers in the children.
+      programs: Names that its `prepare` knows.
+      ratios: Pairs whose speeds are compared, round by round.
+      settings: Handed to `prepare`; `threads` is how many processors each has.
+      rounds: Of each program.
+      texts: From what a child says of itself to the texts of a round.
+    """
+    started = {name: Worker(module, name, settings, settings["threads"]) for name in programs}
+    found: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, worker in started.items():
+            found[name].append(worker.time()["seconds"])
+    for worker in started.values():
+        worker.close()
+    said = ", ".join(f"{name} {value}" for name, value in settings.items())
+    print(f"{'program':28s} {'texts/s':>9s}  (median of {rounds} rounds; {said})")
+    for name, seconds in found.items():
+        count = texts(started[name].about)
+        print(f"{name:28s} {count / statistics.median(seconds):9.1f}")
+    for ours, peer in ratios:
+        if peer in found:
+            quotients = [b / a for a, b in zip(found[ours], found[peer], strict=True)]
+            print(
+                f"{ours} : {peer} = {statistics.median(quotients):.2f} "
+                f"({min(quotients):.2f} to {max(quotients):.2f})"
+            )

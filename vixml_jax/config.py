@@ -1,0 +1,303 @@
+"""Every flag of a run: frozen dataclasses, a group a room, checked together, saved with it."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from absl import flags
+
+from vixml_jax.errors import InputError
+
+
+def _flag(default: Any, help: str, **checks: Any) -> Any:
+    """A field that becomes a flag; `checks` are lower_bound, upper_bound or choices."""
+    made = (
+        {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
+    )
+    return dataclasses.field(**made, metadata={"help": help, **checks})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The tower that reads text and pictures."""
+
+    pretrained: str = _flag(
+        "", "Hugging Face directory or hub name to start from; empty: from scratch, by the sizes."
+    )
+    num_layers: int = _flag(4, "Layers of a tower from scratch.", lower_bound=1)
+    width: int = _flag(256, "Width of a tower from scratch.", lower_bound=1)
+    num_heads: int = _flag(4, "Attention heads of a tower from scratch.", lower_bound=1)
+    mlp_width: int = _flag(1024, "Feed-forward width of a tower from scratch.", lower_bound=1)
+    dropout: float = _flag(
+        -1.0,
+        "Dropout of the tower in training; -1: as the checkpoint says, 0.1 from scratch.",
+        lower_bound=-1.0,
+        upper_bound=0.9,
+    )
+    num_images: int = _flag(3, "Pictures read of each item at most; 0: text only.", lower_bound=0)
+    image_init: str = _flag(
+        "regression",
+        "Start of the image projection: 'regression' onto the mean word embedding of the "
+        "item's labels in training, or 'random' as published.",
+        choices=("regression", "random"),
+    )
+    dtype: str = _flag("float32", "What the tower computes in.", choices=("float32", "bfloat16"))
+    scan: bool = _flag(
+        False, "Compile one layer and loop over it: faster to compile, slower on small towers."
+    )
+    remat: bool = _flag(False, "Recompute activations in the backward pass: less memory.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelsConfig:
+    """Label prototypes: free vectors, centroids and the network that combines them."""
+
+    prototypes: bool = _flag(True, "Enrich labels by the combiner; off: the tower's vector alone.")
+    num_free: int = _flag(
+        65536, "Free vectors shared by all labels, at most one a label.", lower_bound=1
+    )
+    free_init: str = _flag(
+        "uniform",
+        "Start of the free vectors: small and 'uniform', or the mean 'embedding' of their labels.",
+        choices=("uniform", "embedding"),
+    )
+    centroids: str = _flag(
+        "stale",
+        "How centroids follow training: 'stale' from embeddings as last seen in "
+        "training, 'exact' by encoding anew each epoch, 'moving' average.",
+        choices=("stale", "exact", "moving"),
+    )
+    num_heads: int = _flag(8, "Attention heads of the combiner.", lower_bound=1)
+    mlp_width: int = _flag(1024, "Feed-forward width of the combiner.", lower_bound=1)
+    dropout: float = _flag(0.1, "Dropout of the combiner.", lower_bound=0.0, upper_bound=0.9)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The contrastive loss."""
+
+    num_negatives: int = _flag(10, "Hardest negatives of each row.", lower_bound=1)
+    margin_min: float = _flag(0.1, "Smallest margin.", lower_bound=0.0, upper_bound=2.0)
+    margin_max: float = _flag(0.3, "Largest margin.", lower_bound=0.0, upper_bound=2.0)
+    temperature: float = _flag(
+        0.1, "Softmax temperature that weighs the negatives.", lower_bound=1e-4
+    )
+    regulariser: float = _flag(0.1, "Weight of the prototype margin term.", lower_bound=0.0)
+    tie_gradient: bool = _flag(
+        True, "Half a gradient where a hinge is exactly zero, as published; off: none."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Which queries meet which labels, and how they are packed."""
+
+    size: int = _flag(1024, "Queries of a batch, over all devices.", lower_bound=2)
+    row_width: int = _flag(64, "Positions of a packed row.", lower_bound=8)
+    positives: str = _flag(
+        "inverse_propensity",
+        "How the positive of a query is drawn.",
+        choices=("inverse_propensity", "uniform"),
+    )
+    cluster_start: int = _flag(
+        10,
+        "Epoch (from 0) at whose end queries are first clustered; -1: batches stay random.",
+        lower_bound=-1,
+    )
+    cluster_every: int = _flag(5, "Epochs between clusterings.", lower_bound=1)
+    cluster_size: int = _flag(16, "Queries of a cluster at first.", lower_bound=1)
+    curriculum: list[int] = _flag([], "Epochs at whose end the cluster size doubles.")
+    threads: int = _flag(1, "Threads that prepare batches.", lower_bound=1)
+    prefetch: int = _flag(4, "Batches prepared ahead.", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its groups and its schedule."""
+
+    learning_rate: float = _flag(1e-4, "Peak rate of the tower.", lower_bound=0.0)
+    label_learning_rate: float = _flag(
+        1e-3, "Peak rate of the combiner and the free vectors.", lower_bound=0.0
+    )
+    image_learning_rate: float = _flag(1e-3, "Peak rate of the image projection.", lower_bound=0.0)
+    weight_decay: float = _flag(
+        0.01, "Decay of all but biases, norms and free vectors.", lower_bound=0.0
+    )
+    warmup_steps: int = _flag(100, "Steps from rate zero to the peak.", lower_bound=0)
+    clip_norm: float = _flag(0.0, "Largest norm of a gradient; 0: not clipped.", lower_bound=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long, and what is written on the way."""
+
+    epochs: int = _flag(10, "Passes over the training queries.", lower_bound=0)
+    eval_every: int = _flag(0, "Epochs between evaluations; 0: at the end alone.", lower_bound=0)
+    save_every: int = _flag(
+        500, "Steps between checkpoints; one is always kept at each epoch.", lower_bound=1
+    )
+    keep: int = _flag(2, "Newest checkpoints kept.", lower_bound=1)
+    log_every: int = _flag(10, "Steps between lines of metrics.jsonl.", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How a run is judged."""
+
+    block: int = _flag(1024, "Items encoded at a time.", lower_bound=8)
+    k: int = _flag(100, "Labels retrieved for each query.", lower_bound=1)
+    vote: bool = _flag(False, "Set the learning-free nearest-neighbour vote beside the result.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that defines a run."""
+
+    data: str = _flag("glyphs", "Directory written by prepare, or 'glyphs', the built-in data.")
+    workdir: str = _flag("runs/default", "Run directory; an unfinished run in it is resumed.")
+    seed: int = _flag(0, "One seed, one run.", lower_bound=0)
+    mesh: list[int] = _flag([1, -1, 1], "Devices along replica, fsdp and tensor; -1: the rest.")
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    labels: LabelsConfig = dataclasses.field(default_factory=LabelsConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        for group, field, value in _leaves(self):
+            _check_bounds(group + field.name, value, field.metadata)
+        if self.loss.margin_min > self.loss.margin_max:
+            raise InputError(
+                f"--loss.margin_min={self.loss.margin_min} is above "
+                f"--loss.margin_max={self.loss.margin_max}"
+            )
+        if self.loss.num_negatives >= self.batch.size:
+            raise InputError(
+                f"--loss.num_negatives={self.loss.num_negatives}: a batch of "
+                f"--batch.size={self.batch.size} has at most {self.batch.size - 1} negatives"
+            )
+        if self.model.num_images >= self.batch.row_width:
+            raise InputError(
+                f"--model.num_images={self.model.num_images} leaves no place for text in rows of "
+                f"--batch.row_width={self.batch.row_width}"
+            )
+        if not self.model.pretrained and self.model.width % self.model.num_heads:
+            raise InputError(
+                f"--model.width={self.model.width} is not a multiple of "
+                f"--model.num_heads={self.model.num_heads}"
+            )
+        if (
+            len(self.mesh) != 3
+            or self.mesh.count(-1) > 1
+            or any(n < 1 and n != -1 for n in self.mesh)
+        ):
+            raise InputError(
+                f"--mesh={','.join(map(str, self.mesh))}: expected three sizes (replica, fsdp, "
+                "tensor), at most one of them -1"
+            )
+
+    def to_json(self) -> str:
+        """The flags as JSON text, sorted, so that equal runs have equal text."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def _leaves(config: Any, prefix: str = "") -> list[tuple[str, dataclasses.Field, Any]]:
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found += _leaves(value, f"{prefix}{field.name}.")
+        else:
+            found.append((prefix, field, value))
+    return found
+
+
+def _check_bounds(name: str, value: Any, checks: Any) -> None:
+    low, high, choices = (checks.get(key) for key in ("lower_bound", "upper_bound", "choices"))
+    if choices and value not in choices:
+        raise InputError(f"--{name}={value}: expected one of {', '.join(choices)}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise InputError(f"--{name}={value}: expected {wanted}")
+
+
+_DEFINE = {
+    bool: flags.DEFINE_boolean,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+}
+
+
+def define_flags() -> None:
+    """Defines one flag a field: `--group.field`. Call it once, in a door.
+
+    Bounds and choices are checked when the `Config` is made, so that flags and saved files are
+    held to the same.
+    """
+    for prefix, field, value in _leaves(Config()):
+        text = field.metadata["help"]
+        if field.metadata.get("choices"):
+            text += f" One of: {', '.join(field.metadata['choices'])}."
+        if isinstance(value, list):
+            flags.DEFINE_list(prefix + field.name, [str(item) for item in value], text)
+        else:
+            _DEFINE[type(value)](prefix + field.name, value, text)
+
+
+def from_flags(values: flags.FlagValues) -> Config:
+    """The configuration that the parsed flags say.
+
+    Raises:
+      InputError: If a value is out of its bounds or flags contradict each other.
+    """
+    tree: dict[str, Any] = {}
+    for prefix, field, default in _leaves(Config()):
+        value = values[prefix + field.name].value
+        if isinstance(default, list):
+            try:
+                value = [int(item) for item in value]
+            except ValueError:
+                raise InputError(
+                    f"--{prefix}{field.name}={','.join(value)}: expected integers separated by "
+                    "commas"
+                ) from None
+        group = tree.setdefault(prefix[:-1], {}) if prefix else tree
+        group[field.name] = value
+    return from_dict(tree)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """The inverse of `dataclasses.asdict`; missing fields take their defaults."""
+    made = dict(tree)
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.default_factory) and field.name in made:
+            made[field.name] = field.default_factory(**made[field.name])
+    return Config(**made)
+
+
+def load(path: str) -> Config:
+    """Reads a configuration that `to_json` wrote.
+
+    Raises:
+      InputError: If there is no such file or it is not a configuration of this version.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"{path}: not found; expected a run directory that train wrote")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return from_dict(json.load(file))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"{path}: not a configuration of this version: {error}") from None
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The flags in which two configurations differ, as `--flag=old (was), new`."""
+    return [
+        f"--{prefix}{field.name}: {was} there, {now} here"
+        for (prefix, field, was), (_, _, now) in zip(_leaves(old), _leaves(new), strict=True)
+        if was != now
+    ]

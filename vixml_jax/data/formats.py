@@ -1,0 +1,371 @@
+"""Readers of the XML repository's text layout: raw texts, sparse relevance, filter pairs."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from scipy import sparse
+
+from vixml_jax.data import images
+from vixml_jax.data.images import RawImages
+from vixml_jax.errors import InputError
+
+_BLOCK = 1 << 22  # Bytes read at a time.
+_CHUNK = 1 << 14  # Texts handed on at a time.
+_MAX_DIGITS = 18  # Of a number that surely fits int64.
+_NEWLINE, _COLON, _ZERO = (np.uint8(ord(character)) for character in "\n:0")
+_PREFIX = {"train": "trn", "test": "tst", "labels": "lbl"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RawItems:
+    """Texts and pictures of one kind of items, before they are tokenised.
+
+    Attributes:
+      count: Items.
+      read_texts: Starts to read the texts anew, and gives them in order, a chunk at a time.
+      images: Their pictures, if the source has any.
+    """
+
+    count: int
+    read_texts: Callable[[], Iterable[list[str]]]
+    images: RawImages | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RawDataset:
+    """A data set as its source has it.
+
+    Attributes:
+      name: For tables.
+      fingerprint: What tells this source and its state from another, for `dataset.json`.
+      train, test, labels: The items.
+      train_relevance, test_relevance: float32 ones in canonical form.
+      train_filter, test_filter: int64 pairs (query, label) that are never predicted, sorted.
+    """
+
+    name: str
+    fingerprint: dict[str, object]
+    train: RawItems
+    test: RawItems
+    labels: RawItems
+    train_relevance: sparse.csr_matrix
+    test_relevance: sparse.csr_matrix
+    train_filter: Int[np.ndarray, "f 2"]
+    test_filter: Int[np.ndarray, "g 2"]
+
+
+def read_xml_repository(directory: str, *, encoding: str = "utf-8") -> RawDataset:
+    """Reads a directory in the XML repository's layout; texts are left on disk.
+
+    The layout of http://manikvarma.org/downloads/XC/XMLRepository.html: `{trn,tst,lbl}.raw.txt`
+    with one text a line, `{trn,tst}_X_Y.txt` with a header `queries labels` and a line
+    `label:1 label:1` for each query, optional `filter_labels_{train,test}.txt` with a pair
+    `query label` a line, and optional image embeddings (see `images.read_images`).
+
+    Args:
+      directory: Where the files are.
+      encoding: Of the texts.
+
+    Raises:
+      InputError: If a file is missing, or does not fit its header or the other files.
+    """
+    if not os.path.isdir(directory):
+        raise InputError(
+            f"--source={directory}: no such directory; expected one in the XML repository's "
+            "layout, or 'glyphs'"
+        )
+    relevance, items, filters = {}, {}, {}
+    for split in ("train", "test"):
+        relevance[split] = read_relevance(os.path.join(directory, f"{_PREFIX[split]}_X_Y.txt"))
+    train, test = relevance["train"].shape[1], relevance["test"].shape[1]
+    if train != test:
+        raise InputError(
+            f"{os.path.join(directory, 'tst_X_Y.txt')}, line 1: {test} labels, but trn_X_Y.txt "
+            f"has {train}; expected the same label set"
+        )
+    for split, prefix in _PREFIX.items():
+        rows = train if split == "labels" else relevance[split].shape[0]
+        table = "trn_X_Y.txt" if split == "labels" else f"{prefix}_X_Y.txt"
+        path = os.path.join(directory, f"{prefix}.raw.txt")
+        found = count_lines(path)
+        if found != rows:
+            kind = "columns (labels)" if split == "labels" else "rows"
+            raise InputError(
+                f"{path}: {found} lines, but the header of {table} says {rows} {kind}; expected "
+                "one text a line"
+            )
+        items[split] = RawItems(
+            rows,
+            lambda path=path: read_texts(path, encoding=encoding),
+            images.read_images(directory, prefix, rows),
+        )
+    images.check_widths({split: raw.images for split, raw in items.items()}, directory)
+    for split in ("train", "test"):
+        path = os.path.join(directory, f"filter_labels_{split}.txt")
+        filters[split] = read_filter(path, relevance[split].shape)
+    return RawDataset(
+        name=os.path.basename(os.path.abspath(directory)),
+        fingerprint={"path": os.path.abspath(directory), "files": _describe_files(directory)},
+        **items,
+        train_relevance=relevance["train"],
+        test_relevance=relevance["test"],
+        train_filter=filters["train"],
+        test_filter=filters["test"],
+    )
+
+
+def _describe_files(directory: str) -> dict[str, list[int]]:
+    """Size and time of change of every file that may be read."""
+    stats = {}
+    for name in sorted(os.listdir(directory)):
+        if name.endswith((".txt", "_image_embeddings.npy", "_has_image.npy")):
+            stat = os.stat(os.path.join(directory, name))
+            stats[name] = [stat.st_size, stat.st_mtime_ns]
+    return stats
+
+
+def _read_blocks(path: str) -> Iterator[bytes]:
+    """The file in blocks that end at the end of a line."""
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: not found; expected the XML repository's layout (trn.raw.txt tst.raw.txt "
+            "lbl.raw.txt trn_X_Y.txt tst_X_Y.txt)"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    with file:
+        rest = b""
+        while block := file.read(_BLOCK):
+            cut = block.rfind(b"\n") + 1
+            if cut:
+                yield rest + block[:cut]
+                rest = block[cut:]
+            else:
+                rest += block
+        if rest:
+            yield rest
+
+
+def count_lines(path: str) -> int:
+    """Lines of a file; the last may lack its newline."""
+    count = 0
+    for block in _read_blocks(path):
+        count += block.count(b"\n") + (not block.endswith(b"\n"))
+    return count
+
+
+def read_texts(path: str, *, encoding: str = "utf-8") -> Iterator[list[str]]:
+    """Texts of a file, one a line, a chunk at a time. Only newlines end a line.
+
+    Raises:
+      InputError: If a line is not in the encoding.
+    """
+    line = 1
+    for block in _read_blocks(path):
+        if line == 1:
+            block = block.removeprefix(b"\xef\xbb\xbf")  # The byte order mark of some editors.
+        rows = block.split(b"\n")
+        if not rows[-1]:
+            rows.pop()
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            try:
+                yield [row.decode(encoding).removesuffix("\r") for row in chunk]
+            except UnicodeDecodeError:
+                raise _not_decoded(path, chunk, line + start, encoding) from None
+        line += len(rows)
+
+
+def _not_decoded(path: str, chunk: list[bytes], line: int, encoding: str) -> InputError:
+    for at, row in enumerate(chunk):
+        try:
+            row.decode(encoding)
+        except UnicodeDecodeError as error:
+            hint = "" if encoding == "latin-1" else "; if it is latin-1, say --encoding=latin-1"
+            return InputError(
+                f"{path}, line {line + at}: byte 0x{row[error.start]:02x} at column "
+                f"{error.start + 1} is not {encoding}{hint}"
+            )
+    raise AssertionError("every row decodes")
+
+
+def read_relevance(path: str) -> sparse.csr_matrix:
+    """Ones at `label:1`, float32 in canonical form; parsed in whole blocks, not by token.
+
+    Raises:
+      InputError: If the header disagrees with the rows, a label is out of range or given twice,
+        or a token is not `label:1`.
+    """
+    blocks = _read_blocks(path)
+    first = next(blocks, b"")
+    header, _, rest = first.partition(b"\n")
+    words = header.split()
+    if len(words) != 2 or not all(word.isdigit() and len(word) <= _MAX_DIGITS for word in words):
+        raise InputError(
+            f"{path}, line 1: found {header[:60].decode('utf-8', 'replace')!r}, expected a header "
+            "'queries labels'"
+        )
+    rows, columns = map(int, words)
+    if not rows or not columns:
+        raise InputError(f"{path}, line 1: {rows} queries, {columns} labels; expected some of each")
+    counts, indices, line = [], [], 2
+    for block in _chain(rest, blocks):
+        block_counts, block_indices = _parse_pairs(path, block, line, columns)
+        counts.append(block_counts)
+        indices.append(block_indices)
+        line += len(block_counts)
+    if line - 2 != rows:
+        raise InputError(
+            f"{path}: the header says {rows} rows, found {line - 2}; the file is truncated or the "
+            "header is wrong"
+        )
+    return _to_csr(np.concatenate(counts), np.concatenate(indices), columns)
+
+
+def _chain(first: bytes, others: Iterator[bytes]) -> Iterator[bytes]:
+    if first:
+        yield first
+    yield from others
+
+
+def _to_csr(
+    counts: Int[np.ndarray, " n"], indices: Int[np.ndarray, " nnz"], columns: int
+) -> sparse.csr_matrix:
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    index = np.int32 if max(len(indices), columns) <= np.iinfo(np.int32).max else np.int64
+    data = np.ones(len(indices), np.float32)
+    matrix = sparse.csr_matrix(
+        (data, indices.astype(index), indptr.astype(index)), shape=(len(counts), columns)
+    )
+    matrix.has_canonical_format = True
+    return matrix
+
+
+def _parse_pairs(
+    path: str, block: bytes, line: int, columns: int
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " nnz"]]:
+    """Labels of each line and the sorted labels, of a block that begins at `line`."""
+    text = np.frombuffer(block, np.uint8)
+    starts, ends, lines = _split_tokens(text)
+    colons = np.flatnonzero(text == _COLON)
+
+    def refuse(bad: Bool[np.ndarray, " t"], fault: str) -> None:
+        if bad.any():
+            at = int(np.argmax(bad))
+            token = block[starts[at] : ends[at]][:40].decode("utf-8", "replace")
+            raise InputError(f"{path}, line {line + lines[at]}: {fault.format(token=token)}")
+
+    per_token = np.searchsorted(colons, ends) - np.searchsorted(colons, starts)
+    refuse(per_token != 1, "found {token!r}, expected label:1")
+    good = _are_digits(text, starts, colons) & (colons - starts <= _MAX_DIGITS)
+    refuse(~good, "found {token!r}, expected label:1 with a label id before the colon")
+    refuse(~_are_one(text, colons + 1, ends), "found {token!r}, expected the value 1 (label:1)")
+    labels = _to_integers(text, starts, colons)
+    refuse(labels >= columns, f"label of {{token!r}} is out of range, expected 0 to {columns - 1}")
+
+    num_lines = int(np.count_nonzero(text == _NEWLINE)) + (text[-1] != _NEWLINE)
+    order = slice(None)
+    if np.any((np.diff(labels) <= 0) & (np.diff(lines) == 0)):  # Not yet sorted.
+        order = np.lexsort((labels, lines))
+    labels, lines, starts, ends = labels[order], lines[order], starts[order], ends[order]
+    twice = np.zeros(len(labels), bool)
+    twice[1:] = (np.diff(labels) == 0) & (np.diff(lines) == 0)
+    refuse(twice, "{token!r} stands there twice; expected each label once")
+    return np.bincount(lines, minlength=num_lines), labels
+
+
+def _split_tokens(
+    text: UInt8[np.ndarray, " b"],
+) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " t"], Int[np.ndarray, " t"]]:
+    """Begin and end of what white space separates, and the line (from 0) that it stands on."""
+    space = np.ones(len(text) + 2, bool)
+    space[1:-1] = (text == _NEWLINE) | (text == 32) | (text == 9) | (text == 13)
+    edges = np.flatnonzero(space[1:] != space[:-1])
+    starts, ends = edges[::2], edges[1::2]
+    return starts, ends, np.searchsorted(np.flatnonzero(text == _NEWLINE), starts)
+
+
+def _are_digits(
+    text: UInt8[np.ndarray, " b"], starts: Int[np.ndarray, " t"], ends: Int[np.ndarray, " t"]
+) -> Bool[np.ndarray, " t"]:
+    """Whether each range is not empty and of digits alone."""
+    others = np.zeros(len(text) + 1, np.int64)
+    np.cumsum((text - _ZERO) > 9, out=others[1:])  # Unsigned: what is below "0" wraps around.
+    return (starts < ends) & (others[starts] == others[ends])
+
+
+def _are_one(
+    text: UInt8[np.ndarray, " b"], starts: Int[np.ndarray, " t"], ends: Int[np.ndarray, " t"]
+) -> Bool[np.ndarray, " t"]:
+    """Whether each range says 1, as '1', '1.0', '1.000000'."""
+    one = starts < ends
+    one[one] = text[starts[one]] == _ZERO + 1
+    longer = one & (ends - starts > 1)
+    if longer.any():
+        begin, end = starts[longer], ends[longer]
+        zeros = _are_digits(text, begin + 2, end) | (begin + 2 == end)
+        nonzero = np.concatenate([[0], np.cumsum(text != _ZERO)])
+        one[longer] = (text[begin + 1] == ord(".")) & zeros & (nonzero[begin + 2] == nonzero[end])
+    return one
+
+
+def _to_integers(
+    text: UInt8[np.ndarray, " b"], starts: Int[np.ndarray, " t"], ends: Int[np.ndarray, " t"]
+) -> Int[np.ndarray, " t"]:
+    """The numbers that ranges of digits spell, digit by digit from the last."""
+    values = np.zeros(len(starts), np.int64)
+    for place in range(int((ends - starts).max(initial=0))):
+        has = np.flatnonzero(ends - place > starts)
+        values[has] += (text[ends[has] - 1 - place] - _ZERO).astype(np.int64) * 10**place
+    return values
+
+
+def read_filter(path: str, shape: tuple[int, int]) -> Int[np.ndarray, "f 2"]:
+    """Pairs `query label`, one a line, sorted; none if the file is absent or empty.
+
+    Raises:
+      InputError: If a line is not a pair of ids in range, or a pair is given twice.
+    """
+    if not os.path.exists(path):
+        return np.zeros((0, 2), np.int64)
+    found, at_line, line = [], [], 1
+    for block in _read_blocks(path):
+        text = np.frombuffer(block, np.uint8)
+        starts, ends, lines = _split_tokens(text)
+        num_lines = int(np.count_nonzero(text == _NEWLINE)) + (text[-1] != _NEWLINE)
+        per_line = np.bincount(lines, minlength=num_lines)
+        wrong = (per_line != 0) & (per_line != 2)
+        bad = ~_are_digits(text, starts, ends) | (ends - starts > _MAX_DIGITS)
+        wrong |= np.bincount(lines, weights=bad, minlength=num_lines) > 0
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            row = block.split(b"\n", at + 1)[at][:60].decode("utf-8", "replace")
+            raise InputError(f"{path}, line {line + at}: found {row!r}, expected 'query label'")
+        found.append(_to_integers(text, starts, ends).reshape(-1, 2))
+        at_line.append(line + lines[::2])
+        line += num_lines
+    if not found:
+        return np.zeros((0, 2), np.int64)
+    pairs, at_line = np.concatenate(found), np.concatenate(at_line)
+    bad = (pairs >= shape).any(axis=1)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise InputError(
+            f"{path}, line {at_line[at]}: pair {tuple(map(int, pairs[at]))} is out of range, "
+            f"expected a query below {shape[0]} and a label below {shape[1]}"
+        )
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+    pairs = pairs[order]
+    twice = np.flatnonzero((np.diff(pairs, axis=0) == 0).all(axis=1))
+    if len(twice):
+        at = order[twice[0] + 1]
+        raise InputError(
+            f"{path}, line {at_line[at]}: pair {tuple(map(int, pairs[twice[0]]))} is given twice; "
+            "expected each once (sort -u)"
+        )
+    return pairs

@@ -1,0 +1,65 @@
+"""Store and order to host batches through grain: threads prepare ahead, a run can resume inside."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vixml_jax.data import packing, sampling
+from vixml_jax.data.store import PreparedDataset
+from vixml_jax.structs import Batch
+
+
+def epoch_batches(
+    dataset: PreparedDataset,
+    order: Int[np.ndarray, " n"],
+    *,
+    epoch: int,
+    seed: int,
+    batch_size: int,
+    width: int,
+    num_images: int,
+    weights: Float[np.ndarray, " l"] | None,
+    rows: packing.RowSizes,
+    blocks: int = 1,
+    num_threads: int = 1,
+    prefetch: int = 2,
+) -> Any:
+    """A grain iterator over the batches of one epoch, with `get_state` and `set_state`.
+
+    A batch is a pure function of seed, epoch, its index and the order. The last one is filled up
+    with ids -1.
+
+    Args:
+      dataset: Training queries, labels and relevance.
+      order: The queries, in the order in which they are read.
+      epoch: Goes into the draws.
+      seed: Goes into the draws.
+      batch_size: Queries of a batch, and labels.
+      width: Positions of a packed row.
+      num_images: Pictures of an item at most.
+      weights: What positives are drawn by; None: uniform.
+      rows: Of a batch's share, queries and labels together.
+      blocks: Shares of a batch, one a device.
+      num_threads: That prepare batches.
+      prefetch: Batches ready ahead.
+    """
+    import grain
+
+    def make(index: int) -> Batch:
+        rng = np.random.default_rng((seed, epoch, index))
+        query_ids = np.full(batch_size, -1, np.int32)
+        found = order[index * batch_size : (index + 1) * batch_size]
+        query_ids[: len(found)] = found
+        label_ids = sampling.sample_positives(dataset.train_relevance, query_ids, weights, rng)
+        queries, labels = (
+            packing.pack(items, ids, width=width, num_images=num_images, blocks=blocks)
+            for items, ids in ((dataset.train, query_ids), (dataset.labels, label_ids))
+        )
+        items = packing.join(queries, labels, batch_size, rows=rows, blocks=blocks)
+        relevance = sampling.relevance_block(dataset.train_relevance, query_ids, label_ids)
+        return Batch(items, query_ids, label_ids, relevance)
+
+    batches = grain.MapDataset.range(-(-len(order) // batch_size)).map(make)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(batches.to_iter_dataset(options))

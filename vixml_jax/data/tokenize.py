@@ -1,0 +1,120 @@
+"""Texts to ragged int32 tokens, by any fast Hugging Face tokenizer or one trained on the texts."""
+
+import itertools
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+
+from vixml_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TRAIN = "train"
+_FILE = "tokenizer.json"
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def load(name: str, max_tokens: int) -> "Tokenizer":
+    """The fast tokenizer of a directory or a hub name, set to cut texts and never to pad.
+
+    Args:
+      name: A directory with `tokenizer.json` or with a checkpoint; else a model of the hub.
+      max_tokens: Length at which texts are cut, special tokens included and kept.
+
+    Raises:
+      InputError: If there is no such tokenizer, or the length leaves no room for text.
+    """
+    from tokenizers import Tokenizer
+
+    path = os.path.join(name, _FILE)
+    if os.path.isfile(path):
+        try:
+            tokenizer = Tokenizer.from_file(path)
+        except Exception as error:  # The library raises bare Exception.
+            raise InputError(f"{path}: not a tokenizer ({error})") from None
+    else:
+        tokenizer = _resolve(name)
+    return _fit(tokenizer, max_tokens)
+
+
+def _resolve(name: str) -> "Tokenizer":
+    """The tokenizer that transformers finds under a name; slow to import, so only here."""
+    import transformers
+
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(name, use_fast=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"--tokenizer={name}: neither a directory with {_FILE} nor a model of the Hugging Face "
+            f"hub ({reason})"
+        ) from None
+    if not found.is_fast:
+        raise InputError(f"--tokenizer={name}: has no fast tokenizer ({_FILE})")
+    return found.backend_tokenizer
+
+
+def train(texts: Iterable[list[str]], *, vocab_size: int, max_tokens: int) -> "Tokenizer":
+    """A WordPiece tokenizer in BERT's manner (lower case, no accents), trained on texts.
+
+    Args:
+      texts: Chunks of texts.
+      vocab_size: Tokens at most, the five special ones included.
+      max_tokens: Length at which texts are cut, special tokens included and kept.
+    """
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(_SPECIAL), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return _fit(tokenizer, max_tokens)
+
+
+def _fit(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":
+    """Replaces the tokenizer's own cutting and padding, which checkpoints are shipped with."""
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if max_tokens <= special:
+        raise InputError(
+            f"--max_tokens={max_tokens}: the tokenizer adds {special} special tokens, expected at "
+            f"least {special + 1}"
+        )
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens)
+    return tokenizer
+
+
+def vocab_size(tokenizer: "Tokenizer") -> int:
+    """Rows that an embedding table needs: one more than the largest id."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def encode(
+    tokenizer: "Tokenizer", texts: list[str]
+) -> tuple[Int[np.ndarray, " total"], Int[np.ndarray, " n"]]:
+    """Tokens of all texts one after the other, int32, and the number of each text's."""
+    rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    total = int(lengths.sum())
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, total), lengths

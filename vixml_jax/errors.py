@@ -1,0 +1,41 @@
+"""The one exception for what the user can mend, and how a door ends on it."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+
+class InputError(ValueError):
+    """Bad input: one line that names the file, line or flag, what was found and expected."""
+
+
+def launch(main: Callable[[Sequence[str]], None]) -> None:
+    """Parses the flags and runs `main`; bad flags or input: one line, exit status 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # Libraries tell much that is not for users.
+        try:
+            if len(argv) > 1:
+                raise InputError(f"unexpected argument {argv[1]!r}: flags start with --")
+            main(argv)
+        except InputError as error:
+            _leave(error)
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            return app.parse_flags_with_usage(argv) if _asks_help(argv) else flags.FLAGS(argv)
+        except flags.Error as error:
+            _leave(error)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _asks_help(argv: Sequence[str]) -> bool:
+    return any(word.lstrip("-").startswith("help") or word == "-?" for word in argv[1:])
+
+
+def _leave(error: Exception) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)

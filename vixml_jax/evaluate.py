@@ -1,0 +1,233 @@
+"""The door that judges a run: encode, search, measure, and write it all down."""
+
+import dataclasses
+import os
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from jaxtyping import Float
+
+from vixml_jax import config as config_lib
+from vixml_jax import errors, runs
+from vixml_jax.config import Config
+from vixml_jax.data import propensity
+from vixml_jax.data.store import Items, PreparedDataset
+from vixml_jax.encoding import Model
+from vixml_jax.errors import InputError
+from vixml_jax.evaluation import metrics as metrics_lib
+from vixml_jax.evaluation import report, vote
+from vixml_jax.search import index as index_lib
+from vixml_jax.search.exact import ExactIndex
+from vixml_jax.search.scann import ScannIndex
+from vixml_jax.structs import LabelState, SearchResult
+
+
+def split_of(dataset: PreparedDataset, split: str) -> tuple[Items, Any, np.ndarray]:
+    """Queries, relevance and filter pairs of 'test' or 'train'."""
+    if split == "test":
+        return dataset.test, dataset.test_relevance, dataset.test_filter
+    return dataset.train, dataset.train_relevance, dataset.train_filter
+
+
+def inverse_propensity(dataset: PreparedDataset) -> Float[np.ndarray, " l"]:
+    """Weights of the labels by their training frequency."""
+    counts = np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
+    return propensity.inverse_propensity(
+        counts, len(dataset.train), dataset.propensity_a, dataset.propensity_b
+    )
+
+
+def measure(result: SearchResult, dataset: PreparedDataset, split: str, k: int) -> dict[str, float]:
+    """The metrics of search results, filter pairs taken out."""
+    _, relevance, pairs = split_of(dataset, split)
+    kept = index_lib.drop_filtered(result, pairs, k)
+    return metrics_lib.compute_metrics(
+        kept.ids,
+        relevance,
+        inverse_propensity(dataset),
+        recall_ks=tuple(r for r in (10, 100) if r <= k),
+    )
+
+
+def evaluate_model(
+    model: Model,
+    params: Any,
+    labels: LabelState,
+    dataset: PreparedDataset,
+    *,
+    split: str = "test",
+    search: str = "exact",
+    k: int,
+    block: int,
+    index_dir: str | None = None,
+    titles: bool = True,
+) -> dict[str, Any]:
+    """Metrics of a model on a split, with counts and seconds of each phase.
+
+    Args:
+      model, params, labels: What to judge.
+      dataset: Prepared data of the run.
+      split: 'test' or 'train'.
+      search: 'exact' or 'scann'.
+      k: Labels kept of each query after filtering.
+      block: Items encoded at a time.
+      index_dir: Where a ScaNN index is kept; needed for 'scann'.
+      titles: Whether to show progress.
+    """
+    queries, _, pairs = split_of(dataset, split)
+    seconds, clock = {}, time.perf_counter()
+
+    def lap(phase: str) -> None:
+        nonlocal clock
+        seconds[phase], clock = time.perf_counter() - clock, time.perf_counter()
+
+    label_vectors = model.encode_labels(
+        params, labels, dataset.labels, block=block, title="labels" if titles else ""
+    )
+    lap("encode_labels")
+    query_vectors = model.encode_queries(
+        params, queries, block=block, title=f"{split} queries" if titles else ""
+    )
+    lap("encode_queries")
+    fetched = min(k + index_lib.over_fetch(pairs), dataset.num_labels)
+    exact = ExactIndex(label_vectors, mesh=model.mesh)
+    settings: dict[str, Any] = {"kind": search, "k": k, "fetched": fetched}
+    if search == "scann":
+        index = open_scann(label_vectors, index_dir)
+        lap("build_index")
+        result = index.search(query_vectors, fetched)
+        lap("search")
+        settings |= index.settings
+        sample = np.random.default_rng(0).permutation(len(query_vectors))[:1000]
+        truth = exact.search(query_vectors[sample], k)
+        found = SearchResult(result.scores[sample], result.ids[sample])
+        settings[f"recall@{k}"] = float(index_lib.recall_against(truth, found, min(k, fetched)))
+        lap("recall")
+    else:
+        result = exact.search(query_vectors, fetched)
+        lap("search")
+        settings[f"recall@{k}"] = 1.0
+    results = measure(result, dataset, split, k)
+    lap("metrics")
+    return {
+        "metrics": results,
+        "counts": {
+            "queries": len(queries),
+            "labels": dataset.num_labels,
+            "filter_pairs": len(pairs),
+        },
+        "search": settings,
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+    }
+
+
+def open_scann(label_vectors: np.ndarray, directory: str) -> ScannIndex:
+    """The index kept in `directory`, built there first if it is absent or of other vectors."""
+    if os.path.isdir(directory):
+        try:
+            return ScannIndex.load(directory, label_vectors)
+        except InputError:
+            print(f"{directory}: of other label vectors; building it anew")
+    index = ScannIndex.build(label_vectors)
+    index.save(directory)
+    return index
+
+
+def write_results(workdir: str, split: str, search: str, results: dict[str, Any]) -> str:
+    """Writes the contract's json, metrics at its top level; returns its path."""
+    path = os.path.join(workdir, "evaluation", f"{split}-{search}.json")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    flat = {**results["metrics"], **{k: v for k, v in results.items() if k != "metrics"}}
+    report.write_json(path, flat)
+    return path
+
+
+def baseline_rows(dataset: PreparedDataset, k: int) -> dict[str, dict[str, float]]:
+    """Metrics of the nearest-neighbour votes that the data allow: text, pictures, both."""
+    kinds = ["text"] + (["picture", "both"] if dataset.image_width else [])
+    return {
+        f"vote, {kind}": measure(
+            vote.vote(
+                dataset,
+                by=kind,
+                k=min(k + index_lib.over_fetch(dataset.test_filter), dataset.num_labels),
+            ),
+            dataset,
+            "test",
+            k,
+        )
+        for kind in kinds
+    }
+
+
+def show(
+    config: Config,
+    model: Model,
+    params: Any,
+    labels: LabelState,
+    dataset: PreparedDataset,
+    *,
+    split: str,
+    search: str,
+) -> None:
+    """Evaluates, writes the json, prints the table and where it lies."""
+    k = min(config.eval.k, dataset.num_labels)
+    results = evaluate_model(
+        model,
+        params,
+        labels,
+        dataset,
+        split=split,
+        search=search,
+        k=k,
+        block=config.eval.block,
+        index_dir=os.path.join(config.workdir, "evaluation", "scann"),
+    )
+    rows = {}
+    if config.eval.vote and split == "test":
+        rows = baseline_rows(dataset, k)
+        results["vote"] = rows
+    name = "this run" + (", text and pictures" if model.num_images else ", text")
+    path = write_results(config.workdir, split, search, results)
+    print(report.format_table({**rows, name: results["metrics"]}))
+    print(
+        f"{dataset.name}, {split}: {results['counts']['queries']} queries, "
+        f"{results['counts']['labels']} labels, {search} search; written to {path}"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    values = flags.FLAGS
+    if not values.workdir:
+        raise InputError("--workdir: missing; expected a run directory that train wrote")
+    config = config_lib.load(os.path.join(values.workdir, runs.CONFIG))
+    config = dataclasses.replace(
+        config,
+        workdir=values.workdir,
+        data=values.data or config.data,
+    )
+    dataset = runs.open_dataset(config)
+    mesh = runs.make_mesh(config)
+    model = runs.build_model(config, runs.read_tower(config.workdir), dataset.num_labels, mesh)
+    params, labels, step = runs.restore_model(config.workdir, model)
+    print(f"{config.workdir}: checkpoint of step {step}")
+    show(config, model, params, labels, dataset, split=values.split, search=values.search)
+
+
+def define_flags() -> None:
+    """The flags of this door; all else comes from the run directory."""
+    flags.DEFINE_string("workdir", "", "Run directory that train wrote.")
+    flags.DEFINE_string("data", "", "Prepared data, if it has moved since training.")
+    flags.DEFINE_enum("split", "test", ["test", "train"], "Which queries to judge on.")
+    flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    errors.launch(main)

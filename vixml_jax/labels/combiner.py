@@ -1,0 +1,69 @@
+"""The prototype network: text embedding, free vector and centroid of a label become one vector."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vixml_jax.models import layers
+
+
+class Combiner(nn.Module):
+    """One post-norm transformer layer over three tokens a label, then their mean, of unit length.
+
+    The tokens carry no positions, so the order of the three does not matter (paper, section 3;
+    PRIME, arXiv 2410.20626). Fresh weights are drawn as `torch.nn.TransformerEncoderLayer` does.
+
+    Attributes:
+      num_heads: Attention heads.
+      mlp_width: Of the feed-forward layer.
+      dropout: Of attention weights, both branches and the feed-forward layer, in training.
+    """
+
+    num_heads: int = 8
+    mlp_width: int = 1024
+    dropout: float = 0.1
+
+    @nn.compact
+    def __call__(
+        self,
+        u: Float[Array, "c e"],
+        free: Float[Array, "c e"],
+        centroid: Float[Array, "c e"],
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "c e"]:
+        """Unit prototypes, float32.
+
+        Args:
+          u: The tower's vectors of the labels, not normalised.
+          free: Their free vectors.
+          centroid: Mean of the unit vectors of each label's training queries; may be zero.
+          deterministic: Whether dropout is off; else rng "dropout" is needed.
+        """
+        keys = (None,) * 4 if deterministic else jax.random.split(self.make_rng("dropout"), 4)
+        width = u.shape[-1]
+        sizes = {"e": width, "m": self.mlp_width, "h": self.num_heads,
+                 "a": width // self.num_heads}  # fmt: skip
+        narrow, wide = layers.fan_in_uniform(width), layers.fan_in_uniform(self.mlp_width)
+        xavier = layers.uniform((6.0 / (width + 3 * width)) ** 0.5)  # Of the fused [3 e, e].
+
+        x = jnp.stack([u, free, centroid], axis=1).astype(jnp.float32)  # [c, s, e]
+        q, k, v = (
+            layers.Einsum("cse,eha->csha", sizes, xavier, name=name)(x)
+            for name in ("query", "key", "value")
+        )
+        y = layers.attend(q, k, v, None, rate=self.dropout, key=keys[0])
+        y = layers.Einsum("csha,hae->cse", sizes, narrow, name="out")(y)
+        x = layers.LayerNorm("e", 1e-5, name="attention_norm")(
+            x + layers.dropout(y, self.dropout, keys[1])
+        )
+        y = layers.Einsum("cse,em->csm", sizes, narrow, narrow, name="up")(x)
+        y = layers.dropout(layers.gelu(y), self.dropout, keys[2])
+        y = layers.Einsum("csm,me->cse", sizes, wide, wide, name="down")(y)
+        x = layers.LayerNorm("e", 1e-5, name="mlp_norm")(
+            x + layers.dropout(y, self.dropout, keys[3])
+        )
+        x = jnp.mean(x, axis=1)
+        # The floor stands under the root, where the gradient of a zero row stays finite.
+        return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))

@@ -1,0 +1,98 @@
+"""The label table: one row a label, spread over the mesh; gathered and scattered by id."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from vixml_jax import sharding
+from vixml_jax.sharding import ROWS
+from vixml_jax.structs import LabelState
+
+
+class LabelTable:
+    """Free vectors and centroids of all labels, rows over (replica, fsdp).
+
+    The paper's label table (section 3): a trained free vector shared by the labels of a cluster,
+    and the mean of the unit embeddings of a label's training queries. Arrays are padded to a
+    multiple of the row shards; the padding is never asked for.
+
+    Attributes:
+      mesh: Where the rows lie.
+      num_labels: Real rows of the centroids.
+      num_free: Real rows of the free vectors, at most `num_labels`.
+      width: Width of the embeddings.
+    """
+
+    def __init__(self, mesh: Mesh, num_labels: int, num_free: int, width: int):
+        self.mesh = mesh
+        self.num_labels = num_labels
+        self.num_free = min(num_free, num_labels)
+        self.width = width
+
+    def init_free(self, key: Array) -> Float[Array, "f e"]:
+        """Xavier-uniform free vectors: bound sqrt(6 / (free vectors + width))."""
+        rows = sharding.pad_rows(self.num_free, self.mesh)
+        bound = (6.0 / (self.num_free + self.width)) ** 0.5
+        return jax.random.uniform(key, (rows, self.width), jnp.float32, -bound, bound)
+
+    def init_state(self, cluster_of: Int[np.ndarray, " n"]) -> LabelState:
+        """Zero centroids and the given map from labels to free vectors, on the mesh."""
+        rows = sharding.pad_rows(self.num_labels, self.mesh)
+        padded = np.zeros(rows, np.int32)
+        padded[: self.num_labels] = cluster_of
+        place = sharding.rows_sharding(self.mesh)
+        return LabelState(
+            centroids=jax.device_put(np.zeros((rows, self.width), np.float32), place),
+            cluster_of=jax.device_put(padded, place),
+        )
+
+    def with_centroids(self, state: LabelState, centroids: Float[np.ndarray, "n e"]) -> LabelState:
+        """The state with new centroids of the real labels."""
+        padded = np.zeros(state.centroids.shape, np.float32)
+        padded[: self.num_labels] = centroids
+        return state._replace(centroids=jax.device_put(padded, sharding.rows_sharding(self.mesh)))
+
+    def gather(
+        self, free: Float[Array, "f e"], state: LabelState, label_ids: Int[Array, " c"]
+    ) -> tuple[Float[Array, "c e"], Float[Array, "c e"]]:
+        """Free vector and centroid of each label; zeros for id -1. Differentiable in `free`."""
+        shared = gather_rows(self.mesh, state.cluster_of[:, None], label_ids)[:, 0]
+        shared = jnp.where(label_ids >= 0, shared, -1)
+        return (
+            gather_rows(self.mesh, free, shared),
+            gather_rows(self.mesh, state.centroids, label_ids),
+        )
+
+
+def gather_rows(mesh: Mesh, rows: Array, ids: Int[Array, " c"]) -> Array:
+    """`rows[ids]` of a table whose rows lie over (replica, fsdp); zeros for id -1.
+
+    Each device looks up the ids that it holds and the pieces are summed, so what travels is
+    [c, e], never the table.
+    """
+
+    def local(rows: Array, ids: Array) -> Array:
+        at = ids - jax.lax.axis_index(ROWS) * rows.shape[0]
+        mine = (at >= 0) & (at < rows.shape[0]) & (ids >= 0)
+        found = jnp.where(mine[:, None], rows[jnp.where(mine, at, 0)], 0)
+        return jax.lax.psum(found, ROWS)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(ROWS), P()), out_specs=P())(rows, ids)
+
+
+def scatter_rows(
+    mesh: Mesh, rows: Float[Array, "n e"], ids: Int[Array, " c"], values: Float[Array, "c e"]
+) -> Float[Array, "n e"]:
+    """`rows` with `values` written at `ids`; id -1 writes nothing. Rows stay where they lie."""
+
+    def local(rows: Array, ids: Array, values: Array) -> Array:
+        at = ids - jax.lax.axis_index(ROWS) * rows.shape[0]
+        mine = (at >= 0) & (at < rows.shape[0]) & (ids >= 0)
+        return rows.at[jnp.where(mine, at, rows.shape[0])].set(values, mode="drop")
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(ROWS), P(), P()), out_specs=P(ROWS))(
+        rows, ids, values
+    )

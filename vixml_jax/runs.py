@@ -1,0 +1,178 @@
+"""A run directory: where things lie in it, and how a trained model comes back from it."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from vixml_jax import config as config_lib
+from vixml_jax import sharding
+from vixml_jax.config import Config
+from vixml_jax.data import preparation
+from vixml_jax.data.store import PreparedDataset
+from vixml_jax.encoding import Model
+from vixml_jax.errors import InputError
+from vixml_jax.labels.combiner import Combiner
+from vixml_jax.labels.table import LabelTable
+from vixml_jax.models.bert import BertConfig
+from vixml_jax.models.tower import Tower
+from vixml_jax.structs import LabelState, PackedItems
+
+CONFIG = "config.json"
+TOWER = "tower.json"
+CHECKPOINTS = "checkpoints"
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a whole file or nothing."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def open_run(config: Config, tower: BertConfig, content_hash: str) -> None:
+    """Makes the run directory, or checks that the one found is of the same run.
+
+    Raises:
+      InputError: If the directory holds another configuration, or other data.
+    """
+    path = os.path.join(config.workdir, CONFIG)
+    about = {**dataclasses.asdict(tower), "content_hash": content_hash}
+    if os.path.exists(path):
+        changed = config_lib.differences(config_lib.load(path), config)
+        changed = [line for line in changed if not line.startswith("--workdir:")]
+        if not changed and _read_tower(config.workdir)["content_hash"] != content_hash:
+            changed = [f"--data={config.data} has other content than the run was started on"]
+        if changed:
+            raise InputError(
+                f"--workdir={config.workdir} holds a run of another configuration "
+                f"({'; '.join(changed)}): use the same flags to resume it, or another --workdir"
+            )
+        return
+    if os.path.isdir(os.path.join(config.workdir, CHECKPOINTS)):
+        raise InputError(
+            f"{path}: not found, but there are checkpoints beside it; use another --workdir"
+        )
+    os.makedirs(config.workdir, exist_ok=True)
+    write_text(os.path.join(config.workdir, TOWER), json.dumps(about, indent=2) + "\n")
+    write_text(path, config.to_json())
+
+
+def _read_tower(workdir: str) -> dict[str, Any]:
+    path = os.path.join(workdir, TOWER)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: {error}; expected a run directory that train wrote") from None
+
+
+def read_tower(workdir: str) -> BertConfig:
+    """The tower's sizes as the run was started with.
+
+    Raises:
+      InputError: If the directory is not a run's.
+    """
+    about = _read_tower(workdir)
+    about.pop("content_hash")
+    return BertConfig(**about)
+
+
+def open_dataset(config: Config) -> PreparedDataset:
+    """The prepared data of a run; the built-in data are prepared in the run directory first."""
+    if config.data != "glyphs":
+        return PreparedDataset.open(config.data)
+    path = os.path.join(config.workdir, "data")
+    if not os.path.exists(path):
+        return preparation.prepare("glyphs", path, tokenizer="train", max_tokens=16)
+    return PreparedDataset.open(path)
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The mesh that `--mesh` names.
+
+    Raises:
+      InputError: If there are not that many devices.
+    """
+    try:
+        return sharding.create_mesh(*config.mesh)
+    except ValueError as error:
+        raise InputError(f"--mesh={','.join(map(str, config.mesh))}: {error}") from None
+
+
+def build_model(config: Config, tower: BertConfig, num_labels: int, mesh: Mesh) -> Model:
+    """The model that the flags describe; no parameters yet."""
+    labels = config.labels
+    return Model(
+        tower=Tower(tower),
+        combiner=Combiner(labels.num_heads, labels.mlp_width, labels.dropout)
+        if labels.prototypes
+        else None,
+        table=LabelTable(mesh, num_labels, labels.num_free, tower.width),
+        mesh=mesh,
+        row_width=config.batch.row_width,
+        num_images=config.model.num_images if tower.image_width else 0,
+    )
+
+
+def init_params(model: Model, key: jax.Array) -> Any:
+    """Fresh parameters of tower, combiner and free vectors, boxed with their logical axes."""
+    tower_key, combiner_key, free_key = jax.random.split(key, 3)
+    row = jnp.zeros((1, 8), jnp.int32)
+    packed = PackedItems(
+        tokens=row,
+        segments=row,
+        positions=row,
+        image_at=row - 1,
+        images=jnp.zeros((1, max(model.tower.config.image_width, 1)), jnp.float16),
+    )
+    params = {"tower": model.tower.init(tower_key, packed, 1, deterministic=True)["params"]}
+    if model.combiner is not None:
+        x = jnp.zeros((1, model.table.width))
+        params["combiner"] = model.combiner.init(combiner_key, x, x, x, deterministic=True)[
+            "params"
+        ]
+        params["free"] = nn.LogicallyPartitioned(model.table.init_free(free_key), ("label", None))
+    return params
+
+
+def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
+    """Parameters and label state of the newest checkpoint, on the model's mesh, and its step.
+
+    Raises:
+      InputError: If there is no checkpoint.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = os.path.abspath(os.path.join(workdir, CHECKPOINTS))
+    if not os.path.isdir(directory):
+        raise InputError(f"{directory}: not found; expected a run directory that train wrote")
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    labels = jax.eval_shape(
+        lambda: model.table.init_state(np.zeros(model.table.num_labels, np.int32))
+    )
+    rows = sharding.rows_sharding(model.mesh)
+    abstract = {
+        "params": jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            nn.unbox(boxed),
+            sharding.shardings_of(boxed, model.mesh),
+        ),
+        "labels": jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), labels
+        ),
+    }
+    with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(f"{directory}: holds no checkpoint yet")
+        restored = manager.restore(
+            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
+        )["model"]
+    return restored["params"], LabelState(*restored["labels"]), step

@@ -1,0 +1,101 @@
+"""Mesh and rules: the only place that knows both the logical axes and the mesh."""
+
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("replica", "fsdp", "tensor")  # Slowest link first.
+ROWS = ("replica", "fsdp")  # What rows of batches, banks and tables are spread over.
+
+AXIS_RULES = (
+    ("batch", ROWS),
+    ("label", ROWS),
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("vocab", "tensor"),
+    ("layers", None),
+)
+
+
+def create_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices; one size may be -1 and takes what the others leave.
+
+    Raises:
+      ValueError: If the sizes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = [replica, fsdp, tensor]
+    if sizes.count(-1) == 1:
+        known = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = max(1, devices // known)
+    if int(np.prod(sizes)) != devices:
+        raise ValueError(
+            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs "
+            f"{int(np.prod(sizes))} devices, found {devices}"
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """Over how many devices rows are spread."""
+    return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows spread over (replica, fsdp), all else whole."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def pad_rows(num_rows: int, mesh: Mesh) -> int:
+    """The next multiple of the row shards: how many rows a spread table has."""
+    shards = num_row_shards(mesh)
+    return -(-num_rows // shards) * shards
+
+
+def shardings_of(abstract: Any, mesh: Mesh) -> Any:
+    """The sharding of each leaf of `abstract`, by its logical axes; replicated where it has none.
+
+    Args:
+      abstract: What `jax.eval_shape` of a Linen `init` gives, boxed leaves included.
+      mesh: Where to place it. An axis that does not divide a dimension is left whole.
+    """
+    specs = nn.get_partition_spec(abstract)
+
+    def one(leaf: Any, spec: P) -> NamedSharding:
+        mapped = nn.logical_to_mesh_axes(tuple(spec), AXIS_RULES)
+        fitted = [
+            axis if axis is None or size % _axis_size(mesh, axis) == 0 else None
+            for size, axis in itertools.zip_longest(leaf.shape, tuple(mapped)[: len(leaf.shape)])
+        ]
+        return NamedSharding(mesh, P(*fitted))
+
+    return jax.tree.map(one, nn.unbox(abstract), specs)
+
+
+def _axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
+    names = (axis,) if isinstance(axis, str) else axis
+    return int(np.prod([mesh.shape[name] for name in names]))
+
+
+def to_devices(batch: Any, mesh: Mesh) -> Any:
+    """Puts a host batch on the mesh: rows spread where they divide, else whole."""
+    rows, whole = rows_sharding(mesh), replicated(mesh)
+    shards = num_row_shards(mesh)
+
+    def place(x: np.ndarray) -> jax.Array:
+        spread = x.ndim > 0 and x.shape[0] and x.shape[0] % shards == 0
+        return jax.device_put(x, rows if spread else whole)
+
+    return jax.tree.map(place, batch)

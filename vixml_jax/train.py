@@ -1,0 +1,176 @@
+"""The door that trains: `python -m vixml_jax.train --flagfile=experiments/X.flags`."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from flax import linen as nn
+
+from vixml_jax import config as config_lib
+from vixml_jax import errors, evaluate, runs
+from vixml_jax.config import Config
+from vixml_jax.data.store import PreparedDataset
+from vixml_jax.encoding import Model
+from vixml_jax.errors import InputError
+from vixml_jax.models import hf
+from vixml_jax.models.bert import BertConfig
+from vixml_jax.training import loop, losses, optimizer, step, warm_start
+from vixml_jax.training.checkpoints import Checkpoints
+from vixml_jax.training.telemetry import CollapseGuard, Telemetry
+
+
+def make_tower(config: Config, dataset: PreparedDataset) -> tuple[BertConfig, Any]:
+    """The tower's sizes, and its pretrained parameters (None from scratch)."""
+    flagged, params = config.model, None
+    changes: dict[str, Any] = {
+        "image_width": dataset.image_width if flagged.num_images else 0,
+        "dtype": flagged.dtype,
+        "scan": flagged.scan,
+        "remat": flagged.remat,
+    }
+    if flagged.dropout >= 0:
+        changes |= {"dropout": flagged.dropout, "attention_dropout": flagged.dropout}
+    if flagged.pretrained:
+        tower, params = hf.load_hf_tower(flagged.pretrained)
+    else:
+        tower = BertConfig(
+            vocab_size=dataset.vocab_size,
+            num_layers=flagged.num_layers,
+            width=flagged.width,
+            num_heads=flagged.num_heads,
+            mlp_width=flagged.mlp_width,
+            max_positions=max(64, flagged.num_images + dataset.max_tokens),
+        )
+    tower = dataclasses.replace(tower, **changes)
+    if dataset.vocab_size > tower.vocab_size:
+        raise InputError(
+            f"--data={config.data} was tokenised with {dataset.vocab_size} tokens, but "
+            f"--model.pretrained={flagged.pretrained} knows {tower.vocab_size}: prepare it again "
+            "with --tokenizer set to the model"
+        )
+    longest = flagged.num_images + dataset.max_tokens
+    if longest > tower.max_positions:
+        raise InputError(
+            f"--data={config.data} has up to {dataset.max_tokens} tokens and "
+            f"--model.num_images={flagged.num_images}: together above the "
+            f"{tower.max_positions} positions of the tower"
+        )
+    if longest > config.batch.row_width:
+        raise InputError(
+            f"--batch.row_width={config.batch.row_width} is too narrow: an item takes up to "
+            f"{dataset.max_tokens} tokens and {flagged.num_images} pictures"
+        )
+    return tower, params
+
+
+def first_params(config: Config, model: Model, dataset: PreparedDataset, pretrained: Any) -> Any:
+    """Fresh parameters, with the pretrained tower's put in and the image projection started."""
+    params = nn.unbox(
+        jax.jit(functools.partial(runs.init_params, model))(jax.random.key(config.seed))
+    )
+    if pretrained is not None:
+        params["tower"] = {**params["tower"], **pretrained}
+    if model.num_images and config.model.image_init == "regression":
+        words = np.asarray(params["tower"]["word_embeddings"], np.float32)
+        found = warm_start.regress_images(dataset, words)
+        if found is not None:
+            params["tower"]["image_projection"] = {"kernel": found[0], "bias": found[1]}
+    return params
+
+
+def train(config: Config) -> None:
+    """Trains as the flags say, from where the run directory stands, and evaluates."""
+    dataset = runs.open_dataset(config)
+    mesh = runs.make_mesh(config)
+    tower, pretrained = make_tower(config, dataset)
+    model = runs.build_model(config, tower, dataset.num_labels, mesh)
+    if config.batch.size > len(dataset.train):
+        raise InputError(
+            f"--batch.size={config.batch.size} is more than the {len(dataset.train)} training "
+            f"queries of {config.data}"
+        )
+    runs.open_run(config, tower, dataset.content_hash)
+
+    steps_per_epoch = -(-len(dataset.train) // config.batch.size)
+    total_steps = config.loop.epochs * steps_per_epoch
+    tx = optimizer.make_optimizer(total_steps=total_steps, **dataclasses.asdict(config.optimizer))
+    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
+    params = first_params(config, model, dataset, pretrained)
+    checkpoints = Checkpoints(os.path.join(config.workdir, runs.CHECKPOINTS), keep=config.loop.keep)
+    resumed = checkpoints.latest_step()
+    if resumed is None:
+        params, labels, bank = loop.initial_labels(
+            model,
+            params,
+            dataset,
+            labels=config.labels,
+            block=config.eval.block,
+            seed=config.seed,
+        )
+    else:
+        labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
+        bank = loop.empty_bank(model, len(dataset.train))
+    state, shardings = loop.place_state(model, boxed, params, tx, labels, bank)
+    del params, bank, labels
+
+    k = min(config.eval.k, dataset.num_labels)
+    trainer = loop.Trainer(
+        model,
+        dataset,
+        step.make_train_step(
+            model,
+            functools.partial(losses.total_loss, **dataclasses.asdict(config.loss)),
+            tx,
+            shardings,
+            centroid_momentum=0.95 if config.labels.centroids == "moving" else None,
+        ),
+        batch=config.batch,
+        labels=config.labels,
+        loop=config.loop,
+        block=config.eval.block,
+        seed=config.seed,
+        checkpoints=checkpoints,
+        guard=CollapseGuard(margin=config.loss.margin_min, num_negatives=config.loss.num_negatives),
+        evaluate=lambda params, labels: evaluate.evaluate_model(
+            model, params, labels, dataset, k=k, block=config.eval.block, titles=False
+        )["metrics"],
+    )
+    clusters, position = trainer.start()
+    if resumed is not None:
+        state, clusters, position = checkpoints.restore(state, clusters)
+        position = loop.Position(**position)
+        print(f"{config.workdir}: resumed at step {resumed} of {total_steps}")
+    telemetry = Telemetry(
+        config.workdir,
+        step=int(state.step),
+        total_steps=total_steps,
+        batch_size=config.batch.size,
+    )
+    try:
+        state = trainer.run(state, clusters, position, telemetry)
+    finally:
+        telemetry.close()
+        checkpoints.close()
+    evaluate.show(config, model, state.params, state.labels, dataset, split="test", search="exact")
+    print(
+        f"run: {os.path.abspath(config.workdir)} (config.json, checkpoints/, metrics.jsonl, "
+        "tensorboard/, evaluation/)"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    config = config_lib.from_flags(flags.FLAGS)
+    cache = os.path.join(os.path.expanduser("~"), ".cache", "vixml_jax", "programs")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    train(config)
+
+
+if __name__ == "__main__":
+    config_lib.define_flags()
+    errors.launch(main)

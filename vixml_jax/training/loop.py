@@ -1,0 +1,336 @@
+"""The training run: epochs of batches, then clusters, centroids, evaluation and saving."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jaxtyping import Int
+
+from vixml_jax import sharding
+from vixml_jax.config import BatchConfig, LabelsConfig, LoopConfig
+from vixml_jax.data import packing, pipeline, propensity, sampling
+from vixml_jax.data.store import PreparedDataset
+from vixml_jax.encoding import Model, item_lengths
+from vixml_jax.labels.centroids import exact_centroids
+from vixml_jax.structs import LabelState, TrainState
+from vixml_jax.training.checkpoints import Checkpoints
+from vixml_jax.training.clustering import balanced_clusters
+from vixml_jax.training.telemetry import CollapseGuard, Telemetry
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands in its data.
+
+    Attributes:
+      epoch: The epoch under way.
+      batches: The iterator's state within it; None at its start.
+      cluster_size: Queries of a cluster when next clustered.
+      clustered: Whether batches follow the clusters.
+    """
+
+    epoch: int
+    batches: dict[str, Any] | None
+    cluster_size: int
+    clustered: bool
+
+
+def place_state(
+    model: Model,
+    boxed: Any,
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    labels: LabelState,
+    bank: np.ndarray,
+) -> tuple[TrainState, Any]:
+    """The first state, each array where it will stay, and its shardings.
+
+    Args:
+      model: Where to.
+      boxed: Abstract parameters with their logical axes (`jax.eval_shape` of `init_params`).
+      params: The parameters themselves, unboxed, on host or device.
+      optimizer: Whose state to make.
+      labels: The label state, placed.
+      bank: Unit embeddings of the training queries, padded to the mesh.
+    """
+    whole, rows = sharding.replicated(model.mesh), sharding.rows_sharding(model.mesh)
+    param_shardings = sharding.shardings_of(boxed, model.mesh)
+    opt_shardings = optax.tree.map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, nn.unbox(boxed)),
+        param_shardings,
+        transform_non_params=lambda _: whole,
+    )
+    shardings = TrainState(
+        step=whole,
+        params=param_shardings,
+        opt_state=opt_shardings,
+        labels=LabelState(rows, rows),
+        bank=rows,
+    )
+    params = jax.device_put(params, param_shardings)
+    state = TrainState(
+        step=jax.device_put(np.int32(0), whole),
+        params=params,
+        opt_state=jax.jit(optimizer.init, out_shardings=opt_shardings)(params),
+        labels=labels,
+        bank=jax.device_put(bank, rows),
+    )
+    return state, shardings
+
+
+def empty_bank(model: Model, num_queries: int) -> np.ndarray:
+    """Zero rows for all training queries, padded to the mesh."""
+    rows = sharding.pad_rows(num_queries, model.mesh)
+    return np.zeros((rows, model.table.width), np.float32)
+
+
+def initial_labels(
+    model: Model,
+    params: Any,
+    dataset: PreparedDataset,
+    *,
+    labels: LabelsConfig,
+    block: int,
+    seed: int,
+) -> tuple[Any, LabelState, np.ndarray]:
+    """What training starts from: the label -> free vector map, centroids, the bank.
+
+    The map clusters the labels' embeddings under the starting weights (paper, section 3); where
+    every label has a free vector of its own there is nothing to cluster.
+
+    Returns:
+      The parameters (free vectors set where `labels.free_init` says so), the label state, and the
+      bank, padded to the mesh.
+    """
+    num_labels, num_free = model.table.num_labels, model.table.num_free
+    cluster_of = np.arange(num_labels, dtype=np.int32)
+    if model.combiner is not None and (num_free < num_labels or labels.free_init == "embedding"):
+        vectors = model.encode_queries(
+            params, dataset.labels, block=block, title="labels, before training"
+        )
+        if num_free < num_labels:
+            cluster_of = balanced_clusters(vectors, num_free, seed=seed)
+        if labels.free_init == "embedding":
+            free = np.zeros(params["free"].shape, np.float32)
+            np.add.at(free, cluster_of, vectors)
+            counts = np.bincount(cluster_of, minlength=len(free))
+            params = {**params, "free": free / np.maximum(counts, 1)[:, None]}
+    bank = empty_bank(model, len(dataset.train))
+    bank[: len(dataset.train)] = model.encode_queries(
+        params, dataset.train, block=block, title="training queries, before training"
+    )
+    state = model.table.init_state(cluster_of)
+    if model.combiner is not None:
+        state = model.table.with_centroids(
+            state, exact_centroids(dataset.train_relevance, bank[: len(dataset.train)])
+        )
+    return params, state, bank
+
+
+class Trainer:
+    """Runs epochs from wherever the state stands; one call to `run` does it all.
+
+    Args:
+      model: Tower, combiner, table.
+      dataset: What to train on.
+      train_step: From `make_train_step`.
+      batch, labels, loop: The groups of flags.
+      block: Items encoded at a time.
+      seed: Of order, positives, dropout and clusters.
+      checkpoints: Where states go.
+      guard: Watches for collapse.
+      evaluate: (params, labels) -> metrics, called as `loop.eval_every` says.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dataset: PreparedDataset,
+        train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+        *,
+        batch: BatchConfig,
+        labels: LabelsConfig,
+        loop: LoopConfig,
+        block: int,
+        seed: int,
+        checkpoints: Checkpoints,
+        guard: CollapseGuard,
+        evaluate: Callable[[Any, LabelState], Mapping[str, float]],
+    ):
+        self.model, self.dataset, self.train_step = model, dataset, train_step
+        self.batch, self.labels, self.loop = batch, labels, loop
+        self.block, self.seed = block, seed
+        self.checkpoints, self.guard, self.evaluate = checkpoints, guard, evaluate
+        self.num_queries = len(dataset.train)
+        self.steps_per_epoch = math.ceil(self.num_queries / batch.size)
+        self.shapes: set[int] = set()
+        self._key = jax.random.key(seed)
+        self._weights = None
+        if batch.positives == "inverse_propensity":
+            counts = np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
+            self._weights = propensity.inverse_propensity(
+                counts, self.num_queries, dataset.propensity_a, dataset.propensity_b
+            )
+        shards = sharding.num_row_shards(model.mesh)
+        self._packing = {
+            "width": model.row_width,
+            "num_images": model.num_images,
+            "blocks": shards,
+            "rows": packing.RowSizes.expected(
+                sum(
+                    float(np.mean(item_lengths(items, model.num_images, model.row_width)))
+                    for items in (dataset.train, dataset.labels)
+                ),
+                batch_size=batch.size,
+                width=model.row_width,
+                blocks=shards,
+            ),
+        }
+
+    def start(self) -> tuple[Int[np.ndarray, " n"], Position]:
+        """Clusters (none yet) and position of a run that has not begun."""
+        return (
+            np.full(self.num_queries, -1, np.int32),
+            Position(0, None, self.batch.cluster_size, False),
+        )
+
+    def run(
+        self,
+        state: TrainState,
+        clusters: Int[np.ndarray, " n"],
+        position: Position,
+        telemetry: Telemetry,
+    ) -> TrainState:
+        """Trains to the end and returns the last state; every epoch ends in a checkpoint."""
+        while position.epoch < self.loop.epochs:
+            state = self._run_batches(state, clusters, position, telemetry)
+            state, clusters, position = self._end_epoch(state, clusters, position, telemetry)
+            self._save(state, clusters, position)
+            telemetry.pause()
+        self.checkpoints.wait()
+        return state
+
+    def _order(self, clusters: np.ndarray, position: Position) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, position.epoch))
+        if position.clustered:
+            return sampling.clustered_order(clusters, rng)
+        return sampling.shuffled_order(self.num_queries, rng)
+
+    def _run_batches(
+        self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
+    ) -> TrainState:
+        batches = pipeline.epoch_batches(
+            self.dataset,
+            self._order(clusters, position),
+            epoch=position.epoch,
+            seed=self.seed,
+            batch_size=self.batch.size,
+            weights=self._weights,
+            num_threads=self.batch.threads,
+            prefetch=self.batch.prefetch,
+            **self._packing,
+        )
+        if position.batches is not None:
+            batches.set_state(position.batches)
+        step, last = int(state.step), (position.epoch + 1) * self.steps_per_epoch
+        unread: list[dict[str, jax.Array]] = []
+        for batch in batches:
+            self.shapes.add(len(batch.items.tokens))
+            state, scalars = self.train_step(
+                state, sharding.to_devices(batch, self.model.mesh), self._key
+            )
+            step += 1
+            unread.append(scalars)
+            telemetry.advance(position.epoch)
+            if step % self.loop.log_every == 0 or step == last:
+                self._report(step, position.epoch, unread, telemetry)
+                unread = []
+            if step % self.loop.save_every == 0 and step < last:
+                if unread:  # A state is saved only if all that led to it was finite.
+                    self._report(step, position.epoch, unread, telemetry)
+                    unread = []
+                there = dataclasses.replace(position, batches=batches.get_state())
+                self._save(state, clusters, there)
+        if self.train_step._cache_size() > len(self.shapes):
+            raise RuntimeError(
+                f"the step was compiled {self.train_step._cache_size()} times for "
+                f"{len(self.shapes)} shapes of batches"
+            )
+        return state
+
+    def _report(
+        self, step: int, epoch: int, unread: list[dict[str, jax.Array]], telemetry: Telemetry
+    ) -> None:
+        """Reads the scalars of the steps since the last report; stops on a loss that is not."""
+        read = jax.device_get(unread)
+        first = step - len(read) + 1
+        for offset, scalars in enumerate(read):
+            if not np.isfinite(scalars["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {scalars['loss']} at step {first + offset} (epoch {epoch}); the "
+                    "last checkpoint is kept; try a lower --optimizer.learning_rate"
+                )
+            warning = self.guard.warning(scalars)
+            if warning:
+                telemetry.say(warning)
+        mean = {name: float(np.mean([scalars[name] for scalars in read])) for name in read[0]}
+        telemetry.scalars(step, mean, epoch=epoch)
+
+    def _save(self, state: TrainState, clusters: np.ndarray, position: Position) -> None:
+        self.checkpoints.save(state, clusters, dataclasses.asdict(position))
+
+    def _end_epoch(
+        self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
+    ) -> tuple[TrainState, np.ndarray, Position]:
+        """Curriculum, clusters, centroids, evaluation: in the order of the paper's program."""
+        epoch, is_last = position.epoch, position.epoch == self.loop.epochs - 1
+        size, clustered = position.cluster_size, position.clustered
+        if epoch in self.batch.curriculum:
+            size *= 2
+        since = epoch - self.batch.cluster_start
+        if (
+            self.batch.cluster_start >= 0
+            and since >= 0
+            and not is_last
+            and since % self.batch.cluster_every == 0
+        ):
+            bank = np.asarray(state.bank)[: self.num_queries]
+            clusters = balanced_clusters(
+                bank, max(1, math.ceil(self.num_queries / size)), seed=self.seed + epoch
+            )
+            clustered = True
+        state = state._replace(labels=self._centroids(state, is_last))
+        position = Position(epoch + 1, None, size, clustered)
+        if self.loop.eval_every and (epoch + 1) % self.loop.eval_every == 0 and not is_last:
+            metrics = self.evaluate(state.params, state.labels)
+            telemetry.write(int(state.step), metrics, epoch=epoch)
+            telemetry.say(
+                f"epoch {epoch}: "
+                + ", ".join(
+                    f"{name} {metrics[name]:.2f}"
+                    for name in ("P@1", "P@5", "PSP@5", "R@100")
+                    if name in metrics
+                )
+            )
+        return state, clusters, position
+
+    def _centroids(self, state: TrainState, is_last: bool) -> LabelState:
+        """The centroids that the next epoch, or evaluation, reads."""
+        if self.model.combiner is None or (self.labels.centroids == "moving"):
+            return state.labels
+        if is_last or self.labels.centroids == "exact":
+            queries = self.model.encode_queries(
+                state.params, self.dataset.train, block=self.block, title="training queries"
+            )
+        else:
+            queries = np.asarray(state.bank)[: self.num_queries]
+        return self.model.table.with_centroids(
+            state.labels, exact_centroids(self.dataset.train_relevance, queries)
+        )

@@ -1,0 +1,229 @@
+"""The contrastive loss of the paper (arXiv 2511.13189, section 3): pure functions of arrays.
+
+All of it is float32. Masks say which rows and columns are real; the finite numbers that padding
+holds change neither the loss nor a gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# The score that replaces that of a satisfied negative before the softmax, as published. It leaves
+# such a negative without weight, unless all negatives of the row are satisfied: then all are alike.
+_SATISFIED = -50.0
+_NEVER = -1e9  # Below every satisfied one, at any temperature.
+
+
+def total_loss(
+    queries: Float[Array, "b e"],
+    labels: Float[Array, "c e"],
+    prototypes: Float[Array, "c e"] | None,
+    relevance: Bool[Array, "b c"],
+    row_mask: Bool[Array, " b"],
+    column_mask: Bool[Array, " c"],
+    key: Array,
+    *,
+    num_negatives: int,
+    margin_min: float,
+    margin_max: float,
+    temperature: float,
+    regulariser: float = 0.1,
+    tie_gradient: bool = True,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The sum of the four terms, or the query -> label term alone where there are no prototypes.
+
+    Args:
+      queries: Unit vectors.
+      labels: Unit vectors of the labels as the tower sees them.
+      prototypes: Unit vectors of the same labels out of the combiner, or None.
+      relevance: Whether the candidate is a label of the query.
+      row_mask: True for real queries.
+      column_mask: True for real candidates.
+      key: Draws the positives, anew in each term.
+      num_negatives: Hardest negatives of each row.
+      margin_min: See `triplet_loss`; so with `margin_max` and `temperature`.
+      regulariser: Weight of the prototype margin term.
+      tie_gradient: See `triplet_loss`.
+
+    Returns:
+      The loss, and scalars: each term by name, and the violators of the query -> label term.
+    """
+
+    def triplet(scores, positive, row_mask, column_mask, key):
+        return triplet_loss(
+            scores,
+            positive,
+            row_mask,
+            column_mask,
+            key,
+            num_negatives=num_negatives,
+            margin_min=margin_min,
+            margin_max=margin_max,
+            temperature=temperature,
+            tie_gradient=tie_gradient,
+        )
+
+    text_key, prototype_key, label_key, margin_key = jax.random.split(key, 4)
+    scores = _similarity(queries, labels)
+    loss, violators = triplet(scores, relevance, row_mask, column_mask, text_key)
+    zero = jnp.zeros_like(loss)
+    scalars = {"loss_text": loss, "loss_prototype": zero, "loss_label": zero, "loss_margin": zero}
+    if prototypes is not None:
+        prototype_scores = _similarity(queries, prototypes)
+        scalars["loss_prototype"], _ = triplet(
+            prototype_scores, relevance, row_mask, column_mask, prototype_key
+        )
+        scalars["loss_label"], _ = triplet(scores.T, relevance.T, column_mask, row_mask, label_key)
+        scalars["loss_margin"] = prototype_margin_loss(
+            scores,
+            prototype_scores,
+            relevance,
+            row_mask,
+            column_mask,
+            margin_key,
+            num_negatives=num_negatives,
+            tie_gradient=tie_gradient,
+        )
+        loss += scalars["loss_prototype"] + scalars["loss_label"]
+        loss += regulariser * scalars["loss_margin"]
+    return loss, scalars | {"violators": violators}
+
+
+def triplet_loss(
+    scores: Float[Array, "b c"],
+    positive: Bool[Array, "b c"],
+    row_mask: Bool[Array, " b"],
+    column_mask: Bool[Array, " c"],
+    key: Array,
+    *,
+    num_negatives: int,
+    margin_min: float,
+    margin_max: float,
+    temperature: float = 0.1,
+    tie_gradient: bool = True,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Hinges of one positive a row against its hardest negatives, weighted towards the hardest.
+
+    With s+ the score of a positive drawn uniformly and s- one of the `num_negatives` largest
+    scores of a negative, the hinge is max(0, s- - s+ + margin), where the margin is the gap
+    |s+ - s-| clipped to [margin_min, margin_max] and constant to the gradient. So a gap of
+    margin_min is asked for, and a violated order costs more. The weights are a softmax of s- over
+    the negatives whose hinge is positive, with gradient.
+
+    Args:
+      scores: Similarities in [-1, 1]; rows are the anchors.
+      positive: Whether the column belongs to the row.
+      row_mask: True for real rows. The mean is over these.
+      column_mask: True for real columns.
+      key: Draws the positives.
+      num_negatives: Hardest negatives of each row. A row with fewer uses what it has: neither a
+        positive nor padding takes the place of one.
+      margin_min: Smallest margin.
+      margin_max: Largest margin.
+      temperature: Of the softmax.
+      tie_gradient: The hinge is exactly zero for every gap in [margin_min, margin_max]. True
+        gives it half a slope there, as published, which is felt in rows where all hinges are zero;
+        False gives none.
+
+    Returns:
+      The mean over real rows of the weighted sum of hinges (0 for a row without a positive or
+      without a negative), and the mean number of negatives of a row that contribute.
+    """
+    chosen, has_positive = _draw_positive(positive & column_mask, key)
+    hardest, is_negative = _hardest_negatives(scores, positive, column_mask, num_negatives)
+    counts = is_negative & (has_positive & row_mask)[:, None]  # [b, k]
+
+    s_positive = jnp.take_along_axis(scores, chosen[:, None], axis=1)  # [b, 1]
+    s_negative = jnp.take_along_axis(scores, hardest, axis=1)  # [b, k]
+    gap = jax.lax.stop_gradient(jnp.abs(s_positive - s_negative))
+    margin = jnp.clip(gap, margin_min, margin_max)
+    hinge = jnp.where(counts, _hinge(s_negative - s_positive + margin, tie_gradient), 0.0)
+
+    logits = jnp.where(hinge > 0, s_negative, _SATISFIED) / temperature
+    weights = jax.nn.softmax(jnp.where(counts, logits, _NEVER), axis=1)
+    weighted = weights * hinge
+    num_rows = jnp.maximum(jnp.sum(row_mask), 1)
+    return jnp.sum(weighted) / num_rows, jnp.sum(weighted > 0) / num_rows
+
+
+def prototype_margin_loss(
+    raw_scores: Float[Array, "b c"],
+    prototype_scores: Float[Array, "b c"],
+    positive: Bool[Array, "b c"],
+    row_mask: Bool[Array, " b"],
+    column_mask: Bool[Array, " c"],
+    key: Array,
+    *,
+    num_negatives: int,
+    margin: float = 0.1,
+    tie_gradient: bool = True,
+) -> Float[Array, ""]:
+    """Asks prototypes to separate better than the labels' own embeddings, by a margin.
+
+    At one positive a row, drawn uniformly, the prototype shall score higher by `margin`; at the
+    hardest negatives of the prototypes, lower by `margin`. Each half is the mean of its hinges
+    that are above zero, 0 if none is; the result is the mean of the halves.
+
+    Args:
+      raw_scores: Similarities of queries and label embeddings.
+      prototype_scores: Similarities of the same queries and the same labels' prototypes.
+      positive: Whether the candidate is a label of the query.
+      row_mask: True for real queries.
+      column_mask: True for real candidates.
+      key: Draws the positives.
+      num_negatives: Hardest negatives of each row.
+      margin: Lead asked of the prototype.
+      tie_gradient: Whether a hinge of exactly zero has half a slope.
+    """
+    chosen, has_positive = _draw_positive(positive & column_mask, key)
+    hardest, is_negative = _hardest_negatives(
+        prototype_scores, positive, column_mask, num_negatives
+    )
+    lead = prototype_scores - raw_scores
+    at_positive = jnp.take_along_axis(lead, chosen[:, None], axis=1)  # [b, 1]
+    at_negative = jnp.take_along_axis(lead, hardest, axis=1)  # [b, k]
+    real = row_mask[:, None]
+    return 0.5 * (
+        _active_mean(_hinge(margin - at_positive, tie_gradient), has_positive[:, None] & real)
+        + _active_mean(_hinge(margin + at_negative, tie_gradient), is_negative & real)
+    )
+
+
+def _similarity(rows: Float[Array, "b e"], columns: Float[Array, "c e"]) -> Float[Array, "b c"]:
+    # Margins of 0.1 are lost in the bfloat16 or TF32 that accelerators multiply in by default.
+    return jnp.einsum(
+        "be,ce->bc", rows, columns, precision="highest", preferred_element_type=jnp.float32
+    )
+
+
+def _draw_positive(
+    positive: Bool[Array, "b c"], key: Array
+) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
+    """A column drawn uniformly from each row's positives, and whether there is one."""
+    # One number a row, not one a score: cheaper, and padding columns leave the draw alone.
+    rank = jnp.cumsum(positive, axis=1, dtype=jnp.int32)
+    count = rank[:, -1]
+    uniform = jax.random.uniform(key, (positive.shape[0],))
+    wanted = 1 + jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
+    return jnp.argmax(rank >= wanted[:, None], axis=1), count > 0
+
+
+def _hardest_negatives(
+    scores: Float[Array, "b c"],
+    positive: Bool[Array, "b c"],
+    column_mask: Bool[Array, " c"],
+    num_negatives: int,
+) -> tuple[Int[Array, "b k"], Bool[Array, "b k"]]:
+    """The columns of the largest scores of negatives, and which of them are negatives at all."""
+    candidates = jnp.where(~positive & column_mask, jax.lax.stop_gradient(scores), -jnp.inf)
+    largest, columns = jax.lax.top_k(candidates, min(num_negatives, scores.shape[1]))
+    return columns, largest > -jnp.inf
+
+
+def _hinge(x: Float[Array, "..."], tie_gradient: bool) -> Float[Array, "..."]:
+    return jnp.maximum(x, 0.0) if tie_gradient else jax.nn.relu(x)
+
+
+def _active_mean(hinge: Float[Array, "b k"], where: Bool[Array, "b k"]) -> Float[Array, ""]:
+    active = where & (hinge > 0)
+    return jnp.sum(hinge, where=active) / jnp.maximum(jnp.sum(active), 1)

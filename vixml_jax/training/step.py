@@ -1,0 +1,112 @@
+"""One training step: both sides through the tower, the four-term loss, one update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from vixml_jax import sharding
+from vixml_jax.encoding import Model, unit
+from vixml_jax.labels import table
+from vixml_jax.structs import Batch, LabelState, TrainState
+
+# (queries, labels, prototypes, relevance, row_mask, column_mask, key) -> loss, scalars
+LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+
+
+def make_train_step(
+    model: Model,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    state_shardings: Any,
+    *,
+    centroid_momentum: float | None = None,
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
+    """The jitted step: donates the state, keeps its shardings, and returns a few scalars.
+
+    Args:
+      model: Tower, combiner and table.
+      loss_fn: `losses.total_loss` with its settings bound.
+      optimizer: Acts on all of `state.params`.
+      state_shardings: Of the `TrainState`, pinned on the way out, so that the next call finds
+        what it was compiled for.
+      centroid_momentum: What a moving centroid keeps at each update (0.95); None: centroids are
+        left alone.
+    """
+
+    def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        tower_key, combiner_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+
+        def objective(params: Any) -> tuple[Array, tuple[dict[str, Array], Array]]:
+            num_queries, num_labels = batch.query_ids.shape[0], batch.label_ids.shape[0]
+            vectors = model.tower_vectors(
+                params, batch.items, num_queries + num_labels, dropout=tower_key
+            )
+            queries = unit(vectors[:num_queries])
+            labels = vectors[num_queries:]
+            prototypes = None
+            if model.combiner is not None:
+                prototypes = model.prototypes(
+                    params, state.labels, labels, batch.label_ids, dropout=combiner_key
+                )
+            loss, scalars = loss_fn(
+                queries,
+                unit(labels),
+                prototypes,
+                batch.relevance,
+                batch.query_ids >= 0,
+                batch.label_ids >= 0,
+                loss_key,
+            )
+            return loss, (scalars, queries)
+
+        (loss, (scalars, queries)), gradient = jax.value_and_grad(objective, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        labels = state.labels
+        if centroid_momentum is not None:
+            labels = move_centroids(
+                model.table, labels, batch.label_ids, queries, centroid_momentum
+            )
+        scalars |= {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        return (
+            TrainState(
+                step=state.step + 1,
+                params=optax.apply_updates(state.params, updates),
+                opt_state=opt_state,
+                labels=labels,
+                bank=table.scatter_rows(model.mesh, state.bank, batch.query_ids, queries),
+            ),
+            scalars,
+        )
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state_shardings, sharding.replicated(model.mesh)),
+    )
+
+
+def move_centroids(
+    label_table: table.LabelTable,
+    labels: LabelState,
+    label_ids: Int[Array, " c"],
+    queries: Float[Array, "b e"],
+    momentum: float,
+) -> LabelState:
+    """Moves the centroid of each label of the batch towards the mean of its queries there.
+
+    Candidate j was drawn for query j (paper, section 3, moving average). A label drawn for several
+    queries moves once, towards their mean, so the order in the batch does not matter.
+    """
+    same = (label_ids[:, None] == label_ids[None, :]).astype(jnp.float32)
+    mean = jnp.einsum("cb,be->ce", same, queries) / jnp.sum(same, axis=1, keepdims=True)
+    old = table.gather_rows(label_table.mesh, labels.centroids, label_ids)
+    moved = momentum * old + (1.0 - momentum) * mean
+    return labels._replace(
+        centroids=table.scatter_rows(label_table.mesh, labels.centroids, label_ids, moved)
+    )

@@ -1,0 +1,127 @@
+"""Scalars to TensorBoard and jsonl, a progress bar, and warnings worth reading."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+class Telemetry:
+    """What a run says while it trains; only process 0 speaks.
+
+    Lines of `metrics.jsonl` beyond `step` are dropped on opening, so that a resumed run's curve
+    has no echoes.
+
+    Attributes:
+      path: Of `metrics.jsonl`.
+    """
+
+    def __init__(self, workdir: str, *, step: int, total_steps: int, batch_size: int):
+        import tensorboardX
+        import tqdm
+
+        self.path = os.path.join(workdir, "metrics.jsonl")
+        self._batch_size = batch_size
+        _keep_until(self.path, step)
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(
+            os.path.join(workdir, "tensorboard"), purge_step=step + 1
+        )
+        self._bar = tqdm.tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,
+        )
+        self._last = (time.monotonic(), step)
+
+    def advance(self, epoch: int) -> None:
+        """One step done."""
+        self._bar.set_description(f"epoch {epoch}", refresh=False)
+        self._bar.update()
+
+    def scalars(self, step: int, values: Mapping[str, float], **more: Any) -> None:
+        """Writes the values of a step, and shows loss, violators and speed on the bar."""
+        now, (then, before) = time.monotonic(), self._last
+        self._last = (now, step)
+        values = dict(values)
+        if step > before:
+            values["queries_per_s"] = (step - before) * self._batch_size / max(now - then, 1e-9)
+        self.write(step, values, **more)
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, violators {values['violators']:.2f}, "
+            f"{values.get('queries_per_s', 0.0):.0f} queries/s",
+            refresh=False,
+        )
+
+    def write(self, step: int, values: Mapping[str, float], **more: Any) -> None:
+        """Writes values without touching the bar."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        line = {"step": step, **more, **{name: float(value) for name, value in values.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
+    def pause(self) -> None:
+        """What follows is not training: it does not count in the next items/s."""
+        self._last = (time.monotonic(), self._bar.n)
+
+    def close(self) -> None:
+        """Ends bar and files."""
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+
+def _keep_until(path: str, step: int) -> None:
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:
+                break  # A kill cut the last line.
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    os.replace(path + ".tmp", path)
+
+
+class CollapseGuard:
+    """Tells when a run has collapsed: the loss at the margin while nearly every negative violates.
+
+    All embeddings then point one way; the loss alone looks as if it had converged.
+    """
+
+    def __init__(self, *, margin: float, num_negatives: int, patience: int = 100):
+        self._margin = margin
+        self._num_negatives = num_negatives
+        self._patience = patience
+        self._seen: list[bool] = []
+
+    def warning(self, scalars: Mapping[str, float]) -> str | None:
+        """A line to show once, when every one of the last `patience` steps looked collapsed."""
+        at_margin = abs(scalars["loss_text"] - self._margin) < 0.1 * self._margin
+        violated = scalars["violators"] > 0.95 * self._num_negatives
+        self._seen = [*self._seen, bool(at_margin and violated)][-self._patience :]
+        if len(self._seen) == self._patience and np.all(self._seen):
+            self._seen = []
+            return (
+                f"warning: collapsed? for {self._patience} steps the loss has stood at the margin "
+                f"({self._margin}) while {scalars['violators']:.1f} of {self._num_negatives} "
+                "negatives violate; try a lower --optimizer.learning_rate or more "
+                "--optimizer.warmup_steps"
+            )
+        return None
