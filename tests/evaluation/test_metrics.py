@@ -1,109 +1,236 @@
-"""Metrics against loops over rows written from their definitions."""
+"""Metrics against plain loops, at their bounds, and on the cases where programs differ."""
 
 import math
 
-import hypothesis
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation.metrics import compute_metrics
+from vixml_jax.evaluation import metrics
+
+KS, RECALL_KS = (1, 3, 5), (4, 8)
 
 
-def brute_force(ids, relevance, weights, ks, recall_ks):
-    sums = {}
+def expected_metrics(ids, truth, weights, ks, recall_ks):
+    """The metrics by their definitions, one query and one rank at a time.
 
-    def add(name, value):
-        sums[name] = sums.get(name, 0.0) + value
+    Args:
+      ids: Lists of retrieved labels; -1 = absent.
+      truth: Sets of true labels.
+      weights: Of the labels.
+    """
 
-    for row, true in zip(ids, relevance, strict=True):
-        true = set(np.flatnonzero(true))
-        hits = [i in true for i in row]
-        best = sorted((weights[i] for i in true), reverse=True)
-        for k in ks:
-            ideal = sum(1 / math.log2(r + 2) for r in range(min(k, len(true))))
-            add(f"P@{k}", sum(hits[:k]) / k)
-            if true:
-                add(f"nDCG@{k}", sum(h / math.log2(r + 2) for r, h in enumerate(hits[:k])) / ideal)
-                add(
-                    f"PSnDCG@{k}",
-                    sum(h * weights[row[r]] / math.log2(r + 2) for r, h in enumerate(hits[:k]))
-                    / ideal,
-                )
-                add(
-                    f"PSnDCG@{k} best",
-                    sum(w / math.log2(r + 2) for r, w in enumerate(best[:k])) / ideal,
-                )
-            add(f"PSP@{k}", sum(weights[row[r]] for r in range(k) if hits[r]))
-            add(f"PSP@{k} best", sum(best[:k]))
-        for k in recall_ks:
-            add(f"R@{k}", sum(hits[:k]) / max(1, len(true)))
-        add("MRR", next((1 / (r + 1) for r, h in enumerate(hits) if h), 0.0))
-        top = max(ks)
-        precision = [sum(hits[: r + 1]) / (r + 1) for r in range(top) if hits[r]]
-        add(f"MAP@{top}", sum(precision) / max(1, min(top, len(true))))
-    return {
-        name: 100
-        * (
-            value / len(ids)
-            if f"{name} best" not in sums
-            else value / max(sums[f"{name} best"], 1e-300)
-        )
-        for name, value in sums.items()
-        if not name.endswith(" best")
-    }
+    def discounted(gains):
+        return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
+
+    def mean(values):
+        return sum(values) / len(ids)
+
+    result = {}
+    queries = list(zip(ids, truth, strict=True))
+    for k in ks:
+        hits = [[1.0 if i in true else 0.0 for i in row[:k]] for row, true in queries]
+        gains = [[weights[i] if i in true else 0.0 for i in row[:k]] for row, true in queries]
+        best = [sorted((weights[i] for i in true), reverse=True)[:k] for _, true in queries]
+        ideal = [discounted([1.0] * min(k, len(true))) or 1.0 for _, true in queries]
+        result[f"P@{k}"] = mean([sum(h) / k for h in hits])
+        result[f"nDCG@{k}"] = mean([discounted(h) / z for h, z in zip(hits, ideal, strict=True)])
+        possible = mean([sum(b) for b in best])
+        result[f"PSP@{k}"] = mean([sum(g) for g in gains]) / possible if possible else 0.0
+        possible = mean([discounted(b) / z for b, z in zip(best, ideal, strict=True)])
+        reached = mean([discounted(g) / z for g, z in zip(gains, ideal, strict=True)])
+        result[f"PSnDCG@{k}"] = reached / possible if possible else 0.0
+        average = []
+        for h, (_, true) in zip(hits, queries, strict=True):
+            precisions = [sum(h[: j + 1]) / (j + 1) for j in range(k) if h[j]]
+            average.append(sum(precisions) / min(k, len(true)) if true else 0.0)
+        result[f"MAP@{k}"] = mean(average)
+    for k in recall_ks:
+        shares = [len(true & set(row[:k])) / len(true) if true else 0.0 for row, true in queries]
+        result[f"R@{k}"] = mean(shares)
+    ranks = [[j for j, i in enumerate(row, start=1) if i in true] for row, true in queries]
+    result["MRR"] = mean([1.0 / r[0] if r else 0.0 for r in ranks])
+    return {name: 100.0 * value for name, value in result.items()}
+
+
+def matrix(truth, num_labels):
+    indptr = np.cumsum([0, *map(len, truth)])
+    indices = np.array([i for true in truth for i in sorted(true)], np.int32)
+    ones = np.ones(len(indices), np.float32)
+    return sparse.csr_matrix((ones, indices, indptr), shape=(len(truth), num_labels))
+
+
+def random_case(rng, num_queries, num_labels, num_columns, *, density=0.2, absent=0.1):
+    """Retrieved labels without repetition, some absent, some true; true labels; weights."""
+    ids = np.argsort(rng.random((num_queries, num_labels)), axis=1)[:, :num_columns]
+    ids[rng.random(ids.shape) < absent] = -1
+    truth = [set(np.flatnonzero(rng.random(num_labels) < density)) for _ in range(num_queries)]
+    return ids, truth, 1.0 + 5.0 * rng.random(num_labels)
+
+
+def compute(ids, truth, weights, ks=KS, recall_ks=RECALL_KS):
+    relevance = matrix(truth, len(weights))
+    return metrics.compute_metrics(ids, relevance, weights, ks=ks, recall_ks=recall_ks)
+
+
+@st.composite
+def cases(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    num_labels = draw(st.integers(8, 40))
+    return random_case(
+        rng, draw(st.integers(1, 12)), num_labels, draw(st.integers(8, num_labels)),
+        density=draw(st.sampled_from([0.0, 0.05, 0.3, 1.0])),
+        absent=draw(st.sampled_from([0.0, 0.3, 1.0])),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_metrics_match_brute_force(seed):
-    rng = np.random.default_rng(seed)
-    dense = rng.random((57, 40)) < 0.12
-    dense[::9] = False
-    ids = np.stack([rng.permutation(40)[:20] for _ in range(57)])
-    ids[4, 7:] = -1
-    ids[5] = -1
-    weights = 1 + rng.random(40) * 9
-    found = compute_metrics(
-        ids, sparse.csr_matrix(dense, dtype=np.float32), weights, recall_ks=(10, 20)
-    )
-    expected = brute_force(ids, dense, weights, (1, 3, 5), (10, 20))
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_against_loops(seed, dtype, monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", 7)  # Many blocks, the last not full.
+    ids, truth, weights = random_case(np.random.default_rng(seed), 50, 30, 8, density=0.1)
+    truth[3] = truth[20] = set()  # Queries without labels.
+    ids[4] = -1  # A query without results.
+    weights = weights.astype(np.float32)
+    found = compute(ids.astype(dtype), truth, weights)
+    expected = expected_metrics(ids, truth, weights.tolist(), KS, RECALL_KS)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-9, err_msg=name)
+        assert found[name] == pytest.approx(value, abs=1e-9), name
 
 
-@hypothesis.given(st.integers(0, 2**32 - 1))
-@hypothesis.settings(max_examples=25, deadline=None)
-def test_bounds_and_perfect_rankings(seed):
-    rng = np.random.default_rng(seed)
-    dense = rng.random((20, 12)) < rng.random()
-    weights = 1 + rng.random(12) * 9
-    matrix = sparse.csr_matrix(dense, dtype=np.float32)
-    perfect = np.argsort(-(dense * weights), axis=1, kind="stable")
-    found = compute_metrics(perfect, matrix, weights, recall_ks=(10,))
-    labelled = 100 * dense.any(axis=1).mean()
-    for name in ("nDCG@5", "MRR", "MAP@5"):
-        np.testing.assert_allclose(found[name], labelled)
-    for name in ("PSP@3", "PSnDCG@5"):
-        np.testing.assert_allclose(found[name], 100.0 if dense.any() else 0.0)
-    random = np.stack([rng.permutation(12) for _ in range(20)])
-    other = compute_metrics(random, matrix, weights, recall_ks=(10,))
-    order = rng.permutation(20)
-    again = compute_metrics(random[order], matrix[order], weights, recall_ks=(10,))
-    for name, value in other.items():
-        assert -1e-9 <= value <= 100 + 1e-9
-        np.testing.assert_allclose(again[name], value)
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_against_loops_anywhere(case):
+    expected = expected_metrics(*case, KS, RECALL_KS)
+    assert compute(*case) == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_query_without_a_hit_has_reciprocal_rank_zero():
-    relevance = sparse.csr_matrix(np.eye(3, dtype=np.float32))
-    ids = np.array([[0, 1], [0, 2], [1, 0]])
-    found = compute_metrics(ids, relevance, np.ones(3), ks=(1,), recall_ks=())
-    np.testing.assert_allclose(found["MRR"], 100 / 3)
+def test_defaults_and_names():
+    ids, truth, weights = random_case(np.random.default_rng(0), 5, 150, 100)
+    found = metrics.compute_metrics(ids, matrix(truth, 150), weights)
+    kinds = ("P", "nDCG", "PSP", "PSnDCG", "MAP")
+    names = {f"{kind}@{k}" for kind in kinds for k in (1, 3, 5)} | {"R@10", "R@100", "MRR"}
+    assert found.keys() == names
+    assert all(type(value) is float for value in found.values())
 
 
-def test_too_few_columns_are_refused():
-    with pytest.raises(InputError, match="metrics at 10"):
-        compute_metrics(np.zeros((2, 5), int), sparse.csr_matrix((2, 9)), np.ones(9))
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_bounds(case):
+    for name, value in compute(*case).items():
+        assert 0.0 <= value <= 100.0 + 1e-9, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.randoms(use_true_random=False))
+def test_order_of_queries_is_nothing(case, random):
+    ids, truth, weights = case
+    order = list(range(len(ids)))
+    random.shuffle(order)
+    found = compute(ids[order], [truth[i] for i in order], weights)
+    assert found == pytest.approx(compute(*case), abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_perfect_ranking_gives_all_that_is_possible(case):
+    ids, truth, weights = case
+    truth[0] = truth[0] or {1}
+    ids = np.full(ids.shape, -1)
+    for row, true in zip(ids, truth, strict=True):
+        best = sorted(true, key=lambda i: -weights[i])[: len(row)]
+        row[: len(best)] = best
+    found = compute(ids, truth, weights)
+    with_labels = 100.0 * np.mean([bool(true) for true in truth])
+    for k in KS:
+        assert found[f"PSP@{k}"] == pytest.approx(100.0)
+        assert found[f"PSnDCG@{k}"] == pytest.approx(100.0)
+        assert found[f"nDCG@{k}"] == pytest.approx(with_labels)
+        assert found[f"MAP@{k}"] == pytest.approx(with_labels)
+        hits = np.mean([min(k, len(true)) / k for true in truth])
+        assert found[f"P@{k}"] == pytest.approx(100.0 * hits)
+    assert found["MRR"] == pytest.approx(with_labels)
+    if max(map(len, truth)) <= 4:
+        assert found["R@4"] == pytest.approx(with_labels)
+
+
+def test_by_hand():
+    # Three queries: hits at ranks 1 and 3 of three labels; none; no labels at all.
+    ids = np.array([[4, 0, 2], [1, 3, -1], [0, 1, 2]])
+    truth = [{4, 2, 1}, {0}, set()]
+    weights = np.array([8.0, 4.0, 2.0, 1.0, 1.0])
+    found = compute(ids, truth, weights, ks=(1, 3), recall_ks=(2,))
+    third = 100.0 / 3
+    ideal = 1 + 1 / math.log2(3) + 1 / 2
+    expected = {
+        "P@1": third,
+        "nDCG@1": third,
+        "MAP@1": third,
+        "PSP@1": 100.0 * 1 / (4 + 8),
+        "PSnDCG@1": 100.0 * 1 / (4 + 8),
+        "P@3": third * 2 / 3,
+        "nDCG@3": third * (1 + 1 / 2) / ideal,
+        "MAP@3": third * (1 + 2 / 3) / 3,
+        "PSP@3": 100.0 * (1 + 2) / (4 + 2 + 1 + 8),
+        "PSnDCG@3": 100.0 * (1 + 2 / 2) / ideal / ((4 + 2 / math.log2(3) + 1 / 2) / ideal + 8),
+        "R@2": third * 1 / 3,
+        "MRR": third,  # One query of three; the two without a hit count 0, not 1.
+    }
+    assert found == pytest.approx(expected)
+
+
+def test_nothing_to_find_is_zero():
+    found = compute(np.array([[0, 1, 2]]), [set()], np.ones(5), ks=(1, 3), recall_ks=(3,))
+    assert set(found.values()) == {0.0}
+
+
+def test_form_of_the_relevance_is_nothing():
+    """Unsorted, repeated and explicitly zero entries, read-only memory; and none is changed."""
+    ids, truth, weights = random_case(np.random.default_rng(1), 20, 15, 8)
+    expected = compute(ids, truth, weights)
+    rows, columns = map(list, matrix(truth, 15).nonzero())
+    values = [1.0] * len(rows)
+    rows, columns, values = rows + rows[:5], columns + columns[:5], values + values[:5]
+    absent = [(i, j) for i in range(20) for j in range(15) if j not in truth[i]][:30]
+    rows, columns = rows + [i for i, _ in absent], columns + [j for _, j in absent]
+    values = np.array(values + [0.0] * len(absent), np.float32)
+    order = np.lexsort((np.random.default_rng(2).random(len(rows)), rows))
+    indices = np.array(columns, np.int32)[order]
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=20))])
+    data = values[order]
+    for array in (indices, indptr, data):
+        array.setflags(write=False)
+    messy = sparse.csr_matrix((data, indices, indptr), shape=(20, 15))
+    before = indices.copy()
+    found = metrics.compute_metrics(ids, messy, weights, ks=KS, recall_ks=RECALL_KS)
+    assert found == pytest.approx(expected)
+    np.testing.assert_array_equal(messy.indices, before)
+
+
+def test_hits_of_absent_ids_and_the_last_label():
+    relevance = matrix([{4}, {0}, {4}], 5)
+    hits = metrics.find_hits(np.array([[4, -1], [-1, 4], [0, 4]]), relevance)
+    np.testing.assert_array_equal(hits, [[True, False], [False, False], [False, True]])
+
+
+@pytest.mark.parametrize(
+    "ids,shape,num_weights,ks,words",
+    [
+        (np.zeros((0, 5), int), (0, 9), 9, (1,), "no queries"),
+        (np.zeros((2, 5), int), (2, 9), 9, (1, 7), "metrics at 7: found 5 results"),
+        (np.zeros((2, 5), int), (2, 9), 9, (0, 1), "metrics at 0"),
+        (np.zeros((2, 5), int), (3, 9), 9, (1,), "results of 2 queries, expected 3"),
+        (np.zeros((2, 5), int), (2, 9), 8, (1,), "8 weights"),
+        (np.full((2, 5), 9), (2, 9), 9, (1,), "ids from 9 to 9"),
+        (np.full((2, 5), -2), (2, 9), 9, (1,), "ids from -2"),
+    ],
+)
+def test_refuses(ids, shape, num_weights, ks, words):
+    relevance = sparse.csr_matrix(shape, dtype=np.float32)
+    with pytest.raises(InputError, match=words) as error:
+        metrics.compute_metrics(ids, relevance, np.ones(num_weights), ks=ks, recall_ks=())
+    assert "\n" not in str(error.value)

@@ -82,8 +82,8 @@ def test_outputs_and_gradients_match_torch(seed):
 
 def test_fresh_weights_are_drawn_as_torch_draws_them():
     u = jnp.zeros((1, 64))
-    params = nn.unbox(Combiner(8, 256).init(jax.random.key(0), u, u, u, deterministic=True))
-    params = params["params"]
+    make = jax.jit(lambda: Combiner(8, 256).init(jax.random.key(0), u, u, u, deterministic=True))
+    params = nn.unbox(make())["params"]
     torch.manual_seed(0)
     layer = torch_layer(64, 8, 256)
     pairs = [
@@ -143,6 +143,6 @@ def test_a_vanished_mean_has_a_finite_gradient():
     def objective(params):
         return jnp.sum(Combiner(HEADS, MLP).apply({"params": params}, *x, deterministic=True))
 
-    value, slopes = jax.value_and_grad(objective)(params)
+    value, slopes = jax.jit(jax.value_and_grad(objective))(params)
     assert value == 0.0
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))

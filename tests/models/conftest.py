@@ -26,12 +26,12 @@ def _pack(items, rows, *, width, num_images=0, image_width=1):
     return PackedItems(tokens, segments, positions, image_at, images)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pack():
     return _pack
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def draw_items():
     def draw(rng, num_items, *, vocab_size, longest, num_images=0, image_width=1):
         """Items of 1 to `longest` tokens and 0 to `num_images` pictures."""

@@ -19,7 +19,7 @@ FONTS = (
 )  # fmt: skip
 SIDE = 32  # Pixels of a picture, each way.
 MAX_PICTURES = 3
-_FONT_SIZE = 24
+_FONT_SIZE = 20
 _TRAIN_SHARE = 0.8
 _MIN_QUERIES = 2  # Training queries that a label needs.
 _MAX_SHARE = 0.05  # Of the training queries that may have a label.
@@ -44,8 +44,8 @@ def make(seed: int = 0) -> RawDataset:
 
     A query's text is the first word of the name and the category ("latin lowercase letter"), its
     pictures are up to three renderings of 32 x 32 pixels in different fonts. Labels are the other
-    words of the name, if at least two training queries have them and no more than 5 % do; they
-    have no pictures.
+    words of the name, if at least two training characters have them and no more than 5 % do; they
+    have no pictures. Characters that are left without a label ("SPACE") are no queries.
 
     Args:
       seed: Of the split, 80 % of the characters to training.
@@ -58,7 +58,7 @@ def make(seed: int = 0) -> RawDataset:
     characters = sorted(drawn_by)
     order = np.random.default_rng(seed).permutation(len(characters))
     cut = round(_TRAIN_SHARE * len(characters))
-    train, test = np.sort(order[:cut]), np.sort(order[cut:])
+    train, test = order[:cut], order[cut:]
 
     words = [unicodedata.name(character).lower().split() for character in characters]
     texts = [
@@ -66,14 +66,14 @@ def make(seed: int = 0) -> RawDataset:
         for word, character in zip(words, characters, strict=True)
     ]
     counts = Counter(word for row in train for word in set(words[row][1:]))
-    labels = sorted(
-        word for word, count in counts.items()
-        if _MIN_QUERIES <= count <= _MAX_SHARE * len(train)
-    )  # fmt: skip
+    most = _MAX_SHARE * len(train)
+    labels = sorted(word for word, count in counts.items() if _MIN_QUERIES <= count <= most)
     column = {word: at for at, word in enumerate(labels)}
     relevance = _relevance(
-        [{column[w] for w in row[1:] if w in column} for row in words], len(labels)
+        [{column[word] for word in row[1:] if word in column} for row in words], len(labels)
     )
+    labelled = np.diff(relevance.indptr) > 0
+    train, test = train[labelled[train]], test[labelled[test]]
 
     pixels, present = _render(characters, drawn_by, fonts)
     # The mean over all training pictures, so that a picture says how it differs from them.
@@ -118,7 +118,7 @@ def _characters(fonts: list[str]) -> dict[str, list[int]]:
     for number, path in enumerate(fonts):
         with TTFont(path, lazy=True) as font:
             for code in font.getBestCmap():
-                if unicodedata.name(chr(code), ""):
+                if unicodedata.name(chr(code), ""):  # Unnamed: control, private, newer Unicode.
                     drawn_by.setdefault(chr(code), []).append(number)
     return drawn_by
 

@@ -164,7 +164,7 @@ def _make_tokenizer(
         yield from _select(raw.train.read_texts(), kept)
         yield from raw.labels.read_texts()
 
-    return tokenize.train(texts(), vocab_size=vocab_size, max_tokens=max_tokens)
+    return tokenize.train(texts, vocab_size=vocab_size, max_tokens=max_tokens)
 
 
 def _select(chunks: Iterable[list[str]], kept: Bool[np.ndarray, " n"]) -> Iterator[list[str]]:

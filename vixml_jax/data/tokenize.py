@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,14 +58,45 @@ def _resolve(name: str) -> "Tokenizer":
     return found.backend_tokenizer
 
 
-def train(texts: Iterable[list[str]], *, vocab_size: int, max_tokens: int) -> "Tokenizer":
-    """A WordPiece tokenizer in BERT's manner (lower case, no accents), trained on texts.
+def train(
+    read_texts: Callable[[], Iterable[list[str]]], *, vocab_size: int, max_tokens: int
+) -> "Tokenizer":
+    """A WordPiece tokenizer in BERT's manner (lower case, no accents), the same for the same texts.
 
     Args:
-      texts: Chunks of texts.
-      vocab_size: Tokens at most, the five special ones included.
+      read_texts: Starts to read the texts anew, and gives them a chunk at a time.
+      vocab_size: Tokens at most, the five special ones included; more only where single
+        characters alone are more.
       max_tokens: Length at which texts are cut, special tokens included and kept.
     """
+    from tokenizers import trainers
+
+    learner = _word_piece({"[UNK]": 0})
+    pieces = sorted(_continuations(learner, read_texts()))
+    # The trainer numbers characters within words as a hash map happens to give them, and breaks
+    # ties by these numbers. Named as special tokens they are numbered first, in our order.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*_SPECIAL, *pieces], show_progress=False
+    )
+    learner.train_from_iterator(read_texts(), trainer)
+    # A new one with what was learnt, since in the old one those characters remain special.
+    return _fit(_word_piece(learner.get_vocab(with_added_tokens=False)), max_tokens)
+
+
+def _continuations(tokenizer: "Tokenizer", texts: Iterable[list[str]]) -> set[str]:
+    """The characters that occur within words, but not as their first, as WordPiece marks them."""
+    between_spaces: set[str] = set()
+    for chunk in texts:
+        between_spaces.update(tokenizer.normalizer.normalize_str("\n".join(chunk)).split())
+    found: set[str] = set()
+    for part in between_spaces:  # Once each: a Python call a text would take minutes.
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(part):
+            found.update(word[1:])
+    return {f"##{character}" for character in found}
+
+
+def _word_piece(vocabulary: dict[str, int]) -> "Tokenizer":
+    """BERT's tokenizer; it frames texts once the vocabulary has the special tokens."""
     from tokenizers import (
         Tokenizer,
         decoders,
@@ -73,23 +104,20 @@ def train(texts: Iterable[list[str]], *, vocab_size: int, max_tokens: int) -> "T
         normalizers,
         pre_tokenizers,
         processors,
-        trainers,
     )
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(_SPECIAL), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
-    )
-    return _fit(tokenizer, max_tokens)
+    if all(token in vocabulary for token in _SPECIAL):
+        tokenizer.add_special_tokens(list(_SPECIAL))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+        )
+    return tokenizer
 
 
 def _fit(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":

@@ -34,10 +34,10 @@ def compute_metrics(
 
     * `P@k`: mean of sum_{j<=k} hit_ij / k.
     * `nDCG@k`: mean of sum_{j<=k} hit_ij / log2(j + 1) / D(min(k, |P_i|)).
-    * `PSP@k`: the mean of sum_{j<=k} hit_ij w_ij over the largest that it can be. This is a ratio of
-      two means, not a mean of ratios.
-    * `PSnDCG@k`: likewise, nDCG with the gains hit_ij w_ij over the largest that it can be. Both
-      means divide each query by its own D(min(k, |P_i|)).
+    * `PSP@k`: the mean of sum_{j<=k} hit_ij w_ij over the largest that this mean can be: a ratio
+      of two means, not a mean of ratios.
+    * `PSnDCG@k`: likewise the mean of nDCG with gains hit_ij w_ij over the largest that it can be,
+      each query of both divided by its D(min(k, |P_i|)).
     * `R@k`: mean of sum_{j<=k} hit_ij / |P_i|.
     * `MRR`: mean of 1 / rank of the first hit among all columns of `ids`; 0 without a hit.
     * `MAP@k`: mean of the sum of the precisions at the hits among the first k, / min(k, |P_i|).

@@ -1,0 +1,116 @@
+"""Exact search against sorting all scores; any mesh and any blocks give the same."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from vixml_jax import sharding
+from vixml_jax.search import exact
+from vixml_jax.search.exact import ExactIndex
+
+
+def whole_numbers(rng, *shape):
+    """Vectors of small whole numbers: sums are exact in float32, and ties abound."""
+    return rng.integers(-2, 3, size=shape).astype(np.float32)
+
+
+def expected_top_k(vectors, queries, k):
+    """The k best by a stable sort, so ties go to the lower id; padded where k is too large."""
+    scores = queries.astype(np.float64) @ vectors.T.astype(np.float64)
+    ids = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    missing = ((0, 0), (0, k - ids.shape[1]))
+    best = np.take_along_axis(scores, ids, axis=1)
+    return (
+        np.pad(best, missing, constant_values=-np.inf),
+        np.pad(ids, missing, constant_values=-1),
+    )
+
+
+def assert_matches(result, vectors, queries, k):
+    scores, ids = expected_top_k(vectors, queries, k)
+    assert isinstance(result.ids, np.ndarray) and result.ids.dtype == np.int32
+    assert isinstance(result.scores, np.ndarray) and result.scores.dtype == np.float32
+    np.testing.assert_array_equal(result.ids, ids)
+    np.testing.assert_array_equal(result.scores, scores)
+
+
+@pytest.mark.parametrize("query_block,label_block", [(4, 7), (1024, 4096), (3, 1)])
+@pytest.mark.parametrize("k", [1, 10, 70])
+def test_search_matches_sort(query_block, label_block, k):
+    rng = np.random.default_rng((0, k))
+    vectors, queries = whole_numbers(rng, 61, 5), whole_numbers(rng, 13, 5)
+    index = ExactIndex(vectors, query_block=query_block, label_block=label_block)
+    assert_matches(index.search(queries, k), vectors, queries, k)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (4, 2, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("num_labels,k", [(61, 5), (9, 9), (3, 20), (200, 40)])
+def test_mesh_matches_sort(sizes, num_labels, k):
+    rng = np.random.default_rng((1, num_labels))
+    vectors, queries = whole_numbers(rng, num_labels, 6), whole_numbers(rng, 7, 6)
+    mesh = sharding.create_mesh(*sizes)
+    index = ExactIndex(vectors, mesh=mesh, query_block=4, label_block=8)
+    assert_matches(index.search(queries, k), vectors, queries, k)
+
+
+def test_mesh_of_all_devices_and_one_device_agree_on_any_vectors():
+    rng = np.random.default_rng(2)
+    vectors = rng.normal(size=(999, 24)).astype(np.float32)
+    queries = rng.normal(size=(33, 24)).astype(np.float32)
+    devices = np.array(jax.devices())
+    one = jax.sharding.Mesh(
+        devices[:1].reshape(1, 1, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3
+    )
+    results = [
+        ExactIndex(vectors, mesh=mesh, label_block=100).search(queries, 20)
+        for mesh in (None, one, sharding.create_mesh())
+    ]
+    scores, ids = expected_top_k(vectors, queries, 20)
+    for result in results:
+        np.testing.assert_array_equal(result.ids, ids)
+        np.testing.assert_allclose(result.scores, scores, rtol=0, atol=2e-5)
+
+
+def test_rows_lie_on_all_devices():
+    vectors = np.ones((61, 4), np.float32)
+    index = ExactIndex(vectors, mesh=sharding.create_mesh(2, 4, 1))
+    shards = index._vectors.addressable_shards
+    assert len({shard.device for shard in shards}) == 8
+    assert {shard.data.shape for shard in shards} == {(8, 4)}
+
+
+def test_compiles_once_for_all_blocks_and_indices():
+    rng = np.random.default_rng(3)
+    exact._top_k.clear_cache()
+    for _ in range(2):
+        index = ExactIndex(whole_numbers(rng, 50, 4), query_block=8, label_block=16)
+        for count in (5, 8, 20, 41):
+            index.search(whole_numbers(rng, count, 4), 3)
+    assert exact._top_k._cache_size() == 1
+
+
+def test_no_program_holds_all_scores():
+    """The largest array of the compiled search is one block of scores, not [q, n]."""
+    index = ExactIndex(np.ones((4096, 4), np.float32), query_block=64, label_block=256)
+    queries = np.ones((64, 4), np.float32)
+    lowered = exact._top_k.lower(
+        index._vectors, queries, k=10, num_labels=4096, num_blocks=index._num_blocks, mesh=None
+    )
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 64 * 4096 * 4 / 2
+
+
+@pytest.mark.parametrize("num_queries,num_labels", [(0, 9), (3, 0)])
+def test_nothing_to_search(num_queries, num_labels):
+    index = ExactIndex(np.zeros((num_labels, 4), np.float32))
+    result = index.search(np.zeros((num_queries, 4), np.float32), 2)
+    np.testing.assert_array_equal(result.ids, np.full((num_queries, 2), -1))
+    np.testing.assert_array_equal(result.scores, np.full((num_queries, 2), -np.inf))
+
+
+def test_other_dtypes_are_searched_in_float32():
+    rng = np.random.default_rng(4)
+    vectors, queries = whole_numbers(rng, 20, 4), whole_numbers(rng, 3, 4)
+    index = ExactIndex(vectors.astype(np.float16))
+    assert_matches(index.search(queries.astype(np.float64), 4), vectors, queries, 4)

@@ -1,0 +1,81 @@
+"""Filter pairs and recall against loops over sets."""
+
+import numpy as np
+import pytest
+
+from vixml_jax.search import index
+from vixml_jax.structs import SearchResult
+
+
+def random_result(rng, num_queries, num_labels, k, absent=0):
+    """Descending scores, ids without repetition, the last `absent` of each row absent."""
+    ids = np.argsort(rng.random((num_queries, num_labels)), axis=1)[:, :k].astype(np.int32)
+    scores = -np.sort(-rng.normal(size=ids.shape).astype(np.float32), axis=1)
+    if absent:
+        ids[:, -absent:], scores[:, -absent:] = -1, -np.inf
+    return SearchResult(scores, ids)
+
+
+def random_pairs(rng, num_queries, num_labels, count):
+    cells = rng.choice(num_queries * num_labels, count, replace=False)
+    return np.stack([cells // num_labels, cells % num_labels], axis=1).astype(np.int64)
+
+
+@pytest.mark.parametrize("absent", [0, 3])
+@pytest.mark.parametrize("k", [1, 6, 12, 15])
+def test_drop_filtered_against_loops(k, absent, monkeypatch):
+    monkeypatch.setattr(index, "_BLOCK", 5)  # Pairs of a query fall into several blocks.
+    rng = np.random.default_rng(0)
+    result = random_result(rng, 20, 30, 12, absent)
+    pairs = random_pairs(rng, 20, 30, 150)
+    before = SearchResult(result.scores.copy(), result.ids.copy())
+    found = index.drop_filtered(result, pairs, k)
+    assert found.ids.shape == found.scores.shape == (20, k)
+    assert found.ids.dtype == np.int32 and found.scores.dtype == np.float32
+    unwanted = set(map(tuple, pairs))
+    for i in range(20):
+        kept = [
+            (label, score)
+            for label, score in zip(result.ids[i], result.scores[i], strict=True)
+            if label >= 0 and (i, label) not in unwanted
+        ][:k]
+        kept += [(-1, -np.inf)] * (k - len(kept))
+        np.testing.assert_array_equal(found.ids[i], [label for label, _ in kept])
+        np.testing.assert_array_equal(found.scores[i], [score for _, score in kept])
+    np.testing.assert_array_equal(result.ids, before.ids)
+    np.testing.assert_array_equal(result.scores, before.scores)
+
+
+@pytest.mark.parametrize("k", [2, 4, 6])
+def test_no_pairs_cut_or_pad(k):
+    result = random_result(np.random.default_rng(1), 3, 9, 4)
+    found = index.drop_filtered(result, np.zeros((0, 2), np.int64), k)
+    np.testing.assert_array_equal(found.ids[:, :4], result.ids[:, :k])
+    assert (found.ids[:, 4:] == -1).all() and (found.scores[:, 4:] == -np.inf).all()
+
+
+def test_over_fetch_leaves_k():
+    rng = np.random.default_rng(2)
+    pairs = random_pairs(rng, 10, 40, 60)
+    counts = [sum(query == i for query, _ in pairs) for i in range(10)]
+    assert index.over_fetch(pairs) == max(counts)
+    result = random_result(rng, 10, 40, 5 + max(counts))
+    assert (index.drop_filtered(result, pairs, 5).ids >= 0).all()
+    assert index.over_fetch(np.zeros((0, 2), np.int64)) == 0
+
+
+def test_recall_against_sets():
+    rng = np.random.default_rng(3)
+    exact, result = random_result(rng, 15, 20, 10, absent=2), random_result(rng, 15, 20, 7)
+    for k in (1, 5, 10):
+        wanted = [set(row[:k]) - {-1} for row in exact.ids]
+        found = [set(row[:k]) for row in result.ids]
+        share = sum(len(a & b) for a, b in zip(wanted, found, strict=True))
+        expected = share / sum(map(len, wanted))
+        assert index.recall_against(exact, result, k) == pytest.approx(expected)
+    assert index.recall_against(exact, exact, 10) == 1.0
+
+
+def test_recall_of_nothing_is_whole():
+    nothing = SearchResult(np.full((2, 3), -np.inf), np.full((2, 3), -1))
+    assert index.recall_against(nothing, nothing, 3) == 1.0
