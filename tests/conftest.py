@@ -1,4 +1,4 @@
-"""Eight host devices for every test, set before jax wakes up, and one cache of compiled programs."""
+"""Eight host devices for every test, set before jax wakes up; one cache of compiled programs."""
 
 import os
 import tempfile

@@ -1,6 +1,7 @@
 """Metrics against plain loops, at their bounds, and on the cases where programs differ."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -209,6 +210,19 @@ def test_form_of_the_relevance_is_nothing():
     found = metrics.compute_metrics(ids, messy, weights, ks=KS, recall_ks=RECALL_KS)
     assert found == pytest.approx(expected)
     np.testing.assert_array_equal(messy.indices, before)
+
+
+def test_memory_does_not_grow_with_the_queries(monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", 200)
+    peaks = []
+    for num_queries in (400, 4000):
+        ids, truth, weights = random_case(np.random.default_rng(3), num_queries, 60, 40)
+        relevance = matrix(truth, 60)
+        tracemalloc.start()
+        metrics.compute_metrics(ids, relevance, weights, recall_ks=(40,))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_hits_of_absent_ids_and_the_last_label():

@@ -34,10 +34,10 @@ def pack():
 @pytest.fixture(scope="session")
 def draw_items():
     def draw(rng, num_items, *, vocab_size, longest, num_images=0, image_width=1):
-        """Items of 1 to `longest` tokens and 0 to `num_images` pictures."""
+        """Items of 1 to `longest` tokens (none the padding, 0) and 0 to `num_images` pictures."""
         return [
             (
-                rng.integers(0, vocab_size, rng.integers(1, longest + 1)),
+                rng.integers(1, vocab_size, rng.integers(1, longest + 1)),
                 rng.normal(size=(rng.integers(0, num_images + 1), image_width)).astype(np.float16),
             )
             for _ in range(num_items)

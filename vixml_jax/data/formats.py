@@ -14,6 +14,7 @@ from vixml_jax.errors import InputError
 
 _BLOCK = 1 << 22  # Bytes read at a time.
 _CHUNK = 1 << 14  # Texts handed on at a time.
+_INT32_MAX = np.iinfo(np.int32).max
 _MAX_DIGITS = 18  # Of a number that surely fits int64.
 _NEWLINE, _COLON, _ZERO = (np.uint8(ord(character)) for character in "\n:0")
 _PREFIX = {"train": "trn", "test": "tst", "labels": "lbl"}
@@ -217,7 +218,7 @@ def read_relevance(path: str) -> sparse.csr_matrix:
     for block in _chain(rest, blocks):
         block_counts, block_indices = _parse_pairs(path, block, line, columns)
         counts.append(block_counts)
-        indices.append(block_indices)
+        indices.append(block_indices.astype(np.int32 if columns <= _INT32_MAX else np.int64))
         line += len(block_counts)
     if line - 2 != rows:
         raise InputError(
@@ -237,10 +238,11 @@ def _to_csr(
     counts: Int[np.ndarray, " n"], indices: Int[np.ndarray, " nnz"], columns: int
 ) -> sparse.csr_matrix:
     indptr = np.concatenate([[0], np.cumsum(counts)])
-    index = np.int32 if max(len(indices), columns) <= np.iinfo(np.int32).max else np.int64
+    index = np.int32 if max(len(indices), columns) <= _INT32_MAX else np.int64
     data = np.ones(len(indices), np.float32)
     matrix = sparse.csr_matrix(
-        (data, indices.astype(index), indptr.astype(index)), shape=(len(counts), columns)
+        (data, indices.astype(index, copy=False), indptr.astype(index)),
+        shape=(len(counts), columns),
     )
     matrix.has_canonical_format = True
     return matrix
@@ -260,8 +262,9 @@ def _parse_pairs(
             token = block[starts[at] : ends[at]][:40].decode("utf-8", "replace")
             raise InputError(f"{path}, line {line + lines[at]}: {fault.format(token=token)}")
 
-    per_token = np.searchsorted(colons, ends) - np.searchsorted(colons, starts)
-    refuse(per_token != 1, "found {token!r}, expected label:1")
+    if len(colons) != len(starts) or np.any(colons < starts) or np.any(colons >= ends):
+        per_token = np.searchsorted(colons, ends) - np.searchsorted(colons, starts)
+        refuse(per_token != 1, "found {token!r}, expected label:1")
     good = _are_digits(text, starts, colons) & (colons - starts <= _MAX_DIGITS)
     refuse(~good, "found {token!r}, expected label:1 with a label id before the colon")
     refuse(~_are_one(text, colons + 1, ends), "found {token!r}, expected the value 1 (label:1)")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Int
+from scipy import sparse
 
 from vixml_jax.data import formats, glyphs, store, tokenize
 from vixml_jax.data.formats import RawDataset, RawItems
@@ -82,32 +83,40 @@ def prepare(
         for split in ("train", "test"):
             writer.add_relevance(split, relevance[split])
             writer.add(f"{split}_filter", filters[split])
-        info = {
-            "name": raw.name,
-            "num_train": len(rows["train"]),
-            "num_test": raw.test.count,
-            "num_labels": raw.labels.count,
-            "image_width": max(
-                (
-                    raw_items.images.width
-                    for raw_items in (raw.train, raw.test, raw.labels)
-                    if raw_items.images is not None
-                ),
-                default=0,
-            ),
+        info = _describe_content(raw, kept, counts, relevance, filters)
+        settled = {
             "vocab_size": tokenize.vocab_size(fast),
             "max_tokens": max_tokens,
             "propensity_a": propensity_a,
             "propensity_b": propensity_b,
-            "train_without_labels_dropped": int(np.count_nonzero(~kept)),
-            "test_without_labels_kept": int(np.sum(np.diff(raw.test_relevance.indptr) == 0)),
-            "counts": counts,
-            "relevant_pairs": {split: matrix.nnz for split, matrix in relevance.items()},
-            "filter_pairs": {split: len(pairs) for split, pairs in filters.items()},
             "settings": settings,
         }
-        writer.finish(info, fast.to_str())
+        writer.finish(info | settled, fast.to_str())
     return PreparedDataset.open(out)
+
+
+def _describe_content(
+    raw: RawDataset,
+    kept: Bool[np.ndarray, " n"],
+    counts: dict[str, dict[str, int]],
+    relevance: dict[str, sparse.csr_matrix],
+    filters: dict[str, Int[np.ndarray, "f 2"]],
+) -> dict[str, Any]:
+    """Sizes for `dataset.json`."""
+    pictures = [items.images for items in (raw.train, raw.test, raw.labels)]
+    widths = [images.width for images in pictures if images is not None]
+    return {
+        "name": raw.name,
+        "num_train": counts["train"]["items"],
+        "num_test": counts["test"]["items"],
+        "num_labels": counts["labels"]["items"],
+        "image_width": widths[0] if widths else 0,  # All are equal.
+        "train_without_labels_dropped": int(np.count_nonzero(~kept)),
+        "test_without_labels_kept": int(np.sum(np.diff(raw.test_relevance.indptr) == 0)),
+        "counts": counts,
+        "relevant_pairs": {split: matrix.nnz for split, matrix in relevance.items()},
+        "filter_pairs": {split: len(pairs) for split, pairs in filters.items()},
+    }
 
 
 def read_source(source: str, *, encoding: str = "utf-8", seed: int = 0) -> RawDataset:
@@ -245,5 +254,5 @@ def describe(dataset: PreparedDataset) -> str:
     for key, fate in (("train", "dropped"), ("test", "kept")):
         if count := info[f"{key}_without_labels_{fate}"]:
             lines.append(f"{count:,} {key} queries without a label were {fate}")
-    lines.append(f"{dataset.name}: written to {os.path.abspath(dataset.path)}")
+    lines.append(f"{dataset.name}: in {os.path.abspath(dataset.path)}")
     return "\n".join(lines)

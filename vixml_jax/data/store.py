@@ -326,6 +326,7 @@ def write(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Write
     check_free(path, overwrite)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)  # Of a process that was killed.
     os.mkdir(temporary)
     try:
         yield Writer(temporary)

@@ -80,7 +80,7 @@ def compute_metrics(
         if hits.shape[1]:
             add("MRR", hits.any(axis=1) / (hits.argmax(axis=1) + 1.0))
     return {
-        name: 100.0 * _ratio(value, sums.get(f"{name} of", len(ids)))
+        name: 100.0 * _ratio(value, sums.get(f"{name} of", float(len(ids))))
         for name, value in sums.items()
         if not name.endswith(" of")
     }
@@ -89,22 +89,21 @@ def compute_metrics(
 def find_hits(ids: Int[np.ndarray, "q k"], relevance: sparse.csr_matrix) -> Bool[np.ndarray, "q k"]:
     """Returns whether each retrieved label is a true label of its query.
 
-    Takes about 16 bytes for each entry of `ids` and of `relevance`: give it blocks of queries.
-
     Args:
-      ids: Retrieved labels below l; -1 = absent, never a hit.
-      relevance: [q, l], nonzero where the label is true.
+      ids: Retrieved labels; -1 = absent, never a hit. A few thousand rows stay in the cache.
+      relevance: [q, l], an entry where the label is true.
     """
-    width = relevance.shape[1] + 1  # One more: an absent label must not meet the row above.
-    rows = np.arange(len(ids), dtype=np.int64) * width
-    true = np.repeat(rows, np.diff(relevance.indptr)) + relevance.indices
-    if not len(true):
-        return np.zeros(ids.shape, bool)
-    if not relevance.has_sorted_indices:
-        true = np.sort(true)
-    wanted = rows[:, None] + np.where(ids < 0, width - 1, ids)
-    at = np.searchsorted(true, wanted)
-    return true[np.minimum(at, len(true) - 1, out=at)] == wanted
+    count = np.diff(relevance.indptr)
+    # With most true labels first, the rows that have a j-th one are the first few.
+    order = np.argsort(-count, kind="stable")
+    rows, first = ids[order], relevance.indptr[:-1][order]
+    ranks = np.arange(count.max(initial=0))
+    hits = np.zeros(rows.shape, bool)
+    for j, few in enumerate(np.searchsorted(-count[order], -ranks)):
+        hits[:few] |= rows[:few] == relevance.indices[first[:few] + j][:, None]
+    found = np.empty_like(hits)
+    found[order] = hits
+    return found
 
 
 def _check(

@@ -52,7 +52,9 @@ def vote(
     with tqdm.tqdm(total=total, desc=f"vote, {by}", delay=1, disable=None) as bar:
         for train in train_blocks:
             for queries in query_blocks:
-                scores = np.concatenate([best[queries], cosine(queries, train)], axis=1)
+                # Rounded, so that equal texts tie whatever order their words are summed in.
+                scores = np.round(cosine(queries, train), 5)
+                scores = np.concatenate([best[queries], scores], axis=1)
                 at = _top(scores, neighbours)
                 new = at >= neighbours
                 old = np.take_along_axis(near[queries], np.where(new, 0, at), axis=1)

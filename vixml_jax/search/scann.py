@@ -36,7 +36,8 @@ def settings_for(num_labels: int) -> dict[str, Any]:
         "soar_lambda": 1.5,
         "dimensions_per_block": 2,
         "anisotropic_threshold": 0.2,
-        "candidates": 4,  # Scored exactly for each result asked for.
+        "candidates": 400,  # Scored exactly at least,
+        "candidates_per_result": 4,  # and for each result asked for.
     }
 
 
@@ -82,7 +83,7 @@ class ScannIndex:
                 settings["dimensions_per_block"],
                 anisotropic_quantization_threshold=settings["anisotropic_threshold"],
             )
-            builder.reorder(settings["candidates"])  # Of one result; search asks for its own.
+            builder.reorder(settings["candidates"])
         else:
             builder.score_brute_force()
         return ScannIndex(builder.build(), settings, _fingerprint(vectors), len(vectors))
@@ -95,9 +96,10 @@ class ScannIndex:
             return index.pad_columns(SearchResult(empty.astype("f4"), empty.astype("i4")), k)
         options = {}
         if self.settings["leaves"]:
-            candidates = self.settings["candidates"] * few
-            # Leaves that hold so many, were all of the same size.
-            needed = math.ceil(candidates * self.settings["leaves"] / self._num_labels)
+            per_result = self.settings["candidates_per_result"]
+            candidates = max(self.settings["candidates"], per_result * few)
+            # Many results spread wide: leaves enough to hold 16 times as many.
+            needed = math.ceil(16 * few * self.settings["leaves"] / self._num_labels)
             searched = max(self.settings["leaves_searched"], needed)
             options = {
                 "pre_reorder_num_neighbors": candidates,
@@ -114,7 +116,7 @@ class ScannIndex:
         """Writes the index, under a temporary name that is then renamed; replaces an older one."""
         directory = os.path.abspath(directory)
         os.makedirs(os.path.dirname(directory), exist_ok=True)
-        temporary, retired = (f"{directory}.{kind}-{os.getpid()}" for kind in ("tmp", "old"))
+        temporary = f"{directory}.tmp-{os.getpid()}"
         about = {
             "format": FORMAT,
             "num_labels": self._num_labels,
@@ -126,12 +128,9 @@ class ScannIndex:
             self._searcher.serialize(temporary, relative_path=True)
             with open(os.path.join(temporary, ABOUT), "w", encoding="utf-8") as file:
                 json.dump(about, file, indent=2)
-            if os.path.isdir(directory):
-                os.rename(directory, retired)
-            os.rename(temporary, directory)
+            _replace(directory, temporary)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(retired, ignore_errors=True)
 
     @staticmethod
     def load(directory: str | os.PathLike, vectors: Float[np.ndarray, "n e"]) -> "ScannIndex":
@@ -161,6 +160,21 @@ class ScannIndex:
                 "build it anew"
             ) from None
         return ScannIndex(searcher, about["settings"], about["fingerprint"], about["num_labels"])
+
+
+def _replace(directory: str, temporary: str) -> None:
+    """Renames `temporary` to `directory`; what was there is removed only afterwards."""
+    if not os.path.isdir(directory):
+        os.rename(temporary, directory)
+        return
+    retired = f"{directory}.old-{os.getpid()}"
+    os.rename(directory, retired)
+    try:
+        os.rename(temporary, directory)
+    except OSError:
+        os.rename(retired, directory)
+        raise
+    shutil.rmtree(retired)
 
 
 def _read_about(directory: str) -> dict[str, Any]:

@@ -268,13 +268,16 @@ class Trainer:
     def _report(
         self, step: int, epoch: int, unread: list[dict[str, jax.Array]], telemetry: Telemetry
     ) -> None:
-        """Reads the scalars of the steps since the last report; stops on a loss that is not."""
+        """Reads the scalars of the steps since the last report; stops where they are not finite."""
         read = jax.device_get(unread)
         first = step - len(read) + 1
         for offset, scalars in enumerate(read):
-            if not np.isfinite(scalars["loss"]):
+            # Of vectors that are not numbers every hinge is 0: the gradient tells where the loss
+            # does not.
+            if not np.isfinite(scalars["loss"] + scalars["gradient_norm"]):
                 raise FloatingPointError(
-                    f"the loss is {scalars['loss']} at step {first + offset} (epoch {epoch}); the "
+                    f"the loss is {scalars['loss']} and its gradient's norm "
+                    f"{scalars['gradient_norm']} at step {first + offset} (epoch {epoch}); the "
                     "last checkpoint is kept; try a lower --optimizer.learning_rate"
                 )
             warning = self.guard.warning(scalars)

@@ -72,7 +72,7 @@ def make_train_step(
             labels = move_centroids(
                 model.table, labels, batch.label_ids, queries, centroid_momentum
             )
-        scalars |= {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        scalars |= {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return (
             TrainState(
                 step=state.step + 1,

@@ -1,0 +1,184 @@
+"""The XML repository's layout: what is read, and what is refused with file and line."""
+
+import re
+
+import numpy as np
+import pytest
+
+from vixml_jax.data import formats
+from vixml_jax.errors import InputError
+
+LINES = {
+    "trn.raw.txt": ["red car", "blue car", "a green house"],
+    "tst.raw.txt": ["green car", ""],
+    "lbl.raw.txt": ["car", "house", "red", "Grün"],
+    "trn_X_Y.txt": ["3 4", "0:1 2:1", "0:1", "1:1 3:1"],
+    "tst_X_Y.txt": ["2 4", "0:1", ""],
+    "filter_labels_test.txt": ["1 2", "0 3"],
+}
+
+
+def write_source(directory, **changed):
+    """A small source; `changed` replaces lines of a file, None leaves the file out."""
+    directory.mkdir(exist_ok=True)
+    names = {re.sub(r"\W", "_", name): name for name in LINES}
+    for key, name in names.items():
+        lines = changed.get(key, LINES[name])
+        if lines is not None:
+            text = "".join(f"{line}\n" for line in lines)
+            (directory / name).write_bytes(text.encode("utf-8"))
+    return str(directory)
+
+
+def refused(path, reader=formats.read_relevance, **options):
+    with pytest.raises(InputError) as caught:
+        reader(str(path), **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_source_is_read_as_written(tmp_path):
+    raw = formats.read_xml_repository(write_source(tmp_path / "cars"))
+    assert raw.name == "cars"
+    assert list(raw.labels.read_texts()) == [LINES["lbl.raw.txt"]]
+    assert list(raw.labels.read_texts()) == [LINES["lbl.raw.txt"]]  # Can be read again.
+    assert list(raw.test.read_texts()) == [["green car", ""]]
+    np.testing.assert_array_equal(
+        raw.train_relevance.toarray(), [[1, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 1]]
+    )
+    np.testing.assert_array_equal(raw.test_relevance.toarray(), [[1, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(raw.test_filter, [[0, 3], [1, 2]])
+    assert raw.train_filter.shape == (0, 2)
+    assert raw.train.images is None
+
+
+@pytest.mark.parametrize("block", [7, 64, 1 << 22])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_relevance_is_read_whatever_the_blocks(tmp_path, monkeypatch, block, seed):
+    monkeypatch.setattr(formats, "_BLOCK", block)
+    rng = np.random.default_rng(seed)
+    expected = rng.random((50, 1234)) < 0.01
+    rows = []
+    for row in expected:
+        labels = rng.permutation(np.flatnonzero(row))
+        spelt = [f"{label}:{rng.choice(['1', '1.0', '1.', '1.000000'])}" for label in labels]
+        rows.append(
+            str(rng.choice([" ", "\t", "  "])).join(spelt) + str(rng.choice(["", " ", "\r"]))
+        )
+    path = tmp_path / "trn_X_Y.txt"
+    path.write_bytes(("50 1234\n" + "\n".join(rows) + "\n").encode())
+    found = formats.read_relevance(str(path))
+    np.testing.assert_array_equal(found.toarray(), expected.astype(np.float32))
+    assert found.dtype == np.float32
+    found.has_sorted_indices = False  # Forget what was claimed, and check.
+    assert all(np.all(np.diff(row.indices) > 0) for row in found)
+
+
+@pytest.mark.parametrize(
+    "row,fault",
+    [
+        ("0:1 4:1", "label of '4:1' is out of range, expected 0 to 3"),
+        ("1:1 2:1 1:1", "'1:1' stands there twice"),
+        ("2:1 2:1", "'2:1' stands there twice"),
+        ("2", "found '2', expected label:1"),
+        ("2:1:1", "found '2:1:1', expected label:1"),
+        ("1:1 :1", "found ':1', expected label:1"),
+        ("-1:1", "found '-1:1', expected label:1"),
+        ("1.5:1", "found '1.5:1', expected label:1"),
+        ("99999999999999999999:1", "expected label:1"),
+        ("1:0", "expected the value 1"),
+        ("1:", "expected the value 1"),
+        ("1:0.5", "expected the value 1"),
+        ("1:10", "expected the value 1"),
+        ("1:1.01", "expected the value 1"),
+        ("1:1x", "expected the value 1"),
+        ("1 :1", "found '1', expected label:1"),
+    ],
+)
+@pytest.mark.parametrize("block", [16, 1 << 22])
+def test_bad_rows_are_named(tmp_path, monkeypatch, row, fault, block):
+    monkeypatch.setattr(formats, "_BLOCK", block)
+    path = tmp_path / "trn_X_Y.txt"
+    path.write_text(f"4 4\n0:1 1:1\n\n{row}\n3:1\n")
+    message = refused(path)
+    assert message.startswith(f"{path}, line 4: ")
+    assert fault in message
+
+
+@pytest.mark.parametrize(
+    "text,fault",
+    [
+        ("", "line 1: found '', expected a header"),
+        ("queries labels\n", "line 1: found 'queries labels', expected a header"),
+        ("0:1 1:1\n", "expected a header"),
+        ("0 4\n", "line 1: 0 queries, 4 labels; expected some"),
+        ("2 0\n\n\n", "line 1: 2 queries, 0 labels; expected some"),
+        ("3 4\n0:1\n1:1\n", "the header says 3 rows, found 2"),
+        ("3 4\n", "the header says 3 rows, found 0"),
+        ("1 4\n0:1\n1:1\n", "the header says 1 rows, found 2"),
+    ],
+)
+def test_header_and_rows_must_agree(tmp_path, text, fault):
+    path = tmp_path / "trn_X_Y.txt"
+    path.write_text(text)
+    assert fault in refused(path)
+
+
+def test_texts_end_at_newlines_alone(tmp_path, monkeypatch):
+    texts = ["one two", "", "tab\there", "form\x0cfeed\x85 ", "ein Wörtchen", "carriage"]
+    path = tmp_path / "trn.raw.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + ("\n".join(texts[:-1]) + "\r\ncarriage").encode("utf-8"))
+    for block in (1, 8, 1 << 22):
+        monkeypatch.setattr(formats, "_BLOCK", block)
+        chunks = formats.read_texts(str(path))
+        assert [text for chunk in chunks for text in chunk] == texts
+        assert formats.count_lines(str(path)) == len(texts)
+    monkeypatch.setattr(formats, "_CHUNK", 4)
+    assert [len(chunk) for chunk in formats.read_texts(str(path))] == [4, 1, 1]
+
+
+def test_other_encodings_are_told_and_read(tmp_path):
+    path = tmp_path / "trn.raw.txt"
+    path.write_bytes("plain\nGrün\n".encode("latin-1"))
+    message = refused(path, lambda path: list(formats.read_texts(path)))
+    assert message.startswith(f"{path}, line 2: byte 0xfc at column 3 is not utf-8")
+    assert "--encoding=latin-1" in message
+    assert list(formats.read_texts(str(path), encoding="latin-1")) == [["plain", "Grün"]]
+
+
+@pytest.mark.parametrize("name", ["trn.raw.txt", "tst.raw.txt", "lbl.raw.txt", "tst_X_Y.txt"])
+def test_missing_files_are_named(tmp_path, name):
+    source = write_source(tmp_path / "cars", **{re.sub(r"\W", "_", name): None})
+    assert f"{source}/{name}: not found" in refused(source, formats.read_xml_repository)
+
+
+@pytest.mark.parametrize(
+    "name,lines,fault",
+    [
+        ("trn_raw_txt", ["one", "two"], "trn.raw.txt: 2 lines, but the header of trn_X_Y.txt"),
+        ("tst_raw_txt", ["1", "2", "3"], "tst.raw.txt: 3 lines, but the header of tst_X_Y.txt"),
+        ("lbl_raw_txt", ["1", "2", "3"], "lbl.raw.txt: 3 lines, but the header of trn_X_Y.txt"),
+        ("tst_X_Y_txt", ["2 5", "0:1", ""], "tst_X_Y.txt, line 1: 5 labels, but trn_X_Y.txt has 4"),
+        ("filter_labels_test_txt", ["0 1", "0 4"], "line 2: pair (0, 4) is out of range"),
+        ("filter_labels_test_txt", ["2 0"], "line 1: pair (2, 0) is out of range"),
+        ("filter_labels_test_txt", ["0 1", "1 1", "0 1"], "line 3: pair (0, 1) is given twice"),
+        ("filter_labels_test_txt", ["0 1", "1"], "line 2: found '1', expected 'query label'"),
+        ("filter_labels_test_txt", ["0 1 2"], "line 1: found '0 1 2', expected 'query label'"),
+        ("filter_labels_test_txt", ["0 1", "0 -1"], "line 2: found '0 -1', expected"),
+    ],
+)
+def test_files_must_fit_each_other(tmp_path, name, lines, fault):
+    source = write_source(tmp_path / "cars", **{name: lines})
+    assert fault in refused(source, formats.read_xml_repository)
+
+
+def test_a_single_filter_pair_and_blank_lines(tmp_path):
+    source = write_source(tmp_path / "cars", filter_labels_test_txt=["", "1 0", ""])
+    raw = formats.read_xml_repository(source)
+    np.testing.assert_array_equal(raw.test_filter, [[1, 0]])
+
+
+def test_no_such_directory(tmp_path):
+    message = refused(tmp_path / "absent", formats.read_xml_repository)
+    assert message.startswith(f"--source={tmp_path / 'absent'}: no such directory")

@@ -1,0 +1,241 @@
+"""Seconds and memory of the ranking metrics, beside two plain ways of computing them.
+
+    python -m vixml_jax.benchmarks.metrics [--queries=300000 --k=100 --labels=131073 --rounds=3]
+
+All judge the same random results, each in a process of its own on one processor, taking turns:
+ours; sparse indexing of the whole relevance at once, as pyxclib does
+(https://github.com/kunaldahiya/pyxclib); and loops over queries in Python, whose seconds are scaled
+up from a part of the queries. Memory is what a computation allocates beside what is judged, at its
+peak. That all say the same is checked.
+"""
+
+import math
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from jaxtyping import Float, Int
+from scipy import sparse
+
+from vixml_jax import errors
+from vixml_jax.benchmarks import workers
+from vixml_jax.evaluation import metrics
+
+KS, RECALL_KS = (1, 3, 5), (10, 100)
+_BLOCK = 16384  # Queries drawn at a time.
+
+
+class Case(NamedTuple):
+    """What is judged."""
+
+    ids: Int[np.ndarray, "q k"]
+    relevance: sparse.csr_matrix
+    weights: Float[np.ndarray, " l"]
+
+    def first(self, count: int) -> "Case":
+        """The first queries alone."""
+        return Case(self.ids[:count], self.relevance[:count], self.weights)
+
+
+def random_case(num_queries: int, k: int, num_labels: int, *, seed: int) -> Case:
+    """Results without repetition, and about 2.3 true labels a query, half of them retrieved."""
+    rng = np.random.default_rng(seed)
+    ids = np.empty((num_queries, k), np.int32)
+    true = []
+    for start in range(0, num_queries, _BLOCK):
+        block = ids[start : start + _BLOCK]
+        # Equal steps of random width come back to no label within a row.
+        step = rng.integers(1, num_labels // k + 1, size=(len(block), 1))
+        block[:] = (
+            rng.integers(num_labels, size=(len(block), 1)) + step * np.arange(k)
+        ) % num_labels
+        owner = np.repeat(np.arange(len(block)), rng.geometric(1 / 2.3, size=len(block)))
+        retrieved = block[owner, rng.integers(k, size=len(owner))]
+        other = rng.integers(num_labels, size=len(owner))
+        label = np.where(rng.random(len(owner)) < 0.5, retrieved, other)
+        true.append(np.unique((owner + start) * num_labels + label))
+    rows, columns = np.divmod(np.concatenate(true), num_labels)
+    relevance = sparse.csr_matrix(
+        (np.ones(len(rows), np.float32), (rows, columns)), shape=(num_queries, num_labels)
+    )
+    return Case(ids, relevance, 1.0 + 10.0 * rng.random(num_labels))
+
+
+def ours(case: Case) -> dict[str, float]:
+    """What `compute_metrics` says."""
+    recall_ks = [r for r in RECALL_KS if r <= case.ids.shape[1]]
+    return metrics.compute_metrics(*case, ks=KS, recall_ks=recall_ks)
+
+
+def sparse_indexing(case: Case) -> dict[str, float]:
+    """Whole arrays: hits by indexing the sparse relevance with every retrieved pair at once."""
+    ids, relevance, weights = case
+    num_queries, k = ids.shape
+    rows = np.repeat(np.arange(num_queries)[:, None], k, axis=1)
+    hits = np.asarray(relevance[rows.ravel(), ids.ravel()]).reshape(num_queries, k) > 0
+    count = np.diff(relevance.indptr)
+    best = np.zeros((num_queries, max(KS)))
+    owner, gain = relevance.nonzero()[0], weights[relevance.indices]
+    gain = gain[np.lexsort((-gain, owner))]
+    rank = np.arange(len(owner)) - np.repeat(relevance.indptr[:-1], count)
+    best[owner[rank < max(KS)], rank[rank < max(KS)]] = gain[rank < max(KS)]
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    ideal = np.cumsum(discount)
+    found = {}
+    for n in KS:
+        divisor = ideal[np.clip(count, 1, n) - 1]
+        gains = hits[:, :n] * weights[ids[:, :n]]
+        found[f"P@{n}"] = np.mean(np.sum(hits[:, :n], axis=1) / n)
+        found[f"nDCG@{n}"] = np.mean(hits[:, :n] @ discount[:n] / divisor)
+        found[f"PSP@{n}"] = np.sum(gains) / np.sum(best[:, :n])
+        reached, possible = (np.mean(x[:, :n] @ discount[:n] / divisor) for x in (gains, best))
+        found[f"PSnDCG@{n}"] = reached / possible
+        precisions = np.cumsum(hits[:, :n], axis=1) / np.arange(1, n + 1) * hits[:, :n]
+        found[f"MAP@{n}"] = np.mean(precisions.sum(axis=1) / np.clip(count, 1, n))
+    for n in RECALL_KS:
+        if n <= k:
+            found[f"R@{n}"] = np.mean(hits[:, :n].sum(axis=1) / np.maximum(count, 1))
+    first = np.argmax(hits, axis=1)
+    found["MRR"] = np.mean(np.where(hits.any(axis=1), 1 / (first + 1), 0.0))
+    return {name: 100.0 * float(value) for name, value in found.items()}
+
+
+def loops(case: Case) -> dict[str, float]:
+    """One query after another, over sets."""
+    sums: dict[str, float] = {}
+
+    def add(name: str, value: float) -> None:
+        sums[name] = sums.get(name, 0.0) + value
+
+    indptr, indices = case.relevance.indptr, case.relevance.indices
+    discount = [1 / math.log2(rank + 1) for rank in range(1, max(KS) + 1)]
+    for i, ids in enumerate(case.ids.tolist()):
+        true = set(indices[indptr[i] : indptr[i + 1]].tolist())
+        hits = [label in true for label in ids]
+        best = sorted((case.weights[label] for label in true), reverse=True)
+        for n in KS:
+            possible = min(n, len(true))
+            ideal = sum(discount[:possible]) or 1.0
+            gains = [case.weights[label] if label in true else 0.0 for label in ids[:n]]
+            add(f"P@{n}", sum(hits[:n]) / n)
+            add(f"nDCG@{n}", sum(h * d for h, d in zip(hits[:n], discount, strict=False)) / ideal)
+            for name, values in (("", gains), (" of", best[:n])):
+                add(f"PSP@{n}{name}", sum(values))
+                dcg = sum(g * d for g, d in zip(values, discount, strict=False))
+                add(f"PSnDCG@{n}{name}", dcg / ideal)
+            precision = sum(sum(hits[: j + 1]) / (j + 1) for j in range(n) if hits[j])
+            add(f"MAP@{n}", precision / max(1, possible))
+        for n in RECALL_KS:
+            if n <= len(ids):
+                add(f"R@{n}", sum(hits[:n]) / max(1, len(true)))
+        add("MRR", 1 / (hits.index(True) + 1) if any(hits) else 0.0)
+    means = {n: v / sums.get(f"{n} of", len(case.ids)) for n, v in sums.items()}
+    return {name: 100.0 * value for name, value in means.items() if not name.endswith(" of")}
+
+
+PROGRAMS = {"ours": ours, "sparse indexing": sparse_indexing, "loops": loops}
+
+
+def prepare(
+    program: str, settings: dict[str, Any]
+) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    """Draws what is judged, finds the memory of one computation; a round is another."""
+    case = random_case(settings["queries"], settings["k"], settings["labels"], seed=0)
+    about: dict[str, Any] = {"scale": 1.0}
+    if program == "loops":
+        part = case.first(settings["part"])
+        about = {"scale": len(case.ids) / len(part.ids), "ours": ours(part)}
+        case = part
+    tracemalloc.start()
+    PROGRAMS[program](case)
+    about["memory_mib"] = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+
+    def run() -> dict[str, Any]:
+        start = time.process_time()
+        found = PROGRAMS[program](case)
+        return {"processor_seconds": time.process_time() - start, "metrics": found}
+
+    return about, run
+
+
+def measure(settings: dict[str, Any], *, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """What each program reports of each round, in turns.
+
+    Raises:
+      RuntimeError: If two programs disagree.
+    """
+    started = {
+        name: workers.Worker("vixml_jax.benchmarks.metrics", name, settings, 1) for name in PROGRAMS
+    }
+    reports: dict[str, list[dict[str, Any]]] = {name: [] for name in PROGRAMS}
+    try:
+        for _ in range(rounds):
+            for name, worker in started.items():
+                report = worker.time() | {"memory_mib": worker.about["memory_mib"]}
+                for key in ("seconds", "processor_seconds"):
+                    report[key] *= worker.about["scale"]
+                reports[name].append(report)
+                expected = worker.about.get("ours", reports["ours"][0]["metrics"])
+                for metric, value in expected.items():
+                    if not math.isclose(report["metrics"][metric], value, abs_tol=1e-6):
+                        raise RuntimeError(
+                            f"{metric}: {name} say {report['metrics'][metric]}, ours {value}"
+                        )
+    finally:
+        for worker in started.values():
+            worker.close()
+    return reports
+
+
+def table(reports: dict[str, list[dict[str, Any]]]) -> str:
+    """The programs, one a line: medians of seconds, memory beside what is judged, ratios."""
+    lines = [f"{'':16} {'seconds':>9} {'user+sys':>9} {'of ours':>9} {'peak MiB':>9}"]
+    for name, rounds in reports.items():
+        seconds, processor, ours_processor = (
+            statistics.median(report[key] for report in reports[program])
+            for program, key in (
+                (name, "seconds"), (name, "processor_seconds"), ("ours", "processor_seconds"),
+            )
+        )  # fmt: skip
+        lines.append(
+            f"{name:16} {seconds:9.2f} {processor:9.2f} {processor / ours_processor:8.1f}x "
+            f"{rounds[0]['memory_mib']:9.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints one table."""
+    del argv
+    values = flags.FLAGS
+    settings = {name: values[name].value for name in ("queries", "k", "labels", "part")}
+    if values.k > values.labels or values.k < max(KS):
+        raise errors.InputError(
+            f"--k={values.k}: expected {max(KS)} to {values.labels}, the number of labels"
+        )
+    print(f"{values.queries} queries x {values.k} results, {values.labels} labels, one processor")
+    reports = measure(settings, rounds=values.rounds)
+    print(table(reports))
+    print(
+        f"all agree; median of {values.rounds} rounds; loops: scaled up from {values.part} queries"
+    )
+
+
+def define_flags() -> None:
+    """The flags of this benchmark."""
+    flags.DEFINE_integer("queries", 300_000, "Queries judged.", lower_bound=1)
+    flags.DEFINE_integer("k", 100, "Results of a query.", lower_bound=1)
+    flags.DEFINE_integer("labels", 131_073, "Labels.", lower_bound=1)
+    flags.DEFINE_integer("part", 5000, "Queries that the loops judge.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 3, "Times that each program runs.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    if not workers.serve(prepare):
+        define_flags()
+        errors.launch(main)
