@@ -26,7 +26,7 @@ class Tower(nn.Module):
 
         Args:
           packed: Items in rows; which share a row changes nothing. `packed.images` may have no
-            row, whatever its width.
+            row, whatever its width; without `image_width` no position may name a picture.
           num_items: How many items there are; one that no position belongs to comes out zero.
           deterministic: Whether dropout is off; else rng "dropout" is needed.
         """
@@ -49,8 +49,6 @@ class Tower(nn.Module):
             projected = project(images)
             if images.shape[0]:
                 x = layers.place_rows(x, projected, packed.image_at)
-        elif images.shape[0]:
-            x = layers.place_rows(x, jnp.zeros((images.shape[0], c.width)), packed.image_at)
         x = bert.Encoder(c, name="encoder")(
             x, packed.positions, packed.segments, deterministic=deterministic
         )
