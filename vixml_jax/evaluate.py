@@ -12,7 +12,7 @@ from absl import flags
 from jaxtyping import Float
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, runs
+from vixml_jax import errors, memory, runs
 from vixml_jax.config import Config
 from vixml_jax.data import propensity
 from vixml_jax.data.store import Items, PreparedDataset
@@ -206,6 +206,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if not values.workdir:
         raise InputError("--workdir: missing; expected a run directory that train wrote")
+    memory.keep_freed_pages()
     config = config_lib.load(os.path.join(values.workdir, runs.CONFIG))
     config = dataclasses.replace(
         config,

@@ -12,7 +12,7 @@ from absl import flags
 from flax import linen as nn
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, evaluate, runs
+from vixml_jax import errors, evaluate, memory, runs
 from vixml_jax.config import Config
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.encoding import Model
@@ -166,6 +166,7 @@ def train(config: Config) -> None:
 def main(argv: Sequence[str]) -> None:
     del argv
     config = config_lib.from_flags(flags.FLAGS)
+    memory.keep_freed_pages()
     cache = os.path.join(os.path.expanduser("~"), ".cache", "vixml_jax", "programs")
     jax.config.update("jax_compilation_cache_dir", cache)
     train(config)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vixml_jax import memory
+
 
 class Worker:
     """A child process that prepares once and then times what it is told to.
@@ -65,6 +67,7 @@ def serve(
     if len(sys.argv) < 4 or sys.argv[1] != "--worker":
         return False
     os.sched_setaffinity(0, {int(core) for core in os.environ["VIXML_CORES"].split(",")})
+    memory.keep_freed_pages()  # For every program alike.
     about, run = prepare(sys.argv[2], json.loads(sys.argv[3]))
     print(json.dumps(about), flush=True)
     for _ in sys.stdin:
