@@ -1,0 +1,64 @@
+"""Learning curves of runs as a picture: `python -m vixml_jax.evaluation.curves --runs=A,B`."""
+
+import json
+import os
+from collections.abc import Sequence
+
+from absl import flags
+
+from vixml_jax import errors
+from vixml_jax.errors import InputError
+
+METRICS = ("P@1", "PSP@5", "R@100")
+
+
+def read_curve(workdir: str, name: str) -> tuple[list[int], list[float]]:
+    """Steps at which a metric was measured in training, and its values in percent.
+
+    Raises:
+      InputError: If the directory holds no metrics of a run.
+    """
+    path = os.path.join(workdir, "metrics.jsonl")
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}; expected a run directory that train wrote") from None
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    last = os.path.join(workdir, "evaluation", "test-exact.json")
+    if lines and os.path.exists(last):
+        with open(last, encoding="utf-8") as file:
+            found.append((lines[-1]["step"], json.load(file)[name]))
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    values = flags.FLAGS
+    if not values.runs:
+        raise InputError("--runs: missing; expected run directories separated by commas")
+    figure, panels = pyplot.subplots(1, len(METRICS), figsize=(9, 3), layout="constrained")
+    for panel, name in zip(panels, METRICS, strict=True):
+        for run, style in zip(values.runs, ("o-", "s--", "^:", "d-.") * 9, strict=False):
+            panel.plot(*read_curve(run, name), style, label=os.path.basename(run.rstrip("/")))
+        panel.set(title=f"{name}, percent", xlabel="step")
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(values.out, dpi=110)
+    print(f"curves of {', '.join(values.runs)} written to {values.out}")
+
+
+def define_flags() -> None:
+    """The flags of this picture."""
+    flags.DEFINE_list("runs", [], "Run directories, separated by commas.")
+    flags.DEFINE_string("out", "curves.png", "Picture to write.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    errors.launch(main)
