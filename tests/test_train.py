@@ -231,6 +231,18 @@ def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
         k: v for k, v in trained.items() if "@" in k
     }
     assert "P@1" in capsys.readouterr().out
+    for _ in range(2):  # Builds the index, then loads it.
+        evaluate.show(config, model, params, labels, dataset, split="test", search="scann")
+    with open(os.path.join(whole_run.workdir, "evaluation", "test-scann.json")) as file:
+        approximate = json.load(file)
+    assert approximate["search"]["recall@10"] == 1.0  # So few labels are searched exactly.
+    np.testing.assert_allclose(approximate["P@5"], trained["P@5"])
+
+
+def test_the_votes_that_stand_beside_a_run(whole_run):
+    rows = evaluate.baseline_rows(runs.open_dataset(whole_run), 10)
+    assert list(rows) == ["vote, text", "vote, picture", "vote, both"]
+    assert all(0.0 <= value <= 100.0 for row in rows.values() for value in row.values())
 
 
 def test_collapse_is_told_once():

@@ -131,8 +131,8 @@ def open_scann(label_vectors: np.ndarray, directory: str) -> ScannIndex:
     if os.path.isdir(directory):
         try:
             return ScannIndex.load(directory, label_vectors)
-        except InputError:
-            print(f"{directory}: of other label vectors; building it anew")
+        except InputError as error:
+            print(error)  # Says what it found, and that it is to be built anew.
     index = ScannIndex.build(label_vectors)
     index.save(directory)
     return index
