@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import workers
+from vixml_jax.benchmarks import inputs, workers
 from vixml_jax.data.store import Items, PreparedDataset, Ragged
 
 MINILM = {
@@ -51,16 +51,7 @@ def tower_of_minilm() -> Any:
 
 def data_of(settings: dict[str, Any], *, full: bool) -> PreparedDataset:
     """The data to read; with `full`, every text repeated or cut to 32 tokens."""
-    import tempfile
-
-    if settings["data"] == "glyphs":
-        from vixml_jax.data import preparation
-
-        dataset = preparation.prepare(
-            "glyphs", tempfile.mkdtemp() + "/glyphs", tokenizer="train", max_tokens=32
-        )
-    else:
-        dataset = PreparedDataset.open(settings["data"])
+    dataset = inputs.open_data(settings["data"])
     sides = {
         name: dataclasses.replace(getattr(dataset, name), images=None)
         for name in ("train", "test", "labels")
@@ -80,14 +71,14 @@ def _filled(items: Items, length: int = 32) -> Items:
     )
 
 
-def batches_of(dataset: PreparedDataset, settings: dict[str, Any], count: int) -> list[Any]:
-    """The same batches for every program."""
+def batches_of(dataset: PreparedDataset, settings: dict[str, Any], *, width: int) -> list[Any]:
+    """The same batches for every program, in rows of `width` positions."""
     from vixml_jax.data import packing, pipeline
 
     rng = np.random.default_rng(0)
     lengths = [np.diff(items.tokens.offsets) for items in (dataset.train, dataset.labels)]
     rows = packing.RowSizes.expected(
-        sum(float(np.mean(one)) for one in lengths), batch_size=settings["batch"], width=64
+        sum(float(np.mean(one)) for one in lengths), batch_size=settings["batch"], width=width
     )
     iterator = pipeline.epoch_batches(
         dataset,
@@ -95,18 +86,19 @@ def batches_of(dataset: PreparedDataset, settings: dict[str, Any], count: int) -
         epoch=0,
         seed=0,
         batch_size=settings["batch"],
-        width=64,
+        width=width,
         num_images=0,
         weights=None,
         rows=rows,
     )
-    return [next(iterator) for _ in range(count)]
+    return [next(iterator) for _ in range(settings["steps"])]
 
 
 def prepare(program: str, settings: dict[str, Any]) -> tuple[Any, Callable[[], dict[str, Any]]]:
     """Builds a program and runs its batches once, so that nothing is compiled in a timed round."""
-    dataset = data_of(settings, full="all of" in program)
-    batches = batches_of(dataset, settings, settings["steps"])
+    full = "all of" in program
+    dataset = data_of(settings, full=full)
+    batches = batches_of(dataset, settings, width=32 if full else 64)
     build = _ours if program.startswith("ours") else _torch
     run = build(program, dataset, batches, settings)
     run()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from vixml_jax.data.store import Items, Ragged
+from vixml_jax.data.store import Items, Ragged, ranges
 from vixml_jax.structs import PackedItems
 
 
@@ -72,8 +72,8 @@ def pack(
         first, pictures = _spans(items.images, at)
         pictures = np.where(real, np.minimum(pictures, num_images), 0)
         images = np.zeros((len(ids) * num_images, items.images.values.shape[1]), np.float16)
-        slots = _ranges(np.arange(len(ids)) * num_images, pictures)
-        images[slots] = items.images.values[_ranges(first, pictures)]
+        slots = ranges(np.arange(len(ids)) * num_images, pictures)
+        images[slots] = items.images.values[ranges(first, pictures)]
     sizes = lengths + pictures
 
     shares = sizes.reshape(blocks, -1)
@@ -84,13 +84,13 @@ def pack(
     total = blocks * used * width
     tokens, segments, positions, image_at = np.zeros((4, total), np.int32)
     segments[:] = image_at[:] = -1
-    put = _ranges(begin, pictures)
-    image_at[put] = _ranges(np.arange(len(ids)) * num_images, pictures)
-    positions[put] = _ranges(np.zeros(len(ids), np.int64), pictures)
+    put = ranges(begin, pictures)
+    image_at[put] = ranges(np.arange(len(ids)) * num_images, pictures)
+    positions[put] = ranges(np.zeros(len(ids), np.int64), pictures)
     segments[put] = np.repeat(np.arange(len(ids)), pictures)
-    put = _ranges(begin + pictures, lengths)
-    tokens[put] = items.tokens.values[_ranges(starts, lengths)]
-    positions[put] = _ranges(np.full(len(ids), num_images), lengths)
+    put = ranges(begin + pictures, lengths)
+    tokens[put] = items.tokens.values[ranges(starts, lengths)]
+    positions[put] = ranges(np.full(len(ids), num_images), lengths)
     segments[put] = np.repeat(np.arange(len(ids)), lengths)
     shape = (-1, width)
     return PackedItems(
@@ -142,45 +142,43 @@ def _spans(ragged: Ragged, at: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.nd
     return starts, np.asarray(ragged.offsets[at + 1]) - starts
 
 
-def _ranges(starts: Int[np.ndarray, " n"], lengths: Int[np.ndarray, " n"]) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ..."""
-    before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
-
-
 def _fill_blocks(
     sizes: Int[np.ndarray, "x n"], width: int, rows: RowSizes
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Row and offset of each item within its block, and the rows of a block."""
-    count = rows.fit(-(-int(np.max(sizes.sum(axis=1))) // width))
-    while True:
-        found = [_fill(share, count, width) for share in sizes]
-        if all(one is not None for one in found):
-            row, offset = (np.stack(part) for part in zip(*found, strict=True))
-            return row, offset, count
-        count += rows.step
+    row, offset, used = zip(*(_fill(share, width) for share in sizes), strict=True)
+    return np.stack(row), np.stack(offset), rows.fit(max(used))
 
 
-def _fill(
-    sizes: Int[np.ndarray, " n"], rows: int, width: int
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Worst fit, largest first, a row's worth of items at a time; None if `rows` are too few.
+def _fill(sizes: Int[np.ndarray, " n"], width: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Best fit, largest first: an item goes where the least room is left that holds it.
 
-    Each round pairs the largest items left with the emptiest rows. An item that does not fit its
-    row waits; if even the first does not fit, it fits nowhere.
+    Items of one size are placed together: a row takes as many as it holds before a row with more
+    room is touched.
+
+    Returns:
+      Row and offset of each item, and how many rows are used.
     """
-    order = np.argsort(-sizes, kind="stable")
-    order = order[: int(np.count_nonzero(sizes))]
+    counts = np.bincount(sizes, minlength=width + 1).tolist()
+    open_rows: list[list[int]] = [[] for _ in range(width + 1)]  # By the room left in them.
+    rows: list[int] = []
+    offsets: list[int] = []
+    used = 0
+    for size in range(width, 0, -1):
+        missing, room = counts[size], size
+        while missing:
+            while room < width and not open_rows[room]:
+                room += 1
+            if not open_rows[room]:
+                open_rows[width].append(used)
+                used += 1
+            at = open_rows[room].pop()
+            took = min(room // size, missing)
+            rows += [at] * took
+            offsets += range(width - room, width - room + took * size, size)
+            open_rows[room - took * size].append(at)
+            missing -= took
     row, offset = np.zeros((2, len(sizes)), np.int64)
-    used = np.zeros(rows, np.int64)
-    while len(order):
-        few = order[:rows]
-        emptiest = np.argsort(used, kind="stable")[: len(few)]
-        fits = used[emptiest] + sizes[few] <= width
-        if not fits[0]:
-            return None
-        chosen, where = few[fits], emptiest[fits]
-        row[chosen], offset[chosen] = where, used[where]
-        used[where] += sizes[chosen]
-        order = np.concatenate([few[~fits], order[rows:]])
-    return row, offset
+    order = np.argsort(-sizes, kind="stable")[: len(rows)]
+    row[order], offset[order] = rows, offsets
+    return row, offset, used

@@ -4,6 +4,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
+from vixml_jax.data.store import ranges
+
 
 def sample_positives(
     relevance: sparse.csr_matrix,
@@ -23,7 +25,7 @@ def sample_positives(
     at = np.where(real, query_ids, 0)
     starts = relevance.indptr[at].astype(np.int64)
     counts = np.where(real, relevance.indptr[at + 1] - starts, 0)
-    labels = relevance.indices[_ranges(starts, counts)]
+    labels = relevance.indices[ranges(starts, counts)]
     mass = np.ones(len(labels)) if weights is None else weights[labels].astype(np.float64)
     ends = np.cumsum(mass)
     last = np.cumsum(counts) - 1  # Last label of each query among `labels`.
@@ -47,7 +49,7 @@ def relevance_block(
     at = np.where(real, query_ids, 0)
     starts = relevance.indptr[at].astype(np.int64)
     counts = np.where(real, relevance.indptr[at + 1] - starts, 0)
-    labels = relevance.indices[_ranges(starts, counts)]
+    labels = relevance.indices[ranges(starts, counts)]
     rows = np.repeat(np.arange(len(at)), counts)
     distinct, column_of = np.unique(label_ids, return_inverse=True)
     where = np.searchsorted(distinct, labels)
@@ -68,8 +70,3 @@ def clustered_order(
     """All queries, cluster after cluster in random order (NGAME), so that near ones meet."""
     rank = rng.permutation(int(cluster_of.max()) + 1)
     return np.argsort(rank[cluster_of], kind="stable")
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)

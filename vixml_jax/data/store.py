@@ -30,6 +30,12 @@ class Ragged(NamedTuple):
     offsets: Int[np.ndarray, " n+1"]  # int64.
 
 
+def ranges(starts: Int[np.ndarray, " n"], lengths: Int[np.ndarray, " n"]) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ..."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
+
+
 class Texts(collections.abc.Sequence):
     """Texts that are decoded when asked for."""
 

@@ -1,0 +1,90 @@
+"""Items a second that are packed on the host, and the share of positions left empty.
+
+    python -m vixml_jax.benchmarks.packing [--data=DIR]
+
+Beside it the same batches padded to 32 positions an item, as the paper's program does: faster to
+write, but most of what a tower then reads is empty.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from absl import flags
+from jaxtyping import Int
+
+from vixml_jax import errors
+from vixml_jax.benchmarks import inputs
+from vixml_jax.data import packing
+from vixml_jax.data.store import Items, ranges
+
+WIDTH, PADDED = 64, 32
+
+
+def pad(items: Items, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n t"]:
+    """Tokens cut or filled with -1 to 32 positions, one item a row."""
+    starts = np.asarray(items.tokens.offsets[ids])
+    lengths = np.minimum(np.asarray(items.tokens.offsets[ids + 1]) - starts, PADDED)
+    tokens = np.full((len(ids), PADDED), -1, np.int32)
+    tokens[np.arange(PADDED) < lengths[:, None]] = items.tokens.values[ranges(starts, lengths)]
+    return tokens
+
+
+def measure(items: Items, *, batch: int, num_images: int) -> dict[str, tuple[float, float]]:
+    """Seconds of one pass over shuffled `items`, and the share of empty positions, a program."""
+    order = np.random.default_rng(0).permutation(len(items))
+    batches = [ids for ids in np.array_split(order, max(1, len(order) // batch)) if len(ids)]
+    pictures = 0 if items.images is None else np.minimum(np.diff(items.images.offsets), num_images)
+    lengths = np.minimum(np.diff(items.tokens.offsets), WIDTH - num_images) + pictures
+    rows = packing.RowSizes.expected(float(np.mean(lengths)), batch_size=batch, width=WIDTH)
+
+    def packed() -> Iterable[np.ndarray]:
+        for ids in batches:
+            one = packing.pack(items, ids, width=WIDTH, num_images=num_images, rows=rows)
+            yield one.segments < 0
+
+    def padded() -> Iterable[np.ndarray]:
+        for ids in batches:
+            yield pad(items, ids) < 0
+
+    return {"packed": _timed(packed), "padded to 32, text alone": _timed(padded)}
+
+
+def _timed(program: Callable[[], Iterable[np.ndarray]]) -> tuple[float, float]:
+    start, empty, total = time.perf_counter(), 0, 0
+    for mask in program():
+        empty, total = empty + int(np.count_nonzero(mask)), total + mask.size
+    return time.perf_counter() - start, empty / total
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints one line a program and side."""
+    del argv
+    values = flags.FLAGS
+    dataset = inputs.open_data(values.data)
+    for side in ("train", "labels"):
+        items = getattr(dataset, side)
+        found = [
+            measure(items, batch=values.batch, num_images=values.num_images)
+            for _ in range(values.rounds)
+        ]
+        for name in found[0]:
+            seconds = statistics.median(one[name][0] for one in found)
+            print(
+                f"{side:7s} {name:25s} {len(items) / seconds:12,.0f} items/s "
+                f"{found[0][name][1]:7.1%} empty"
+            )
+
+
+def define_flags() -> None:
+    """The flags of this benchmark."""
+    flags.DEFINE_string("data", "glyphs", "Prepared data whose items are packed, or 'glyphs'.")
+    flags.DEFINE_integer("batch", 512, "Items packed together.", lower_bound=1)
+    flags.DEFINE_integer("num_images", 0, "Pictures of an item at most.", lower_bound=0)
+    flags.DEFINE_integer("rounds", 5, "Passes over the data.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    errors.launch(main)
