@@ -55,13 +55,14 @@ class Model:
         dropout: Array | None = None,
     ) -> Float[Array, "b d"]:
         """Mean-pooled tower vectors, float32, not normalised; with a key, under dropout."""
-        return self.tower.apply(
-            {"params": params["tower"]},
-            packed,
-            num_items,
-            deterministic=dropout is None,
-            rngs=None if dropout is None else {"dropout": dropout},
-        )
+        with sharding.laid_out(self.mesh):
+            return self.tower.apply(
+                {"params": params["tower"]},
+                packed,
+                num_items,
+                deterministic=dropout is None,
+                rngs=None if dropout is None else {"dropout": dropout},
+            )
 
     def prototypes(
         self,

@@ -14,7 +14,7 @@ def launch(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags and runs `main`; bad flags or input: one line, exit status 2."""
 
     def guarded(argv: Sequence[str]) -> None:
-        if flags.FLAGS["verbosity"].using_default_value:
+        if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Libraries tell much that is not for users.
         try:
             if len(argv) > 1:

@@ -1,6 +1,8 @@
 """Mesh and rules: the only place that knows both the logical axes and the mesh."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -87,6 +89,16 @@ def shardings_of(abstract: Any, mesh: Mesh) -> Any:
 def _axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
     names = (axis,) if isinstance(axis, str) else axis
     return int(np.prod([mesh.shape[name] for name in names]))
+
+
+@contextlib.contextmanager
+def laid_out(mesh: Mesh) -> Iterator[None]:
+    """Inside, modules keep their activations spread over the mesh as `AXIS_RULES` say.
+
+    Linen drops the constraints, without a word, where it finds no mesh or no rules.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(AXIS_RULES):
+        yield
 
 
 def to_devices(batch: Any, mesh: Mesh) -> Any:
