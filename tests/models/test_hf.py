@@ -165,8 +165,8 @@ def test_all_mismatches_stand_in_one_line(tmp_path):
     message = str(fault.value)
     assert "\n" not in message and str(tmp_path) in message
     for part in (
-        "encoder/blocks/up/bias of layer 1 is missing",
-        "encoder/embeddings_norm/scale is missing",
+        "encoder.layer.1.intermediate.dense.bias is missing",
+        "embeddings.LayerNorm.weight is missing",
         "encoder.layer.3.output.dense.bias is unexpected",
         "adapter.weight is unexpected",
         "encoder.layer.0.attention.self.query.weight has shape [24, 23], expected [24, 24]",

@@ -54,6 +54,9 @@ class BertConfig:
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.num_heads} heads")
 
+    word_scale = 1.0  # What word embeddings are multiplied by.
+    pooling = "mean"
+
     @property
     def sizes(self) -> dict[str, int]:
         """Size of each letter of `axes.LETTERS` that a weight of the tower has."""
@@ -134,41 +137,9 @@ class Encoder(nn.Module):
             keys = jax.random.split(rest, c.num_layers)
         x = layers.constrain(x.astype(c.dtype), "psd")
         mask = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, None, :]
-        if c.scan or self.is_initializing():
-            return self._scan(x, mask, keys)
-        return self._unroll(x, mask, keys)
+        return layers.run_blocks(self, Block, c, x, (mask,), keys)
 
     def _table(self, name: str, rows: int) -> Float[Array, "w d"]:
         init = nn.initializers.normal(self.config.initializer_range)
         boxed = nn.with_logical_partitioning(init, (None, *axes.logical("d")))
         return self.param(name, boxed, (rows, self.config.width))
-
-    def _scan(self, x: Array, mask: Array, keys: Array | None) -> Array:
-        c = self.config
-        stack = nn.scan(
-            nn.remat(Block, prevent_cse=False) if c.remat else Block,
-            length=c.num_layers,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return stack(c, name="blocks")(x, mask, keys)[0]
-
-    def _unroll(self, x: Array, mask: Array, keys: Array | None) -> Array:
-        c = self.config
-        block = Block(c, parent=None)
-
-        def run(weights: dict, x: Array, key: Array | None) -> Array:
-            return block.apply({"params": weights}, x, mask, key)[0]
-
-        if c.remat:
-            run = jax.checkpoint(run)
-        # One split an array: its transpose is one concatenation, where that of an index would
-        # add up arrays of zeros as large as the stack, one a layer.
-        stacked, tree = jax.tree.flatten(nn.unbox(self.variables["params"]["blocks"]))
-        parts = [jax.lax.split(w, [1] * c.num_layers) for w in stacked]
-        for i in range(c.num_layers):
-            weights = jax.tree.unflatten(tree, [part[i].squeeze(0) for part in parts])
-            x = run(weights, x, None if keys is None else keys[i])
-        return x

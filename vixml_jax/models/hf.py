@@ -1,208 +1,153 @@
-"""Towers from Hugging Face checkpoints: safetensors, one tensor at a time, by a table of names."""
+"""Towers from Hugging Face checkpoints and back: safetensors, one tensor at a time."""
 
 import json
 import os
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 
 from vixml_jax.errors import InputError
-from vixml_jax.models.bert import BertConfig
+from vixml_jax.models import hf_names
+from vixml_jax.models.tower import TowerConfig
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 
 
-class _Rule(NamedTuple):
-    """Where a tensor goes, in letters of `axes.LETTERS` (s and t: rows of positions and types)."""
+def load_hf_tower(
+    directory_or_name: str, *, dtype: str = "float32"
+) -> tuple[TowerConfig, dict[str, Any]]:
+    """The sizes and the numpy parameters of a tower: BERT family, or one of four decoders.
 
-    path: str
-    theirs: tuple[str, ...]  # Letters of each dimension of the tensor.
-    ours: str  # Letters of our array, without that of the layers.
-
-
-def _linear(theirs: str, ours: str, output: str, summed: str) -> dict[str, _Rule]:
-    """A linear layer, whose weight Hugging Face keeps as [output, input]."""
-    return {
-        rf"{theirs}\.weight": _Rule(f"{ours}/kernel", (output, summed), summed + output),
-        rf"{theirs}\.bias": _Rule(f"{ours}/bias", (output,), output),
-    }
-
-
-def _norm(theirs: str, ours: str) -> dict[str, _Rule]:
-    # Checkpoints made from TensorFlow's call the two gamma and beta.
-    return {
-        rf"{theirs}\.(?:weight|gamma)": _Rule(f"{ours}/scale", ("d",), "d"),
-        rf"{theirs}\.(?:bias|beta)": _Rule(f"{ours}/bias", ("d",), "d"),
-    }
-
-
-def _table(theirs: str, ours: str, rows: str) -> dict[str, _Rule]:
-    return {rf"embeddings\.{theirs}\.weight": _Rule(ours, (rows, "d"), rows + "d")}
-
-
-_BLOCKS = "encoder/blocks"
-_EMBEDDINGS = {
-    **_table("word_embeddings", "word_embeddings", "w"),
-    **_table("position_embeddings", "encoder/position_embeddings", "s"),
-    **_norm(r"embeddings\.LayerNorm", "encoder/embeddings_norm"),
-}
-
-
-def _blocks(layer: str, names: tuple[str, ...]) -> dict[str, _Rule]:
-    """The rules of one layer, whose number is the pattern's only group."""
-    query, key, value, out, attention_norm, up, down, mlp_norm = (layer + name for name in names)
-    return {
-        **_linear(query, f"{_BLOCKS}/query", "ha", "d"),
-        **_linear(key, f"{_BLOCKS}/key", "ha", "d"),
-        **_linear(value, f"{_BLOCKS}/value", "ha", "d"),
-        **_linear(out, f"{_BLOCKS}/out", "d", "ha"),
-        **_norm(attention_norm, f"{_BLOCKS}/attention_norm"),
-        **_linear(up, f"{_BLOCKS}/up", "m", "d"),
-        **_linear(down, f"{_BLOCKS}/down", "d", "m"),
-        **_norm(mlp_norm, f"{_BLOCKS}/mlp_norm"),
-    }
-
-
-# model_type: pattern of a tensor's name -> where it goes.
-RULES = {
-    "bert": {
-        **_EMBEDDINGS,
-        **_table("token_type_embeddings", "encoder/type_embeddings", "t"),
-        **_blocks(
-            r"encoder\.layer\.(\d+)\.",
-            (
-                r"attention\.self\.query",
-                r"attention\.self\.key",
-                r"attention\.self\.value",
-                r"attention\.output\.dense",
-                r"attention\.output\.LayerNorm",
-                r"intermediate\.dense",
-                r"output\.dense",
-                r"output\.LayerNorm",
-            ),
-        ),
-    },
-    "distilbert": {
-        **_EMBEDDINGS,
-        **_blocks(
-            r"transformer\.layer\.(\d+)\.",
-            (
-                r"attention\.q_lin",
-                r"attention\.k_lin",
-                r"attention\.v_lin",
-                r"attention\.out_lin",
-                r"sa_layer_norm",
-                r"ffn\.lin1",
-                r"ffn\.lin2",
-                r"output_layer_norm",
-            ),
-        ),
-    },
-}
-
-# What a checkpoint may hold beside the encoder; the mean of its states needs none of it.
-IGNORED = (
-    r"embeddings\.position_ids",
-    r"pooler\.dense\.(weight|bias)",
-    r"cls\..*",
-    r"vocab_(transform|layer_norm|projector)\..*",
-    r"(pre_)?classifier\..*",
-    r"qa_outputs\..*",
-)
-
-# model_type: our field -> name in config.json; a default where a file may leave it out.
-_FIELDS: dict[str, dict[str, str | tuple[str, Any]]] = {
-    "bert": {
-        "vocab_size": "vocab_size",
-        "num_layers": "num_hidden_layers",
-        "width": "hidden_size",
-        "num_heads": "num_attention_heads",
-        "mlp_width": "intermediate_size",
-        "max_positions": "max_position_embeddings",
-        "type_vocab_size": ("type_vocab_size", 2),
-        "dropout": ("hidden_dropout_prob", 0.1),
-        "attention_dropout": ("attention_probs_dropout_prob", 0.1),
-        "layer_norm_eps": ("layer_norm_eps", 1e-12),
-        "initializer_range": ("initializer_range", 0.02),
-    },
-    "distilbert": {
-        "vocab_size": "vocab_size",
-        "num_layers": "n_layers",
-        "width": "dim",
-        "num_heads": "n_heads",
-        "mlp_width": "hidden_dim",
-        "max_positions": "max_position_embeddings",
-        "dropout": ("dropout", 0.1),
-        "attention_dropout": ("attention_dropout", 0.1),
-        "initializer_range": ("initializer_range", 0.02),
-    },
-}
-
-# What else config.json must say, where it says it.
-_FIXED = {
-    "hidden_act": "gelu",
-    "activation": "gelu",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-}
-
-
-def load_hf_tower(directory_or_name: str) -> tuple[BertConfig, dict[str, Any]]:
-    """The sizes and the float32 numpy parameters of a BertModel or DistilBertModel.
-
-    The parameters are those of `Tower.init`, without an image projection.
+    The parameters are those of `Tower.init`, without image projection and adapters. One tensor at
+    a time is read, and put where it belongs in its stack.
 
     Args:
       directory_or_name: A directory with config.json and model.safetensors (whole, or in parts
         with their index), or the name of a model on the Hugging Face hub.
+      dtype: Of the parameters: "float32" or "bfloat16".
 
     Raises:
-      InputError: If there is no such model, if it is none of the family, or if its tensors are
+      InputError: If there is no such model, if it is none of the families, or if its tensors are
         not those that its config asks for; all that differ are named.
     """
     directory = _resolve(directory_or_name)
-    family, config = _read_config(os.path.join(directory, CONFIG))
-    sizes = {**config.sizes, "s": config.max_positions, "t": config.type_vocab_size}
+    path = os.path.join(directory, CONFIG)
+    family, config = hf_names.read_config(path, _read_json(path))
+    sizes = sizes_of(config)
+    expected = hf_names.TENSORS[family].expected(config)
     params: dict[str, np.ndarray] = {}
-    expected = set()
-    for path, _, ours in RULES[family].values():
-        shape = tuple(sizes[letter] for letter in ours)
-        stacked = path.startswith(_BLOCKS)
-        params[path] = np.empty((config.num_layers, *shape) if stacked else shape, np.float32)
-        expected |= {(path, i) for i in (range(config.num_layers) if stacked else (None,))}
+    for place, layer in expected.values():
+        if place.path not in params:
+            shape = tuple(sizes[letter] for letter in place.ours)
+            stack = () if layer is None else (config.num_layers,)
+            params[place.path] = np.empty((*stack, *shape), dtype)
 
-    faults, missing = [], set(expected)
+    faults, missing = [], dict(expected)
     for name, tensor in _tensors(directory):
-        short = re.sub(rf"^({family}|model)\.", "", name)
-        if any(re.fullmatch(pattern, short) for pattern in IGNORED):
+        short = re.sub(hf_names.PREFIXES, "", name)
+        # Checkpoints made from TensorFlow's call the weight and bias of a norm gamma and beta.
+        short = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", short))
+        if any(re.fullmatch(pattern, short) for pattern in hf_names.IGNORED):
             continue
-        rule, layer = _match(RULES[family], short)
-        if rule is None or (rule.path, layer) not in expected:
+        if short not in expected:
             faults.append(f"{name} is unexpected")
             continue
-        missing.discard((rule.path, layer))
-        wanted = [int(np.prod([sizes[i] for i in letters])) for letters in rule.theirs]
+        missing.pop(short, None)
+        place, layer = expected[short]
+        wanted = [int(np.prod([sizes[i] for i in letters])) for letters in place.theirs]
         found = list(tensor.get_shape())
         if found != wanted:
             faults.append(f"{name} has shape {found}, expected {wanted}")
             continue
-        letters = "".join(rule.theirs)
+        letters = "".join(place.theirs)
         value = tensor[:].reshape([sizes[i] for i in letters])
-        value = value.transpose([letters.index(i) for i in rule.ours])
-        params[rule.path][... if layer is None else layer] = value
-    for path, layer in sorted(missing, key=str):
-        faults.append(f"{path}{'' if layer is None else f' of layer {layer}'} is missing")
+        value = value.transpose([letters.index(i) for i in place.ours])
+        params[place.path][... if layer is None else layer] = value
+    faults += [f"{name} is missing" for name in missing]
     if faults:
         raise InputError(
             f"{directory}: the tensors are not those that {CONFIG} asks for ({family}, "
             f"{config.num_layers} layers of width {config.width}): {'; '.join(faults)}"
         )
     return config, _nest(params)
+
+
+def sizes_of(config: TowerConfig) -> dict[str, int]:
+    """Size of each letter in `hf_names`: the tower's, and rows of positions and types."""
+    types = getattr(config, "type_vocab_size", 0)
+    return {**config.sizes, "s": config.max_positions, "t": types}
+
+
+def save_hf_tower(
+    directory: str, params: Mapping[str, Any], *, config: TowerConfig, like: str
+) -> None:
+    """Writes a directory that `transformers.AutoModel.from_pretrained` loads.
+
+    Adapters are merged into the weights they stand beside. What Hugging Face has no name for (the
+    image projection) is not written.
+
+    Args:
+      directory: Made; its model.safetensors and config.json are replaced.
+      params: Of the tower.
+      config: Its sizes, adapters included.
+      like: The Hugging Face directory or name that the tower was loaded from, whose config.json
+        is copied.
+
+    Raises:
+      InputError: If `like` is of another family or size.
+    """
+    import safetensors.numpy
+
+    about = _read_json(os.path.join(_resolve(like), CONFIG))
+    if about.get("model_type") == "gemma3":
+        about = {"model_type": "gemma3_text", **about["text_config"]}
+    family, found = hf_names.read_config(os.path.join(like, CONFIG), about)
+    sizes = sizes_of(config)
+    if (type(found), sizes_of(found) | {"v": 0, "r": 0}) != (
+        type(config),
+        sizes | {"v": 0, "r": 0},
+    ):
+        raise InputError(f"{like}: {CONFIG} is of another family or size than the tower")
+    tensors = {}
+    for name, (place, layer) in hf_names.TENSORS[family].expected(config).items():
+        value = _merged(params, place.path, config, layer)
+        letters = "".join(place.theirs)
+        value = value.reshape([sizes[i] for i in place.ours])
+        value = value.transpose([place.ours.index(i) for i in letters])
+        wanted = [int(np.prod([sizes[i] for i in group])) for group in place.theirs]
+        tensors[name] = np.ascontiguousarray(value.reshape(wanted))
+    dtype = str(next(iter(tensors.values())).dtype)
+    about |= {"dtype": dtype, "architectures": [hf_names.BARE_MODELS[family]]}
+    about.pop("torch_dtype", None)
+    os.makedirs(directory, exist_ok=True)
+    weights = os.path.join(directory, WEIGHTS)
+    safetensors.numpy.save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
+    os.replace(weights + ".tmp", weights)
+    with open(os.path.join(directory, CONFIG), "w", encoding="utf-8") as file:
+        json.dump(about, file, indent=2)
+
+
+def _merged(
+    params: Mapping[str, Any], path: str, config: TowerConfig, layer: int | None
+) -> np.ndarray:
+    """An array of the tower, of one layer where it is stacked, its adapter added in float32."""
+    *parents, leaf = path.split("/")
+    node: Any = params
+    for name in parents:
+        node = node[name]
+    at = ... if layer is None else layer
+    value = np.asarray(node[leaf][at])
+    if leaf != "kernel" or "lora_a" not in node:
+        return value
+    down = np.asarray(node["lora_a"][at], np.float32).reshape(-1, config.lora_rank)
+    up = np.asarray(node["lora_b"][at], np.float32).reshape(config.lora_rank, -1)
+    added = (down @ up * config.lora_scale).reshape(value.shape)
+    return (value.astype(np.float32) + added).astype(value.dtype)
 
 
 def _resolve(directory_or_name: str) -> str:
@@ -227,28 +172,6 @@ def _resolve(directory_or_name: str) -> str:
             f"{directory_or_name}: neither a directory nor to be had from the Hugging Face hub "
             f"({type(error).__name__}: {reason})"
         ) from error
-
-
-def _read_config(path: str) -> tuple[str, BertConfig]:
-    about = _read_json(path)
-    family = about.get("model_type")
-    if family not in RULES:
-        raise InputError(
-            f"{path}: model_type is {family!r}, expected one of {', '.join(sorted(RULES))}"
-        )
-    for name, wanted in _FIXED.items():
-        if about.get(name, wanted) not in (wanted, None):
-            raise InputError(f"{path}: {name} is {about[name]!r}, expected {wanted!r}")
-    values: dict[str, Any] = {} if family == "bert" else {"type_vocab_size": 0}
-    for field, name in _FIELDS[family].items():
-        name, *default = (name,) if isinstance(name, str) else name
-        if name not in about and not default:
-            raise InputError(f"{path}: {name} is missing")
-        values[field] = about.get(name, *default)
-    try:
-        return family, BertConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _tensors(directory: str) -> Iterator[tuple[str, Any]]:
@@ -285,14 +208,6 @@ def _read_json(path: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
-
-
-def _match(rules: dict[str, _Rule], name: str) -> tuple[_Rule | None, int | None]:
-    for pattern, rule in rules.items():
-        found = re.fullmatch(pattern, name)
-        if found:
-            return rule, int(found[1]) if found.groups() else None
-    return None, None
 
 
 def _nest(flat: dict[str, np.ndarray]) -> dict[str, Any]:

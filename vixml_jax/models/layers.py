@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -36,7 +38,9 @@ class Einsum(nn.Module):
     """Contracts the input with a weight, as `equation` says, and adds a bias.
 
     The letters of the weight give its shape (through `sizes`) and its logical axes. The bias has
-    the letters of the weight that the output keeps.
+    the letters of the weight that the output keeps. With a rank, a low-rank map is added to the
+    weight (LoRA, arXiv 2106.09685): the first half drawn as `torch.nn.Linear` draws, the second
+    zero, so that a fresh adapter changes nothing.
 
     Attributes:
       equation: E.g. "psd,dha->psha".
@@ -44,6 +48,9 @@ class Einsum(nn.Module):
       kernel_init: Draws the weight, float32.
       bias_init: Draws the bias, float32.
       dtype: What is computed in.
+      use_bias: Whether there is a bias.
+      lora_rank: Rank of the adapter; 0: none.
+      lora_scale: What the adapter's output is multiplied by.
     """
 
     equation: str
@@ -51,6 +58,9 @@ class Einsum(nn.Module):
     kernel_init: Initializer
     bias_init: Initializer = nn.initializers.zeros
     dtype: str = "float32"
+    use_bias: bool = True
+    lora_rank: int = 0
+    lora_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -62,13 +72,19 @@ class Einsum(nn.Module):
         if inputs != batch + summed or weight != summed + kept or output != batch + kept:
             raise ValueError(f"{self.equation}: expected the form 'xs,sk->xk'")
         kernel = self._param("kernel", weight, self.kernel_init)
-        bias = self._param("bias", kept, self.bias_init)
         # As one product of matrices: XLA's CPU backend computes the gradient of the weight up to
         # three times slower where the input has more than one batch dimension.
         num_summed = math.prod(self.sizes[letter] for letter in summed)
-        y = x.astype(self.dtype).reshape(-1, num_summed) @ kernel.reshape(num_summed, -1)
-        y = y + bias.reshape(-1)
-        return y.reshape(*x.shape[: len(batch)], *bias.shape)
+        flat = x.astype(self.dtype).reshape(-1, num_summed)
+        y = flat @ kernel.reshape(num_summed, -1)
+        if self.lora_rank:
+            down = self._param("lora_a", summed + "r", fan_in_uniform(num_summed))
+            up = self._param("lora_b", "r" + kept, nn.initializers.zeros)
+            low = flat @ down.reshape(num_summed, -1)
+            y = y + low @ up.reshape(self.lora_rank, -1) * self.lora_scale
+        if self.use_bias:
+            y = y + self._param("bias", kept, self.bias_init).reshape(-1)
+        return y.reshape(*x.shape[: len(batch)], *(self.sizes[letter] for letter in kept))
 
     def _param(self, name: str, letters: str, init: Initializer) -> Array:
         shape = tuple(self.sizes[letter] for letter in letters)
@@ -100,9 +116,58 @@ class LayerNorm(nn.Module):
         return (y * scale + bias).astype(x.dtype)
 
 
+class RMSNorm(nn.Module):
+    """Divides the last dimension by its root mean square, in float32; comes back as it was.
+
+    Attributes:
+      letter: The dimension normalised, for its logical axis.
+      epsilon: Added to the mean square.
+      unit_offset: Whether the result is multiplied by 1 + the weight rather than by the weight.
+    """
+
+    letter: str
+    epsilon: float
+    unit_offset: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        boxed = nn.with_logical_partitioning(init, axes.logical(self.letter))
+        scale = self.param("scale", boxed, x.shape[-1:]).astype(jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * (scale + 1.0 if self.unit_offset else scale)).astype(x.dtype)
+
+
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Exact GELU. By erf, not as `jax.nn.gelu` by erfc, which costs twice as much on CPU."""
     return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by its tanh approximation, as Gemma is trained."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": jax.nn.silu}
+
+
+def turns(
+    positions: Int[Array, "p s"], frequencies: Float[np.ndarray, " a/2"]
+) -> tuple[Float[Array, "p s a/2"], Float[Array, "p s a/2"]]:
+    """Cosine and sine of each position's angles, float32."""
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "p s h a"], cos: Float[Array, "p s a/2"], sin: Float[Array, "p s a/2"]
+) -> Float[Array, "p s h a"]:
+    """Turns entry j of a head with entry j + a/2 (rotary embeddings, arXiv 2104.09864)."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)
+    return turned.astype(x.dtype)
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
@@ -150,6 +215,25 @@ def attend(
     return (y / total.transpose(0, 2, 1)[..., None]).astype(v.dtype)
 
 
+def attend_grouped(
+    q: Float[Array, "p s h a"],
+    k: Float[Array, "p t g a"],
+    v: Float[Array, "p t g a"],
+    mask: Bool[Array, "p s t"],
+    *,
+    scale: float,
+) -> Float[Array, "p s h a"]:
+    """Attention whose query heads share key heads in equal groups; keys are not repeated.
+
+    By cuDNN where it serves: on a GPU, in half precision.
+    """
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    cudnn = jax.default_backend() == "gpu" and half
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn" if cudnn else "xla"
+    )
+
+
 def look_up(table: Float[Array, "w d"], ids: Int[Array, "p s"]) -> Float[Array, "p s d"]:
     """Rows of a table of embeddings; ids must be in range."""
     return jnp.asarray(table).at[ids].get(mode="promise_in_bounds")
@@ -188,3 +272,58 @@ def mean_by_segment(
     total = jax.ops.segment_sum(rows, flat, num_segments)
     count = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.float32), flat, num_segments)
     return total / jnp.maximum(count, 1.0)[:, None]
+
+
+def last_of_segments(segments: Int[Array, "p s"]) -> Int[Array, "p s"]:
+    """Keeps the segment of its last position, and -1 elsewhere."""
+    following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    return jnp.where(segments != following, segments, -1)
+
+
+def run_blocks(
+    module: nn.Module,
+    block: type[nn.Module],
+    config: Any,
+    x: Float[Array, "p s d"],
+    shared: tuple[Any, ...],
+    each: Any,
+) -> Float[Array, "p s d"]:
+    """Runs `config.num_layers` copies of a block, as submodule "blocks" of `module`.
+
+    The parameters are stacked, `[layers, ...]`, however the copies are run: by a scan over one
+    compiled block (`config.scan`), or written out one after another.
+
+    Args:
+      module: The caller, inside its compact method.
+      block: Made as `block(config)`; maps (x, *shared, one of `each`) to (x, None).
+      config: Has `num_layers`, `scan` and `remat`.
+      x: What enters the first block.
+      shared: What all blocks are given.
+      each: What each block is given: an array of leading size `num_layers`, or None for nothing.
+    """
+    if config.scan or module.is_initializing():
+        stack = nn.scan(
+            nn.remat(block, prevent_cse=False) if config.remat else block,
+            length=config.num_layers,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(*(nn.broadcast for _ in shared), 0),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return stack(config, name="blocks")(x, *shared, each)[0]
+
+    lone = block(config, parent=None)
+
+    def run(weights: dict, x: Array, one: Any) -> Array:
+        return lone.apply({"params": weights}, x, *shared, one)[0]
+
+    if config.remat:
+        run = jax.checkpoint(run)
+    # One split an array: its transpose is one concatenation, where that of an index would add up
+    # arrays of zeros as large as the stack, one a layer.
+    stacked, tree = jax.tree.flatten(nn.unbox(module.variables["params"]["blocks"]))
+    parts = [jax.lax.split(w, [1] * config.num_layers) for w in stacked]
+    for i in range(config.num_layers):
+        weights = jax.tree.unflatten(tree, [part[i].squeeze(0) for part in parts])
+        x = run(weights, x, None if each is None else each[i])
+    return x

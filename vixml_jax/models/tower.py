@@ -1,12 +1,17 @@
-"""The tower: packed items in, pictures injected as tokens, one mean-pooled vector an item out."""
+"""The tower: packed items in, pictures injected as tokens, one pooled vector an item out."""
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vixml_jax import axes
-from vixml_jax.models import bert, layers
+from vixml_jax.models import layers
+from vixml_jax.models.bert import BertConfig, Encoder
+from vixml_jax.models.decoder import Decoder, DecoderConfig
 from vixml_jax.structs import PackedItems
+
+TowerConfig = BertConfig | DecoderConfig
+ENCODERS = {BertConfig: Encoder, DecoderConfig: Decoder}
 
 
 class Tower(nn.Module):
@@ -16,13 +21,13 @@ class Tower(nn.Module):
       config: Sizes, and how it is computed.
     """
 
-    config: bert.BertConfig
+    config: TowerConfig
 
     @nn.compact
     def __call__(
         self, packed: PackedItems, num_items: int, *, deterministic: bool
     ) -> Float[Array, "b d"]:
-        """Mean of the states over the positions of each item, float32, not normalised.
+        """Mean of the states over the positions of each item, or the last; float32, no unit length.
 
         Args:
           packed: Items in rows; which share a row changes nothing. `packed.images` may have no
@@ -38,6 +43,8 @@ class Tower(nn.Module):
             (c.vocab_size, c.width),
         )
         x = layers.look_up(words, packed.tokens)
+        if c.word_scale != 1.0:  # Rounded as the tower was trained, to what it computes in.
+            x = x.astype(c.dtype) * jnp.asarray(c.word_scale, c.dtype)
         images = packed.images
         if c.image_width:
             if not images.shape[0]:  # Without a picture the width says nothing.
@@ -49,7 +56,9 @@ class Tower(nn.Module):
             projected = project(images)
             if images.shape[0]:
                 x = layers.place_rows(x, projected, packed.image_at)
-        x = bert.Encoder(c, name="encoder")(
-            x, packed.positions, packed.segments, deterministic=deterministic
-        )
-        return layers.mean_by_segment(x, packed.segments, num_items)
+        encoder = ENCODERS[type(c)](c, name="encoder")
+        x = encoder(x, packed.positions, packed.segments, deterministic=deterministic)
+        segments = packed.segments
+        if c.pooling == "last":
+            segments = layers.last_of_segments(segments)
+        return layers.mean_by_segment(x, segments, num_items)

@@ -1,0 +1,247 @@
+"""The decoders against `transformers` (torch): embeddings, layers, final norm, pooled vector."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import linen as nn
+from safetensors import torch as safetensors
+
+from vixml_jax.errors import InputError
+from vixml_jax.models import hf
+from vixml_jax.models.tower import Tower
+
+SIZES = dict(
+    vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+)  # fmt: skip
+LLAMA_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES = {
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2Model, {}),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3Model, {"head_dim": 16}),
+    "llama": (transformers.LlamaConfig, transformers.LlamaModel, {"rope_scaling": LLAMA_ROPE}),
+    "gemma3_text": (
+        transformers.Gemma3TextConfig,
+        transformers.Gemma3TextModel,
+        {
+            "head_dim": 16, "sliding_window": 7, "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 20,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+}  # fmt: skip
+
+
+def random_model(family, seed=0):
+    """A tiny model whose weights are all random, biases and norms included."""
+    config, model, changes = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = model(config(**SIZES, **changes, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.add_(torch.randn(value.shape) * (0.3 if "norm" in name else 0.15))
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """Family, torch's model, and ours read from what `transformers` wrote."""
+    path = tmp_path_factory.mktemp(request.param)
+    model = random_model(request.param)
+    model.save_pretrained(path)
+    return request.param, model, *hf.load_hf_tower(str(path)), str(path)
+
+
+def apply(config, params, packed, num_items):
+    run = jax.jit(
+        lambda params, packed: Tower(config).apply(
+            {"params": params}, packed, num_items, deterministic=True
+        )
+    )
+    return np.asarray(run(params, packed))
+
+
+def states_of(model, words):
+    """Embeddings, the states after each layer and after the final norm, of one text."""
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor(words)[None], output_hidden_states=True)
+    return [x[0].numpy() for x in found.hidden_states], found.last_hidden_state[0].numpy()
+
+
+def cut(config, params, num_layers):
+    """The tower's first layers alone."""
+    blocks = jax.tree.map(lambda x: x[:num_layers], params["encoder"]["blocks"])
+    encoder = {**params["encoder"], "blocks": blocks}
+    return dataclasses.replace(config, num_layers=num_layers), {**params, "encoder": encoder}
+
+
+def test_every_layer_of_a_text_of_500_tokens(pair, pack):
+    from vixml_jax.models.decoder import Decoder
+
+    _, model, config, params, _ = pair
+    words = np.random.default_rng(0).integers(1, 60, 500)
+    theirs, last = states_of(model, words)
+    packed = pack([(words, [])], [[0]], width=512)
+    x = jnp.asarray(params["word_embeddings"])[packed.tokens] * config.word_scale
+    np.testing.assert_allclose(x[0, :500], theirs[0], atol=1e-5)
+    # With unit weights the final norm only divides by the length, which torch's states tell.
+    scale = np.zeros(32) if config.unit_offset else np.ones(32)
+    for layer in range(1, config.num_layers):
+        short, weights = cut(config, params, layer)
+        weights["encoder"]["final_norm"] = {"scale": scale.astype(np.float32)}
+        found = jax.jit(
+            lambda w, x, short=short: Decoder(short).apply(
+                {"params": w}, x, packed.positions, packed.segments, deterministic=True
+            )
+        )(weights["encoder"], x)[0, :500]
+        size = np.sqrt(np.mean(theirs[layer] ** 2, axis=-1, keepdims=True) + config.norm_eps)
+        np.testing.assert_allclose(found, theirs[layer] / size, atol=1e-4, err_msg=f"layer {layer}")
+    found = Decoder(config).apply(
+        {"params": params["encoder"]}, x, packed.positions, packed.segments, deterministic=True
+    )
+    np.testing.assert_allclose(found[0, :500], last, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_pooled_vectors_of_texts_that_share_rows(pair, pack, draw_items, pooling):
+    _, model, config, params, _ = pair
+    config = dataclasses.replace(config, pooling=pooling)
+    items = draw_items(np.random.default_rng(1), 6, vocab_size=60, longest=30)
+    packed = pack(items, [[3, 0], [5, 1, 2], [4]], width=90)
+    longest = max(len(words) for words, _ in items)
+    padded = np.zeros((6, longest), np.int64)
+    mask = np.zeros((6, longest), np.int64)
+    for i, (words, _) in enumerate(items):
+        padded[i, : len(words)], mask[i, : len(words)] = words, 1
+    with torch.no_grad():
+        states = model(
+            input_ids=torch.tensor(padded), attention_mask=torch.tensor(mask)
+        ).last_hidden_state.numpy()
+    expected = [
+        states[i, : mask[i].sum()].mean(0) if pooling == "mean" else states[i, mask[i].sum() - 1]
+        for i in range(6)
+    ]
+    np.testing.assert_allclose(apply(config, params, packed, 6), expected, atol=1e-4)
+
+
+def test_written_out_equals_scanned_and_neither_keeps_activations_changes_nothing(pair, pack):
+    _, _, config, params, _ = pair
+    packed = pack([([3, 4, 5, 6, 7, 8, 9, 10, 11], []), ([7], [])], [[0, 1]], width=12)
+
+    def slopes(**how):
+        changed = dataclasses.replace(config, **how)
+        return jax.jit(
+            jax.grad(
+                lambda p: jnp.sum(
+                    jnp.sin(Tower(changed).apply({"params": p}, packed, 2, deterministic=True))
+                )
+            )
+        )(params)
+
+    expected = slopes(scan=True, remat=False)
+    for how in ({"scan": True, "remat": True}, {"scan": False, "remat": False}):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5),
+            expected,
+            slopes(**how),
+        )
+
+
+def test_seeing_both_ways_lets_the_first_position_see_the_last(pair, pack):
+    _, _, config, params, _ = pair
+    one, other = (pack([([3, 4, last], [])], [[0]], width=4) for last in (5, 6))
+
+    def first(config, packed):
+        from vixml_jax.models.decoder import Decoder
+
+        x = jnp.asarray(params["word_embeddings"])[packed.tokens]
+        return Decoder(config).apply(
+            {"params": params["encoder"]}, x, packed.positions, packed.segments, deterministic=True
+        )[0, 0]
+
+    np.testing.assert_array_equal(first(config, one), first(config, other))
+    both = dataclasses.replace(config, causal=False)
+    assert np.abs(first(both, one) - first(both, other)).max() > 1e-3
+
+
+def test_parameters_have_the_structure_of_init(pair, pack):
+    _, _, config, params, _ = pair
+    packed = pack([([1], [])], [[0]], width=2)
+    fresh = jax.eval_shape(
+        lambda: nn.unbox(Tower(config).init(jax.random.key(0), packed, 1, deterministic=True))
+    )["params"]
+    assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
+
+
+def test_saved_and_loaded_by_transformers(pair, tmp_path):
+    _, model, config, params, path = pair
+    hf.save_hf_tower(str(tmp_path), params, config=config, like=path)
+    again = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert type(again) is type(model)
+    words = torch.randint(1, 60, (1, 40))
+    with torch.no_grad():
+        np.testing.assert_array_equal(
+            again(input_ids=words).last_hidden_state, model(input_ids=words).last_hidden_state
+        )
+
+
+def test_bfloat16_parameters_are_the_rounded_ones(pair):
+    _, _, _, params, path = pair
+    _, half = hf.load_hf_tower(path, dtype="bfloat16")
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(y.dtype), y), params, half)
+    assert {str(x.dtype) for x in jax.tree.leaves(half)} == {"bfloat16"}
+
+
+def test_the_language_model_head_does_not_matter(tmp_path):
+    model = random_model("qwen2")
+    whole = transformers.Qwen2ForCausalLM(model.config)
+    whole.model.load_state_dict(model.state_dict())
+    whole.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "plain")
+    whole, plain = (hf.load_hf_tower(str(tmp_path / name))[1] for name in ("whole", "plain"))
+    jax.tree.map(np.testing.assert_array_equal, whole, plain)
+
+
+def test_the_decoder_within_a_gemma_that_sees(tmp_path):
+    import json
+
+    model = random_model("gemma3_text")
+    model.save_pretrained(tmp_path)
+    _, plain = hf.load_hf_tower(str(tmp_path))
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": about, "vision_config": {}})
+    )
+    state = {"language_model.model." + name: x for name, x in model.state_dict().items()}
+    state["vision_tower.vision_model.head.weight"] = torch.zeros(3)
+    state["multi_modal_projector.mm_soft_emb_norm.weight"] = torch.zeros(3)
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    _, found = hf.load_hf_tower(str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, plain, found)
+
+
+@pytest.mark.parametrize("family,changes,named", [
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True, expected False"),
+    ("llama", {"attention_bias": True}, "attention_bias is True"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+    ("qwen3", {"num_key_value_heads": 3}, "do not share 3 key heads evenly"),
+    ("qwen3", {"hidden_size": None}, "hidden_size is missing"),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 4}, "layer_types is"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+])  # fmt: skip
+def test_what_no_tower_here_does_is_refused(family, changes, named, tmp_path):
+    import json
+
+    random_model(family).save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**about, **changes}))
+    with pytest.raises(InputError) as fault:
+        hf.load_hf_tower(str(tmp_path))
+    assert named in str(fault.value) and "\n" not in str(fault.value)
