@@ -100,6 +100,13 @@ class BatchConfig:
         "How the positive of a query is drawn.",
         choices=("inverse_propensity", "uniform"),
     )
+    image_dropout: float = _flag(
+        0.0,
+        "Share of queries and labels, drawn anew each time, whose pictures training hides, so "
+        "that the model stays good without them.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
     cluster_start: int = _flag(
         10,
         "Epoch (from 0) at whose end queries are first clustered; -1: batches stay random.",
@@ -147,6 +154,17 @@ class EvalConfig:
 
     block: int = _flag(1024, "Items encoded at a time.", lower_bound=8)
     k: int = _flag(100, "Labels retrieved for each query.", lower_bound=1)
+    memory_weight: float = _flag(
+        0.0,
+        "What the labels of near training queries count beside those found by their own vectors "
+        "(retrieval-augmented inference; 0.1 as published); 0: nothing.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
+    memory_k: int = _flag(100, "Training queries that each query remembers.", lower_bound=1)
+    memory_temperature: float = _flag(
+        0.05, "What scores are divided by before labels and memory share.", lower_bound=1e-4
+    )
     vote: bool = _flag(False, "Set the learning-free nearest-neighbour vote beside the result.")
 
 

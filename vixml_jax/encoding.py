@@ -36,7 +36,7 @@ class Model:
       table: The rows of the labels.
       mesh: Where all of it runs.
       row_width: Positions of a packed row.
-      num_images: Pictures read of each item at most.
+      layout: How the sequence of an item is written.
     """
 
     tower: Tower
@@ -44,7 +44,12 @@ class Model:
     table: LabelTable
     mesh: Mesh
     row_width: int
-    num_images: int
+    layout: packing.Layout
+
+    def mean_length(self, items: Items) -> float:
+        """Positions that an item takes in a packed row, on average."""
+        lengths = packing.item_lengths(items, width=self.row_width, layout=self.layout)
+        return float(np.mean(lengths))
 
     def tower_vectors(
         self,
@@ -133,7 +138,7 @@ class Model:
         shards = sharding.num_row_shards(self.mesh)
         block = -(-block // shards) * shards
         rows = packing.RowSizes.expected(
-            float(np.mean(item_lengths(items, self.num_images, self.row_width))),
+            self.mean_length(items),
             batch_size=block,
             width=self.row_width,
             blocks=shards,
@@ -154,7 +159,7 @@ class Model:
                 items,
                 ids,
                 width=self.row_width,
-                num_images=self.num_images,
+                layout=self.layout,
                 rows=rows,
                 blocks=shards,
             )
@@ -166,11 +171,3 @@ class Model:
         if pending is not None:
             store(pending)
         return vectors
-
-
-def item_lengths(items: Items, num_images: int, width: int) -> Int[np.ndarray, " n"]:
-    """Positions that each item takes in a packed row."""
-    lengths = np.minimum(np.diff(items.tokens.offsets), width - num_images)
-    if items.images is not None:
-        lengths = lengths + np.minimum(np.diff(items.images.offsets), num_images)
-    return lengths

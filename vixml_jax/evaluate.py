@@ -13,13 +13,14 @@ from jaxtyping import Float
 
 from vixml_jax import config as config_lib
 from vixml_jax import errors, memory, runs
-from vixml_jax.config import Config
+from vixml_jax.config import Config, EvalConfig
 from vixml_jax.data import propensity
 from vixml_jax.data.store import Items, PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation import metrics as metrics_lib
 from vixml_jax.evaluation import report, vote
+from vixml_jax.search import augmented
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.scann import ScannIndex
@@ -63,6 +64,7 @@ def evaluate_model(
     search: str = "exact",
     k: int,
     block: int,
+    memory: EvalConfig | None = None,
     index_dir: str | None = None,
     titles: bool = True,
 ) -> dict[str, Any]:
@@ -75,6 +77,8 @@ def evaluate_model(
       search: 'exact' or 'scann'.
       k: Labels kept of each query after filtering.
       block: Items encoded at a time.
+      memory: Its `memory_...` flags, where the labels of near training queries shall count; the
+        metrics with them stand under `with_memory`.
       index_dir: Where a ScaNN index is kept; needed for 'scann'.
       titles: Whether to show progress.
     """
@@ -113,8 +117,23 @@ def evaluate_model(
         settings[f"recall@{k}"] = 1.0
     results = measure(result, dataset, split, k)
     lap("metrics")
+    remembered = {}
+    if memory is not None:
+        vectors = (
+            query_vectors
+            if split == "train"
+            else model.encode_queries(
+                params, dataset.train, block=block, title="training queries" if titles else ""
+            )
+        )
+        mixed = with_memory(
+            result, query_vectors, vectors, dataset, memory, model, split == "train"
+        )
+        remembered = {"with_memory": measure(mixed, dataset, split, k)}
+        lap("memory")
     return {
         "metrics": results,
+        **remembered,
         "counts": {
             "queries": len(queries),
             "labels": dataset.num_labels,
@@ -124,6 +143,39 @@ def evaluate_model(
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     }
+
+
+def with_memory(
+    result: SearchResult,
+    queries: Float[np.ndarray, "q e"],
+    vectors: Float[np.ndarray, "n e"],
+    dataset: PreparedDataset,
+    memory: EvalConfig,
+    model: Model,
+    same: bool,
+) -> SearchResult:
+    """The results, with the labels of near training queries; as many columns.
+
+    Args:
+      result: Labels of the queries.
+      queries: Unit vectors of the queries,
+      vectors: of the training queries.
+      dataset: Whose training relevance is remembered.
+      memory: How many training queries, and what they count.
+      model: On whose mesh to search.
+      same: Whether the queries are the training queries: none remembers itself.
+    """
+    itself = np.repeat(np.arange(len(queries))[:, None], 2, axis=1)[: len(queries) * same]
+    k = min(memory.memory_k, len(vectors) - same)
+    near = ExactIndex(vectors, mesh=model.mesh).search(queries, k + same)
+    return augmented.mix_in_memory(
+        result,
+        index_lib.drop_filtered(near, itself, k),
+        dataset.train_relevance,
+        weight=memory.memory_weight,
+        temperature=memory.memory_temperature,
+        k=result.ids.shape[1],
+    )
 
 
 def open_scann(label_vectors: np.ndarray, directory: str) -> ScannIndex:
@@ -186,15 +238,19 @@ def show(
         search=search,
         k=k,
         block=config.eval.block,
+        memory=config.eval if config.eval.memory_weight else None,
         index_dir=os.path.join(config.workdir, "evaluation", "scann"),
     )
     rows = {}
     if config.eval.vote and split == "test":
         rows = baseline_rows(dataset, k)
         results["vote"] = rows
-    name = "this run" + (", text and pictures" if model.num_images else ", text")
+    name = "this run" + (", text and pictures" if model.layout.num_images else ", text")
     path = write_results(config.workdir, split, search, results)
-    print(report.format_table({**rows, name: results["metrics"]}))
+    rows = {**rows, name: results["metrics"]}
+    if "with_memory" in results:
+        rows[name + ", memory"] = results["with_memory"]
+    print(report.format_table(rows))
     print(
         f"{dataset.name}, {split}: {results['counts']['queries']} queries, "
         f"{results['counts']['labels']} labels, {search} search; written to {path}"
@@ -213,6 +269,9 @@ def main(argv: Sequence[str]) -> None:
         workdir=values.workdir,
         data=values.data or config.data,
     )
+    if values.memory_weight is not None:
+        judged = dataclasses.replace(config.eval, memory_weight=values.memory_weight)
+        config = dataclasses.replace(config, eval=judged)
     dataset = runs.open_dataset(config)
     mesh = runs.make_mesh(config)
     model = runs.build_model(config, runs.read_tower(config.workdir), dataset.num_labels, mesh)
@@ -226,6 +285,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "", "Run directory that train wrote.")
     flags.DEFINE_string("data", "", "Prepared data, if it has moved since training.")
     flags.DEFINE_enum("split", "test", ["test", "train"], "Which queries to judge on.")
+    flags.DEFINE_float(
+        "memory_weight", None, "What the labels of near training queries count, if not as trained."
+    )
     flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from vixml_jax import config as config_lib
 from vixml_jax import sharding
 from vixml_jax.config import Config
-from vixml_jax.data import preparation
+from vixml_jax.data import packing, preparation
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
@@ -117,7 +117,7 @@ def build_model(config: Config, tower: BertConfig, num_labels: int, mesh: Mesh) 
         table=LabelTable(mesh, num_labels, labels.num_free, tower.width),
         mesh=mesh,
         row_width=config.batch.row_width,
-        num_images=config.model.num_images if tower.image_width else 0,
+        layout=packing.Layout(config.model.num_images if tower.image_width else 0),
     )
 
 

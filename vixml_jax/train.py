@@ -75,7 +75,7 @@ def first_params(config: Config, model: Model, dataset: PreparedDataset, pretrai
     )
     if pretrained is not None:
         params["tower"] = {**params["tower"], **pretrained}
-    if model.num_images and config.model.image_init == "regression":
+    if model.layout.num_images and config.model.image_init == "regression":
         words = np.asarray(params["tower"]["word_embeddings"], np.float32)
         found = warm_start.regress_images(dataset, words)
         if found is not None:

@@ -8,5 +8,6 @@ from absl import flags
 def _own_flags():
     before = set(flags.FLAGS)
     yield
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+    for name in set(flags.FLAGS) - before:  # Libraries define some as they are imported.
+        if flags.FLAGS.find_module_defining_flag(name).startswith("vixml_jax"):
+            delattr(flags.FLAGS, name)

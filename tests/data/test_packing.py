@@ -60,7 +60,9 @@ def test_every_item_is_packed_once_and_whole(seed, num_images, blocks):
     items = random_items(rng, 50, image_width=5 if num_images and seed % 2 else 0)
     ids = np.where(rng.random(16) < 0.2, -1, rng.integers(0, 50, 16))
     sizes = packing.RowSizes(int(rng.integers(1, 4)), int(rng.integers(1, 4)))
-    packed = packing.pack(items, ids, width=16, num_images=num_images, rows=sizes, blocks=blocks)
+    packed = packing.pack(
+        items, ids, width=16, layout=packing.Layout(num_images), rows=sizes, blocks=blocks
+    )
     check(packed, items, ids, 16, num_images)
     rows = len(packed.tokens) // blocks
     assert len(packed.tokens) % blocks == 0
@@ -77,8 +79,8 @@ def test_joined_sides_keep_their_items(seed, blocks):
     rng = np.random.default_rng(seed)
     queries, labels = random_items(rng, 30, image_width=4), random_items(rng, 20)
     ids, label_ids = rng.integers(0, 30, 8), rng.integers(0, 20, 8)
-    one = packing.pack(queries, ids, width=16, num_images=2, blocks=blocks)
-    two = packing.pack(labels, label_ids, width=16, num_images=2, blocks=blocks)
+    one = packing.pack(queries, ids, width=16, layout=packing.Layout(2), blocks=blocks)
+    two = packing.pack(labels, label_ids, width=16, layout=packing.Layout(2), blocks=blocks)
     sizes = packing.RowSizes(3, 5)
     both = packing.join(one, two, 8, rows=sizes, blocks=blocks)
     rows = len(both.tokens) // blocks
@@ -121,7 +123,7 @@ def test_titles_leave_few_positions_empty():
     filled, shapes = [], set()
     for _ in range(200):
         packed = packing.pack(
-            items, rng.integers(0, 20000, 256), width=64, num_images=0, rows=sizes
+            items, rng.integers(0, 20000, 256), width=64, layout=packing.Layout(0), rows=sizes
         )
         filled.append(np.mean(packed.segments >= 0))
         shapes.add(len(packed.tokens))
@@ -198,7 +200,7 @@ def batches(dataset, **changes):
         "seed": 1,
         "batch_size": 8,
         "width": 16,
-        "num_images": 1,
+        "layout": packing.Layout(1),
         "weights": None,
         "rows": packing.RowSizes(),
         "num_threads": 2,
@@ -239,3 +241,58 @@ def test_an_epoch_resumes_where_it_stood(dataset, seen):
     resumed.set_state(state)
     for one, other in zip(rest, list(resumed), strict=True):
         assert_same(one, other)
+
+
+@pytest.mark.parametrize("order", ["text_image", "image_text"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_prompts_of_both_orders(order, blocks):
+    rng = np.random.default_rng(5)
+    items = random_items(rng, 30, image_width=4)
+    text_piece, image_piece, end = (901, 902), (903,), (904,)
+    seen = {
+        "text_image": (text_piece, "text", image_piece, "images", end),
+        "image_text": (image_piece, "images", text_piece, "text", end),
+    }[order]
+    layout = packing.Layout(2, seen, (text_piece, "text", end), False, (1, 1))
+    ids = np.where(rng.random(12) < 0.2, -1, rng.integers(0, 30, 12))
+    hidden = rng.random(12) < 0.3
+    packed = packing.pack(items, ids, width=24, layout=layout, blocks=blocks, hidden=hidden)
+    flat = [x.reshape(-1) for x in packed[:4]]
+    lengths = packing.item_lengths(items, width=24, layout=layout)
+    for k, i in enumerate(ids):
+        at = np.flatnonzero(flat[1] == k)
+        if i < 0:
+            assert not len(at)
+            continue
+        text = items.tokens.values[items.tokens.offsets[i] : items.tokens.offsets[i + 1]]
+        pictures = items.images.values[items.images.offsets[i] : items.images.offsets[i + 1]][:2]
+        if hidden[k]:
+            pictures = pictures[:0]
+        else:
+            assert len(at) == lengths[i]
+        expected = []
+        for part in seen if len(pictures) else layout.unseen:
+            if part == "text":
+                expected += list(text[1:-1][: 24 - 2 - 4])
+            elif part == "images":
+                expected += [None] * len(pictures)
+            else:
+                expected += part
+        pictures = iter(pictures)
+        assert len(at) == len(expected) and at[-1] - at[0] == len(at) - 1
+        np.testing.assert_array_equal(flat[2][at], np.arange(len(at)))
+        for position, wanted in zip(at, expected, strict=True):
+            if wanted is None:
+                assert flat[0][position] == 0
+                np.testing.assert_array_equal(packed.images[flat[3][position]], next(pictures))
+            else:
+                assert (flat[0][position], flat[3][position]) == (wanted, -1)
+
+
+def test_hidden_pictures_are_drawn_at_their_rate(dataset):
+    shown = []
+    for rate in (0.0, 0.4, 1.0):
+        items = [batch.items for batch in batches(dataset, image_dropout=rate)]
+        shown.append(sum(len(np.unique(x.segments[x.image_at >= 0])) for x in items))
+    assert shown[2] == 0
+    assert 0.3 * shown[0] < shown[1] < 0.9 * shown[0]

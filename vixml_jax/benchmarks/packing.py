@@ -35,13 +35,13 @@ def measure(items: Items, *, batch: int, num_images: int) -> dict[str, tuple[flo
     """Seconds of one pass over shuffled `items`, and the share of empty positions, a program."""
     order = np.random.default_rng(0).permutation(len(items))
     batches = [ids for ids in np.array_split(order, max(1, len(order) // batch)) if len(ids)]
-    pictures = 0 if items.images is None else np.minimum(np.diff(items.images.offsets), num_images)
-    lengths = np.minimum(np.diff(items.tokens.offsets), WIDTH - num_images) + pictures
+    layout = packing.Layout(num_images)
+    lengths = packing.item_lengths(items, width=WIDTH, layout=layout)
     rows = packing.RowSizes.expected(float(np.mean(lengths)), batch_size=batch, width=WIDTH)
 
     def packed() -> Iterable[np.ndarray]:
         for ids in batches:
-            one = packing.pack(items, ids, width=WIDTH, num_images=num_images, rows=rows)
+            one = packing.pack(items, ids, width=WIDTH, layout=layout, rows=rows)
             yield one.segments < 0
 
     def padded() -> Iterable[np.ndarray]:

@@ -87,7 +87,7 @@ def batches_of(dataset: PreparedDataset, settings: dict[str, Any], *, width: int
         seed=0,
         batch_size=settings["batch"],
         width=width,
-        num_images=0,
+        layout=packing.Layout(),
         weights=None,
         rows=rows,
     )

@@ -1,12 +1,15 @@
-"""Items to packed rows: pictures, then text, several items to a row of fixed width."""
+"""Items to packed rows: prompt, text and pictures, several items to a row of fixed width."""
 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from vixml_jax.data.store import Items, Ragged, ranges
+from vixml_jax.data.store import Items, ranges
 from vixml_jax.structs import PackedItems
+
+# "text", "images", or the tokens of a piece of the prompt.
+Part = str | tuple[int, ...]
 
 
 class RowSizes(NamedTuple):
@@ -34,64 +37,142 @@ class RowSizes(NamedTuple):
         return RowSizes(rows, max(1, round(rows / 12)))
 
 
+class Layout(NamedTuple):
+    """How the sequence of an item is written: prompt pieces, its text, its pictures.
+
+    The default is that of the paper's encoders: pictures, then text, whose positions begin where
+    those of all pictures would end.
+
+    Attributes:
+      num_images: Pictures of an item at most; 0: text only.
+      seen: The parts of an item with pictures, in order.
+      unseen: Those of an item without.
+      reserve_images: Whether text positions leave room for pictures that are missing; else
+        positions count what is there.
+      trim: Tokens of a prepared text left out at its start and at its end: what the tokenizer
+        added, where the prompt says it.
+    """
+
+    num_images: int = 0
+    seen: tuple[Part, ...] = ("images", "text")
+    unseen: tuple[Part, ...] = ("text",)
+    reserve_images: bool = True
+    trim: tuple[int, int] = (0, 0)
+
+    @property
+    def overhead(self) -> int:
+        """Positions that an item takes beside its text, at most."""
+        return self.num_images + max(_prompt_length(self.seen), _prompt_length(self.unseen))
+
+
+def _prompt_length(parts: tuple[Part, ...]) -> int:
+    return sum(len(part) for part in parts if not isinstance(part, str))
+
+
+class _Spans(NamedTuple):
+    """Where the parts of items are, and how long: arrays [n]; lengths 0 where there is no item."""
+
+    text_at: Int[np.ndarray, " n"]
+    text: Int[np.ndarray, " n"]
+    images_at: Int[np.ndarray, " n"]
+    images: Int[np.ndarray, " n"]
+    prompt: Int[np.ndarray, " n"]
+
+
+def _spans(
+    items: Items,
+    ids: Int[np.ndarray, " n"],
+    width: int,
+    layout: Layout,
+    hidden: Bool[np.ndarray, " n"] | None = None,
+) -> _Spans:
+    real = ids >= 0
+    at = np.where(real, ids, 0)
+    text_at = np.asarray(items.tokens.offsets[at]) + layout.trim[0]
+    text = np.asarray(items.tokens.offsets[at + 1]) - text_at - layout.trim[1]
+    text = np.where(real, np.clip(text, 0, width - layout.overhead), 0)
+    images_at = images = np.zeros(len(ids), np.int64)
+    if items.images is not None and layout.num_images:
+        images_at = np.asarray(items.images.offsets[at])
+        images = np.asarray(items.images.offsets[at + 1]) - images_at
+        shown = real if hidden is None else real & ~hidden
+        images = np.where(shown, np.minimum(images, layout.num_images), 0)
+    seen, unseen = _prompt_length(layout.seen), _prompt_length(layout.unseen)
+    prompt = np.where(real, np.where(images > 0, seen, unseen), 0)
+    return _Spans(text_at, text, images_at, images, prompt)
+
+
+def item_lengths(items: Items, *, width: int, layout: Layout) -> Int[np.ndarray, " n"]:
+    """Positions that each item takes in a packed row."""
+    spans = _spans(items, np.arange(len(items)), width, layout)
+    return spans.text + spans.images + spans.prompt
+
+
 def pack(
     items: Items,
     ids: Int[np.ndarray, " n"],
     *,
     width: int,
-    num_images: int,
+    layout: Layout = Layout(),
     rows: RowSizes = RowSizes(),
     blocks: int = 1,
+    hidden: Bool[np.ndarray, " n"] | None = None,
 ) -> PackedItems:
-    """Packs items, each unbroken in one row: its first pictures, then its tokens.
-
-    Picture j of an item has position j and its token t position `num_images + t`, also where
-    pictures are missing (as the paper's encoders count).
+    """Packs items, each unbroken in one row, as `layout` says.
 
     Args:
       items: Where tokens and pictures are.
       ids: Rows of `items`; item k of the batch is `ids[k]`. -1 takes no place.
-      width: Positions of a row. Text is cut to `width - num_images`.
-      num_images: Pictures of an item at most; 0: text only.
+      width: Positions of a row. Text is cut to `width - layout.overhead`.
+      layout: Of an item.
       rows: Of a block.
       blocks: The batch falls into this many equal runs, each packed into its own equal number of
         rows: the share of a device.
+      hidden: Items whose pictures are left out; None: none.
 
     Returns:
       numpy arrays; picture j of item k in row `k * num_images + j` of `images`, float16, zero
       where it is absent; no rows where there are no pictures at all.
     """
-    real = ids >= 0
-    at = np.where(real, ids, 0)
-    starts, lengths = _spans(items.tokens, at)
-    lengths = np.where(real, np.minimum(lengths, width - num_images), 0)
-    if items.images is None or num_images == 0:
-        pictures = np.zeros(len(ids), np.int64)
+    spans = _spans(items, ids, width, layout, hidden)
+    slots = np.arange(len(ids)) * layout.num_images  # Rows of `images` of each item.
+    if items.images is None or not layout.num_images:
         images = np.zeros((0, 1), np.float16)
     else:
-        first, pictures = _spans(items.images, at)
-        pictures = np.where(real, np.minimum(pictures, num_images), 0)
-        images = np.zeros((len(ids) * num_images, items.images.values.shape[1]), np.float16)
-        slots = ranges(np.arange(len(ids)) * num_images, pictures)
-        images[slots] = items.images.values[ranges(first, pictures)]
-    sizes = lengths + pictures
-
-    shares = sizes.reshape(blocks, -1)
-    row, offset, used = _fill_blocks(shares, width, rows)
+        shape = (len(ids) * layout.num_images, items.images.values.shape[1])
+        images = np.zeros(shape, np.float16)
+        images[ranges(slots, spans.images)] = items.images.values[
+            ranges(spans.images_at, spans.images)
+        ]
+    sizes = spans.text + spans.images + spans.prompt
+    row, offset, used = _fill_blocks(sizes.reshape(blocks, -1), width, rows)
     row = (row + np.arange(blocks)[:, None] * used).reshape(-1)
     begin = row * width + offset.reshape(-1)  # First position of each item in the flat rows.
 
     total = blocks * used * width
     tokens, segments, positions, image_at = np.zeros((4, total), np.int32)
     segments[:] = image_at[:] = -1
-    put = ranges(begin, pictures)
-    image_at[put] = ranges(np.arange(len(ids)) * num_images, pictures)
-    positions[put] = ranges(np.zeros(len(ids), np.int64), pictures)
-    segments[put] = np.repeat(np.arange(len(ids)), pictures)
-    put = ranges(begin + pictures, lengths)
-    tokens[put] = items.tokens.values[ranges(starts, lengths)]
-    positions[put] = ranges(np.full(len(ids), num_images), lengths)
-    segments[put] = np.repeat(np.arange(len(ids)), lengths)
+    put = ranges(begin, sizes)
+    segments[put] = np.repeat(np.arange(len(ids)), sizes)
+    positions[put] = ranges(np.zeros(len(ids), np.int64), sizes)
+    with_images = spans.images > 0
+    for parts, chosen in ((layout.seen, with_images), (layout.unseen, ~with_images)):
+        at = begin[chosen]  # Where the next part goes.
+        here = ids[chosen] >= 0
+        for part in parts:
+            if part == "text":
+                lengths = spans.text[chosen]
+                put = ranges(at, lengths)
+                tokens[put] = items.tokens.values[ranges(spans.text_at[chosen], lengths)]
+                if layout.reserve_images:
+                    positions[put] += np.repeat(layout.num_images - spans.images[chosen], lengths)
+            elif part == "images":
+                lengths = spans.images[chosen]
+                image_at[ranges(at, lengths)] = ranges(slots[chosen], lengths)
+            else:
+                lengths = np.where(here, len(part), 0)
+                tokens[ranges(at, lengths)] = np.tile(part, int(here.sum()))
+            at = at + lengths
     shape = (-1, width)
     return PackedItems(
         tokens.reshape(shape),
@@ -135,11 +216,6 @@ def join(
         image_at=concatenate(first.image_at, second.image_at, -1),
         images=np.concatenate(images) if images else first.images,
     )
-
-
-def _spans(ragged: Ragged, at: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    starts = np.asarray(ragged.offsets[at])
-    return starts, np.asarray(ragged.offsets[at + 1]) - starts
 
 
 def _fill_blocks(

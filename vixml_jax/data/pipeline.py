@@ -18,9 +18,10 @@ def epoch_batches(
     seed: int,
     batch_size: int,
     width: int,
-    num_images: int,
+    layout: packing.Layout,
     weights: Float[np.ndarray, " l"] | None,
     rows: packing.RowSizes,
+    image_dropout: float = 0.0,
     blocks: int = 1,
     num_threads: int = 1,
     prefetch: int = 2,
@@ -37,9 +38,10 @@ def epoch_batches(
       seed: Goes into the draws.
       batch_size: Queries of a batch, and labels.
       width: Positions of a packed row.
-      num_images: Pictures of an item at most.
+      layout: Of an item.
       weights: What positives are drawn by; None: uniform.
       rows: Of a batch's share, queries and labels together.
+      image_dropout: Share of the items, drawn anew each time, whose pictures are hidden.
       blocks: Shares of a batch, one a device.
       num_threads: That prepare batches.
       prefetch: Batches ready ahead.
@@ -52,9 +54,13 @@ def epoch_batches(
         found = order[index * batch_size : (index + 1) * batch_size]
         query_ids[: len(found)] = found
         label_ids = sampling.sample_positives(dataset.train_relevance, query_ids, weights, rng)
+        hidden = rng.random((2, batch_size)) < image_dropout if image_dropout else (None, None)
         queries, labels = (
-            packing.pack(items, ids, width=width, num_images=num_images, blocks=blocks)
-            for items, ids in ((dataset.train, query_ids), (dataset.labels, label_ids))
+            packing.pack(items, ids, width=width, layout=layout, blocks=blocks, hidden=hide)
+            for items, ids, hide in (
+                (dataset.train, query_ids, hidden[0]),
+                (dataset.labels, label_ids, hidden[1]),
+            )
         )
         items = packing.join(queries, labels, batch_size, rows=rows, blocks=blocks)
         relevance = sampling.relevance_block(dataset.train_relevance, query_ids, label_ids)

@@ -15,7 +15,7 @@ from vixml_jax import sharding
 from vixml_jax.config import BatchConfig, LabelsConfig, LoopConfig
 from vixml_jax.data import packing, pipeline, propensity, sampling
 from vixml_jax.data.store import PreparedDataset
-from vixml_jax.encoding import Model, item_lengths
+from vixml_jax.encoding import Model
 from vixml_jax.labels.centroids import exact_centroids
 from vixml_jax.structs import LabelState, TrainState
 from vixml_jax.training.checkpoints import Checkpoints
@@ -181,13 +181,11 @@ class Trainer:
         shards = sharding.num_row_shards(model.mesh)
         self._packing = {
             "width": model.row_width,
-            "num_images": model.num_images,
+            "layout": model.layout,
+            "image_dropout": batch.image_dropout,
             "blocks": shards,
             "rows": packing.RowSizes.expected(
-                sum(
-                    float(np.mean(item_lengths(items, model.num_images, model.row_width)))
-                    for items in (dataset.train, dataset.labels)
-                ),
+                model.mean_length(dataset.train) + model.mean_length(dataset.labels),
                 batch_size=batch.size,
                 width=model.row_width,
                 blocks=shards,
