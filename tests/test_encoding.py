@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from vixml_jax import runs, sharding
 from vixml_jax.config import Config
+from vixml_jax.data.packing import Layout
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.structs import PackedItems
 
@@ -29,7 +30,7 @@ def packed():
 
 
 def vectors(mesh, packed):
-    model = runs.build_model(Config(), TOWER, 5, mesh)
+    model = runs.build_model(Config(), TOWER, Layout(), 5, mesh)
     boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
     params = nn.unbox(runs.init_params(model, jax.random.key(0)))
     params = jax.device_put(params, sharding.shardings_of(boxed, mesh))
@@ -45,7 +46,7 @@ def test_activations_are_laid_out_on_the_mesh(packed):
     # Rows over (replica, fsdp): what enters the blocks, and what leaves each of them.
     assert len(states) == 1 + TOWER.num_layers
     assert all('{"replica", "fsdp"}' in line for line in states)
-    plain = runs.build_model(Config(), TOWER, 5, sharding.create_mesh(1, 8, 1))
+    plain = runs.build_model(Config(), TOWER, Layout(), 5, sharding.create_mesh(1, 8, 1))
     params = nn.unbox(runs.init_params(plain, jax.random.key(0)))
     expected = plain.tower.apply({"params": params["tower"]}, packed, 16, deterministic=True)
     np.testing.assert_allclose(found, expected, atol=2e-6)

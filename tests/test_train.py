@@ -220,7 +220,7 @@ def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
     config = config_lib.load(os.path.join(whole_run.workdir, runs.CONFIG))
     dataset = runs.open_dataset(config)
     model = runs.build_model(
-        config, runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
+        config, *runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
     )
     params, labels, step = runs.restore_model(config.workdir, model)
     assert step == 18

@@ -25,6 +25,11 @@ class ModelConfig:
     pretrained: str = _flag(
         "", "Hugging Face directory or hub name to start from; empty: from scratch, by the sizes."
     )
+    family: str = _flag(
+        "encoder",
+        "Kind of a tower from scratch: an 'encoder' as BERT, or a 'decoder' as Qwen3.",
+        choices=("encoder", "decoder"),
+    )
     num_layers: int = _flag(4, "Layers of a tower from scratch.", lower_bound=1)
     width: int = _flag(256, "Width of a tower from scratch.", lower_bound=1)
     num_heads: int = _flag(4, "Attention heads of a tower from scratch.", lower_bound=1)
@@ -42,11 +47,44 @@ class ModelConfig:
         "item's labels in training, or 'random' as published.",
         choices=("regression", "random"),
     )
+    pooling: str = _flag(
+        "mean",
+        "An item's vector: the 'mean' of its states, or the 'last' (decoders alone).",
+        choices=("mean", "last"),
+    )
+    causal: bool = _flag(
+        True, "Whether a decoder's positions see only those before them, as pretrained."
+    )
     dtype: str = _flag("float32", "What the tower computes in.", choices=("float32", "bfloat16"))
     scan: bool = _flag(
         False, "Compile one layer and loop over it: faster to compile, slower on small towers."
     )
     remat: bool = _flag(False, "Recompute activations in the backward pass: less memory.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """What stands around the text and the pictures of an item before a decoder."""
+
+    text: str = _flag("Text: ", "Before the text.")
+    images: str = _flag(" Images: ", "Before the pictures, where there are some.")
+    order: str = _flag("text_image", "Which comes first.", choices=("text_image", "image_text"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, beside a decoder that is itself frozen."""
+
+    rank: int = _flag(0, "Rank of the adapters; 0: the whole tower is trained.", lower_bound=0)
+    alpha: float = _flag(
+        256.0, "Adapters are multiplied by alpha / sqrt(rank) (rsLoRA).", lower_bound=0.0
+    )
+    maps: list[str] = _flag(
+        ["query", "key", "value", "out", "gate", "up", "down"], "Which linear maps have one."
+    )
+    base_dtype: str = _flag(
+        "bfloat16", "What the frozen weights are kept in.", choices=("float32", "bfloat16")
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +154,12 @@ class BatchConfig:
     cluster_size: int = _flag(16, "Queries of a cluster at first.", lower_bound=1)
     curriculum: list[int] = _flag([], "Epochs at whose end the cluster size doubles.")
     threads: int = _flag(1, "Threads that prepare batches.", lower_bound=1)
+    encode_chunk: int = _flag(
+        0,
+        "Packed rows a device that the tower reads at a time, computed again in the backward "
+        "pass: memory grows with it, not with the batch; 0: all at once.",
+        lower_bound=0,
+    )
     prefetch: int = _flag(4, "Batches prepared ahead.", lower_bound=1)
 
 
@@ -177,6 +221,8 @@ class Config:
     seed: int = _flag(0, "One seed, one run.", lower_bound=0)
     mesh: list[int] = _flag([1, -1, 1], "Devices along replica, fsdp and tensor; -1: the rest.")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     labels: LabelsConfig = dataclasses.field(default_factory=LabelsConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
@@ -201,6 +247,11 @@ class Config:
             raise InputError(
                 f"--model.num_images={self.model.num_images} leaves no place for text in rows of "
                 f"--batch.row_width={self.batch.row_width}"
+            )
+        if self.lora.rank and not self.model.pretrained:
+            raise InputError(
+                f"--lora.rank={self.lora.rank}: adapters stand beside pretrained weights; set "
+                "--model.pretrained"
             )
         if not self.model.pretrained and self.model.width % self.model.num_heads:
             raise InputError(
@@ -276,8 +327,9 @@ def from_flags(values: flags.FlagValues) -> Config:
     for prefix, field, default in _leaves(Config()):
         value = values[prefix + field.name].value
         if isinstance(default, list):
+            kind = type(default[0]) if default else int
             try:
-                value = [int(item) for item in value]
+                value = [kind(item) for item in value]
             except ValueError:
                 raise InputError(
                     f"--{prefix}{field.name}={','.join(value)}: expected integers separated by "

@@ -37,6 +37,7 @@ class Model:
       mesh: Where all of it runs.
       row_width: Positions of a packed row.
       layout: How the sequence of an item is written.
+      encode_chunk: Rows a device that the tower reads at a time in training; 0: all at once.
     """
 
     tower: Tower
@@ -45,6 +46,7 @@ class Model:
     mesh: Mesh
     row_width: int
     layout: packing.Layout
+    encode_chunk: int = 0
 
     def mean_length(self, items: Items) -> float:
         """Positions that an item takes in a packed row, on average."""
@@ -59,7 +61,11 @@ class Model:
         *,
         dropout: Array | None = None,
     ) -> Float[Array, "b d"]:
-        """Mean-pooled tower vectors, float32, not normalised; with a key, under dropout."""
+        """Pooled tower vectors, float32, not normalised; with a key, as in training."""
+        shards = sharding.num_row_shards(self.mesh)
+        chunks = None
+        if dropout is not None and self.encode_chunk:
+            chunks = shards, packed.tokens.shape[0] // shards // self.encode_chunk
         with sharding.laid_out(self.mesh):
             return self.tower.apply(
                 {"params": params["tower"]},
@@ -67,6 +73,7 @@ class Model:
                 num_items,
                 deterministic=dropout is None,
                 rngs=None if dropout is None else {"dropout": dropout},
+                chunks=chunks,
             )
 
     def prototypes(

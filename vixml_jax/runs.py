@@ -12,21 +12,25 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import sharding
+from vixml_jax import sharding, trees
 from vixml_jax.config import Config
-from vixml_jax.data import packing, preparation
+from vixml_jax.data import preparation
+from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
 from vixml_jax.labels.combiner import Combiner
 from vixml_jax.labels.table import LabelTable
 from vixml_jax.models.bert import BertConfig
-from vixml_jax.models.tower import Tower
+from vixml_jax.models.decoder import DecoderConfig, Rope
+from vixml_jax.models.tower import Tower, TowerConfig
 from vixml_jax.structs import LabelState, PackedItems
 
 CONFIG = "config.json"
 TOWER = "tower.json"
 CHECKPOINTS = "checkpoints"
+FROZEN = "frozen"
+FAMILIES = {"encoder": BertConfig, "decoder": DecoderConfig}
 
 
 def write_text(path: str, text: str) -> None:
@@ -36,14 +40,20 @@ def write_text(path: str, text: str) -> None:
     os.replace(path + ".tmp", path)
 
 
-def open_run(config: Config, tower: BertConfig, content_hash: str) -> None:
+def open_run(config: Config, tower: TowerConfig, layout: Layout, content_hash: str) -> None:
     """Makes the run directory, or checks that the one found is of the same run.
 
     Raises:
       InputError: If the directory holds another configuration, or other data.
     """
     path = os.path.join(config.workdir, CONFIG)
-    about = {**dataclasses.asdict(tower), "content_hash": content_hash}
+    family = next(name for name, kind in FAMILIES.items() if isinstance(tower, kind))
+    about = {
+        "family": family,
+        "tower": dataclasses.asdict(tower),
+        "layout": layout._asdict(),
+        "content_hash": content_hash,
+    }
     if os.path.exists(path):
         changed = config_lib.differences(config_lib.load(path), config)
         changed = [line for line in changed if not line.startswith("--workdir:")]
@@ -73,15 +83,28 @@ def _read_tower(workdir: str) -> dict[str, Any]:
         raise InputError(f"{path}: {error}; expected a run directory that train wrote") from None
 
 
-def read_tower(workdir: str) -> BertConfig:
-    """The tower's sizes as the run was started with.
+def read_tower(workdir: str) -> tuple[TowerConfig, Layout]:
+    """The tower's sizes, and how items are written for it, as the run was started with.
 
     Raises:
       InputError: If the directory is not a run's.
     """
     about = _read_tower(workdir)
-    about.pop("content_hash")
-    return BertConfig(**about)
+    tower = dict(about["tower"])
+    for name in ("rope", "local_rope"):
+        if name in tower:
+            tower[name] = Rope(**tower[name])
+    if "lora_maps" in tower:
+        tower["lora_maps"] = tuple(tower["lora_maps"])
+    layout = {
+        name: tuple(part if isinstance(part, str) else tuple(part) for part in value)
+        if name in ("seen", "unseen")
+        else tuple(value)
+        if isinstance(value, list)
+        else value
+        for name, value in about["layout"].items()
+    }
+    return FAMILIES[about["family"]](**tower), Layout(**layout)
 
 
 def open_dataset(config: Config) -> PreparedDataset:
@@ -106,7 +129,9 @@ def make_mesh(config: Config) -> Mesh:
         raise InputError(f"--mesh={','.join(map(str, config.mesh))}: {error}") from None
 
 
-def build_model(config: Config, tower: BertConfig, num_labels: int, mesh: Mesh) -> Model:
+def build_model(
+    config: Config, tower: TowerConfig, layout: Layout, num_labels: int, mesh: Mesh
+) -> Model:
     """The model that the flags describe; no parameters yet."""
     labels = config.labels
     return Model(
@@ -117,7 +142,8 @@ def build_model(config: Config, tower: BertConfig, num_labels: int, mesh: Mesh) 
         table=LabelTable(mesh, num_labels, labels.num_free, tower.width),
         mesh=mesh,
         row_width=config.batch.row_width,
-        layout=packing.Layout(config.model.num_images if tower.image_width else 0),
+        layout=layout,
+        encode_chunk=config.batch.encode_chunk,
     )
 
 
@@ -142,8 +168,28 @@ def init_params(model: Model, key: jax.Array) -> Any:
     return params
 
 
+def split_params(params: Any, tower: TowerConfig) -> tuple[Any, Any]:
+    """What is trained, and what is frozen: a tower under adapters, but for them and pictures."""
+
+    def trained(path: trees.Path) -> bool:
+        adapted = getattr(tower, "lora_rank", 0) and path[0] == "tower"
+        return not adapted or path[-1] in ("lora_a", "lora_b") or "image_projection" in path
+
+    return trees.partition(params, trained)
+
+
+def save_frozen(workdir: str, frozen: Any) -> None:
+    """Writes the frozen parameters once, so that the run directory is complete by itself."""
+    import orbax.checkpoint as ocp
+
+    path = os.path.abspath(os.path.join(workdir, FROZEN))
+    if frozen and not os.path.isdir(path):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, frozen)
+
+
 def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
-    """Parameters and label state of the newest checkpoint, on the model's mesh, and its step.
+    """All parameters and the label state of the newest checkpoint, on the model's mesh, its step.
 
     Raises:
       InputError: If there is no checkpoint.
@@ -158,12 +204,17 @@ def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
         lambda: model.table.init_state(np.zeros(model.table.num_labels, np.int32))
     )
     rows = sharding.rows_sharding(model.mesh)
-    abstract = {
-        "params": jax.tree.map(
+
+    def placed(boxed: Any) -> Any:
+        return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             nn.unbox(boxed),
             sharding.shardings_of(boxed, model.mesh),
-        ),
+        )
+
+    trained, frozen = split_params(boxed, model.tower.config)
+    abstract = {
+        "params": placed(trained),
         "labels": jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), labels
         ),
@@ -175,4 +226,11 @@ def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
         restored = manager.restore(
             step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
         )["model"]
-    return restored["params"], LabelState(*restored["labels"]), step
+    params = restored["params"]
+    if frozen:
+        with ocp.StandardCheckpointer() as checkpointer:
+            dtype = config_lib.load(os.path.join(workdir, CONFIG)).lora.base_dtype
+            kept = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), placed(frozen))
+            path = os.path.abspath(os.path.join(workdir, FROZEN))
+            params = trees.merge(params, checkpointer.restore(path, kept))
+    return params, LabelState(*restored["labels"]), step

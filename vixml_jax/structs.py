@@ -46,7 +46,8 @@ class TrainState(NamedTuple):
     """All that a training step reads and writes; what a checkpoint holds."""
 
     step: Any  # int32 scalar: updates done.
-    params: Any  # {"tower": ..., "combiner": ..., "free": [f, e]}, float32.
+    params: Any  # What is trained of {"tower": ..., "combiner": ..., "free": [f, e]}, float32.
+    frozen: Any  # What is not: the tower under adapters; else {}. No gradient of it ever exists.
     opt_state: Any
     labels: LabelState
     bank: Float[Any, "n e"]  # Unit embedding of each training query when last seen.

@@ -12,71 +12,116 @@ from absl import flags
 from flax import linen as nn
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, evaluate, memory, runs
+from vixml_jax import errors, evaluate, memory, runs, trees
 from vixml_jax.config import Config
+from vixml_jax.data import tokenize
+from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf
 from vixml_jax.models.bert import BertConfig
+from vixml_jax.models.decoder import DecoderConfig
+from vixml_jax.models.tower import TowerConfig
 from vixml_jax.training import loop, losses, optimizer, step, warm_start
 from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
 
 
-def make_tower(config: Config, dataset: PreparedDataset) -> tuple[BertConfig, Any]:
-    """The tower's sizes, and its pretrained parameters (None from scratch)."""
-    flagged, params = config.model, None
+def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, Layout, Any]:
+    """The tower's sizes, how items are written for it, its pretrained parameters (or None)."""
+    flagged, params, end = config.model, None, None
+    if flagged.pretrained:
+        dtype = config.lora.base_dtype if config.lora.rank else "float32"
+        tower, params = hf.load_hf_tower(flagged.pretrained, dtype=dtype)
+        end = hf.end_token(flagged.pretrained)
+    else:
+        tower = fresh_tower(config, dataset)
     changes: dict[str, Any] = {
         "image_width": dataset.image_width if flagged.num_images else 0,
         "dtype": flagged.dtype,
         "scan": flagged.scan,
         "remat": flagged.remat,
     }
-    if flagged.dropout >= 0:
-        changes |= {"dropout": flagged.dropout, "attention_dropout": flagged.dropout}
-    if flagged.pretrained:
-        tower, params = hf.load_hf_tower(flagged.pretrained)
+    num_images = flagged.num_images if dataset.image_width else 0
+    if isinstance(tower, BertConfig):
+        if flagged.pooling != "mean" or config.lora.rank:
+            name = "--lora.rank" if config.lora.rank else "--model.pooling=last"
+            raise InputError(f"{name}: an encoder has no such thing, decoders alone have")
+        if flagged.dropout >= 0:
+            changes |= {"dropout": flagged.dropout, "attention_dropout": flagged.dropout}
+        layout = Layout(num_images)
     else:
-        tower = BertConfig(
-            vocab_size=dataset.vocab_size,
-            num_layers=flagged.num_layers,
-            width=flagged.width,
-            num_heads=flagged.num_heads,
-            mlp_width=flagged.mlp_width,
-            max_positions=max(64, flagged.num_images + dataset.max_tokens),
+        changes |= {"causal": flagged.causal, "pooling": flagged.pooling}
+        if config.lora.rank:
+            changes |= {
+                "lora_rank": config.lora.rank,
+                "lora_alpha": config.lora.alpha,
+                "lora_maps": tuple(config.lora.maps),
+            }
+        layout = tokenize.prompt_layout(
+            tokenize.load(os.path.dirname(dataset.tokenizer), dataset.max_tokens),
+            **dataclasses.asdict(config.prompt),
+            num_images=num_images,
+            end=end,
         )
-    tower = dataclasses.replace(tower, **changes)
+    try:
+        tower = dataclasses.replace(tower, **changes)
+    except ValueError as error:
+        raise InputError(f"--lora.maps={','.join(config.lora.maps)}: {error}") from None
     if dataset.vocab_size > tower.vocab_size:
         raise InputError(
             f"--data={config.data} was tokenised with {dataset.vocab_size} tokens, but "
             f"--model.pretrained={flagged.pretrained} knows {tower.vocab_size}: prepare it again "
             "with --tokenizer set to the model"
         )
-    longest = flagged.num_images + dataset.max_tokens
+    longest = layout.overhead + dataset.max_tokens - sum(layout.trim)
+    takes = (
+        f"an item of {config.data} takes up to {longest} positions ({dataset.max_tokens} tokens, "
+        f"{num_images} pictures, prompt)"
+    )
     if longest > tower.max_positions:
-        raise InputError(
-            f"--data={config.data} has up to {dataset.max_tokens} tokens and "
-            f"--model.num_images={flagged.num_images}: together above the "
-            f"{tower.max_positions} positions of the tower"
-        )
+        raise InputError(f"{takes}: above the {tower.max_positions} positions of the tower")
     if longest > config.batch.row_width:
-        raise InputError(
-            f"--batch.row_width={config.batch.row_width} is too narrow: an item takes up to "
-            f"{dataset.max_tokens} tokens and {flagged.num_images} pictures"
-        )
-    return tower, params
+        raise InputError(f"--batch.row_width={config.batch.row_width} is too narrow: {takes}")
+    return tower, layout, params
+
+
+def fresh_tower(config: Config, dataset: PreparedDataset) -> TowerConfig:
+    """The sizes of a tower from scratch, as the flags say."""
+    flagged = config.model
+    sizes = {
+        "vocab_size": dataset.vocab_size,
+        "num_layers": flagged.num_layers,
+        "width": flagged.width,
+        "num_heads": flagged.num_heads,
+        "mlp_width": flagged.mlp_width,
+        "max_positions": max(512, flagged.num_images + dataset.max_tokens),
+    }
+    if flagged.family == "encoder":
+        return BertConfig(**sizes)
+    return DecoderConfig(
+        **sizes,
+        num_kv_heads=flagged.num_heads,
+        head_width=flagged.width // flagged.num_heads,
+        qk_norm=True,
+    )
 
 
 def first_params(config: Config, model: Model, dataset: PreparedDataset, pretrained: Any) -> Any:
     """Fresh parameters, with the pretrained tower's put in and the image projection started."""
-    params = nn.unbox(
-        jax.jit(functools.partial(runs.init_params, model))(jax.random.key(config.seed))
-    )
-    if pretrained is not None:
-        params["tower"] = {**params["tower"], **pretrained}
+    given = {"tower": pretrained} if pretrained is not None else {}
+    known = trees.paths(given)
+
+    def fresh(key: jax.Array) -> Any:
+        """Those that are not given: the others are never made."""
+        params = nn.unbox(runs.init_params(model, key))
+        return trees.partition(params, lambda path: path not in known)[0]
+
+    params = trees.merge(jax.jit(fresh)(jax.random.key(config.seed)), given)
     if model.layout.num_images and config.model.image_init == "regression":
-        words = np.asarray(params["tower"]["word_embeddings"], np.float32)
+        scale = model.tower.config.word_scale
+        words = np.asarray(params["tower"]["word_embeddings"], np.float32) * scale
         found = warm_start.regress_images(dataset, words)
         if found is not None:
             params["tower"]["image_projection"] = {"kernel": found[0], "bias": found[1]}
@@ -87,14 +132,14 @@ def train(config: Config) -> None:
     """Trains as the flags say, from where the run directory stands, and evaluates."""
     dataset = runs.open_dataset(config)
     mesh = runs.make_mesh(config)
-    tower, pretrained = make_tower(config, dataset)
-    model = runs.build_model(config, tower, dataset.num_labels, mesh)
+    tower, layout, pretrained = make_tower(config, dataset)
+    model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     if config.batch.size > len(dataset.train):
         raise InputError(
             f"--batch.size={config.batch.size} is more than the {len(dataset.train)} training "
             f"queries of {config.data}"
         )
-    runs.open_run(config, tower, dataset.content_hash)
+    runs.open_run(config, tower, layout, dataset.content_hash)
 
     steps_per_epoch = -(-len(dataset.train) // config.batch.size)
     total_steps = config.loop.epochs * steps_per_epoch
@@ -115,8 +160,10 @@ def train(config: Config) -> None:
     else:
         labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
         bank = loop.empty_bank(model, len(dataset.train))
-    state, shardings = loop.place_state(model, boxed, params, tx, labels, bank)
-    del params, bank, labels
+    params, frozen = runs.split_params(params, tower)
+    runs.save_frozen(config.workdir, frozen)
+    state, shardings = loop.place_state(model, boxed, params, frozen, tx, labels, bank)
+    del params, frozen, pretrained, bank, labels
 
     k = min(config.eval.k, dataset.num_labels)
     trainer = loop.Trainer(
@@ -156,7 +203,15 @@ def train(config: Config) -> None:
     finally:
         telemetry.close()
         checkpoints.close()
-    evaluate.show(config, model, state.params, state.labels, dataset, split="test", search="exact")
+    evaluate.show(
+        config,
+        model,
+        trees.merge(state.params, state.frozen),
+        state.labels,
+        dataset,
+        split="test",
+        search="exact",
+    )
     print(
         f"run: {os.path.abspath(config.workdir)} (config.json, checkpoints/, metrics.jsonl, "
         "tensorboard/, evaluation/)"

@@ -17,6 +17,7 @@ from absl import flags
 
 from vixml_jax import errors
 from vixml_jax.benchmarks import train_step, workers
+from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, Ragged
 
 PROGRAMS = ("ours", "torch, padded to 32", "torch, sorted by length")
@@ -52,6 +53,7 @@ def _ours(program: str, items: Items, settings: dict[str, Any]) -> Callable[[], 
     model = runs.build_model(
         Config(labels=LabelsConfig(num_free=2)),
         train_step.tower_of_minilm(),
+        Layout(),
         2,
         sharding.create_mesh(),
     )

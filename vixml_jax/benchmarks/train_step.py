@@ -145,12 +145,13 @@ def _ours(
 
     from vixml_jax import runs, sharding
     from vixml_jax.config import Config, LabelsConfig, LossConfig
+    from vixml_jax.data.packing import Layout
     from vixml_jax.training import loop, losses, optimizer, step
 
     config = Config(labels=LabelsConfig(num_free=dataset.num_labels))
     mesh = sharding.create_mesh()
     tower = tower_of_minilm()
-    model = runs.build_model(config, tower, dataset.num_labels, mesh)
+    model = runs.build_model(config, tower, Layout(), dataset.num_labels, mesh)
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
     boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
     params = nn.unbox(jax.jit(functools.partial(runs.init_params, model))(jax.random.key(0)))
@@ -158,6 +159,7 @@ def _ours(
         model,
         boxed,
         params,
+        {},
         tx,
         model.table.init_state(np.arange(dataset.num_labels, dtype=np.int32)),
         loop.empty_bank(model, len(dataset.train)),

@@ -23,7 +23,9 @@ class RowSizes(NamedTuple):
         return self.least + -(-max(0, rows - self.least) // self.step) * self.step
 
     @staticmethod
-    def expected(mean_length: float, *, batch_size: int, width: int, blocks: int = 1) -> "RowSizes":
+    def expected(
+        mean_length: float, *, batch_size: int, width: int, blocks: int = 1, chunk: int = 0
+    ) -> "RowSizes":
         """Sizes around what batches need: about a twelfth apart, none below the mean.
 
         Args:
@@ -32,8 +34,11 @@ class RowSizes(NamedTuple):
           batch_size: Items of all blocks (or pairs of them).
           width: Positions of a row.
           blocks: Shares of a batch.
+          chunk: Rows that all sizes are a multiple of; 0: any.
         """
         rows = max(1, round(mean_length * batch_size / blocks / width))
+        if chunk:
+            return RowSizes(-(-rows // chunk) * chunk, chunk)
         return RowSizes(rows, max(1, round(rows / 12)))
 
 

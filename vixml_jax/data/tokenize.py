@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int
 
+from vixml_jax.data.packing import Layout, Part
 from vixml_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -131,6 +132,48 @@ def _fit(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
     return tokenizer
+
+
+def special_tokens(tokenizer: "Tokenizer") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer adds before a text and after it."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    framed = tokenizer.encode("a").ids
+    before = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+    return tuple(framed[:before]), tuple(framed[before + len(bare) :])
+
+
+def prompt_layout(
+    tokenizer: "Tokenizer", *, text: str, images: str, order: str, num_images: int, end: int | None
+) -> Layout:
+    """How an item is written for a decoder (paper, section 3).
+
+    [text piece][text][image piece][images][end], or images first. Begin tokens stand once, at the
+    start of all, whatever the tokenizer would add to each piece; a picture's piece stands only
+    where there is a picture.
+
+    Args:
+      tokenizer: Of the prepared texts.
+      text: Piece before the text.
+      images: Piece before the pictures.
+      order: "text_image" or "image_text".
+      num_images: Pictures of an item at most.
+      end: The end token where the tokenizer adds none; None: there is none.
+    """
+    before, after = special_tokens(tokenizer)
+    say, show = (
+        tuple(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in (text, images)
+    )
+    last = after[-1:] or (() if end is None else (end,))
+    parts: list[Part] = [say, "text", show, "images"]
+    if order == "image_text":
+        parts = [show, "images", say, "text"]
+
+    def framed(parts: list[Part]) -> tuple[Part, ...]:
+        return tuple(part for part in (before, *parts, last) if part)
+
+    return Layout(
+        num_images, framed(parts), framed([say, "text"]), False, (len(before), len(after))
+    )
 
 
 def vocab_size(tokenizer: "Tokenizer") -> int:

@@ -77,6 +77,14 @@ def load_hf_tower(
     return config, _nest(params)
 
 
+def end_token(directory_or_name: str) -> int | None:
+    """The token that ends a text, as the checkpoint's config.json says; None where it does not."""
+    about = _read_json(os.path.join(_resolve(directory_or_name), CONFIG))
+    about = {**about, **about.get("text_config", {})}
+    end = about.get("eos_token_id")
+    return end[0] if isinstance(end, list) else end
+
+
 def sizes_of(config: TowerConfig) -> dict[str, int]:
     """Size of each letter in `hf_names`: the tower's, and rows of positions and types."""
     types = getattr(config, "type_vocab_size", 0)

@@ -257,10 +257,10 @@ def place_rows(
     return flat.reshape(shape)
 
 
-def mean_by_segment(
+def sum_by_segment(
     x: Float[Array, "p s d"], segments: Int[Array, "p s"], num_segments: int
-) -> Float[Array, "b d"]:
-    """Mean of the positions of each segment, float32; zeros for a segment without any.
+) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    """Sum of the positions of each segment, float32, and how many they are.
 
     Args:
       x: States of the positions.
@@ -270,8 +270,7 @@ def mean_by_segment(
     flat = jnp.where(segments >= 0, segments, num_segments).reshape(-1)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     total = jax.ops.segment_sum(rows, flat, num_segments)
-    count = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.float32), flat, num_segments)
-    return total / jnp.maximum(count, 1.0)[:, None]
+    return total, jax.ops.segment_sum(jnp.ones(flat.shape, jnp.float32), flat, num_segments)
 
 
 def last_of_segments(segments: Int[Array, "p s"]) -> Int[Array, "p s"]:

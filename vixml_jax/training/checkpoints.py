@@ -58,7 +58,7 @@ class Checkpoints:
         """The newest checkpoint, placed as `like` is.
 
         Args:
-          like: A state of the same shapes and shardings; its arrays are not kept.
+          like: A state of the same shapes and shardings; of its arrays the frozen ones are kept.
           clusters: An array of the clusters' shape and dtype.
         """
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
@@ -82,6 +82,7 @@ class Checkpoints:
         state = TrainState(
             step=training["step"],
             params=model["params"],
+            frozen=like.frozen,
             opt_state=training["opt_state"],
             labels=LabelState(*model["labels"]),
             bank=training["bank"],

@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 from jaxtyping import Int
 
-from vixml_jax import sharding
+from vixml_jax import sharding, trees
 from vixml_jax.config import BatchConfig, LabelsConfig, LoopConfig
 from vixml_jax.data import packing, pipeline, propensity, sampling
 from vixml_jax.data.store import PreparedDataset
@@ -44,6 +44,7 @@ def place_state(
     model: Model,
     boxed: Any,
     params: Any,
+    frozen: Any,
     optimizer: optax.GradientTransformation,
     labels: LabelState,
     bank: np.ndarray,
@@ -52,24 +53,29 @@ def place_state(
 
     Args:
       model: Where to.
-      boxed: Abstract parameters with their logical axes (`jax.eval_shape` of `init_params`).
-      params: The parameters themselves, unboxed, on host or device.
+      boxed: Abstract parameters with their logical axes (`jax.eval_shape` of `init_params`), frozen
+        ones among them.
+      params: The parameters that are trained, unboxed, on host or device.
+      frozen: Those that are not.
       optimizer: Whose state to make.
       labels: The label state, placed.
       bank: Unit embeddings of the training queries, padded to the mesh.
     """
     whole, rows = sharding.replicated(model.mesh), sharding.rows_sharding(model.mesh)
-    param_shardings = sharding.shardings_of(boxed, model.mesh)
+    trained, kept = trees.partition(boxed, trees.paths(params).__contains__)
+    param_shardings = sharding.shardings_of(trained, model.mesh)
+    frozen_shardings = sharding.shardings_of(kept, model.mesh)
     opt_shardings = optax.tree.map_params(
         optimizer,
         lambda _, place: place,
-        jax.eval_shape(optimizer.init, nn.unbox(boxed)),
+        jax.eval_shape(optimizer.init, nn.unbox(trained)),
         param_shardings,
         transform_non_params=lambda _: whole,
     )
     shardings = TrainState(
         step=whole,
         params=param_shardings,
+        frozen=frozen_shardings,
         opt_state=opt_shardings,
         labels=LabelState(rows, rows),
         bank=rows,
@@ -78,6 +84,7 @@ def place_state(
     state = TrainState(
         step=jax.device_put(np.int32(0), whole),
         params=params,
+        frozen=jax.device_put(frozen, frozen_shardings),
         opt_state=jax.jit(optimizer.init, out_shardings=opt_shardings)(params),
         labels=labels,
         bank=jax.device_put(bank, rows),
@@ -189,6 +196,7 @@ class Trainer:
                 batch_size=batch.size,
                 width=model.row_width,
                 blocks=shards,
+                chunk=model.encode_chunk,
             ),
         }
 
@@ -310,7 +318,8 @@ class Trainer:
         state = state._replace(labels=self._centroids(state, is_last))
         position = Position(epoch + 1, None, size, clustered)
         if self.loop.eval_every and (epoch + 1) % self.loop.eval_every == 0 and not is_last:
-            metrics = self.evaluate(state.params, state.labels)
+            params = trees.merge(state.params, state.frozen)
+            metrics = self.evaluate(params, state.labels)
             telemetry.write(int(state.step), metrics, epoch=epoch)
             telemetry.say(
                 f"epoch {epoch}: "
@@ -327,8 +336,9 @@ class Trainer:
         if self.model.combiner is None or (self.labels.centroids == "moving"):
             return state.labels
         if is_last or self.labels.centroids == "exact":
+            params = trees.merge(state.params, state.frozen)
             queries = self.model.encode_queries(
-                state.params, self.dataset.train, block=self.block, title="training queries"
+                params, self.dataset.train, block=self.block, title="training queries"
             )
         else:
             queries = np.asarray(state.bank)[: self.num_queries]

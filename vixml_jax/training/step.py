@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from vixml_jax import sharding
+from vixml_jax import sharding, trees
 from vixml_jax.encoding import Model, unit
 from vixml_jax.labels import table
 from vixml_jax.structs import Batch, LabelState, TrainState
@@ -30,7 +30,7 @@ def make_train_step(
     Args:
       model: Tower, combiner and table.
       loss_fn: `losses.total_loss` with its settings bound.
-      optimizer: Acts on all of `state.params`.
+      optimizer: Acts on all of `state.params`; nothing touches `state.frozen`.
       state_shardings: Of the `TrainState`, pinned on the way out, so that the next call finds
         what it was compiled for.
       centroid_momentum: What a moving centroid keeps at each update (0.95); None: centroids are
@@ -40,7 +40,8 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
         tower_key, combiner_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
 
-        def objective(params: Any) -> tuple[Array, tuple[dict[str, Array], Array]]:
+        def objective(trained: Any) -> tuple[Array, tuple[dict[str, Array], Array]]:
+            params = trees.merge(trained, state.frozen)
             num_queries, num_labels = batch.query_ids.shape[0], batch.label_ids.shape[0]
             vectors = model.tower_vectors(
                 params, batch.items, num_queries + num_labels, dropout=tower_key
@@ -77,6 +78,7 @@ def make_train_step(
             TrainState(
                 step=state.step + 1,
                 params=optax.apply_updates(state.params, updates),
+                frozen=state.frozen,
                 opt_state=opt_state,
                 labels=labels,
                 bank=table.scatter_rows(model.mesh, state.bank, batch.query_ids, queries),
