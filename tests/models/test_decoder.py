@@ -11,9 +11,11 @@ import transformers
 from flax import linen as nn
 from safetensors import torch as safetensors
 
+from vixml_jax import trees
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf
 from vixml_jax.models.tower import Tower
+from vixml_jax.structs import PackedItems
 
 SIZES = dict(
     vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
@@ -178,6 +180,77 @@ def test_parameters_have_the_structure_of_init(pair, pack):
         lambda: nn.unbox(Tower(config).init(jax.random.key(0), packed, 1, deterministic=True))
     )["params"]
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
+
+
+def with_adapters(config, params, *, drawn):
+    """The tower with an adapter beside each map but "up": fresh, or its second half drawn too."""
+    maps = ("query", "key", "value", "out", "gate", "down")
+    config = dataclasses.replace(config, lora_rank=3, lora_alpha=6.0, lora_maps=maps)
+    packed = PackedItems(*[np.zeros((1, 2), np.int32)] * 4, np.zeros((0, 1), np.float16))
+    made = nn.unbox(Tower(config).init(jax.random.key(1), packed, 1, deterministic=True))["params"]
+    rng = np.random.default_rng(4)
+    adapters, _ = trees.partition(made, lambda path: path[-1] in ("lora_a", "lora_b"))
+    if drawn:
+        adapters = jax.tree.map(
+            lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, adapters
+        )
+    assert {path[-2] for path in trees.paths(adapters)} == set(maps)
+    return config, trees.merge(params, adapters)
+
+
+def test_a_fresh_adapter_changes_nothing(pair, pack):
+    _, _, config, params, _ = pair
+    packed = pack([([3, 4, 5, 6], []), ([7], [])], [[0, 1]], width=6)
+    adapted = with_adapters(config, params, drawn=False)
+    np.testing.assert_array_equal(apply(*adapted, packed, 2), apply(config, params, packed, 2))
+
+
+def test_merged_adapters_in_transformers_and_apart_in_peft(pair, pack, tmp_path):
+    _, _, config, params, path = pair
+    config, params = with_adapters(config, params, drawn=True)
+    words = np.random.default_rng(2).integers(1, 60, 40)
+    expected = apply(config, params, pack([(words, [])], [[0]], width=40), 1)[0]
+    hf.save_hf_tower(str(tmp_path / "merged"), params, config=config, like=path)
+    hf.save_hf_adapters(str(tmp_path / "adapters"), params, config=config, base=path)
+    merged = transformers.AutoModel.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        found = merged(input_ids=torch.tensor(words)[None]).last_hidden_state[0].mean(0)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    import peft
+
+    base = transformers.AutoModel.from_pretrained(path).eval()
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapters").eval()
+    with torch.no_grad():
+        found = adapted(input_ids=torch.tensor(words)[None]).last_hidden_state[0].mean(0)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_in_chunks_the_vectors_and_slopes_are_the_same(pair, pack, draw_items):
+    _, _, config, params, _ = pair
+    config = dataclasses.replace(config, image_width=5, scan=True, remat=False)
+    rng = np.random.default_rng(3)
+    params = {**params, "image_projection": {"kernel": rng.normal(size=(5, 32)).astype(np.float32),
+                                             "bias": np.ones(32, np.float32)}}  # fmt: skip
+    items = draw_items(rng, 9, vocab_size=60, longest=8, num_images=2, image_width=5)
+    packed = pack(items, [[0], [1, 2], [3], [4, 5], [6, 7], [8]], width=24, num_images=2,
+                  image_width=5)  # fmt: skip
+    weights = rng.normal(size=(9, 32)).astype(np.float32)
+
+    def slopes(chunks):
+        def objective(params):
+            found = Tower(config).apply(
+                {"params": params}, packed, 9, deterministic=True, chunks=chunks
+            )
+            return jnp.sum(found * weights), found
+
+        return jax.jit(jax.grad(objective, has_aux=True))(params)
+
+    (expected, vectors), *others = (slopes(chunks) for chunks in (None, (1, 3), (2, 3), (1, 1)))
+    for found, same in others:
+        np.testing.assert_allclose(same, vectors, atol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
+        )
 
 
 def test_saved_and_loaded_by_transformers(pair, tmp_path):

@@ -167,19 +167,23 @@ def test_the_projection_starts_as_a_torch_linear():
         np.testing.assert_allclose(np.std(leaf), 0.1 / 3**0.5, rtol=0.15)
 
 
-def test_mean_by_segment_matches_numpy():
+def test_sums_by_segment_match_numpy():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 9, 5)).astype(np.float32)
     segments = rng.integers(-1, 7, (4, 9))
     segments[segments == 3] = 4
-    expected = np.zeros((7, 5))
-    for item in range(7):
-        if np.any(segments == item):
-            expected[item] = x[segments == item].astype(np.float64).mean(0)
-    found = layers.mean_by_segment(jnp.asarray(x), jnp.asarray(segments), 7)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    half = layers.mean_by_segment(jnp.asarray(x, jnp.bfloat16), jnp.asarray(segments), 7)
+    expected = [x[segments == item].astype(np.float64).sum(0) for item in range(7)]
+    found, count = layers.sum_by_segment(jnp.asarray(x), jnp.asarray(segments), 7)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_array_equal(count, [np.sum(segments == item) for item in range(7)])
+    half, _ = layers.sum_by_segment(jnp.asarray(x, jnp.bfloat16), jnp.asarray(segments), 7)
     assert half.dtype == jnp.float32
+
+
+def test_the_last_position_of_each_segment():
+    segments = jnp.array([[0, 0, 2, -1, -1], [1, 1, 1, 3, 3]])
+    expected = [[-1, 0, 2, -1, -1], [-1, -1, 1, -1, 3]]
+    np.testing.assert_array_equal(layers.last_of_segments(segments), expected)
 
 
 def test_an_equation_of_another_form_is_refused():

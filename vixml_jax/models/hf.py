@@ -11,6 +11,7 @@ import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf_names
+from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.tower import TowerConfig
 
 CONFIG = "config.json"
@@ -138,6 +139,63 @@ def save_hf_tower(
     os.replace(weights + ".tmp", weights)
     with open(os.path.join(directory, CONFIG), "w", encoding="utf-8") as file:
         json.dump(about, file, indent=2)
+
+
+def save_hf_adapters(
+    directory: str, params: Mapping[str, Any], *, config: DecoderConfig, base: str
+) -> None:
+    """Writes the adapters alone, as `peft.PeftModel.from_pretrained` loads them onto the base.
+
+    Args:
+      directory: Made; its adapter_model.safetensors and adapter_config.json are replaced.
+      params: Of the tower.
+      config: Its sizes.
+      base: The Hugging Face directory or name that the tower was loaded from.
+
+    Raises:
+      InputError: If the tower has no adapters.
+    """
+    import safetensors.numpy
+
+    if not config.lora_rank:
+        raise InputError(f"{directory}: the tower has no adapters to write")
+    about = _read_json(os.path.join(_resolve(base), CONFIG))
+    family, _ = hf_names.read_config(os.path.join(base, CONFIG), about)
+    tensors, modules = {}, set()
+    for name, (place, layer) in hf_names.TENSORS[family].expected(config).items():
+        node: Any = params
+        *parents, leaf = place.path.split("/")
+        for part in parents:
+            node = node[part]
+        if leaf != "kernel" or "lora_a" not in node:
+            continue
+        module = name.removesuffix(".weight")
+        modules.add(module.rsplit(".", 1)[-1])
+        down = np.asarray(node["lora_a"][layer], np.float32).reshape(-1, config.lora_rank)
+        up = np.asarray(node["lora_b"][layer], np.float32).reshape(config.lora_rank, -1)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(down.T)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(up.T)
+    os.makedirs(directory, exist_ok=True)
+    weights = os.path.join(directory, "adapter_model.safetensors")
+    safetensors.numpy.save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
+    os.replace(weights + ".tmp", weights)
+    with open(os.path.join(directory, "adapter_config.json"), "w", encoding="utf-8") as file:
+        json.dump(
+            {
+                "peft_type": "LORA",
+                "task_type": "FEATURE_EXTRACTION",
+                "base_model_name_or_path": base,
+                "r": config.lora_rank,
+                "lora_alpha": config.lora_alpha,
+                "use_rslora": True,
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "target_modules": sorted(modules),
+                "inference_mode": True,
+            },
+            file,
+            indent=2,
+        )
 
 
 def _merged(

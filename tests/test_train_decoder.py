@@ -1,0 +1,151 @@
+"""A decoder through the doors: adapters beside a frozen base, prompts, pictures, a stop."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny import assert_same_state, configuration, final_state, make_data
+
+from vixml_jax import config as config_lib
+from vixml_jax import evaluate, runs, train, trees
+from vixml_jax.config import LoraConfig, PromptConfig
+from vixml_jax.data.store import PreparedDataset
+from vixml_jax.errors import InputError
+from vixml_jax.models import hf
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory):
+    """A tiny Qwen2.5 that knows the data's tokens."""
+    path = tmp_path_factory.mktemp("qwen")
+    torch.manual_seed(0)
+    transformers.Qwen2Model(
+        transformers.Qwen2Config(
+            vocab_size=PreparedDataset.open(data).vocab_size + 3, hidden_size=16,
+            intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=64, eos_token_id=2,
+        )
+    ).save_pretrained(path)  # fmt: skip
+    return str(path)
+
+
+def decoder_run(data, checkpoint, workdir, **changes):
+    config = configuration(data, workdir)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, pretrained=checkpoint, scan=True, remat=True),
+        prompt=PromptConfig(text="a1", images="b1"),
+        lora=LoraConfig(rank=2, alpha=4.0, maps=["query", "value", "down"]),
+        batch=dataclasses.replace(config.batch, row_width=24, encode_chunk=1, image_dropout=0.2),
+        loop=dataclasses.replace(config.loop, epochs=2),
+        eval=dataclasses.replace(config.eval, memory_weight=0.1),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, checkpoint, tmp_path_factory):
+    config = decoder_run(data, checkpoint, tmp_path_factory.mktemp("run") / "whole")
+    train.train(config)
+    return config
+
+
+def test_the_base_is_frozen_and_kept_once(whole_run, checkpoint):
+    tower, layout = runs.read_tower(whole_run.workdir)
+    assert (tower.lora_rank, tower.lora_maps) == (2, ("query", "value", "down"))
+    assert layout.seen[-1] == layout.unseen[-1] and "images" in layout.seen
+    model = runs.build_model(whole_run, tower, layout, 20, runs.make_mesh(whole_run))
+    params, _, _ = runs.restore_model(whole_run.workdir, model)
+    _, base = hf.load_hf_tower(checkpoint, dtype="bfloat16")
+    trained, frozen = runs.split_params(params, tower)
+    jax.tree.map(np.testing.assert_array_equal, frozen, {"tower": base})
+    adapters = [path for path in trees.paths(trained["tower"]) if path[-1].startswith("lora")]
+    assert {path[-2] for path in adapters} == {"query", "value", "down"}
+    changed = trained["tower"]["encoder"]["blocks"]["query"]["lora_b"]
+    assert np.abs(changed).max() > 0 and changed.dtype == np.float32
+    # Of the frozen weights there is neither a copy in the checkpoints nor a moment.
+    saved = [name for name in final_state(whole_run) if "blocks" in name or "word_emb" in name]
+    assert saved and all("lora_" in name for name in saved)
+
+
+def test_stopped_and_resumed_it_is_the_same(data, checkpoint, whole_run, tmp_path, monkeypatch):
+    config = decoder_run(data, checkpoint, tmp_path / "run")
+    advance = train.Telemetry.advance
+    seen = []
+
+    def stop(self, epoch):
+        seen.append(epoch)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        advance(self, epoch)
+
+    monkeypatch.setattr(train.Telemetry, "advance", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config)
+    monkeypatch.undo()
+    train.train(config)
+    assert_same_state(final_state(whole_run), final_state(config))
+
+
+def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
+    path = os.path.join(whole_run.workdir, "evaluation", "test-exact.json")
+    with open(path) as file:
+        trained = json.load(file)
+    config = config_lib.load(os.path.join(whole_run.workdir, runs.CONFIG))
+    assert config == whole_run
+    dataset = runs.open_dataset(config)
+    model = runs.build_model(
+        config, *runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
+    )
+    params, labels, _ = runs.restore_model(config.workdir, model)
+    evaluate.show(config, model, params, labels, dataset, split="test", search="exact")
+    with open(path) as file:
+        again = json.load(file)
+    assert again["with_memory"] == trained["with_memory"] != again["P@1"]
+    assert again["P@5"] == trained["P@5"]
+    assert "this run, text and pictures, memory" in capsys.readouterr().out
+
+
+def test_a_decoder_from_scratch_learns(data, tmp_path):
+    config = configuration(data, tmp_path / "run")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model, family="decoder", pooling="last", width=32, mlp_width=64, scan=True
+        ),
+        batch=dataclasses.replace(config.batch, row_width=24, cluster_start=-1),
+        loop=dataclasses.replace(config.loop, epochs=12),
+    )
+    train.train(config)
+    with open(os.path.join(config.workdir, "evaluation", "test-exact.json")) as file:
+        assert json.load(file)["P@1"] > 60  # By chance 10.
+
+
+@pytest.mark.parametrize("changes,named", [
+    ({"lora": LoraConfig(rank=2)}, "--lora.rank=2: adapters stand beside pretrained"),
+    ({"lora": LoraConfig(rank=2, maps=["query", "values"])}, r"unknown maps \['values'\]"),
+    ({"model": {"pooling": "last"}}, "--model.pooling=last: an encoder has no such thing"),
+    ({"model": {"family": "decoder"}, "batch": {"row_width": 10}}, "row_width=10 is too narrow"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(changes, named, data, checkpoint, tmp_path):
+    config = configuration(data, tmp_path / "run")
+    with pytest.raises(InputError, match=named):
+        for name, value in changes.items():
+            if isinstance(value, dict):
+                value = dataclasses.replace(getattr(config, name), **value)
+            elif "unknown" in named:
+                model = dataclasses.replace(config.model, pretrained=checkpoint)
+                config = dataclasses.replace(config, model=model)
+            config = dataclasses.replace(config, **{name: value})
+        train.train(config)
+    assert not os.path.exists(config.workdir)

@@ -1,0 +1,94 @@
+"""A tiny data set and run, for the tests that go through the doors."""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+
+from vixml_jax import config as config_lib
+from vixml_jax import runs
+from vixml_jax.data import preparation
+
+
+def make_data(root):
+    """Queries "aK bJ" have labels "label aK" and "label bJ"; every other one has a picture."""
+    rng = np.random.default_rng(0)
+    words = [f"{stem}{n}" for stem in "ab" for n in "0123456789"]
+    (root / "lbl.raw.txt").write_text("".join(f"label {word}\n" for word in words))
+    for split, count in (("trn", 90), ("tst", 30)):
+        first, second = rng.integers(0, 10, count), rng.integers(0, 10, count)
+        (root / f"{split}.raw.txt").write_text(
+            "".join(f"a{a} b{b}\n" for a, b in zip(first, second, strict=True))
+        )
+        (root / f"{split}_X_Y.txt").write_text(
+            f"{count} 20\n"
+            + "".join(f"{a}:1 {10 + b}:1\n" for a, b in zip(first, second, strict=True))
+        )
+        np.save(root / f"{split}_image_embeddings.npy", np.eye(12)[first].astype(np.float16))
+        np.save(root / f"{split}_has_image.npy", np.arange(count) % 2 == 0)
+    out = root / "prepared"
+    preparation.prepare(str(root), str(out), tokenizer="train", max_tokens=8)
+    return str(out)
+
+
+def configuration(data, workdir, **changes):
+    made = config_lib.from_dict(
+        {
+            "data": data,
+            "workdir": str(workdir),
+            "model": {
+                "num_layers": 1,
+                "width": 16,
+                "num_heads": 2,
+                "mlp_width": 32,
+                "num_images": 1,
+            },
+            "labels": {"num_free": 7, "mlp_width": 32, "num_heads": 2},
+            "loss": {"num_negatives": 4},
+            "batch": {
+                "size": 16,
+                "row_width": 16,
+                "cluster_start": 0,
+                "cluster_every": 1,
+                "cluster_size": 4,
+                "curriculum": [1],
+            },
+            "optimizer": {
+                "learning_rate": 3e-3,
+                "label_learning_rate": 3e-3,
+                "image_learning_rate": 3e-3,
+                "warmup_steps": 3,
+            },
+            "loop": {"epochs": 3, "save_every": 2, "log_every": 3},
+            "eval": {"k": 10, "block": 32},
+        }
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def final_state(config):
+    """Everything of the newest checkpoint, as numpy arrays by path."""
+    import orbax.checkpoint as ocp
+
+    directory = os.path.join(config.workdir, runs.CHECKPOINTS)
+    with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
+        restored = manager.restore(
+            manager.latest_step(),
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(), training=ocp.args.StandardRestore()
+            ),
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(
+        {"model": restored["model"], "training": restored["training"]}
+    )
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_state(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if tolerance:
+            np.testing.assert_allclose(other[name], value, err_msg=name, **tolerance)
+        else:
+            np.testing.assert_array_equal(other[name], value, err_msg=name)
