@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
@@ -12,6 +12,7 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf_names
 from vixml_jax.models.decoder import DecoderConfig
+from vixml_jax.models.siglip import SiglipConfig
 from vixml_jax.models.tower import TowerConfig
 
 CONFIG = "config.json"
@@ -36,9 +37,32 @@ def load_hf_tower(
       InputError: If there is no such model, if it is none of the families, or if its tensors are
         not those that its config asks for; all that differ are named.
     """
+    config, params = _load(directory_or_name, hf_names.TOWERS, dtype)
+    return config, params
+
+
+def load_hf_vision(
+    directory_or_name: str, *, dtype: str = "float32"
+) -> tuple[SiglipConfig, dict[str, Any]]:
+    """The sizes and the numpy parameters of a SigLIP vision tower, those of `VisionTower.init`.
+
+    Args:
+      directory_or_name: As for `load_hf_tower`; a whole SigLIP model will do.
+      dtype: Of the parameters: "float32" or "bfloat16".
+
+    Raises:
+      InputError: As `load_hf_tower`.
+    """
+    config, params = _load(directory_or_name, hf_names.VISION, dtype)
+    return config, params
+
+
+def _load(
+    directory_or_name: str, families: Collection[str], dtype: str
+) -> tuple[Any, dict[str, Any]]:
     directory = _resolve(directory_or_name)
     path = os.path.join(directory, CONFIG)
-    family, config = hf_names.read_config(path, _read_json(path))
+    family, config = hf_names.read_config(path, _read_json(path), families)
     sizes = sizes_of(config)
     expected = hf_names.TENSORS[family].expected(config)
     params: dict[str, np.ndarray] = {}
@@ -86,8 +110,10 @@ def end_token(directory_or_name: str) -> int | None:
     return end[0] if isinstance(end, list) else end
 
 
-def sizes_of(config: TowerConfig) -> dict[str, int]:
+def sizes_of(config: TowerConfig | SiglipConfig) -> dict[str, int]:
     """Size of each letter in `hf_names`: the tower's, and rows of positions and types."""
+    if isinstance(config, SiglipConfig):
+        return config.sizes
     types = getattr(config, "type_vocab_size", 0)
     return {**config.sizes, "s": config.max_positions, "t": types}
 
@@ -115,7 +141,7 @@ def save_hf_tower(
     about = _read_json(os.path.join(_resolve(like), CONFIG))
     if about.get("model_type") == "gemma3":
         about = {"model_type": "gemma3_text", **about["text_config"]}
-    family, found = hf_names.read_config(os.path.join(like, CONFIG), about)
+    family, found = hf_names.read_config(os.path.join(like, CONFIG), about, hf_names.TOWERS)
     sizes = sizes_of(config)
     if (type(found), sizes_of(found) | {"v": 0, "r": 0}) != (
         type(config),
@@ -160,7 +186,7 @@ def save_hf_adapters(
     if not config.lora_rank:
         raise InputError(f"{directory}: the tower has no adapters to write")
     about = _read_json(os.path.join(_resolve(base), CONFIG))
-    family, _ = hf_names.read_config(os.path.join(base, CONFIG), about)
+    family, _ = hf_names.read_config(os.path.join(base, CONFIG), about, hf_names.TOWERS)
     tensors, modules = {}, set()
     for name, (place, layer) in hf_names.TENSORS[family].expected(config).items():
         node: Any = params

@@ -1,12 +1,13 @@
 """What Hugging Face calls the sizes and the tensors of each family of towers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from vixml_jax.errors import InputError
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig, Rope
+from vixml_jax.models.siglip import SiglipConfig
 
 BLOCKS = "encoder/blocks"
 
@@ -26,7 +27,7 @@ class Tensors(NamedTuple):
     layer: str  # Name of a layer, with {} for its number.
     in_layer: dict[str, Place]  # By what follows it.
 
-    def expected(self, config: BertConfig | DecoderConfig) -> dict[str, tuple[Place, int | None]]:
+    def expected(self, config: Any) -> dict[str, tuple[Place, int | None]]:
         """Name -> (place, layer or None) of all tensors that a tower of these sizes has."""
         unused = _unused(config)
         found: dict[str, tuple[Place, int | None]] = {
@@ -39,8 +40,10 @@ class Tensors(NamedTuple):
         return found
 
 
-def _unused(config: BertConfig | DecoderConfig) -> set[str]:
+def _unused(config: Any) -> set[str]:
     """Paths of the tables that a tower of these sizes has not."""
+    if isinstance(config, SiglipConfig):
+        return set()
     if isinstance(config, BertConfig):
         return set() if config.type_vocab_size else {"encoder/type_embeddings"}
     absent = set()
@@ -125,6 +128,35 @@ def _decoder(norms: Mapping[str, str]) -> Tensors:
     )
 
 
+_BLOCK = "blocks"
+
+_VISION = Tensors(
+    whole={
+        "embeddings.patch_embedding.weight": Place("patches/kernel", ("d", "z", "y", "x"), "yxzd"),
+        "embeddings.patch_embedding.bias": Place("patches/bias", ("d",), "d"),
+        **_table("embeddings.position_embedding", "positions", "s"),
+        **_norm("post_layernorm", "final_norm"),
+        "head.probe": Place("pool/probe", ("", "", "d"), "d"),
+        "head.attention.in_proj_weight": Place("pool/query_key_value/kernel", ("jha", "d"), "djha"),
+        "head.attention.in_proj_bias": Place("pool/query_key_value/bias", ("jha",), "jha"),
+        **_linear("head.attention.out_proj", "pool/out", "d", "ha", bias=True),
+        **_norm("head.layernorm", "pool/norm"),
+        **_linear("head.mlp.fc1", "pool/mlp/up", "m", "d", bias=True),
+        **_linear("head.mlp.fc2", "pool/mlp/down", "d", "m", bias=True),
+    },
+    layer="encoder.layers.{}.",
+    in_layer={
+        **_norm("layer_norm1", f"{_BLOCK}/attention_norm"),
+        **_linear("self_attn.q_proj", f"{_BLOCK}/query", "ha", "d", bias=True),
+        **_linear("self_attn.k_proj", f"{_BLOCK}/key", "ha", "d", bias=True),
+        **_linear("self_attn.v_proj", f"{_BLOCK}/value", "ha", "d", bias=True),
+        **_linear("self_attn.out_proj", f"{_BLOCK}/out", "d", "ha", bias=True),
+        **_norm("layer_norm2", f"{_BLOCK}/mlp_norm"),
+        **_linear("mlp.fc1", f"{_BLOCK}/mlp/up", "m", "d", bias=True),
+        **_linear("mlp.fc2", f"{_BLOCK}/mlp/down", "d", "m", bias=True),
+    },
+)
+
 _PRE_NORM = _decoder({"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"})
 
 # model_type -> its tensors.
@@ -166,6 +198,16 @@ TENSORS = {
             "post_feedforward_layernorm": "mlp_post_norm",
         }
     ),
+    "siglip_vision_model": _VISION,
+}
+
+VISION = ("siglip_vision_model",)
+TOWERS = tuple(family for family in TENSORS if family not in VISION)
+
+# model_type of two models in one -> where the half known here stands, and its model_type.
+_WITHIN = {
+    "gemma3": ("text_config", "gemma3_text"),
+    "siglip": ("vision_config", "siglip_vision_model"),
 }
 
 BARE_MODELS = {
@@ -178,7 +220,7 @@ BARE_MODELS = {
 }
 
 # What may stand before a tensor's name: a model with a head, or one that sees (Gemma 3).
-PREFIXES = r"^((bert|distilbert|model|language_model)\.)+"
+PREFIXES = r"^((bert|distilbert|model|language_model|vision_model)\.)+"
 
 # What a checkpoint may hold beside the tower; its vectors need none of it.
 IGNORED = (
@@ -191,6 +233,8 @@ IGNORED = (
     r"lm_head\.weight",
     r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     r"vision_tower\..*",
+    r"text_model\..*",
+    r"logit_(scale|bias)",
     r"multi_modal_projector\..*",
 )
 
@@ -223,31 +267,47 @@ class _About:
         return _About(f"{self.path}: {name}", self.get(name, {}))
 
 
-def read_config(path: str, values: Mapping[str, Any]) -> tuple[str, BertConfig | DecoderConfig]:
+def read_config(
+    path: str, values: Mapping[str, Any], families: Collection[str]
+) -> tuple[str, BertConfig | DecoderConfig | SiglipConfig]:
     """The family and the sizes that a config.json says.
 
     Args:
       path: Its name, for what is wrong with it.
       values: Its content.
+      families: Those that will do, of `TENSORS`.
 
     Raises:
       InputError: If it is of no family known here, or asks for what no tower here does.
     """
-    about = _About(path, values)
-    if values.get("model_type") == "gemma3":  # One that sees: its decoder stands within.
-        about = about.below("text_config")
-    family = about.values.get("model_type", "gemma3_text" if about.values is not values else None)
-    if family not in TENSORS:
+    about, family = _About(path, values), values.get("model_type")
+    if family in _WITHIN:  # One that reads and sees: the half that is asked for stands within.
+        field, family = _WITHIN[family]
+        about = about.below(field)
+    if family not in families:
         raise InputError(
-            f"{path}: model_type is {family!r}, expected one of {', '.join(sorted(TENSORS))}"
+            f"{path}: model_type is {family!r}, expected one of {', '.join(sorted(families))}"
         )
-    read = {"bert": _bert, "distilbert": _distilbert, "gemma3_text": _gemma}.get(family)
+    read = _READ.get(family)
     try:
         return family, read(about) if read else _pre_norm(about, family)
     except (TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: {error}") from None
+
+
+def _siglip(about: _About) -> SiglipConfig:
+    about.demand(hidden_act="gelu_pytorch_tanh", num_channels=3, vision_use_head=True)
+    return SiglipConfig(
+        image_size=about.get("image_size", 224),
+        patch_size=about.get("patch_size", 16),
+        num_layers=about.get("num_hidden_layers", 12),
+        width=about.get("hidden_size", 768),
+        num_heads=about.get("num_attention_heads", 12),
+        mlp_width=about.get("intermediate_size", 3072),
+        layer_norm_eps=about.get("layer_norm_eps", 1e-6),
+    )
 
 
 def _bert(about: _About) -> BertConfig:
@@ -375,3 +435,11 @@ def _rope(about: _About, scaling: Mapping[str, Any] | None, theta: float) -> Rop
             original_positions=found.get("original_max_position_embeddings"),
         )
     raise InputError(f"{found.path}: rope_type is {kind!r}, expected default, linear or llama3")
+
+
+_READ = {
+    "bert": _bert,
+    "distilbert": _distilbert,
+    "gemma3_text": _gemma,
+    "siglip_vision_model": _siglip,
+}

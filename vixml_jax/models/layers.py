@@ -219,18 +219,19 @@ def attend_grouped(
     q: Float[Array, "p s h a"],
     k: Float[Array, "p t g a"],
     v: Float[Array, "p t g a"],
-    mask: Bool[Array, "p s t"],
+    mask: Bool[Array, "p s t"] | None,
     *,
     scale: float,
 ) -> Float[Array, "p s h a"]:
     """Attention whose query heads share key heads in equal groups; keys are not repeated.
 
-    By cuDNN where it serves: on a GPU, in half precision.
+    By cuDNN where it serves: on a GPU, in half precision. Without a mask all is seen.
     """
+    heads = None if mask is None else mask[:, None]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     cudnn = jax.default_backend() == "gpu" and half
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn" if cudnn else "xla"
+        q, k, v, mask=heads, scale=scale, implementation="cudnn" if cudnn else "xla"
     )
 
 
