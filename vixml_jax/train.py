@@ -12,7 +12,7 @@ from absl import flags
 from flax import linen as nn
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, evaluate, memory, runs, trees
+from vixml_jax import errors, evaluate, memory, runs, sharding, trees
 from vixml_jax.config import Config
 from vixml_jax.data import tokenize
 from vixml_jax.data.packing import Layout
@@ -146,6 +146,7 @@ def train(config: Config) -> None:
     tx = optimizer.make_optimizer(total_steps=total_steps, **dataclasses.asdict(config.optimizer))
     boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
     params = first_params(config, model, dataset, pretrained)
+    params = jax.device_put(params, sharding.shardings_of(boxed, mesh))
     checkpoints = Checkpoints(os.path.join(config.workdir, runs.CHECKPOINTS), keep=config.loop.keep)
     resumed = checkpoints.latest_step()
     if resumed is None:
