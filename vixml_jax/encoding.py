@@ -1,8 +1,9 @@
 """Vectors of whole data sets: items through the tower in packed blocks, labels through the
-combiner."""
+combiner, image files through a frozen vision model."""
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,10 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from vixml_jax import sharding
-from vixml_jax.data import packing
+from vixml_jax.data import images, packing
 from vixml_jax.data.store import Items
 from vixml_jax.labels.combiner import Combiner
 from vixml_jax.labels.table import LabelTable
+from vixml_jax.models.siglip import VisionTower
 from vixml_jax.models.tower import Tower
 from vixml_jax.structs import LabelState, PackedItems
 
@@ -178,3 +180,77 @@ class Model:
         if pending is not None:
             store(pending)
         return vectors
+
+
+def embed_files(
+    tower: VisionTower,
+    params: Any,
+    paths: Sequence[str],
+    store: images.EmbeddingStore,
+    processor: images.ImageProcessor,
+    *,
+    batch: int,
+    keep_aspect: bool,
+    threads: int,
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Embeds image files, each content once, those first that are named first.
+
+    Args:
+      tower: A frozen vision model.
+      params: Its parameters.
+      paths: Of the files; several may have the same content.
+      store: Where vectors go, and from where they are not made again.
+      processor: What the model wants its pixels to be.
+      batch: Pictures embedded together.
+      keep_aspect: See `images.load_pixels`.
+      threads: That read and decode files.
+
+    Returns:
+      The row of each path's vector in the store, and what is wrong with the paths that have none.
+    """
+    import concurrent.futures
+
+    import tqdm
+
+    encode = jax.jit(lambda params, pixels: tower.apply({"params": params}, pixels))
+    params = jax.device_put(params)
+    paths = list(dict.fromkeys(paths))
+    broken: dict[str, str] = {}
+
+    def decode(path: str) -> np.ndarray | str:
+        try:
+            return images.load_pixels(path, processor, keep_aspect=keep_aspect)
+        except (OSError, ValueError, SyntaxError) as error:  # What Pillow raises.
+            return " ".join(str(error).split())
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        digests = dict(zip(paths, pool.map(images.digest, paths), strict=True))
+        first = {}  # Digest -> the first path that has it, if it is not embedded yet.
+        for path, found in digests.items():
+            if found is not None and found not in store.row_of:
+                first.setdefault(found, path)
+        todo = list(first.items())
+        with tqdm.tqdm(total=len(todo), desc="pictures", unit="", disable=not todo) as bar:
+            for start in range(0, len(todo), batch):
+                part = todo[start : start + batch]
+                decoded = list(pool.map(decode, (path for _, path in part)))
+                fine = [i for i, pixels in enumerate(decoded) if not isinstance(pixels, str)]
+                pixels = np.zeros((batch, processor.height, processor.width, 3), np.float32)
+                for row, i in enumerate(fine):
+                    pixels[row] = decoded[i]
+                vectors = np.asarray(encode(params, pixels))[: len(fine)]
+                with np.errstate(over="ignore"):
+                    finite = np.isfinite(vectors.astype(np.float16)).all(axis=1)
+                store.add([part[i][0] for i, ok in zip(fine, finite, strict=True) if ok],
+                          vectors[finite])  # fmt: skip
+                for i, said in enumerate(decoded):
+                    if isinstance(said, str):
+                        broken[part[i][0]] = said
+                bar.update(len(part))
+    row_of, faults = {}, {}
+    for path, found in digests.items():
+        if found in store.row_of:
+            row_of[path] = store.row_of[found]
+        else:
+            faults[path] = broken.get(found, "no finite vector") if found else "cannot be read"
+    return row_of, faults

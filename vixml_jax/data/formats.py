@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int, UInt8
 from scipy import sparse
 
 from vixml_jax.data import images
-from vixml_jax.data.images import RawImages
+from vixml_jax.data.images import FileImages, RawImages
 from vixml_jax.errors import InputError
 
 _BLOCK = 1 << 22  # Bytes read at a time.
@@ -32,7 +32,7 @@ class RawItems:
 
     count: int
     read_texts: Callable[[], Iterable[list[str]]]
-    images: RawImages | None
+    images: RawImages | FileImages | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,13 @@ class RawDataset:
     test_filter: Int[np.ndarray, "g 2"]
 
 
-def read_xml_repository(directory: str, *, encoding: str = "utf-8") -> RawDataset:
+# (directory, prefix, items there should be) -> their pictures, if they have any.
+FindImages = Callable[[str, str, int], RawImages | FileImages | None]
+
+
+def read_xml_repository(
+    directory: str, *, encoding: str = "utf-8", find_images: FindImages = images.read_images
+) -> RawDataset:
     """Reads a directory in the XML repository's layout; texts are left on disk.
 
     The layout of http://manikvarma.org/downloads/XC/XMLRepository.html: `{trn,tst,lbl}.raw.txt`
@@ -69,6 +75,7 @@ def read_xml_repository(directory: str, *, encoding: str = "utf-8") -> RawDatase
     Args:
       directory: Where the files are.
       encoding: Of the texts.
+      find_images: Of the files trn, tst and lbl; embeddings beside the texts if not told.
 
     Raises:
       InputError: If a file is missing, or does not fit its header or the other files.
@@ -101,7 +108,7 @@ def read_xml_repository(directory: str, *, encoding: str = "utf-8") -> RawDatase
         items[split] = RawItems(
             rows,
             lambda path=path: read_texts(path, encoding=encoding),
-            images.read_images(directory, prefix, rows),
+            find_images(directory, prefix, rows),
         )
     images.check_widths({split: raw.images for split, raw in items.items()}, directory)
     for split in ("train", "test"):

@@ -1,11 +1,13 @@
-"""Image embeddings of a source: found beside its texts, checked, and handed on ragged."""
+"""Pictures of a source: embeddings found beside its texts, or files to be embedded."""
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float16, Int
+from jaxtyping import Bool, Float, Float16, Float32, Int
 
 from vixml_jax.errors import InputError
 
@@ -118,3 +120,196 @@ def _nonzero(embeddings: Float[np.ndarray, "n i v"]) -> Bool[np.ndarray, "n i"]:
     step = max(1, _BLOCK // embeddings[0].size)
     starts = range(0, len(embeddings), step)
     return np.concatenate([(embeddings[start : start + step] != 0).any(axis=2) for start in starts])
+
+
+class FileImages(NamedTuple):
+    """Up to i pictures of each item, as rows of an `EmbeddingStore`."""
+
+    rows: Int[np.ndarray, "n i"]  # -1 = there is none.
+    vectors: Float16[np.ndarray, "m v"]
+    path: str  # For messages.
+
+    @property
+    def width(self) -> int:
+        return self.vectors.shape[1]
+
+    def offsets(self, rows: Int[np.ndarray, " r"]) -> Int[np.ndarray, " r+1"]:
+        """Where the pictures of each of the rows begin among all of them."""
+        counts = (self.rows[rows] >= 0).sum(axis=1, dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    def read(self, rows: Int[np.ndarray, " r"]) -> Iterator[Float16[np.ndarray, "k v"]]:
+        """The pictures of the rows in order, those that there are, a block at a time."""
+        step = max(1, _BLOCK // max(1, self.rows.shape[1] * self.width))
+        for start in range(0, len(rows), step):
+            found = self.rows[rows[start : start + step]].reshape(-1)
+            yield np.asarray(self.vectors[found[found >= 0]])
+
+
+def read_paths(directory: str, prefix: str, count: int) -> list[list[str]] | None:
+    """The image files `{prefix}_images.txt` names: a line an item, paths with tabs between.
+
+    Args:
+      directory: Where the file is, and what its paths are relative to.
+      prefix: trn, tst or lbl.
+      count: Items that there should be.
+
+    Returns:
+      The paths of each item, none for an empty line; None where there is no such file.
+
+    Raises:
+      InputError: If the file does not have a line for each item.
+    """
+    path = os.path.join(directory, f"{prefix}_images.txt")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    if len(lines) != count:
+        raise InputError(
+            f"{path}: {len(lines)} lines, but there are {count} texts in {prefix}.raw.txt; "
+            "expected a line an item, empty where it has no picture"
+        )
+    return [[os.path.join(directory, name) for name in line.split("\t") if name] for line in lines]
+
+
+class ImageProcessor(NamedTuple):
+    """What a vision model wants its pixels to be, as its checkpoint says."""
+
+    height: int
+    width: int
+    resample: int  # As Pillow numbers its filters.
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def read_processor(path: str) -> ImageProcessor:
+    """Reads preprocessor_config.json, the image processor of a Hugging Face checkpoint.
+
+    Raises:
+      InputError: If there is no such file, or it asks for what is not done here.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            about = json.load(file)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; expected it beside the vision model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if not about.get(name, True):
+            raise InputError(f"{path}: {name} is false, expected true")
+    if about.get("do_center_crop"):
+        raise InputError(f"{path}: do_center_crop is true, expected false")
+    size = about.get("size", {})
+    if not {"height", "width"} <= set(size):
+        raise InputError(f"{path}: size is {size}, expected height and width")
+    return ImageProcessor(
+        size["height"],
+        size["width"],
+        about.get("resample", 3),
+        about.get("rescale_factor", 1 / 255),
+        tuple(about.get("image_mean", (0.5, 0.5, 0.5))),
+        tuple(about.get("image_std", (0.5, 0.5, 0.5))),
+    )
+
+
+def load_pixels(
+    path: str, processor: ImageProcessor, *, keep_aspect: bool = False
+) -> Float32[np.ndarray, "height width 3"]:
+    """The pixels of an image file as the vision model wants them.
+
+    Args:
+      path: Of the file, in any format that Pillow reads.
+      processor: Size and scale.
+      keep_aspect: Shrink the picture into the frame and fill up with white, as the paper does,
+        rather than stretch it.
+
+    Raises:
+      OSError, ValueError: If the file is missing or broken.
+    """
+    from PIL import Image
+
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    frame = (processor.width, processor.height)
+    if keep_aspect:
+        share = min(frame[0] / picture.width, frame[1] / picture.height)
+        size = tuple(max(1, round(side * share)) for side in picture.size)
+        small = picture.resize(size, Image.Resampling.LANCZOS)
+        picture = Image.new("RGB", frame, (255, 255, 255))
+        picture.paste(small, ((frame[0] - size[0]) // 2, (frame[1] - size[1]) // 2))
+    else:
+        picture = picture.resize(frame, processor.resample)
+    pixels = np.asarray(picture, np.float32) * np.float32(processor.scale)
+    return (pixels - np.float32(processor.mean)) / np.float32(processor.std)
+
+
+class EmbeddingStore:
+    """Embeddings of image files by their content, float16, appended as they are made.
+
+    A directory of `vectors.f16` (rows), `digests.txt` (SHA-256 of the file behind each row, a line
+    a row) and `about.json` (the model). What a stop leaves half written is cut off at the next
+    start, so that the work goes on where it stopped.
+    """
+
+    def __init__(self, directory: str, *, width: int, about: Mapping[str, Any]):
+        """Opens or makes the directory.
+
+        Raises:
+          InputError: If it holds embeddings of another model.
+        """
+        os.makedirs(directory, exist_ok=True)
+        self._width = width
+        self._vectors = os.path.join(directory, "vectors.f16")
+        self._digests = os.path.join(directory, "digests.txt")
+        path = os.path.join(directory, "about.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file)
+            if found != dict(about):
+                raise InputError(
+                    f"{path}: embeddings of another model or of other settings ({found}, not "
+                    f"{dict(about)}); remove {directory} to make them anew"
+                )
+        else:
+            with open(path + ".tmp", "w", encoding="utf-8") as file:
+                json.dump(dict(about), file, indent=2)
+            os.replace(path + ".tmp", path)
+        for name in (self._vectors, self._digests):
+            open(name, "ab").close()
+        with open(self._digests, encoding="ascii") as file:
+            digests = file.read().split("\n")[:-1]  # After the last newline is half a line.
+        digests = digests[: os.path.getsize(self._vectors) // (2 * width)]
+        os.truncate(self._vectors, len(digests) * 2 * width)
+        os.truncate(self._digests, len(digests) * 65)
+        self.row_of = {digest: row for row, digest in enumerate(digests)}
+
+    def add(self, digests: Sequence[str], vectors: Float[np.ndarray, "k v"]) -> None:
+        """Appends the vectors of files not there yet."""
+        with open(self._vectors, "ab") as file:
+            file.write(np.ascontiguousarray(vectors, np.float16).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        with open(self._digests, "a", encoding="ascii") as file:
+            file.write("".join(digest + "\n" for digest in digests))
+        first = len(self.row_of)
+        self.row_of |= {digest: first + i for i, digest in enumerate(digests)}
+
+    def vectors(self) -> Float16[np.ndarray, "m v"]:
+        """All rows, memory-mapped."""
+        if not self.row_of:
+            return np.zeros((0, self._width), np.float16)
+        return np.memmap(self._vectors, np.float16, "r", shape=(len(self.row_of), self._width))
+
+
+def digest(path: str) -> str | None:
+    """SHA-256 of a file's content; None if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None

@@ -33,6 +33,8 @@ def prepare(
     propensity_b: float = 2.6,
     seed: int = 0,
     overwrite: bool = False,
+    find_images: formats.FindImages | None = None,
+    images: str = "",
 ) -> PreparedDataset:
     """Prepares a data set and opens it; one that is there already, of the same settings, is kept.
 
@@ -47,12 +49,14 @@ def prepare(
       propensity_a, propensity_b: Constants of inverse propensity, for sampling and for PSP.
       seed: Of the split of 'glyphs'.
       overwrite: Whether a prepared data set in `out` is made anew.
+      find_images: Where pictures come from, if not as embeddings beside the texts,
+      images: and a name for it that `dataset.json` keeps.
 
     Raises:
       InputError: If the source or a setting is at fault, or `out` holds something else.
     """
     _check_settings(encoding, vocab_size, max_tokens, propensity_a, propensity_b, seed)
-    raw = read_source(source, encoding=encoding, seed=seed)
+    raw = read_source(source, encoding=encoding, seed=seed, find_images=find_images)
     settings = {
         "source": raw.fingerprint,
         "tokenizer": os.path.abspath(tokenizer) if os.path.isdir(tokenizer) else tokenizer,
@@ -61,6 +65,7 @@ def prepare(
         "max_tokens": max_tokens,
         "propensity_a": propensity_a,
         "propensity_b": propensity_b,
+        "images": images,
     }
     if not overwrite and os.path.isfile(os.path.join(out, store.INFO)):
         return _reuse(out, settings)
@@ -119,7 +124,13 @@ def _describe_content(
     }
 
 
-def read_source(source: str, *, encoding: str = "utf-8", seed: int = 0) -> RawDataset:
+def read_source(
+    source: str,
+    *,
+    encoding: str = "utf-8",
+    seed: int = 0,
+    find_images: formats.FindImages | None = None,
+) -> RawDataset:
     """The data set of a directory, or the built-in one.
 
     Raises:
@@ -127,7 +138,8 @@ def read_source(source: str, *, encoding: str = "utf-8", seed: int = 0) -> RawDa
     """
     if source == GLYPHS:
         return glyphs.make(seed)
-    return formats.read_xml_repository(source, encoding=encoding)
+    found = {} if find_images is None else {"find_images": find_images}
+    return formats.read_xml_repository(source, encoding=encoding, **found)
 
 
 def _check_settings(

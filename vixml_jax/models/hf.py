@@ -16,6 +16,7 @@ from vixml_jax.models.siglip import SiglipConfig
 from vixml_jax.models.tower import TowerConfig
 
 CONFIG = "config.json"
+PROCESSOR = "preprocessor_config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 
@@ -60,7 +61,7 @@ def load_hf_vision(
 def _load(
     directory_or_name: str, families: Collection[str], dtype: str
 ) -> tuple[Any, dict[str, Any]]:
-    directory = _resolve(directory_or_name)
+    directory = resolve(directory_or_name)
     path = os.path.join(directory, CONFIG)
     family, config = hf_names.read_config(path, _read_json(path), families)
     sizes = sizes_of(config)
@@ -104,7 +105,7 @@ def _load(
 
 def end_token(directory_or_name: str) -> int | None:
     """The token that ends a text, as the checkpoint's config.json says; None where it does not."""
-    about = _read_json(os.path.join(_resolve(directory_or_name), CONFIG))
+    about = _read_json(os.path.join(resolve(directory_or_name), CONFIG))
     about = {**about, **about.get("text_config", {})}
     end = about.get("eos_token_id")
     return end[0] if isinstance(end, list) else end
@@ -138,7 +139,7 @@ def save_hf_tower(
     """
     import safetensors.numpy
 
-    about = _read_json(os.path.join(_resolve(like), CONFIG))
+    about = _read_json(os.path.join(resolve(like), CONFIG))
     if about.get("model_type") == "gemma3":
         about = {"model_type": "gemma3_text", **about["text_config"]}
     family, found = hf_names.read_config(os.path.join(like, CONFIG), about, hf_names.TOWERS)
@@ -185,7 +186,7 @@ def save_hf_adapters(
 
     if not config.lora_rank:
         raise InputError(f"{directory}: the tower has no adapters to write")
-    about = _read_json(os.path.join(_resolve(base), CONFIG))
+    about = _read_json(os.path.join(resolve(base), CONFIG))
     family, _ = hf_names.read_config(os.path.join(base, CONFIG), about, hf_names.TOWERS)
     tensors, modules = {}, set()
     for name, (place, layer) in hf_names.TENSORS[family].expected(config).items():
@@ -242,8 +243,12 @@ def _merged(
     return (value.astype(np.float32) + added).astype(value.dtype)
 
 
-def _resolve(directory_or_name: str) -> str:
-    """The directory itself, or where the hub's files lie after a download."""
+def resolve(directory_or_name: str) -> str:
+    """The directory itself, or where the hub's files lie after a download.
+
+    Raises:
+      InputError: If there is neither.
+    """
     if os.path.isdir(directory_or_name):
         return directory_or_name
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", directory_or_name):
@@ -256,7 +261,7 @@ def _resolve(directory_or_name: str) -> str:
 
     try:
         return huggingface_hub.snapshot_download(
-            directory_or_name, allow_patterns=[CONFIG, INDEX, "model*.safetensors"]
+            directory_or_name, allow_patterns=[CONFIG, PROCESSOR, INDEX, "model*.safetensors"]
         )
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
         reason = " ".join(str(error).split())

@@ -1,0 +1,196 @@
+"""Image files to embeddings: pixels as `transformers` has them, one a content, stops, faults."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+from vixml_jax import encoding, prepare
+from vixml_jax.data import images
+from vixml_jax.data.store import PreparedDataset
+from vixml_jax.errors import InputError
+
+SIZE = 16
+
+
+def picture(rng, mode="RGB", size=(23, 11)):
+    values = rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    return Image.fromarray(values, "RGBA").convert(mode)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny SigLIP as `transformers` writes it, and the same in torch."""
+    path = tmp_path_factory.mktemp("siglip")
+    torch.manual_seed(0)
+    tower = transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(
+            image_size=SIZE, patch_size=4, hidden_size=8, intermediate_size=12,
+            num_hidden_layers=1, num_attention_heads=2,
+        )
+    ).eval()  # fmt: skip
+    tower.save_pretrained(path)
+    processor = transformers.SiglipImageProcessorPil(
+        size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(path)
+    return str(path), tower, processor
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Three training queries, two test queries, two labels; a duplicate, a broken, a missing."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "shop"
+    (root / "pictures").mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        picture(rng).save(root / "pictures" / f"{name}.png")
+    shutil.copy(root / "pictures" / "a.png", root / "pictures" / "same_as_a.png")
+    whole = (root / "pictures" / "b.png").read_bytes()
+    (root / "pictures" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (root / "trn.raw.txt").write_text("red shoe\nblue shoe\ngreen hat\n")
+    (root / "tst.raw.txt").write_text("red hat\nblue hat\n")
+    (root / "lbl.raw.txt").write_text("shoe\nhat\n")
+    (root / "trn_X_Y.txt").write_text("3 2\n0:1\n0:1\n1:1\n")
+    (root / "tst_X_Y.txt").write_text("2 2\n1:1\n1:1\n")
+    (root / "trn_images.txt").write_text(
+        "pictures/a.png\tpictures/b.png\n\npictures/half.png\tpictures/c.png\n"
+    )
+    (root / "tst_images.txt").write_text("pictures/same_as_a.png\npictures/gone.png\n")
+    return root
+
+
+def run(source, out, model, **changes):
+    if "images" not in flags.FLAGS:
+        prepare.define_flags()
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    settings = {"source": str(source), "out": str(out), "images": model, "image_batch": 2}
+    with flagsaver.flagsaver(**settings | changes):
+        prepare.main([])
+    return PreparedDataset.open(str(out))
+
+
+@pytest.fixture(autouse=True)
+def own_flags():
+    before = set(flags.FLAGS)
+    yield
+    for name in set(flags.FLAGS) - before:
+        if flags.FLAGS.find_module_defining_flag(name).startswith("vixml_jax"):
+            delattr(flags.FLAGS, name)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_pixels_match_transformers(mode, model, tmp_path):
+    path, _, theirs = model
+    file = picture(np.random.default_rng(3), mode)
+    file.save(tmp_path / "x.png")
+    ours = images.read_processor(path + "/preprocessor_config.json")
+    expected = theirs(Image.open(tmp_path / "x.png").convert("RGB"), return_tensors="np")
+    np.testing.assert_allclose(
+        images.load_pixels(str(tmp_path / "x.png"), ours),
+        expected["pixel_values"][0].transpose(1, 2, 0),
+        atol=1e-6,
+    )
+
+
+def test_aspect_is_kept_on_white(model, tmp_path):
+    processor = images.read_processor(model[0] + "/preprocessor_config.json")
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "x.png")
+    found = images.load_pixels(str(tmp_path / "x.png"), processor, keep_aspect=True)
+    expected = np.ones((SIZE, SIZE, 3), np.float32)  # White, scaled.
+    expected[4:12, :, 1:] = -1.0  # Red.
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_from_files_to_the_prepared_data(model, source, tmp_path, capsys):
+    path, tower, theirs = model
+    dataset = run(source, tmp_path / "out", path)
+    assert dataset.image_width == 8 and dataset.labels.images is None
+    np.testing.assert_array_equal(dataset.train.images.offsets, [0, 2, 2, 3])
+    np.testing.assert_array_equal(dataset.test.images.offsets, [0, 1, 1])
+    files = [Image.open(source / "pictures" / f"{name}.png") for name in "abc"]
+    with torch.no_grad():
+        expected = tower(**theirs(files, return_tensors="pt")).pooler_output
+    np.testing.assert_allclose(dataset.train.images.values, expected, atol=2e-3)  # float16.
+    np.testing.assert_array_equal(dataset.test.images.values[0], dataset.train.images.values[0])
+    stored = (tmp_path / "out.images" / "digests.txt").read_text().split()
+    assert len(stored) == len(set(stored)) == 3  # The duplicate is embedded once.
+    broken = (tmp_path / "out.images" / "broken.txt").read_text().splitlines()
+    assert [line.split("\t")[0].rsplit("/", 1)[1] for line in broken] == ["half.png", "gone.png"]
+    assert "2 files missing or broken, listed in" in capsys.readouterr().out
+
+
+def test_a_stop_costs_nothing_and_changes_nothing(model, source, tmp_path, monkeypatch):
+    path = model[0]
+    whole = run(source, tmp_path / "whole", path)
+    add = images.EmbeddingStore.add
+
+    def stop(self, digests, vectors):
+        add(self, digests, vectors)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(images.EmbeddingStore, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", path)
+    monkeypatch.undo()
+    store = tmp_path / "out.images"
+    assert len((store / "digests.txt").read_text().split()) == 2
+    # Killed in the middle of the next batch: a vector and half of another, half a digest.
+    with open(store / "vectors.f16", "ab") as file:
+        file.write(b"x" * 24)
+    with open(store / "digests.txt", "a") as file:
+        file.write("abc")
+    embedded = []
+    monkeypatch.setattr(
+        images, "load_pixels", lambda path, *a, load=images.load_pixels, **k:
+        embedded.append(path) or load(path, *a, **k),
+    )  # fmt: skip
+    again = run(source, tmp_path / "out", path)
+    assert sorted(name.rsplit("/", 1)[1] for name in embedded) == ["c.png", "half.png"]
+    np.testing.assert_array_equal(again.train.images.values, whole.train.images.values)
+    np.testing.assert_array_equal(again.test.images.values, whole.test.images.values)
+
+
+def test_vectors_of_another_model_are_not_mixed_in(model, source, tmp_path):
+    run(source, tmp_path / "out", model[0])
+    with pytest.raises(InputError, match=r"about\.json: embeddings of another model or of other"):
+        run(source, tmp_path / "out", model[0], keep_aspect=True, overwrite=True)
+
+
+def test_what_is_wrong_with_the_files_is_named(model, source, tmp_path):
+    (source / "tst_images.txt").write_text("pictures/a.png\n")
+    with pytest.raises(InputError, match=r"tst_images.txt: 1 lines, but there are 2 texts"):
+        run(source, tmp_path / "out", model[0])
+    for name in ("trn", "tst"):
+        (source / f"{name}_images.txt").unlink()
+    with pytest.raises(InputError, match=r"has none of trn_images\.txt"):
+        run(source, tmp_path / "out", model[0])
+    other = tmp_path / "other"
+    shutil.copytree(model[0], other)
+    about = json.loads((other / "preprocessor_config.json").read_text())
+    about["size"] = {"height": 8, "width": 8}
+    (other / "preprocessor_config.json").write_text(json.dumps(about))
+    (source / "trn_images.txt").write_text("pictures/a.png\n\n\n")
+    with pytest.raises(InputError, match="pictures of 8 x 8 for a model of 16 x 16"):
+        run(source, tmp_path / "out", str(other))
+    (other / "preprocessor_config.json").unlink()
+    with pytest.raises(InputError, match=r"preprocessor_config.json: not found"):
+        run(source, tmp_path / "out", str(other))
+
+
+def test_a_store_without_pictures(tmp_path):
+    store = images.EmbeddingStore(str(tmp_path / "s"), width=4, about={})
+    assert store.vectors().shape == (0, 4)
+    row_of, faults = encoding.embed_files(
+        None, {}, [str(tmp_path / "no.png")], store, None, batch=2, keep_aspect=False, threads=1
+    )
+    assert row_of == {} and list(faults.values()) == ["cannot be read"]
+    assert jax.tree.leaves(store.row_of) == []
