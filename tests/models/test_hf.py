@@ -244,3 +244,14 @@ def test_the_real_minilm_matches_torch(pack):
     np.testing.assert_allclose(
         our_means(config, params, packed, len(items)), torch_means(model, items), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("about,end", [
+    ({"eos_token_id": 5}, 5),
+    ({"eos_token_id": [1, 106]}, 1),  # The first ends a text, the others a turn of a talk.
+    ({"text_config": {"eos_token_id": 7}}, 7),
+    ({}, None),
+])  # fmt: skip
+def test_the_end_token_of_a_checkpoint(about, end, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert hf.end_token(str(tmp_path)) == end
