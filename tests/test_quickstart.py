@@ -1,4 +1,4 @@
-"""The built-in job as README gives it: what is trained beats the vote, with pictures and without."""
+"""The built-in jobs of README: what is trained beats the vote, with pictures and without."""
 
 import json
 import pathlib
