@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies
 
 from vixml_jax import errors
-from vixml_jax.training.clustering import balanced_clusters
+from vixml_jax.training.clustering import balanced_clusters, numbered_by_first_row
 
 
 def normalised(x):
@@ -201,3 +201,15 @@ def test_non_finite_rows_are_refused(value):
     x[17, 2] = value
     with pytest.raises(errors.InputError, match="vector 17 of 50"):
         balanced_clusters(x, 5, seed=0)
+
+
+def test_numbers_follow_the_first_row_of_a_cluster():
+    rng = np.random.default_rng(8)
+    clusters = rng.permutation(np.repeat(rng.permutation(9), 4))
+    found = numbered_by_first_row(clusters)
+    names = {}
+    expected = [names.setdefault(cluster, len(names)) for cluster in clusters]
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.int32
+    swapped = rng.permutation(9)[clusters]  # The same clusters by other numbers.
+    np.testing.assert_array_equal(numbered_by_first_row(swapped), expected)

@@ -28,6 +28,18 @@ class _Group(NamedTuple):
     first: int
 
 
+def numbered_by_first_row(clusters: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The same clusters, numbered in the order in which they first occur, int32.
+
+    Which half of a group is called the first can hang on the last bit of a product: where numbers
+    decide (on a free vector, on the order of an epoch) they shall depend on the clusters alone.
+    """
+    _, first, inverse = np.unique(clusters, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int32)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]
+
+
 def balanced_clusters(
     x: Float[np.ndarray, "n d"], num_clusters: int, *, seed: int
 ) -> Int[np.ndarray, " n"]:

@@ -19,7 +19,7 @@ from vixml_jax.encoding import Model
 from vixml_jax.labels.centroids import exact_centroids
 from vixml_jax.structs import LabelState, TrainState
 from vixml_jax.training.checkpoints import Checkpoints
-from vixml_jax.training.clustering import balanced_clusters
+from vixml_jax.training.clustering import balanced_clusters, numbered_by_first_row
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
 
 
@@ -123,7 +123,7 @@ def initial_labels(
             params, dataset.labels, block=block, title="labels, before training"
         )
         if num_free < num_labels:
-            cluster_of = balanced_clusters(vectors, num_free, seed=seed)
+            cluster_of = numbered_by_first_row(balanced_clusters(vectors, num_free, seed=seed))
         if labels.free_init == "embedding":
             free = np.zeros(params["free"].shape, np.float32)
             np.add.at(free, cluster_of, vectors)
@@ -311,8 +311,9 @@ class Trainer:
             and since % self.batch.cluster_every == 0
         ):
             bank = np.asarray(state.bank)[: self.num_queries]
-            clusters = balanced_clusters(
-                bank, max(1, math.ceil(self.num_queries / size)), seed=self.seed + epoch
+            num_clusters = max(1, math.ceil(self.num_queries / size))
+            clusters = numbered_by_first_row(
+                balanced_clusters(bank, num_clusters, seed=self.seed + epoch)
             )
             clustered = True
         state = state._replace(labels=self._centroids(state, is_last))
