@@ -1,12 +1,25 @@
 """The benchmarks beside torch, on a tiny tower: every program runs, on the texts it should."""
 
+import dataclasses
+import tempfile
+
 import numpy as np
 import pytest
+import torch
 
-from vixml_jax.benchmarks import encode, inputs, packing, train_step
+from vixml_jax.benchmarks import encode, inputs, packing, torch_peer, towers, train_step
+from vixml_jax.data import packing as packing_lib
 from vixml_jax.data import preparation
+from vixml_jax.models import hf
+from vixml_jax.models.tower import Tower
 
-SETTINGS = {"batch": 16, "steps": 2, "threads": 1, "texts": 20}
+SETTINGS = {
+    "batch": 16, "steps": 2, "threads": 1, "texts": 20, "tower": "all-minilm-l6", "rank": 0,
+    "images": 0, "chunk": 0, "device": "cpu",
+}  # fmt: skip
+
+
+DECODER = {"tower": "qwen2.5-0.5b", "rank": 4}
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +39,62 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    sizes = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 1,
-             "num_attention_heads": 4, "intermediate_size": 32}  # fmt: skip
-    monkeypatch.setattr(train_step, "MINILM", {**train_step.MINILM, **sizes})
+    sizes = {
+        "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "intermediate_size": 32,
+    }  # fmt: skip
+    for name in ("sentence-transformers/all-MiniLM-L6-v2", "Qwen/Qwen2.5-0.5B-Instruct"):
+        monkeypatch.setitem(towers.CONFIGS, name, {**towers.CONFIGS[name], **sizes})
 
 
 @pytest.mark.parametrize("program", train_step.PROGRAMS)
-def test_a_round_of_training(program, data):
-    about, run = train_step.prepare(program, {**SETTINGS, "data": data})
-    assert about == {"program": program}
+@pytest.mark.parametrize("tower", [{}, DECODER, {**DECODER, "images": 2}])
+def test_a_round_of_training(program, tower, data):
+    about, run = train_step.prepare(program, {**SETTINGS, **tower, "data": data})
+    assert (about["program"], about["device"]) == (program, "cpu")
+    if "all of" in program:  # 16 queries and 16 labels a step, two steps; 7 of a prompt.
+        images = tower.get("images", 0)
+        prompt = 0 if not tower else 7 if images else 4
+        assert about["positions"] == 64 * (32 + prompt + images)
     assert 0 < run()["loss"] < 3
+
+
+@pytest.mark.parametrize("num_images", [0, 2])
+def test_peers_read_the_same(num_images, data):
+    """The same weights and items: the peer's vectors are ours."""
+    settings = {**SETTINGS, "images": num_images, "data": data}
+    dataset = train_step.data_of(settings, full=True)
+    layout = train_step.layout_of("qwen2.5-0.5b", num_images)
+    peer = torch_peer.Tower(
+        towers.about("qwen2.5-0.5b"), layout=layout, image_width=train_step.IMAGE_WIDTH
+    ).eval()
+    with tempfile.TemporaryDirectory() as where:
+        peer.model.save_pretrained(where)
+        config, params = hf.load_hf_tower(where)
+    ids = np.arange(5)
+    packed = packing_lib.pack(dataset.labels, ids, width=64, layout=layout)
+    images = None
+    if num_images:
+        config = dataclasses.replace(config, image_width=train_step.IMAGE_WIDTH)
+        weight, bias = (value.detach().numpy() for value in peer.project.parameters())
+        params["image_projection"] = {"kernel": weight.T, "bias": bias}
+        images = np.array(dataset.labels.images.values[: 5 * num_images])
+        images = torch.from_numpy(images.reshape(5, num_images, -1))
+    ours = Tower(config).apply({"params": params}, packed, 5, deterministic=True)
+    offsets = dataset.labels.tokens.offsets
+    texts = [np.asarray(dataset.labels.tokens.values[offsets[i] : offsets[i + 1]]) for i in ids]
+    with torch.no_grad():
+        theirs = peer(*torch_peer.pad(texts, None), images).numpy()
+    np.testing.assert_allclose(np.asarray(ours), theirs, atol=2e-5)
+
+
+def test_operations_by_hand():
+    assert train_step.operations("Qwen/Qwen2.5-3B-Instruct", 0) == 4 * 36 * (
+        2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 11008
+    )
+    more = train_step.operations("Qwen/Qwen2.5-3B-Instruct", 8)
+    less = train_step.operations("Qwen/Qwen2.5-3B-Instruct", 0)
+    assert more - less == 6 * 36 * 8 * (2 * 4096 + 2 * (2048 + 256) + 3 * (2048 + 11008))
 
 
 @pytest.mark.parametrize("program", encode.PROGRAMS)

@@ -16,10 +16,11 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import train_step, workers
+from vixml_jax.benchmarks import towers, train_step, workers
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, Ragged
 
+TOWER = "all-minilm-l6"
 PROGRAMS = ("ours", "torch, padded to 32", "torch, sorted by length")
 
 
@@ -52,7 +53,7 @@ def _ours(program: str, items: Items, settings: dict[str, Any]) -> Callable[[], 
 
     model = runs.build_model(
         Config(labels=LabelsConfig(num_free=2)),
-        train_step.tower_of_minilm(),
+        towers.config_of(TOWER),
         Layout(),
         2,
         sharding.create_mesh(),
@@ -72,7 +73,7 @@ def _torch(program: str, items: Items, settings: dict[str, Any]) -> Callable[[],
     from vixml_jax.benchmarks import torch_peer
 
     torch.set_num_threads(settings["threads"])
-    tower = torch_peer.Tower(train_step.MINILM).eval()
+    tower = torch_peer.Tower(towers.about(TOWER)).eval()
     offsets = items.tokens.offsets
     texts = [np.asarray(items.tokens.values[a:b]) for a, b in itertools.pairwise(offsets)]
 
@@ -80,7 +81,7 @@ def _torch(program: str, items: Items, settings: dict[str, Any]) -> Callable[[],
         order, length = range(len(texts)), 32
         if "sorted" in program:
             order, length = np.argsort([len(text) for text in texts], kind="stable"), None
-        found = np.empty((len(texts), train_step.MINILM["hidden_size"]), np.float32)
+        found = np.empty((len(texts), towers.config_of(TOWER).width), np.float32)
         with torch.no_grad():
             for start in range(0, len(texts), settings["batch"]):
                 ids = order[start : start + settings["batch"]]

@@ -1,7 +1,8 @@
 """The peer of the benchmarks: the same tower, loss and step in PyTorch, texts padded.
 
-Written from the paper (arXiv 2511.13189, section 3 and supplement) with `transformers`' BertModel
-and `torch.nn.TransformerEncoderLayer`, in float32, as one would write it first.
+Written from the paper (arXiv 2511.13189, section 3 and supplement) with `transformers`' models,
+`peft`'s adapters and `torch.nn.TransformerEncoderLayer`, as one would write it first: in float32 on
+a CPU; on a GPU in bfloat16 with SDPA, and decoders with gradient checkpointing.
 """
 
 from typing import Any
@@ -9,7 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
+
+from vixml_jax.data.packing import Layout
+
+# Texts of items, and their pictures, if any.
+Side = tuple[list[Int[np.ndarray, " t"]], Float[np.ndarray, "b i v"] | None]
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def pad(
@@ -26,49 +33,113 @@ def pad(
 
 
 class Tower(torch.nn.Module):
-    """BertModel under a masked mean."""
+    """A model of `transformers` under a masked mean, with the parts of an item in their order.
 
-    def __init__(self, sizes: dict[str, Any]):
+    Args:
+      about: Its config.json.
+      lora_rank: Of adapters on all maps beside a frozen base; 0: all of it is trained.
+      layout: How an item is written.
+      image_width: Of a picture's embedding.
+      device: "cpu" or "cuda".
+    """
+
+    def __init__(
+        self,
+        about: dict[str, Any],
+        *,
+        lora_rank: int = 0,
+        layout: Layout = Layout(),
+        image_width: int = 1,
+        device: str = "cpu",
+    ):
         import transformers
 
         super().__init__()
-        self.bert = transformers.BertModel(
-            transformers.BertConfig(**sizes), add_pooling_layer=False
-        )
+        dtype = torch.bfloat16 if device == "cuda" and lora_rank else torch.float32
+        about = about.get("text_config", about)
+        config = transformers.AutoConfig.for_model(**about)
+        self.model = transformers.AutoModel.from_config(config, attn_implementation="sdpa")
+        self.model = self.model.to(device, dtype)
+        if lora_rank:
+            import peft
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+            if device == "cuda":
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            lora = peft.LoraConfig(
+                r=lora_rank, lora_alpha=lora_rank, use_rslora=True, target_modules=LORA_MODULES
+            )
+            self.model = peft.get_peft_model(self.model, lora)
+        self.words = self.model.get_input_embeddings()
+        self.layout, self.device = layout, device
+        width = self.words.weight.shape[1]
+        self.project = torch.nn.Linear(image_width, width).to(device) if layout.num_images else None
+
+    def forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, images: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Means over what the mask shows, the prompt's pieces and the pictures: [b, d]."""
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        states, shown = [], []
+        for part in self.layout.unseen if images is None else self.layout.seen:
+            if part == "text":
+                states.append(self.words(ids))
+                shown.append(mask)
+            elif part == "images":
+                projected = self.project(images.to(self.device).float())
+                states.append(projected.to(self.words.weight.dtype))
+                shown.append(mask.new_ones(projected.shape[:2]))
+            else:
+                piece = torch.tensor(part, device=self.device).expand(len(ids), -1)
+                states.append(self.words(piece))
+                shown.append(torch.ones_like(piece))
+        mask = torch.cat(shown, 1)
+        states = self.model(inputs_embeds=torch.cat(states, 1), attention_mask=mask)
         weights = mask.unsqueeze(-1).float()
-        return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+        return (states.last_hidden_state * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
 class Program(torch.nn.Module):
-    """Tower, combiner, free vectors, centroids and AdamW: all that one step touches."""
+    """Tower, combiner, free vectors, centroids and AdamW: all that one step touches.
 
-    def __init__(self, sizes: dict[str, Any], num_labels: int):
+    Args:
+      about: The tower's config.json.
+      num_labels: Rows of the label table.
+      tower: As `Tower` takes.
+    """
+
+    def __init__(self, about: dict[str, Any], num_labels: int, **tower: Any):
         super().__init__()
-        width = sizes["hidden_size"]
-        self.tower = Tower(sizes)
+        self.tower = Tower(about, **tower)
+        self.device = self.tower.device
+        width = self.tower.words.weight.shape[1]
         self.combiner = torch.nn.TransformerEncoderLayer(
             width, 8, 1024, dropout=0.1, activation="gelu", batch_first=True
-        )
-        self.free = torch.nn.Embedding(num_labels, width)
-        self.centroids = torch.zeros(num_labels, width)
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=2e-5, eps=1e-6)
+        ).to(self.device)
+        self.free = torch.nn.Embedding(num_labels, width).to(self.device)
+        self.centroids = torch.zeros(num_labels, width, device=self.device)
+        trained = [value for value in self.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=2e-5, eps=1e-6)
+
+    def _vectors(self, side: Side, length: int | None) -> torch.Tensor:
+        texts, images = side
+        pictures = None if images is None else torch.from_numpy(images)
+        cuda = self.device == "cuda"
+        with torch.autocast(self.device, torch.bfloat16, enabled=cuda):
+            return self.tower(*pad(texts, length), pictures).float()
 
     def step(
         self,
-        queries: list[Int[np.ndarray, " t"]],
-        labels: list[Int[np.ndarray, " t"]],
+        queries: Side,
+        labels: Side,
         label_ids: Int[np.ndarray, " c"],
         relevance: Bool[np.ndarray, "b c"],
         length: int | None,
     ) -> float:
         """One update; returns the loss."""
-        ids = torch.from_numpy(label_ids.astype(np.int64))
-        positive = torch.from_numpy(relevance)
-        q = F.normalize(self.tower(*pad(queries, length)), dim=-1)
-        u = self.tower(*pad(labels, length))
+        ids = torch.from_numpy(label_ids.astype(np.int64)).to(self.device)
+        positive = torch.from_numpy(relevance).to(self.device)
+        q = F.normalize(self._vectors(queries, length), dim=-1)
+        u = self._vectors(labels, length)
         tokens = torch.stack([u, self.free(ids), self.centroids[ids]], dim=1)
         z = F.normalize(self.combiner(tokens).mean(dim=1), dim=-1)
         u = F.normalize(u, dim=-1)
@@ -84,14 +155,18 @@ class Program(torch.nn.Module):
         self.optimizer.step()
         return float(loss.detach())
 
+    def peak_bytes(self) -> int:
+        """The most that was ever taken of the GPU's memory; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+
 
 def hinge(scores: torch.Tensor, positive: torch.Tensor, k: int = 10) -> torch.Tensor:
     """The hard-negative triplet loss of one direction."""
     chosen = torch.multinomial(positive.float(), 1)
     best = scores.gather(1, chosen)
-    negative = scores.masked_fill(positive, -50.0).topk(k, dim=1).values
+    negative = scores.masked_fill(positive, -50.0).topk(min(k, scores.shape[1]), dim=1).values
     margin = (best - negative).abs().clamp(0.1, 0.3).detach()
-    loss = torch.max(negative - best + margin, torch.zeros(()))
+    loss = torch.max(negative - best + margin, torch.zeros((), device=scores.device))
     weights = torch.softmax(negative.masked_fill(loss == 0, -50.0) / 0.1, dim=1)
     return (weights * loss).sum(1).mean()
 
@@ -102,6 +177,6 @@ def regulariser(
     """Prototypes should stand closer to positives, and farther from negatives, than labels do."""
     chosen = torch.multinomial(positive.float(), 1)
     near = torch.relu(raw.gather(1, chosen) - prototype.gather(1, chosen) + 0.1)
-    hardest = prototype.masked_fill(positive, -50.0).topk(k, dim=1).indices
+    hardest = prototype.masked_fill(positive, -50.0).topk(min(k, raw.shape[1]), dim=1).indices
     far = torch.relu(prototype.gather(1, hardest) - raw.gather(1, hardest) + 0.1)
     return 0.5 * sum(part.sum() / (part > 0).sum().clamp(min=1) for part in (near, far))

@@ -1,13 +1,20 @@
 """Texts a second of one training step, beside the same tower and loss in PyTorch.
 
-    python -m vixml_jax.benchmarks.train_step --peer=torch [--data=DIR] [--threads=1]
+    python -m vixml_jax.benchmarks.train_step --peer=torch [--tower=qwen2.5-0.5b] [--data=DIR]
 
-MiniLM-L6 sizes, random weights, float32, real texts; programs take turns in one run, each alone on
+A published tower with random weights on real texts; programs take turns in one run, each alone on
 the same processors: ours packed; torch padded to 32 as the paper's program does; torch padded to
-the longest text of the batch; and both where every text is 32 tokens long.
+the longest text of the batch; and both where every text is 32 tokens long. Decoders have adapters
+on all maps beside a frozen base, and a prompt around each text.
+
+On a GPU all is bfloat16, in batches of 2,048 whose every text is 32 tokens long and has three
+pictures, torch with SDPA and gradient checkpointing; the share of the GPU's peak and the peak
+memory stand beside the speeds. Without a GPU the command measures float32 on the CPU, and says so.
 """
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,17 +22,10 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import inputs, workers
+from vixml_jax.benchmarks import inputs, towers, workers
+from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, PreparedDataset, Ragged
 
-MINILM = {
-    "vocab_size": 30522,
-    "hidden_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-    "intermediate_size": 1536,
-    "max_position_embeddings": 512,
-}
 PROGRAMS = (
     "ours",
     "torch, padded to 32",
@@ -33,31 +33,34 @@ PROGRAMS = (
     "ours, all of 32",
     "torch, all of 32",
 )
+IMAGE_WIDTH = 1152  # SigLIP 2 so400m's.
+# Dense bfloat16 products, operations a second: the vendor's data sheets.
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
 
 
-def tower_of_minilm() -> Any:
-    """Our configuration of the same sizes."""
-    from vixml_jax.models.bert import BertConfig
-
-    return BertConfig(
-        vocab_size=MINILM["vocab_size"],
-        num_layers=MINILM["num_hidden_layers"],
-        width=MINILM["hidden_size"],
-        num_heads=MINILM["num_attention_heads"],
-        mlp_width=MINILM["intermediate_size"],
-        max_positions=MINILM["max_position_embeddings"],
-    )
+def layout_of(tower: str, num_images: int) -> Layout:
+    """How an item is written: for a decoder between prompt pieces as long as the paper's."""
+    if towers.about(tower)["model_type"] in ("bert", "distilbert"):
+        return Layout(num_images)
+    say, show, end = (1, 2, 3), (4, 5, 6), (7,)
+    return Layout(num_images, (say, "text", show, "images", end), (say, "text", end), False)
 
 
 def data_of(settings: dict[str, Any], *, full: bool) -> PreparedDataset:
-    """The data to read; with `full`, every text repeated or cut to 32 tokens."""
+    """The data to read, each item with as many pictures as the settings say; with `full`, every
+    text repeated or cut to 32 tokens."""
     dataset = inputs.open_data(settings["data"])
-    sides = {
-        name: dataclasses.replace(getattr(dataset, name), images=None)
-        for name in ("train", "test", "labels")
-    }
+    sides = {name: getattr(dataset, name) for name in ("train", "test", "labels")}
     if full:
         sides = {name: _filled(items) for name, items in sides.items()}
+    num_images = settings.get("images", 0)
+    for name, items in sides.items():
+        pictures = None
+        if num_images:  # One and the same: what a picture shows costs nothing.
+            row = np.random.default_rng(0).normal(size=(1, IMAGE_WIDTH)).astype(np.float16)
+            values = np.broadcast_to(row, (len(items) * num_images, IMAGE_WIDTH))
+            pictures = Ragged(values, np.arange(len(items) + 1) * num_images)
+        sides[name] = dataclasses.replace(items, images=pictures)
     return dataclasses.replace(dataset, **sides)
 
 
@@ -71,14 +74,31 @@ def _filled(items: Items, length: int = 32) -> Items:
     )
 
 
-def batches_of(dataset: PreparedDataset, settings: dict[str, Any], *, width: int) -> list[Any]:
+def row_width(layout: Layout, *, full: bool, wide: bool) -> int:
+    """Positions of a row: one item exactly where all are alike, or three on a GPU, whose products
+    want larger rows of a multiple of 8."""
+    longest = 32 + layout.overhead
+    if not full:
+        return 64
+    return -(-3 * longest // 8) * 8 if wide else longest
+
+
+def batches_of(
+    dataset: PreparedDataset, settings: dict[str, Any], *, layout: Layout, width: int
+) -> list[Any]:
     """The same batches for every program, in rows of `width` positions."""
     from vixml_jax.data import packing, pipeline
 
     rng = np.random.default_rng(0)
-    lengths = [np.diff(items.tokens.offsets) for items in (dataset.train, dataset.labels)]
+    lengths = [
+        packing.item_lengths(items, width=width, layout=layout)
+        for items in (dataset.train, dataset.labels)
+    ]
     rows = packing.RowSizes.expected(
-        sum(float(np.mean(one)) for one in lengths), batch_size=settings["batch"], width=width
+        sum(float(np.mean(one)) for one in lengths),
+        batch_size=settings["batch"],
+        width=width,
+        chunk=settings.get("chunk", 0),
     )
     iterator = pipeline.epoch_batches(
         dataset,
@@ -87,7 +107,7 @@ def batches_of(dataset: PreparedDataset, settings: dict[str, Any], *, width: int
         seed=0,
         batch_size=settings["batch"],
         width=width,
-        layout=packing.Layout(),
+        layout=layout,
         weights=None,
         rows=rows,
     )
@@ -98,15 +118,31 @@ def prepare(program: str, settings: dict[str, Any]) -> tuple[Any, Callable[[], d
     """Builds a program and runs its batches once, so that nothing is compiled in a timed round."""
     full = "all of" in program
     dataset = data_of(settings, full=full)
-    batches = batches_of(dataset, settings, width=32 if full else 64)
+    layout = layout_of(settings["tower"], settings.get("images", 0))
+    width = row_width(layout, full=full, wide=settings["device"] == "gpu")
+    batches = batches_of(dataset, settings, layout=layout, width=width)
     build = _ours if program.startswith("ours") else _torch
-    run = build(program, dataset, batches, settings)
+    run = build(program, dataset, batches, layout, width, settings)
     run()
-    return {"program": program}, run
+    positions = sum(int(np.count_nonzero(one.items.segments >= 0)) for one in batches)
+    return {"program": program, "positions": positions, "device": _device(settings)}, run
+
+
+def _device(settings: dict[str, Any]) -> str:
+    if settings["device"] == "cpu":
+        return "cpu"
+    import jax
+
+    return jax.devices()[0].device_kind
 
 
 def _torch(
-    program: str, dataset: PreparedDataset, batches: list[Any], settings: dict[str, Any]
+    program: str,
+    dataset: PreparedDataset,
+    batches: list[Any],
+    layout: Layout,
+    width: int,
+    settings: dict[str, Any],
 ) -> Callable[[], dict[str, Any]]:
     import torch
 
@@ -114,56 +150,94 @@ def _torch(
 
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
-    peer = torch_peer.Program(MINILM, dataset.num_labels)
+    peer = torch_peer.Program(
+        towers.about(settings["tower"]),
+        dataset.num_labels,
+        lora_rank=settings["rank"],
+        layout=layout,
+        image_width=IMAGE_WIDTH,
+        device="cuda" if settings["device"] == "gpu" else "cpu",
+    )
     length = None if "longest" in program else 32
 
     def texts(items: Items, ids: np.ndarray) -> list[np.ndarray]:
         offsets = items.tokens.offsets
         return [np.asarray(items.tokens.values[offsets[i] : offsets[i + 1]]) for i in ids]
 
+    def pictures(items: Items, ids: np.ndarray) -> np.ndarray | None:
+        if items.images is None:
+            return None
+        return np.stack([items.images.values[items.images.offsets[i] :][: layout.num_images]
+                         for i in ids])  # fmt: skip
+
     def run() -> dict[str, Any]:
         for batch in batches:
             loss = peer.step(
-                texts(dataset.train, batch.query_ids),
-                texts(dataset.labels, batch.label_ids),
+                (texts(dataset.train, batch.query_ids), pictures(dataset.train, batch.query_ids)),
+                (texts(dataset.labels, batch.label_ids), pictures(dataset.labels, batch.label_ids)),
                 batch.label_ids,
                 batch.relevance,
                 length,
             )
-        return {"loss": loss}
+        return {"loss": loss, "bytes": peer.peak_bytes()}
 
     return run
 
 
 def _ours(
-    program: str, dataset: PreparedDataset, batches: list[Any], settings: dict[str, Any]
+    program: str,
+    dataset: PreparedDataset,
+    batches: list[Any],
+    layout: Layout,
+    width: int,
+    settings: dict[str, Any],
 ) -> Callable[[], dict[str, Any]]:
     import functools
 
     import jax
+    import jax.numpy as jnp
     from flax import linen as nn
 
     from vixml_jax import runs, sharding
-    from vixml_jax.config import Config, LabelsConfig, LossConfig
-    from vixml_jax.data.packing import Layout
+    from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
+    from vixml_jax.models.decoder import DecoderConfig
     from vixml_jax.training import loop, losses, optimizer, step
 
-    config = Config(labels=LabelsConfig(num_free=dataset.num_labels))
+    gpu = settings["device"] == "gpu"
+    config = Config(
+        labels=LabelsConfig(num_free=dataset.num_labels),
+        batch=BatchConfig(row_width=width, encode_chunk=settings["chunk"]),
+    )
+    changes: dict[str, Any] = {
+        "dtype": "bfloat16" if gpu else "float32",
+        "scan": gpu,
+        "remat": gpu,
+        "image_width": IMAGE_WIDTH if layout.num_images else 0,
+    }
+    tower = towers.config_of(settings["tower"])
+    if isinstance(tower, DecoderConfig):
+        changes["lora_rank"] = settings["rank"]
+    tower = dataclasses.replace(tower, **changes)
     mesh = sharding.create_mesh()
-    tower = tower_of_minilm()
-    model = runs.build_model(config, tower, Layout(), dataset.num_labels, mesh)
+    model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
     boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
-    params = nn.unbox(jax.jit(functools.partial(runs.init_params, model))(jax.random.key(0)))
+
+    def fresh(key: jax.Array) -> Any:
+        params, frozen = runs.split_params(nn.unbox(runs.init_params(model, key)), tower)
+        return params, jax.tree.map(lambda x: x.astype(jnp.dtype(tower.dtype)), frozen)
+
+    params, frozen = jax.jit(fresh)(jax.random.key(0))
     state, shardings = loop.place_state(
         model,
         boxed,
         params,
-        {},
+        frozen,
         tx,
         model.table.init_state(np.arange(dataset.num_labels, dtype=np.int32)),
         loop.empty_bank(model, len(dataset.train)),
     )
+    del params, frozen
     loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
     train_step = step.make_train_step(model, loss_fn, tx, shardings)
     key = jax.random.key(0)
@@ -172,17 +246,61 @@ def _ours(
         nonlocal state
         for batch in batches:
             state, scalars = train_step(state, sharding.to_devices(batch, mesh), key)
-        return {"loss": float(scalars["loss"])}
+        said = {"loss": float(scalars["loss"])}
+        stats = jax.devices()[0].memory_stats() or {}
+        return {**said, "bytes": stats.get("peak_bytes_in_use", 0)}
 
     return run
 
 
+def operations(tower: str, rank: int) -> float:
+    """Multiplications and additions that a step needs for a position, recomputation not counted.
+
+    Two a weight forwards, two backwards to the input, and two for the gradient of the weight where
+    it is trained: all of an encoder, the adapters alone of a decoder. Attention within items of 40
+    positions is under 1 % and left out.
+    """
+    from vixml_jax.models.decoder import DecoderConfig
+
+    c = towers.config_of(tower)
+    d, m = c.width, c.mlp_width
+    if not isinstance(c, DecoderConfig):
+        return 6.0 * c.num_layers * (4 * d * d + 2 * d * m)
+    q, kv = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
+    maps = [(d, q), (d, kv), (d, kv), (q, d), (d, m), (d, m), (m, d)]
+    base = c.num_layers * sum(one * other for one, other in maps)
+    adapters = c.num_layers * rank * sum(one + other for one, other in maps)
+    return 4.0 * base + 6.0 * adapters
+
+
+def on_gpu() -> bool:
+    """Whether JAX finds a GPU; asked in a child, so that this process holds none of its memory."""
+    ask = "import jax; print(jax.default_backend())"
+    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    return found.stdout.strip() == "gpu"
+
+
 def main(argv: Sequence[str]) -> None:
+    """Prints texts a second, ratios, and on a GPU the share of its peak and the peak memory."""
     del argv
     values = flags.FLAGS
-    settings = {name: values[name].value for name in ("data", "batch", "steps", "threads")}
-    names = PROGRAMS if values.peer == "torch" else [n for n in PROGRAMS if n.startswith("ours")]
-    workers.compare(
+    decoder = towers.about(values.tower)["model_type"] not in ("bert", "distilbert")
+    gpu = on_gpu()
+    settings = {
+        "tower": values.tower,
+        "data": values.data,
+        "batch": values.batch or (2048 if gpu else 8 if decoder else 128),
+        "steps": values.steps or (1 if decoder else 4),
+        "threads": values.threads,
+        "rank": values.rank if decoder else 0,
+        "images": 3 if gpu else 0,
+        "chunk": values.chunk,
+        "device": "gpu" if gpu else "cpu",
+    }
+    names = [name for name in PROGRAMS if not gpu or "all of" in name]
+    if values.peer == "none":
+        names = [name for name in names if name.startswith("ours")]
+    rounds = workers.compare(
         "vixml_jax.benchmarks.train_step",
         names,
         [
@@ -192,17 +310,34 @@ def main(argv: Sequence[str]) -> None:
         ],
         settings,
         rounds=values.rounds,
-        texts=lambda about: 2 * values.batch * values.steps,
+        texts=lambda about: 2 * settings["batch"] * settings["steps"],
     )
+    if not gpu:
+        print(
+            "no GPU here: measured on the CPU in float32; not measured: bfloat16, batches of "
+            "2,048 with pictures, share of a GPU's peak, memory on it"
+        )
+        return
+    for name, found in rounds.items():
+        kind = found[0]["device"]
+        peak = next((value for key, value in PEAK.items() if key in kind), None)
+        seconds = sorted(one["seconds"] for one in found)[len(found) // 2]
+        done = operations(values.tower, settings["rank"]) * found[0]["positions"] / seconds
+        share = f"{done / peak:.1%} of its peak" if peak else "peak unknown"
+        print(f"{name}: {done / 1e12:.0f} TFLOP/s on {kind} ({share}), "
+              f"{max(one['bytes'] for one in found) / 2**30:.1f} GiB at most")  # fmt: skip
 
 
 def define_flags() -> None:
     """The flags of this benchmark."""
     flags.DEFINE_enum("peer", "torch", ["torch", "none"], "What to run beside ours.")
+    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by (the start of) its name.")
     flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are read, or 'glyphs'.")
-    flags.DEFINE_integer("batch", 128, "Queries of a batch, and as many labels.")
-    flags.DEFINE_integer("steps", 4, "Steps of a round.")
+    flags.DEFINE_integer("batch", 0, "Queries of a batch, and as many labels; 0: as suits.")
+    flags.DEFINE_integer("steps", 0, "Steps of a round; 0: as suits.")
     flags.DEFINE_integer("rounds", 5, "Rounds of each program.")
+    flags.DEFINE_integer("rank", 64, "Rank of a decoder's adapters.", lower_bound=1)
+    flags.DEFINE_integer("chunk", 0, "Rows that ours reads at a time; 0: all.", lower_bound=0)
     flags.DEFINE_integer("threads", 1, "Processors that each program has.")
 
 

@@ -85,7 +85,7 @@ def compare(
     *,
     rounds: int,
     texts: Callable[[dict[str, Any]], int],
-) -> None:
+) -> dict[str, list[dict[str, Any]]]:
     """Runs programs in turn, A B C A B C ..., and prints texts a second and ratios.
 
     Args:
@@ -95,16 +95,20 @@ def compare(
       settings: Handed to `prepare`; `threads` is how many processors each has.
       rounds: Of each program.
       texts: From what a child says of itself to the texts of a round.
+
+    Returns:
+      What each program said of each of its rounds, and of itself.
     """
     started = {name: Worker(module, name, settings, settings["threads"]) for name in programs}
-    found: dict[str, list[float]] = {name: [] for name in programs}
+    said: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, worker in started.items():
-            found[name].append(worker.time()["seconds"])
+            said[name].append(worker.about | worker.time())
     for worker in started.values():
         worker.close()
-    said = ", ".join(f"{name} {value}" for name, value in settings.items())
-    print(f"{'program':28s} {'texts/s':>9s}  (median of {rounds} rounds; {said})")
+    found = {name: [one["seconds"] for one in rows] for name, rows in said.items()}
+    options = ", ".join(f"{name} {value}" for name, value in settings.items())
+    print(f"{'program':28s} {'texts/s':>9s}  (median of {rounds} rounds; {options})")
     for name, seconds in found.items():
         count = texts(started[name].about)
         print(f"{name:28s} {count / statistics.median(seconds):9.1f}")
@@ -115,3 +119,4 @@ def compare(
                 f"{ours} : {peer} = {statistics.median(quotients):.2f} "
                 f"({min(quotients):.2f} to {max(quotients):.2f})"
             )
+    return said
