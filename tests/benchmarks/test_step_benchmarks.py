@@ -47,16 +47,19 @@ def tiny(monkeypatch):
         monkeypatch.setitem(towers.CONFIGS, name, {**towers.CONFIGS[name], **sizes})
 
 
-@pytest.mark.parametrize("program", train_step.PROGRAMS)
+@pytest.mark.parametrize("whose", ["ours", "torch"])
 @pytest.mark.parametrize("tower", [{}, DECODER, {**DECODER, "images": 2}])
-def test_a_round_of_training(program, tower, data):
-    about, run = train_step.prepare(program, {**SETTINGS, **tower, "data": data})
-    assert (about["program"], about["device"]) == (program, "cpu")
-    if "all of" in program:  # 16 queries and 16 labels a step, two steps; 7 of a prompt.
-        images = tower.get("images", 0)
-        prompt = 0 if not tower else 7 if images else 4
-        assert about["positions"] == 64 * (32 + prompt + images)
-    assert 0 < run()["loss"] < 3
+def test_a_round_of_training(whose, tower, data):
+    programs = [name for name in train_step.PROGRAMS if name.startswith(whose)]
+    prepared = train_step.prepare(programs, {**SETTINGS, **tower, "data": data})
+    assert list(prepared) == programs
+    for name, (about, run) in prepared.items():
+        assert about["device"] == "cpu"
+        if "all of" in name:  # 16 queries and 16 labels a step, two steps; 7 of a prompt.
+            images = tower.get("images", 0)
+            prompt = 0 if not tower else 7 if images else 4
+            assert about["positions"] == 64 * (32 + prompt + images)
+        assert 0 < run()["loss"] < 3
 
 
 @pytest.mark.parametrize("num_images", [0, 2])
@@ -97,15 +100,16 @@ def test_operations_by_hand():
     assert more - less == 6 * 36 * 8 * (2 * 4096 + 2 * (2048 + 256) + 3 * (2048 + 11008))
 
 
-@pytest.mark.parametrize("program", encode.PROGRAMS)
-def test_a_round_of_encoding(program, data):
-    about, run = encode.prepare(program, {**SETTINGS, "data": data})
-    assert about == {"texts": 20}
-    assert np.isfinite(run()["sum"])
+def test_a_round_of_encoding(data):
+    prepared = encode.prepare(list(encode.PROGRAMS), {**SETTINGS, "data": data})
+    assert list(prepared) == list(encode.PROGRAMS)
+    for about, run in prepared.values():
+        assert about == {"texts": 20}
+        assert np.isfinite(run()["sum"])
 
 
 def test_full_texts_have_32_tokens(data):
-    full = train_step.data_of({"data": data}, full=True)
+    full = train_step.data_of({"data": data, "images": 0}, full=True)
     for items in (full.train, full.test, full.labels):
         assert set(np.diff(items.tokens.offsets)) == {32}
     plain = inputs.open_data(data)

@@ -24,13 +24,15 @@ TOWER = "all-minilm-l6"
 PROGRAMS = ("ours", "torch, padded to 32", "torch, sorted by length")
 
 
-def prepare(program: str, settings: dict[str, Any]) -> tuple[Any, Callable[[], dict[str, Any]]]:
-    """Builds a program and encodes once, so that nothing is compiled in a timed round."""
-    dataset = train_step.data_of(settings, full=False)
-    items = _first(dataset.train, settings["texts"])
-    run = (_ours if program == "ours" else _torch)(program, items, settings)
-    run()
-    return {"texts": len(items)}, run
+def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
+    """Builds programs and encodes once with each, so that nothing is compiled in a timed round."""
+    items = _first(train_step.data_of(settings, full=False).train, settings["texts"])
+    prepared: dict[str, workers.Prepared] = {}
+    for program in programs:
+        run = (_ours if program == "ours" else _torch)(program, items, settings)
+        run()
+        prepared[program] = {"texts": len(items)}, run
+    return prepared
 
 
 def _first(items: Items, count: int) -> Items:
@@ -96,6 +98,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     settings = {name: values[name].value for name in ("data", "batch", "texts", "threads")}
+    settings["images"] = 0
     names = PROGRAMS if values.peer == "torch" else PROGRAMS[:1]
     workers.compare(
         "vixml_jax.benchmarks.encode",

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,9 +140,12 @@ def loops(case: Case) -> dict[str, float]:
 PROGRAMS = {"ours": ours, "sparse indexing": sparse_indexing, "loops": loops}
 
 
-def prepare(
-    program: str, settings: dict[str, Any]
-) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
+    """Each program with its own case."""
+    return {program: _prepare(program, settings) for program in programs}
+
+
+def _prepare(program: str, settings: dict[str, Any]) -> workers.Prepared:
     """Draws what is judged, finds the memory of one computation; a round is another."""
     case = random_case(settings["queries"], settings["k"], settings["labels"], seed=0)
     about: dict[str, Any] = {"scale": 1.0}
@@ -170,17 +173,19 @@ def measure(settings: dict[str, Any], *, rounds: int) -> dict[str, list[dict[str
       RuntimeError: If two programs disagree.
     """
     started = {
-        name: workers.Worker("vixml_jax.benchmarks.metrics", name, settings, 1) for name in PROGRAMS
+        name: workers.Worker("vixml_jax.benchmarks.metrics", [name], settings, 1)
+        for name in PROGRAMS
     }
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in PROGRAMS}
     try:
         for _ in range(rounds):
             for name, worker in started.items():
-                report = worker.time() | {"memory_mib": worker.about["memory_mib"]}
+                about = worker.about[name]
+                report = worker.time(name) | {"memory_mib": about["memory_mib"]}
                 for key in ("seconds", "processor_seconds"):
-                    report[key] *= worker.about["scale"]
+                    report[key] *= about["scale"]
                 reports[name].append(report)
-                expected = worker.about.get("ours", reports["ours"][0]["metrics"])
+                expected = about.get("ours", reports["ours"][0]["metrics"])
                 for metric, value in expected.items():
                     if not math.isclose(report["metrics"][metric], value, abs_tol=1e-6):
                         raise RuntimeError(

@@ -53,7 +53,7 @@ def data_of(settings: dict[str, Any], *, full: bool) -> PreparedDataset:
     sides = {name: getattr(dataset, name) for name in ("train", "test", "labels")}
     if full:
         sides = {name: _filled(items) for name, items in sides.items()}
-    num_images = settings.get("images", 0)
+    num_images = settings["images"]
     for name, items in sides.items():
         pictures = None
         if num_images:  # One and the same: what a picture shows costs nothing.
@@ -98,7 +98,7 @@ def batches_of(
         sum(float(np.mean(one)) for one in lengths),
         batch_size=settings["batch"],
         width=width,
-        chunk=settings.get("chunk", 0),
+        chunk=settings["chunk"],
     )
     iterator = pipeline.epoch_batches(
         dataset,
@@ -114,18 +114,23 @@ def batches_of(
     return [next(iterator) for _ in range(settings["steps"])]
 
 
-def prepare(program: str, settings: dict[str, Any]) -> tuple[Any, Callable[[], dict[str, Any]]]:
-    """Builds a program and runs its batches once, so that nothing is compiled in a timed round."""
-    full = "all of" in program
-    dataset = data_of(settings, full=full)
-    layout = layout_of(settings["tower"], settings.get("images", 0))
-    width = row_width(layout, full=full, wide=settings["device"] == "gpu")
-    batches = batches_of(dataset, settings, layout=layout, width=width)
-    build = _ours if program.startswith("ours") else _torch
-    run = build(program, dataset, batches, layout, width, settings)
-    run()
-    positions = sum(int(np.count_nonzero(one.items.segments >= 0)) for one in batches)
-    return {"program": program, "positions": positions, "device": _device(settings)}, run
+def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
+    """Builds programs that share a tower, and runs the batches of each once, so that nothing is
+    compiled in a timed round."""
+    layout = layout_of(settings["tower"], settings["images"])
+    build = _ours if programs[0].startswith("ours") else _torch
+    step = build(inputs.open_data(settings["data"]), layout, settings)
+    prepared: dict[str, workers.Prepared] = {}
+    for program in programs:
+        full = "all of" in program
+        dataset = data_of(settings, full=full)
+        width = row_width(layout, full=full, wide=settings["device"] == "gpu")
+        batches = batches_of(dataset, settings, layout=layout, width=width)
+        run = step(dataset, batches, None if "longest" in program else 32)
+        run()
+        positions = sum(int(np.count_nonzero(one.items.segments >= 0)) for one in batches)
+        prepared[program] = {"positions": positions, "device": _device(settings)}, run
+    return prepared
 
 
 def _device(settings: dict[str, Any]) -> str:
@@ -136,14 +141,11 @@ def _device(settings: dict[str, Any]) -> str:
     return jax.devices()[0].device_kind
 
 
-def _torch(
-    program: str,
-    dataset: PreparedDataset,
-    batches: list[Any],
-    layout: Layout,
-    width: int,
-    settings: dict[str, Any],
-) -> Callable[[], dict[str, Any]]:
+# Data, its batches, and what texts are padded to (None: the longest of a batch) -> a round.
+Rounds = Callable[[PreparedDataset, list[Any], int | None], Callable[[], dict[str, Any]]]
+
+
+def _torch(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -> Rounds:
     import torch
 
     from vixml_jax.benchmarks import torch_peer
@@ -158,40 +160,29 @@ def _torch(
         image_width=IMAGE_WIDTH,
         device="cuda" if settings["device"] == "gpu" else "cpu",
     )
-    length = None if "longest" in program else 32
 
-    def texts(items: Items, ids: np.ndarray) -> list[np.ndarray]:
-        offsets = items.tokens.offsets
-        return [np.asarray(items.tokens.values[offsets[i] : offsets[i + 1]]) for i in ids]
-
-    def pictures(items: Items, ids: np.ndarray) -> np.ndarray | None:
+    def side(items: Items, ids: np.ndarray) -> torch_peer.Side:
+        starts = items.tokens.offsets
+        texts = [np.asarray(items.tokens.values[starts[i] : starts[i + 1]]) for i in ids]
         if items.images is None:
-            return None
-        return np.stack([items.images.values[items.images.offsets[i] :][: layout.num_images]
-                         for i in ids])  # fmt: skip
+            return texts, None
+        rows = items.images.offsets[ids][:, None] + np.arange(layout.num_images)
+        return texts, items.images.values[rows]
 
-    def run() -> dict[str, Any]:
-        for batch in batches:
-            loss = peer.step(
-                (texts(dataset.train, batch.query_ids), pictures(dataset.train, batch.query_ids)),
-                (texts(dataset.labels, batch.label_ids), pictures(dataset.labels, batch.label_ids)),
-                batch.label_ids,
-                batch.relevance,
-                length,
-            )
-        return {"loss": loss, "bytes": peer.peak_bytes()}
+    def prepared(dataset: PreparedDataset, batches: list[Any], length: int | None) -> Any:
+        def run() -> dict[str, Any]:
+            for batch in batches:
+                queries = side(dataset.train, batch.query_ids)
+                labels = side(dataset.labels, batch.label_ids)
+                loss = peer.step(queries, labels, batch.label_ids, batch.relevance, length)
+            return {"loss": loss, "bytes": peer.peak_bytes()}
 
-    return run
+        return run
+
+    return prepared
 
 
-def _ours(
-    program: str,
-    dataset: PreparedDataset,
-    batches: list[Any],
-    layout: Layout,
-    width: int,
-    settings: dict[str, Any],
-) -> Callable[[], dict[str, Any]]:
+def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -> Rounds:
     import functools
 
     import jax
@@ -206,7 +197,7 @@ def _ours(
     gpu = settings["device"] == "gpu"
     config = Config(
         labels=LabelsConfig(num_free=dataset.num_labels),
-        batch=BatchConfig(row_width=width, encode_chunk=settings["chunk"]),
+        batch=BatchConfig(encode_chunk=settings["chunk"]),
     )
     changes: dict[str, Any] = {
         "dtype": "bfloat16" if gpu else "float32",
@@ -227,30 +218,30 @@ def _ours(
         params, frozen = runs.split_params(nn.unbox(runs.init_params(model, key)), tower)
         return params, jax.tree.map(lambda x: x.astype(jnp.dtype(tower.dtype)), frozen)
 
-    params, frozen = jax.jit(fresh)(jax.random.key(0))
     state, shardings = loop.place_state(
         model,
         boxed,
-        params,
-        frozen,
+        *jax.jit(fresh)(jax.random.key(0)),
         tx,
         model.table.init_state(np.arange(dataset.num_labels, dtype=np.int32)),
         loop.empty_bank(model, len(dataset.train)),
     )
-    del params, frozen
     loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
     train_step = step.make_train_step(model, loss_fn, tx, shardings)
     key = jax.random.key(0)
 
-    def run() -> dict[str, Any]:
-        nonlocal state
-        for batch in batches:
-            state, scalars = train_step(state, sharding.to_devices(batch, mesh), key)
-        said = {"loss": float(scalars["loss"])}
-        stats = jax.devices()[0].memory_stats() or {}
-        return {**said, "bytes": stats.get("peak_bytes_in_use", 0)}
+    def prepared(dataset: PreparedDataset, batches: list[Any], length: int | None) -> Any:
+        def run() -> dict[str, Any]:
+            nonlocal state
+            for batch in batches:
+                state, scalars = train_step(state, sharding.to_devices(batch, mesh), key)
+            said = {"loss": float(scalars["loss"])}
+            stats = jax.devices()[0].memory_stats() or {}
+            return {**said, "bytes": stats.get("peak_bytes_in_use", 0)}
 
-    return run
+        return run
+
+    return prepared
 
 
 def operations(tower: str, rank: int) -> float:

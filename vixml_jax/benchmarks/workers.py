@@ -11,16 +11,20 @@ from typing import Any
 
 from vixml_jax import memory
 
+# What a program says of itself, and a function that runs one round of it.
+Prepared = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
+
 
 class Worker:
-    """A child process that prepares once and then times what it is told to.
+    """A child process that prepares its programs once and then times those it is told to.
 
     Pinning the process to its processors before anything is imported sets the thread pools of
     XLA and of torch alike, without flags of either.
     """
 
-    def __init__(self, module: str, program: str, settings: dict[str, Any], threads: int):
-        command = [sys.executable, "-m", module, "--worker", program, json.dumps(settings)]
+    def __init__(self, module: str, programs: list[str], settings: dict[str, Any], threads: int):
+        ask = json.dumps(programs), json.dumps(settings)
+        command = [sys.executable, "-m", module, "--worker", *ask]
         cores = sorted(os.sched_getaffinity(0))[:threads]
         self._process = subprocess.Popen(
             command,
@@ -35,9 +39,9 @@ class Worker:
         )
         self.about = self._read()
 
-    def time(self) -> dict[str, Any]:
+    def time(self, program: str) -> dict[str, Any]:
         """Runs one round; what the child reports of it, seconds among it."""
-        self._process.stdin.write("go\n")
+        self._process.stdin.write(program + "\n")
         self._process.stdin.flush()
         return self._read()
 
@@ -53,13 +57,12 @@ class Worker:
         raise RuntimeError(f"a benchmark's program ended with status {self._process.wait()}")
 
 
-def serve(
-    prepare: Callable[[str, dict[str, Any]], tuple[Any, Callable[[], dict[str, Any]]]],
-) -> bool:
-    """In a child: prepares and answers each line with one timed round.
+def serve(prepare: Callable[[list[str], dict[str, Any]], dict[str, Prepared]]) -> bool:
+    """In a child: prepares its programs and answers each line, a program's name, with one timed
+    round of it.
 
     Args:
-      prepare: (program, settings) -> (what to tell of it, a function that runs one round).
+      prepare: (programs, settings) -> each of them, prepared.
 
     Returns:
       Whether this process is a child.
@@ -68,9 +71,10 @@ def serve(
         return False
     os.sched_setaffinity(0, {int(core) for core in os.environ["VIXML_CORES"].split(",")})
     memory.keep_freed_pages()  # For every program alike.
-    about, run = prepare(sys.argv[2], json.loads(sys.argv[3]))
-    print(json.dumps(about), flush=True)
-    for _ in sys.stdin:
+    prepared = prepare(json.loads(sys.argv[2]), json.loads(sys.argv[3]))
+    print(json.dumps({name: about for name, (about, _) in prepared.items()}), flush=True)
+    for line in sys.stdin:
+        run = prepared[line.strip()][1]
         start = time.perf_counter()
         said = run()
         print(json.dumps({"seconds": time.perf_counter() - start, **said}), flush=True)
@@ -88,9 +92,11 @@ def compare(
 ) -> dict[str, list[dict[str, Any]]]:
     """Runs programs in turn, A B C A B C ..., and prints texts a second and ratios.
 
+    Programs whose names begin with the same word share a process, and what they can.
+
     Args:
       module: Whose `serve` answers in the children.
-      programs: Names that its `prepare` knows.
+      programs: Names that its `prepare` knows, as "ours, packed".
       ratios: Pairs whose speeds are compared, round by round.
       settings: Handed to `prepare`; `threads` is how many processors each has.
       rounds: Of each program.
@@ -99,18 +105,25 @@ def compare(
     Returns:
       What each program said of each of its rounds, and of itself.
     """
-    started = {name: Worker(module, name, settings, settings["threads"]) for name in programs}
+    groups: dict[str, list[str]] = {}
+    for name in programs:
+        groups.setdefault(name.split(",")[0], []).append(name)
+    started = {
+        group: Worker(module, names, settings, settings["threads"])
+        for group, names in groups.items()
+    }
     said: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
     for _ in range(rounds):
-        for name, worker in started.items():
-            said[name].append(worker.about | worker.time())
+        for name in programs:
+            worker = started[name.split(",")[0]]
+            said[name].append(worker.about[name] | worker.time(name))
     for worker in started.values():
         worker.close()
     found = {name: [one["seconds"] for one in rows] for name, rows in said.items()}
     options = ", ".join(f"{name} {value}" for name, value in settings.items())
     print(f"{'program':28s} {'texts/s':>9s}  (median of {rounds} rounds; {options})")
     for name, seconds in found.items():
-        count = texts(started[name].about)
+        count = texts(said[name][0])
         print(f"{name:28s} {count / statistics.median(seconds):9.1f}")
     for ours, peer in ratios:
         if peer in found:
