@@ -1,6 +1,7 @@
-"""How this process keeps the memory that XLA allocates anew in every step."""
+"""The memory of devices, and how this process keeps what XLA allocates anew in every step."""
 
 import ctypes
+import os
 import sys
 
 # https://man7.org/linux/man-pages/man3/mallopt.3.html
@@ -21,3 +22,17 @@ def keep_freed_pages() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_ARENA_MAX, 1)
+
+
+def of_a_device() -> int:
+    """Bytes that one device of this process has for arrays; 0 where it does not say.
+
+    The devices of a CPU share what the machine has.
+    """
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return pages // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit", 0)

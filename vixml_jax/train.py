@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import linen as nn
@@ -145,9 +146,38 @@ def train(config: Config) -> None:
     total_steps = config.loop.epochs * steps_per_epoch
     tx = optimizer.make_optimizer(total_steps=total_steps, **dataclasses.asdict(config.optimizer))
     boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
+    trained, kept = runs.split_params(boxed, tower)
+    kept = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(config.lora.base_dtype)), kept)
+    like = loop.abstract_state(model, trained, kept, tx, len(dataset.train))
+    checkpoints = Checkpoints(os.path.join(config.workdir, runs.CHECKPOINTS), keep=config.loop.keep)
+    k = min(config.eval.k, dataset.num_labels)
+    trainer = loop.Trainer(
+        model,
+        dataset,
+        step.make_train_step(
+            model,
+            functools.partial(losses.total_loss, **dataclasses.asdict(config.loss)),
+            tx,
+            like,
+            centroid_momentum=0.95 if config.labels.centroids == "moving" else None,
+        ),
+        batch=config.batch,
+        labels=config.labels,
+        loop=config.loop,
+        block=config.eval.block,
+        seed=config.seed,
+        checkpoints=checkpoints,
+        guard=CollapseGuard(margin=config.loss.margin_min, num_negatives=config.loss.num_negatives),
+        evaluate=lambda params, labels: evaluate.evaluate_model(
+            model, params, labels, dataset, k=k, block=config.eval.block, titles=False
+        )["metrics"],
+    )
+    plan = trainer.plan(like)
+    plan.check()
+    print(plan)
+
     params = first_params(config, model, dataset, pretrained)
     params = jax.device_put(params, sharding.shardings_of(boxed, mesh))
-    checkpoints = Checkpoints(os.path.join(config.workdir, runs.CHECKPOINTS), keep=config.loop.keep)
     resumed = checkpoints.latest_step()
     if resumed is None:
         params, labels, bank = loop.initial_labels(
@@ -163,31 +193,8 @@ def train(config: Config) -> None:
         bank = loop.empty_bank(model, len(dataset.train))
     params, frozen = runs.split_params(params, tower)
     runs.save_frozen(config.workdir, frozen)
-    state, shardings = loop.place_state(model, boxed, params, frozen, tx, labels, bank)
+    state = loop.place_state(like, params, frozen, tx, labels, bank)
     del params, frozen, pretrained, bank, labels
-
-    k = min(config.eval.k, dataset.num_labels)
-    trainer = loop.Trainer(
-        model,
-        dataset,
-        step.make_train_step(
-            model,
-            functools.partial(losses.total_loss, **dataclasses.asdict(config.loss)),
-            tx,
-            shardings,
-            centroid_momentum=0.95 if config.labels.centroids == "moving" else None,
-        ),
-        batch=config.batch,
-        labels=config.labels,
-        loop=config.loop,
-        block=config.eval.block,
-        seed=config.seed,
-        checkpoints=checkpoints,
-        guard=CollapseGuard(margin=config.loss.margin_min, num_negatives=config.loss.num_negatives),
-        evaluate=lambda params, labels: evaluate.evaluate_model(
-            model, params, labels, dataset, k=k, block=config.eval.block, titles=False
-        )["metrics"],
-    )
     clusters, position = trainer.start()
     if resumed is not None:
         state, clusters, position = checkpoints.restore(state, clusters)

@@ -218,16 +218,18 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
         params, frozen = runs.split_params(nn.unbox(runs.init_params(model, key)), tower)
         return params, jax.tree.map(lambda x: x.astype(jnp.dtype(tower.dtype)), frozen)
 
-    state, shardings = loop.place_state(
-        model,
-        boxed,
+    trained, frozen = runs.split_params(boxed, tower)
+    frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(tower.dtype)), frozen)
+    like = loop.abstract_state(model, trained, frozen, tx, len(dataset.train))
+    state = loop.place_state(
+        like,
         *jax.jit(fresh)(jax.random.key(0)),
         tx,
         model.table.init_state(np.arange(dataset.num_labels, dtype=np.int32)),
         loop.empty_bank(model, len(dataset.train)),
     )
     loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
-    train_step = step.make_train_step(model, loss_fn, tx, shardings)
+    train_step = step.make_train_step(model, loss_fn, tx, like)
     key = jax.random.key(0)
 
     def prepared(dataset: PreparedDataset, batches: list[Any], length: int | None) -> Any:

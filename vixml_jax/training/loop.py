@@ -20,6 +20,8 @@ from vixml_jax.labels.centroids import exact_centroids
 from vixml_jax.structs import LabelState, TrainState
 from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.clustering import balanced_clusters, numbered_by_first_row
+from vixml_jax.training.plan import MemoryPlan, plan_memory
+from vixml_jax.training.step import TrainStep
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
 
 
@@ -40,56 +42,76 @@ class Position:
     clustered: bool
 
 
-def place_state(
+def abstract_state(
     model: Model,
-    boxed: Any,
+    trained: Any,
+    frozen: Any,
+    optimizer: optax.GradientTransformation,
+    num_queries: int,
+) -> TrainState:
+    """Shape, dtype and sharding of each array of a state.
+
+    Args:
+      model: Where to.
+      trained: Abstract parameters with their logical axes (of `jax.eval_shape`).
+      frozen: Those that are not trained, alike.
+      optimizer: Whose state it holds.
+      num_queries: Training queries.
+    """
+    mesh = model.mesh
+    whole, rows = sharding.replicated(mesh), sharding.rows_sharding(mesh)
+
+    def spread(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    places = sharding.shardings_of(trained, mesh)
+    params = jax.tree.map(spread, nn.unbox(trained), places)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_places = optax.tree.map_params(
+        optimizer, lambda _, place: place, opt_state, places, transform_non_params=lambda _: whole
+    )
+    labels = jax.eval_shape(lambda: model.table.init_state(np.zeros(model.table.num_labels)))
+    width = model.table.width
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), np.int32, sharding=whole),
+        params=params,
+        frozen=jax.tree.map(spread, nn.unbox(frozen), sharding.shardings_of(frozen, mesh)),
+        opt_state=jax.tree.map(spread, opt_state, opt_places),
+        labels=jax.tree.map(lambda x: spread(x, rows), labels),
+        bank=jax.ShapeDtypeStruct(
+            (sharding.pad_rows(num_queries, mesh), width), np.float32, sharding=rows
+        ),
+    )
+
+
+def place_state(
+    like: TrainState,
     params: Any,
     frozen: Any,
     optimizer: optax.GradientTransformation,
     labels: LabelState,
     bank: np.ndarray,
-) -> tuple[TrainState, Any]:
-    """The first state, each array where it will stay, and its shardings.
+) -> TrainState:
+    """The first state, each array where it will stay.
 
     Args:
-      model: Where to.
-      boxed: Abstract parameters with their logical axes (`jax.eval_shape` of `init_params`), frozen
-        ones among them.
+      like: From `abstract_state`.
       params: The parameters that are trained, unboxed, on host or device.
       frozen: Those that are not.
       optimizer: Whose state to make.
-      labels: The label state, placed.
+      labels: The label state.
       bank: Unit embeddings of the training queries, padded to the mesh.
     """
-    whole, rows = sharding.replicated(model.mesh), sharding.rows_sharding(model.mesh)
-    trained, kept = trees.partition(boxed, trees.paths(params).__contains__)
-    param_shardings = sharding.shardings_of(trained, model.mesh)
-    frozen_shardings = sharding.shardings_of(kept, model.mesh)
-    opt_shardings = optax.tree.map_params(
-        optimizer,
-        lambda _, place: place,
-        jax.eval_shape(optimizer.init, nn.unbox(trained)),
-        param_shardings,
-        transform_non_params=lambda _: whole,
-    )
-    shardings = TrainState(
-        step=whole,
-        params=param_shardings,
-        frozen=frozen_shardings,
-        opt_state=opt_shardings,
-        labels=LabelState(rows, rows),
-        bank=rows,
-    )
-    params = jax.device_put(params, param_shardings)
-    state = TrainState(
-        step=jax.device_put(np.int32(0), whole),
+    places = jax.tree.map(lambda x: x.sharding, like)
+    params = jax.device_put(params, places.params)
+    return TrainState(
+        step=jax.device_put(np.int32(0), places.step),
         params=params,
-        frozen=jax.device_put(frozen, frozen_shardings),
-        opt_state=jax.jit(optimizer.init, out_shardings=opt_shardings)(params),
-        labels=labels,
-        bank=jax.device_put(bank, rows),
+        frozen=jax.device_put(frozen, places.frozen),
+        opt_state=jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
+        labels=jax.device_put(labels, places.labels),
+        bank=jax.device_put(bank, places.bank),
     )
-    return state, shardings
 
 
 def empty_bank(model: Model, num_queries: int) -> np.ndarray:
@@ -160,7 +182,7 @@ class Trainer:
         self,
         model: Model,
         dataset: PreparedDataset,
-        train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+        train_step: TrainStep,
         *,
         batch: BatchConfig,
         labels: LabelsConfig,
@@ -177,7 +199,6 @@ class Trainer:
         self.checkpoints, self.guard, self.evaluate = checkpoints, guard, evaluate
         self.num_queries = len(dataset.train)
         self.steps_per_epoch = math.ceil(self.num_queries / batch.size)
-        self.shapes: set[int] = set()
         self._key = jax.random.key(seed)
         self._weights = None
         if batch.positives == "inverse_propensity":
@@ -207,6 +228,11 @@ class Trainer:
             Position(0, None, self.batch.cluster_size, False),
         )
 
+    def plan(self, like: TrainState) -> MemoryPlan:
+        """What memory the run needs, from the program of its first batch."""
+        batch = sharding.to_devices(next(self._batches(*self.start())), self.model.mesh)
+        return plan_memory(like, self.train_step.program(batch, self._key))
+
     def run(
         self,
         state: TrainState,
@@ -229,10 +255,9 @@ class Trainer:
             return sampling.clustered_order(clusters, rng)
         return sampling.shuffled_order(self.num_queries, rng)
 
-    def _run_batches(
-        self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
-    ) -> TrainState:
-        batches = pipeline.epoch_batches(
+    def _batches(self, clusters: np.ndarray, position: Position) -> Any:
+        """A grain iterator over an epoch's batches, at its start."""
+        return pipeline.epoch_batches(
             self.dataset,
             self._order(clusters, position),
             epoch=position.epoch,
@@ -243,12 +268,16 @@ class Trainer:
             prefetch=self.batch.prefetch,
             **self._packing,
         )
+
+    def _run_batches(
+        self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
+    ) -> TrainState:
+        batches = self._batches(clusters, position)
         if position.batches is not None:
             batches.set_state(position.batches)
         step, last = int(state.step), (position.epoch + 1) * self.steps_per_epoch
         unread: list[dict[str, jax.Array]] = []
         for batch in batches:
-            self.shapes.add(len(batch.items.tokens))
             state, scalars = self.train_step(
                 state, sharding.to_devices(batch, self.model.mesh), self._key
             )
@@ -264,11 +293,6 @@ class Trainer:
                     unread = []
                 there = dataclasses.replace(position, batches=batches.get_state())
                 self._save(state, clusters, there)
-        if self.train_step._cache_size() > len(self.shapes):
-            raise RuntimeError(
-                f"the step was compiled {self.train_step._cache_size()} times for "
-                f"{len(self.shapes)} shapes of batches"
-            )
         return state
 
     def _report(

@@ -17,22 +17,49 @@ from vixml_jax.structs import Batch, LabelState, TrainState
 LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
+class TrainStep:
+    """The training step, compiled once a shape of batches: (state, batch, key) -> state, scalars.
+
+    The state is donated and keeps its shardings; scalars are float32.
+
+    Args:
+      jitted: What is compiled.
+      like: The state's shapes, dtypes and shardings.
+    """
+
+    def __init__(self, jitted: Any, like: TrainState):
+        self._jitted, self._like = jitted, like
+        self._programs: dict[tuple[Any, ...], jax.stages.Compiled] = {}
+
+    def program(self, batch: Batch, key: Array) -> jax.stages.Compiled:
+        """The program for batches of this shape, on the mesh; compiled if it is the first."""
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+        if shapes not in self._programs:
+            self._programs[shapes] = self._jitted.lower(self._like, batch, key).compile()
+        return self._programs[shapes]
+
+    def __call__(
+        self, state: TrainState, batch: Batch, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return self.program(batch, key)(state, batch, key)
+
+
 def make_train_step(
     model: Model,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
-    state_shardings: Any,
+    like: TrainState,
     *,
     centroid_momentum: float | None = None,
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
-    """The jitted step: donates the state, keeps its shardings, and returns a few scalars.
+) -> TrainStep:
+    """The step of a model under a loss and an optimizer.
 
     Args:
       model: Tower, combiner and table.
       loss_fn: `losses.total_loss` with its settings bound.
       optimizer: Acts on all of `state.params`; nothing touches `state.frozen`.
-      state_shardings: Of the `TrainState`, pinned on the way out, so that the next call finds
-        what it was compiled for.
+      like: Shapes, dtypes and shardings of the state; these are pinned on the way out, so that the
+        next call finds what it was compiled for.
       centroid_momentum: What a moving centroid keeps at each update (0.95); None: centroids are
         left alone.
     """
@@ -86,11 +113,11 @@ def make_train_step(
             scalars,
         )
 
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=(state_shardings, sharding.replicated(model.mesh)),
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    jitted = jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(model.mesh))
     )
+    return TrainStep(jitted, like)
 
 
 def move_centroids(
