@@ -159,6 +159,27 @@ def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
     np.testing.assert_allclose(approximate["P@5"], trained["P@5"])
 
 
+def test_evaluate_without_pictures(whole_run, capsys):
+    config = config_lib.load(os.path.join(whole_run.workdir, runs.CONFIG))
+    dataset = runs.open_dataset(config)
+    model = runs.build_model(
+        config, *runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
+    )
+    params, labels, _ = runs.restore_model(config.workdir, model)
+    hidden = evaluate.without_images(dataset, "test")
+    shown, bare = (model.encode_queries(params, data.test, block=32) for data in (dataset, hidden))
+    moved = np.abs(shown - bare).max(axis=1)
+    assert moved[::2].min() > 1e-3  # Every other query has a picture.
+    np.testing.assert_allclose(moved[1::2], 0.0, atol=1e-6)
+    evaluate.show(
+        config, model, params, labels, dataset, split="test", search="exact", hide_images=True
+    )
+    assert "this run, text " in capsys.readouterr().out
+    path = os.path.join(whole_run.workdir, "evaluation", "test-exact-without_images.json")
+    with open(path) as file:
+        assert "vote" not in json.load(file)
+
+
 def test_the_votes_that_stand_beside_a_run(whole_run):
     rows = evaluate.baseline_rows(runs.open_dataset(whole_run), 10)
     assert list(rows) == ["vote, text", "vote, picture", "vote, both"]

@@ -190,9 +190,15 @@ def open_scann(label_vectors: np.ndarray, directory: str) -> ScannIndex:
     return index
 
 
-def write_results(workdir: str, split: str, search: str, results: dict[str, Any]) -> str:
+def without_images(dataset: PreparedDataset, split: str) -> PreparedDataset:
+    """The data with the pictures of one split's queries hidden."""
+    bare = dataclasses.replace(getattr(dataset, split), images=None)
+    return dataclasses.replace(dataset, **{split: bare})
+
+
+def write_results(workdir: str, name: str, results: dict[str, Any]) -> str:
     """Writes the contract's json, metrics at its top level; returns its path."""
-    path = os.path.join(workdir, "evaluation", f"{split}-{search}.json")
+    path = os.path.join(workdir, "evaluation", f"{name}.json")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     flat = {**results["metrics"], **{k: v for k, v in results.items() if k != "metrics"}}
     report.write_json(path, flat)
@@ -226,8 +232,11 @@ def show(
     *,
     split: str,
     search: str,
+    hide_images: bool = False,
 ) -> None:
     """Evaluates, writes the json, prints the table and where it lies."""
+    if hide_images:
+        dataset = without_images(dataset, split)
     k = min(config.eval.k, dataset.num_labels)
     results = evaluate_model(
         model,
@@ -242,11 +251,13 @@ def show(
         index_dir=os.path.join(config.workdir, "evaluation", "scann"),
     )
     rows = {}
-    if config.eval.vote and split == "test":
+    if config.eval.vote and split == "test" and not hide_images:
         rows = baseline_rows(dataset, k)
         results["vote"] = rows
-    name = "this run" + (", text and pictures" if model.layout.num_images else ", text")
-    path = write_results(config.workdir, split, search, results)
+    shown = model.layout.num_images and not hide_images
+    name = "this run" + (", text and pictures" if shown else ", text")
+    saved = f"{split}-{search}" + ("-without_images" if hide_images else "")
+    path = write_results(config.workdir, saved, results)
     rows = {**rows, name: results["metrics"]}
     if "with_memory" in results:
         rows[name + ", memory"] = results["with_memory"]
@@ -278,7 +289,16 @@ def main(argv: Sequence[str]) -> None:
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     params, labels, step = runs.restore_model(config.workdir, model)
     print(f"{config.workdir}: checkpoint of step {step}")
-    show(config, model, params, labels, dataset, split=values.split, search=values.search)
+    show(
+        config,
+        model,
+        params,
+        labels,
+        dataset,
+        split=values.split,
+        search=values.search,
+        hide_images=values.hide_images,
+    )
 
 
 def define_flags() -> None:
@@ -288,6 +308,9 @@ def define_flags() -> None:
     flags.DEFINE_enum("split", "test", ["test", "train"], "Which queries to judge on.")
     flags.DEFINE_float(
         "memory_weight", None, "What the labels of near training queries count, if not as trained."
+    )
+    flags.DEFINE_boolean(
+        "hide_images", False, "Judge queries by their texts alone: what their pictures bring."
     )
     flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
 

@@ -1,0 +1,155 @@
+"""Memory of a training step by batch and chunk, adapters beside a frozen base or all of it trained.
+
+    python -m vixml_jax.benchmarks.memory [--tower=qwen2.5-0.5b] [--batches=512,2048] [--measure]
+
+What is held and what a step takes are those of the compiled program, as `train` says them before
+it starts: nothing is allocated. With --measure each step is also run, on random tokens in a process
+of its own, and the rise of the process's peak resident memory stands beside the plan.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import linen as nn
+
+from vixml_jax import errors, runs, sharding
+from vixml_jax.benchmarks import towers, train_step
+from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
+from vixml_jax.models.decoder import DecoderConfig
+from vixml_jax.structs import Batch, PackedItems
+from vixml_jax.training import loop, losses, optimizer, step
+from vixml_jax.training.plan import GIB, MemoryPlan, plan_memory
+
+WIDTH = 128  # Positions of a row.
+NUM_LABELS = 65536
+
+
+def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, step.TrainStep]:
+    """Model, optimizer, abstract state and step for one line of the table."""
+    config = Config(
+        labels=LabelsConfig(num_free=NUM_LABELS),
+        batch=BatchConfig(encode_chunk=settings["chunk"], row_width=WIDTH),
+    )
+    tower = towers.config_of(settings["tower"])
+    changes: dict[str, Any] = {"dtype": settings["dtype"], "scan": True, "remat": True}
+    if isinstance(tower, DecoderConfig):
+        changes["lora_rank"] = settings["rank"]
+    tower = dataclasses.replace(tower, **changes)
+    layout = train_step.layout_of(settings["tower"], 0)
+    model = runs.build_model(config, tower, layout, NUM_LABELS, sharding.create_mesh())
+    tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
+    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
+    trained, frozen = runs.split_params(boxed, tower)
+    frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(settings["dtype"])), frozen)
+    like = loop.abstract_state(model, trained, frozen, tx, settings["batch"])
+    loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
+    return model, tx, like, step.make_train_step(model, loss_fn, tx, like)
+
+
+def random_batch(settings: dict[str, Any], shards: int) -> Batch:
+    """Items of equal length, `WIDTH // length` to a row, in a whole number of chunks a device."""
+    rng = np.random.default_rng(0)
+    size, length = settings["batch"], settings["length"]
+    a_row = WIDTH // length
+    unit = shards * max(1, settings["chunk"])
+    rows = math.ceil(math.ceil(2 * size / a_row) / unit) * unit
+    segments = np.full((rows, WIDTH), -1, np.int32)
+    items = np.arange(rows * a_row, dtype=np.int32).reshape(rows, a_row)
+    items[items >= 2 * size] = -1
+    segments[:, : a_row * length] = np.repeat(items, length, axis=1)
+    tokens = rng.integers(0, 1000, (rows, WIDTH), np.int32)
+    positions = np.broadcast_to(np.arange(WIDTH, dtype=np.int32) % length, (rows, WIDTH)).copy()
+    packed = PackedItems(
+        tokens, segments, positions, np.full_like(tokens, -1), np.zeros((0, 1), np.float16)
+    )
+    ids = np.arange(size, dtype=np.int32)
+    return Batch(packed, ids, ids % NUM_LABELS, np.eye(size, dtype=bool))
+
+
+def plan(settings: dict[str, Any]) -> MemoryPlan:
+    """What the compiled program takes."""
+    model, _, like, train = build(settings)
+    shards = sharding.num_row_shards(model.mesh)
+    batch = sharding.to_devices(random_batch(settings, shards), model.mesh)
+    return plan_memory(like, train.program(batch, jax.random.key(0)))
+
+
+def measure(settings: dict[str, Any]) -> int:
+    """Bytes by which a step that is run raises this process's peak resident memory."""
+    model, tx, like, train = build(settings)
+
+    def fresh(key: jax.Array) -> Any:
+        params = nn.unbox(runs.init_params(model, key))
+        params, frozen = runs.split_params(params, model.tower.config)
+        return params, jax.tree.map(lambda x: x.astype(jnp.dtype(settings["dtype"])), frozen)
+
+    labels = model.table.init_state(np.zeros(NUM_LABELS, np.int32))
+    bank = loop.empty_bank(model, settings["batch"])
+    state = loop.place_state(like, *jax.jit(fresh)(jax.random.key(0)), tx, labels, bank)
+    shards = sharding.num_row_shards(model.mesh)
+    batch = sharding.to_devices(random_batch(settings, shards), model.mesh)
+    program = train.program(batch, jax.random.key(0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    state, scalars = program(state, batch, jax.random.key(0))
+    if not np.isfinite(scalars["loss"]):
+        raise RuntimeError(f"the loss is {scalars['loss']}")
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints one line a batch, a chunk and a rank."""
+    del argv
+    values = flags.FLAGS
+    decoder = isinstance(towers.config_of(values.tower), DecoderConfig)
+    print(f"{values.tower}, {values.dtype}, items of {values.length} positions; GiB a device")
+    names = ("batch", "chunk", "rank", "trained", "frozen", "optimizer", "a step", "total")
+    print("".join(f"{name:>10}" for name in names) + ("  measured" if values.measure else ""))
+    for rank in map(int, values.ranks if decoder else ["0"]):
+        for chunk in map(int, values.chunks):
+            for batch in map(int, values.batches):
+                settings = {
+                    "tower": values.tower, "dtype": values.dtype, "length": values.length,
+                    "batch": batch, "chunk": chunk, "rank": rank,
+                }  # fmt: skip
+                found = plan(settings)
+                held = ("trained parameters", "frozen parameters", "optimizer")
+                sizes = [*(found.held[name] for name in held), found.step, found.total]
+                line = f"{batch:10d}{chunk:10d}{rank:10d}"
+                line += "".join(f"{size / GIB:10.2f}" for size in sizes)
+                if values.measure:
+                    command = [sys.executable, "-m", "vixml_jax.benchmarks.memory", "--child"]
+                    said = subprocess.run(
+                        [*command, json.dumps(settings)], check=True, capture_output=True, text=True
+                    )
+                    line += f"{int(said.stdout) / GIB:10.2f}"
+                print(line, flush=True)
+
+
+def define_flags() -> None:
+    """The flags of this benchmark."""
+    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by (the start of) its name.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products, and the base.")
+    flags.DEFINE_list("batches", ["512", "1024", "2048"], "Queries of a batch, and labels.")
+    flags.DEFINE_list("chunks", ["0", "32", "128"], "Rows read at a time; 0: all.")
+    flags.DEFINE_list("ranks", ["64"], "Ranks of a decoder's adapters; 0: all of it is trained.")
+    flags.DEFINE_integer("length", 32, "Positions of an item.", lower_bound=1, upper_bound=WIDTH)
+    flags.DEFINE_boolean("measure", False, "Run each step, too, and measure.")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] == "--child":
+        print(measure(json.loads(sys.argv[2])))
+    else:
+        define_flags()
+        errors.launch(main)
