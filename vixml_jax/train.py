@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -106,6 +107,9 @@ def fresh_tower(config: Config, dataset: PreparedDataset) -> TowerConfig:
         num_kv_heads=flagged.num_heads,
         head_width=flagged.width // flagged.num_heads,
         qk_norm=True,
+        # Words of unit size, as Gemma's: drawn at 0.02 they drown in what the first layer adds, and
+        # all items look alike.
+        word_scale=math.sqrt(flagged.width),
     )
 
 

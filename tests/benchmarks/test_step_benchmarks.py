@@ -119,7 +119,7 @@ def test_full_texts_have_32_tokens(data):
 
 def test_packing_counts_what_is_empty(data):
     items = inputs.open_data(data).train
-    found = packing.measure(items, batch=40, num_images=0)
+    found = packing.measure(items, batch=40, width=64, layout=packing_lib.Layout())
     lengths = np.diff(items.tokens.offsets)
     assert found["padded to 32, text alone"][1] == pytest.approx(1 - lengths.sum() / (40 * 32))
     seconds, empty = found["packed"]

@@ -1,6 +1,6 @@
 """Items a second that are packed on the host, and the share of positions left empty.
 
-    python -m vixml_jax.benchmarks.packing [--data=DIR]
+    python -m vixml_jax.benchmarks.packing [--data=DIR] [--tower=qwen2.5-0.5b] [--images=3]
 
 Beside it the same batches padded to 32 positions an item, as the paper's program does: faster to
 write, but most of what a tower then reads is empty.
@@ -15,11 +15,11 @@ from absl import flags
 from jaxtyping import Int
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import inputs
+from vixml_jax.benchmarks import train_step
 from vixml_jax.data import packing
 from vixml_jax.data.store import Items, ranges
 
-WIDTH, PADDED = 64, 32
+PADDED = 32
 
 
 def pad(items: Items, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n t"]:
@@ -31,17 +31,18 @@ def pad(items: Items, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n t"]:
     return tokens
 
 
-def measure(items: Items, *, batch: int, num_images: int) -> dict[str, tuple[float, float]]:
+def measure(
+    items: Items, *, batch: int, width: int, layout: packing.Layout
+) -> dict[str, tuple[float, float]]:
     """Seconds of one pass over shuffled `items`, and the share of empty positions, a program."""
     order = np.random.default_rng(0).permutation(len(items))
     batches = [ids for ids in np.array_split(order, max(1, len(order) // batch)) if len(ids)]
-    layout = packing.Layout(num_images)
-    lengths = packing.item_lengths(items, width=WIDTH, layout=layout)
-    rows = packing.RowSizes.expected(float(np.mean(lengths)), batch_size=batch, width=WIDTH)
+    lengths = packing.item_lengths(items, width=width, layout=layout)
+    rows = packing.RowSizes.expected(float(np.mean(lengths)), batch_size=batch, width=width)
 
     def packed() -> Iterable[np.ndarray]:
         for ids in batches:
-            one = packing.pack(items, ids, width=WIDTH, layout=layout, rows=rows)
+            one = packing.pack(items, ids, width=width, layout=layout, rows=rows)
             yield one.segments < 0
 
     def padded() -> Iterable[np.ndarray]:
@@ -62,11 +63,13 @@ def main(argv: Sequence[str]) -> None:
     """Prints one line a program and side."""
     del argv
     values = flags.FLAGS
-    dataset = inputs.open_data(values.data)
+    settings = {"data": values.data, "images": values.images}
+    dataset = train_step.data_of(settings, full=False)
+    layout = train_step.layout_of(values.tower, values.images)
     for side in ("train", "labels"):
         items = getattr(dataset, side)
         found = [
-            measure(items, batch=values.batch, num_images=values.num_images)
+            measure(items, batch=values.batch, width=values.width, layout=layout)
             for _ in range(values.rounds)
         ]
         for name in found[0]:
@@ -81,7 +84,9 @@ def define_flags() -> None:
     """The flags of this benchmark."""
     flags.DEFINE_string("data", "glyphs", "Prepared data whose items are packed, or 'glyphs'.")
     flags.DEFINE_integer("batch", 512, "Items packed together.", lower_bound=1)
-    flags.DEFINE_integer("num_images", 0, "Pictures of an item at most.", lower_bound=0)
+    flags.DEFINE_string("tower", "all-minilm-l6", "Whose sequence is written: decoders' prompt.")
+    flags.DEFINE_integer("images", 0, "Pictures that each item is given.", lower_bound=0)
+    flags.DEFINE_integer("width", 64, "Positions of a row.", lower_bound=48)
     flags.DEFINE_integer("rounds", 5, "Passes over the data.", lower_bound=1)
 
 

@@ -1,0 +1,105 @@
+"""A tiny decoder under adapters and a tiny SigLIP, through the doors, from picture files to labels.
+
+Both start from random weights, written as Hugging Face directories: what is shown is that pictures
+pass through every door and teach the decoder more than the texts alone.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from vixml_jax.data import glyphs
+from vixml_jax.data.store import PreparedDataset
+
+ROOT = pathlib.Path(__file__).parent.parent
+WIDTH = 192
+
+
+def write_siglip(path, side, patch):
+    """A random SigLIP for square pictures of `side` pixels."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2)
+    config = transformers.SiglipVisionConfig(
+        **sizes, num_attention_heads=6, image_size=side, patch_size=patch
+    )
+    transformers.SiglipVisionModel(config).save_pretrained(path)
+    about = {
+        "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side},
+        "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
+    }  # fmt: skip
+    (path / "preprocessor_config.json").write_text(json.dumps(about))
+
+
+def write_decoder(path, vocab_size):
+    """A random Qwen3 whose words are of unit size, as those of a trained one beside its layers."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=WIDTH // 4)
+    model = transformers.Qwen3Model(
+        transformers.Qwen3Config(vocab_size=vocab_size, **sizes, **heads)
+    )
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(WIDTH**0.5)
+    model.save_pretrained(path)
+
+
+def write_items(path, prefix, items, relevance):
+    """One split in the XML repository's layout, its pictures as files."""
+    from PIL import Image
+
+    texts = [text for chunk in items.read_texts() for text in chunk]
+    (path / f"{prefix}.raw.txt").write_text("".join(f"{text}\n" for text in texts))
+    if relevance is None:
+        return
+    rows = np.split(relevance.indices, relevance.indptr[1:-1])
+    lines = [" ".join(f"{label}:1" for label in row) for row in rows]
+    sizes = " ".join(map(str, relevance.shape))
+    (path / f"{prefix}_X_Y.txt").write_text("\n".join([sizes, *lines, ""]))
+    names = []
+    for n, (pictures, present) in enumerate(
+        zip(items.images.embeddings, items.images.present, strict=True)
+    ):
+        files = [f"png/{prefix}{n}_{slot}.png" for slot in np.flatnonzero(present)]
+        for file, picture in zip(files, pictures[present], strict=True):
+            grey = np.clip(128 + 512 * picture.astype(np.float32), 0, 255).astype(np.uint8)
+            Image.fromarray(grey.reshape(glyphs.SIDE, glyphs.SIDE)).save(path / file)
+        names.append("\t".join(files))
+    (path / f"{prefix}_images.txt").write_text("\n".join([*names, ""]))
+
+
+def run(door, *flags):
+    command = [sys.executable, "-m", f"vixml_jax.{door}", *flags]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def precision(workdir):
+    return json.loads((workdir / "evaluation" / "test-exact.json").read_text())["P@1"]
+
+
+@pytest.mark.slow
+def test_a_decoder_with_pictures_beats_its_text_only_twin(tmp_path):
+    source, data, decoder = tmp_path / "glyphs", tmp_path / "data", tmp_path / "decoder"
+    (source / "png").mkdir(parents=True)
+    raw = glyphs.make()
+    write_items(source, "trn", raw.train, raw.train_relevance)
+    write_items(source, "tst", raw.test, raw.test_relevance)
+    write_items(source, "lbl", raw.labels, None)
+    write_siglip(tmp_path / "siglip", glyphs.SIDE, 4)
+    images = f"--images={tmp_path / 'siglip'}"
+    run("prepare", f"--source={source}", f"--out={data}", "--max_tokens=16", images)
+    write_decoder(decoder, PreparedDataset.open(str(data)).vocab_size)
+    found = {}
+    for num_images in (3, 0):
+        workdir = tmp_path / f"run{num_images}"
+        flags = ["--flagfile=experiments/quickstart_decoder.flags", f"--data={data}"]
+        adapters = [f"--model.pretrained={decoder}", "--lora.rank=64", "--lora.alpha=64"]
+        run("train", *flags, *adapters, f"--model.num_images={num_images}", f"--workdir={workdir}")
+        found[num_images] = precision(workdir)
+    assert found[3] > found[0] + 5, found

@@ -1,0 +1,138 @@
+"""Milliseconds a picture of a frozen SigLIP 2 vision tower, beside `transformers`' in PyTorch.
+
+    python -m vixml_jax.benchmarks.vision --peer=torch [--size=so400m]
+
+Random weights, random pixels; programs take turns in one run, each alone on the same processors:
+float32 on a CPU, bfloat16 (torch with SDPA) on a GPU.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from vixml_jax import errors
+from vixml_jax.benchmarks import train_step, workers
+
+PROGRAMS = ("ours", "torch")
+SIZES = {
+    "base": {},
+    "so400m": {
+        "image_size": 384, "patch_size": 14, "num_layers": 27, "width": 1152, "num_heads": 16,
+        "mlp_width": 4304,
+    },
+}  # fmt: skip
+
+
+def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
+    """Builds programs and embeds once with each."""
+    prepared: dict[str, workers.Prepared] = {}
+    for program in programs:
+        run = (_ours if program == "ours" else _torch)(settings)
+        run()
+        prepared[program] = {"pictures": settings["batch"]}, run
+    return prepared
+
+
+def pixels_of(settings: dict[str, Any], side: int) -> np.ndarray:
+    """Random pictures, float32 [batch, side, side, 3]."""
+    shape = (settings["batch"], side, side, 3)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def _ours(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    import jax
+    from flax import linen as nn
+
+    from vixml_jax.models.siglip import SiglipConfig, VisionTower
+
+    dtype = "bfloat16" if settings["device"] == "gpu" else "float32"
+    config = SiglipConfig(**SIZES[settings["size"]], dtype=dtype)
+    tower = VisionTower(config)
+    pixels = pixels_of(settings, config.image_size)
+
+    def fresh(key: jax.Array) -> Any:
+        made = nn.unbox(tower.init(key, pixels[:1]))["params"]
+        return jax.tree.map(lambda x: x.astype(dtype), made)
+
+    params = jax.jit(fresh)(jax.random.key(0))
+    encode = jax.jit(lambda params, pixels: tower.apply({"params": params}, pixels))
+
+    def run() -> dict[str, Any]:
+        return {"sum": float(np.asarray(encode(params, pixels), np.float32).sum())}
+
+    return run
+
+
+def _torch(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    import torch
+    import transformers
+
+    from vixml_jax.models.siglip import SiglipConfig
+
+    torch.set_num_threads(settings["threads"])
+    torch.manual_seed(0)
+    gpu = settings["device"] == "gpu"
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    c = SiglipConfig(**SIZES[settings["size"]])
+    config = transformers.SiglipVisionConfig(
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        num_hidden_layers=c.num_layers,
+        hidden_size=c.width,
+        num_attention_heads=c.num_heads,
+        intermediate_size=c.mlp_width,
+    )
+    model = transformers.SiglipVisionModel._from_config(config, attn_implementation="sdpa")
+    model = model.to(device, dtype).eval()
+    pixels = torch.from_numpy(pixels_of(settings, c.image_size)).permute(0, 3, 1, 2).contiguous()
+
+    def run() -> dict[str, Any]:
+        with torch.no_grad():
+            found = model(pixels.to(device, dtype)).pooler_output
+        return {"sum": float(found.float().sum())}
+
+    return run
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints pictures a second, the ratio, and milliseconds a picture."""
+    del argv
+    values = flags.FLAGS
+    gpu = train_step.on_gpu()
+    settings = {
+        "size": values.size,
+        "batch": values.batch or (128 if gpu else 2),
+        "threads": values.threads,
+        "device": "gpu" if gpu else "cpu",
+    }
+    said = workers.compare(
+        "vixml_jax.benchmarks.vision",
+        PROGRAMS if values.peer == "torch" else PROGRAMS[:1],
+        [("ours", "torch")],
+        settings,
+        rounds=values.rounds,
+        texts=lambda about: about["pictures"],
+        unit="pictures",
+    )
+    for name, rounds in said.items():
+        seconds = float(np.median([one["seconds"] for one in rounds]))
+        print(f"{name}: {1000 * seconds / settings['batch']:.2f} ms a picture")
+    if not gpu:
+        print("no GPU here: measured on the CPU in float32; not measured: bfloat16 on a GPU")
+
+
+def define_flags() -> None:
+    """The flags of this benchmark."""
+    flags.DEFINE_enum("peer", "torch", ["torch", "none"], "What to run beside ours.")
+    flags.DEFINE_enum("size", "so400m", list(SIZES), "so400m patch14 384, or base patch16 224.")
+    flags.DEFINE_integer("batch", 0, "Pictures embedded together; 0: as suits.", lower_bound=0)
+    flags.DEFINE_integer("rounds", 5, "Rounds of each program.", lower_bound=1)
+    flags.DEFINE_integer("threads", 1, "Processors that each program has.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    if not workers.serve(prepare):
+        define_flags()
+        errors.launch(main)
