@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from absl import flags
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
 from vixml_jax import errors, evaluate, memory, runs, sharding, trees
@@ -28,12 +29,14 @@ from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
 
 
-def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, Layout, Any]:
+def make_tower(
+    config: Config, dataset: PreparedDataset, mesh: Mesh
+) -> tuple[TowerConfig, Layout, Any]:
     """The tower's sizes, how items are written for it, its pretrained parameters (or None)."""
     flagged, params, end = config.model, None, None
     if flagged.pretrained:
         dtype = config.lora.base_dtype if config.lora.rank else "float32"
-        tower, params = hf.load_hf_tower(flagged.pretrained, dtype=dtype)
+        tower, params = hf.load_hf_tower(flagged.pretrained, dtype=dtype, mesh=mesh)
         end = hf.end_token(flagged.pretrained)
     else:
         tower = fresh_tower(config, dataset)
@@ -108,8 +111,13 @@ def fresh_tower(config: Config, dataset: PreparedDataset) -> TowerConfig:
     )
 
 
-def first_params(config: Config, model: Model, dataset: PreparedDataset, pretrained: Any) -> Any:
-    """Fresh parameters, with the pretrained tower's put in and the image projection started."""
+def first_params(
+    config: Config, model: Model, dataset: PreparedDataset, pretrained: Any, shardings: Any
+) -> Any:
+    """Fresh parameters, with the pretrained tower's put in and the image projection started.
+
+    All are made where `shardings` say; the pretrained ones lie there already.
+    """
     given = {"tower": pretrained} if pretrained is not None else {}
     known = trees.paths(given)
 
@@ -118,21 +126,23 @@ def first_params(config: Config, model: Model, dataset: PreparedDataset, pretrai
         params = nn.unbox(runs.init_params(model, key))
         return trees.partition(params, lambda path: path not in known)[0]
 
-    params = trees.merge(jax.jit(fresh)(jax.random.key(config.seed)), given)
+    places, _ = trees.partition(shardings, lambda path: path not in known)
+    made = jax.jit(fresh, out_shardings=places)(jax.random.key(config.seed))
+    params = trees.merge(made, given)
     if model.layout.num_images and config.model.image_init == "regression":
         scale = model.tower.config.word_scale
-        words = np.asarray(params["tower"]["word_embeddings"], np.float32) * scale
+        words = np.asarray(params["tower"]["word_embeddings"].astype(np.float32) * scale)
         found = warm_start.regress_images(dataset, words)
         if found is not None:
             params["tower"]["image_projection"] = {"kernel": found[0], "bias": found[1]}
-    return params
+    return jax.device_put(params, shardings)
 
 
 def train(config: Config) -> None:
     """Trains as the flags say, from where the run directory stands, and evaluates."""
     dataset = runs.open_dataset(config)
     mesh = runs.make_mesh(config)
-    tower, layout, pretrained = make_tower(config, dataset)
+    tower, layout, pretrained = make_tower(config, dataset, mesh)
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     if config.batch.size > len(dataset.train):
         raise InputError(
@@ -145,8 +155,7 @@ def train(config: Config) -> None:
     total_steps = config.loop.epochs * steps_per_epoch
     tx = optimizer.make_optimizer(total_steps=total_steps, **dataclasses.asdict(config.optimizer))
     boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
-    params = first_params(config, model, dataset, pretrained)
-    params = jax.device_put(params, sharding.shardings_of(boxed, mesh))
+    params = first_params(config, model, dataset, pretrained, sharding.shardings_of(boxed, mesh))
     checkpoints = Checkpoints(os.path.join(config.workdir, runs.CHECKPOINTS), keep=config.loop.keep)
     resumed = checkpoints.latest_step()
     if resumed is None:
