@@ -17,6 +17,8 @@ LINEN = {
     "train.py",
     "benchmarks/train_step.py",
     "benchmarks/encode.py",
+    "benchmarks/memory.py",
+    "benchmarks/vision.py",
 }
 # A room and the rooms that it must not reach, by the first parts of the module's name.
 FORBIDDEN = {

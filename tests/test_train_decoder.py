@@ -12,11 +12,12 @@ import transformers
 from tiny import assert_same_state, configuration, final_state, make_data
 
 from vixml_jax import config as config_lib
-from vixml_jax import evaluate, runs, train, trees
+from vixml_jax import evaluate, runs, sharding, train, trees
 from vixml_jax.config import LoraConfig, PromptConfig
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf
+from vixml_jax.training import loop, optimizer
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,29 @@ def test_the_base_is_frozen_and_kept_once(whole_run, checkpoint):
     # Of the frozen weights there is neither a copy in the checkpoints nor a moment.
     saved = [name for name in final_state(whole_run) if "blocks" in name or "word_emb" in name]
     assert saved and all("lora_" in name for name in saved)
+
+
+def test_what_was_read_is_never_copied(data, checkpoint, tmp_path, monkeypatch):
+    config = decoder_run(data, checkpoint, tmp_path / "run")
+    dataset, mesh = runs.open_dataset(config), runs.make_mesh(config)
+    tower, layout = train.make_tower(config, dataset)
+    model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
+    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
+    read, load = [], hf.load_hf_tower
+    monkeypatch.setattr(hf, "load_hf_tower", lambda *a, **k: read.append(load(*a, **k)) or read[0])
+    params = train.first_params(config, model, dataset, sharding.shardings_of(boxed, mesh))
+    params, frozen = runs.split_params(params, tower)
+    tx = optimizer.make_optimizer(total_steps=1, **dataclasses.asdict(config.optimizer))
+    like = loop.abstract_state(model, *runs.split_params(boxed, tower), tx, len(dataset.train))
+    labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
+    bank = loop.empty_bank(model, len(dataset.train))
+    state = loop.place_state(like, params, frozen, tx, labels, bank)
+
+    def addresses(x):
+        return [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards]
+
+    there, kept = (jax.tree.map(addresses, x) for x in (read[0][1], state.frozen["tower"]))
+    assert there == kept
 
 
 def test_stopped_and_resumed_it_is_the_same(data, checkpoint, whole_run, tmp_path, monkeypatch):

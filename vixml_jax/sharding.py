@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,23 +26,29 @@ AXIS_RULES = (
 )
 
 
-def create_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one size may be -1 and takes what the others leave.
+def create_mesh(
+    replica: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh over devices, None: all; one size may be -1 and takes what the others leave.
 
     Raises:
       ValueError: If the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     sizes = [replica, fsdp, tensor]
     if sizes.count(-1) == 1:
         known = -int(np.prod(sizes))
-        sizes[sizes.index(-1)] = max(1, devices // known)
-    if int(np.prod(sizes)) != devices:
+        sizes[sizes.index(-1)] = max(1, len(devices) // known)
+    if int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs "
-            f"{int(np.prod(sizes))} devices, found {devices}"
+            f"{int(np.prod(sizes))} devices, found {len(devices)}"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def num_row_shards(mesh: Mesh) -> int:
@@ -74,16 +80,22 @@ def shardings_of(abstract: Any, mesh: Mesh) -> Any:
       mesh: Where to place it. An axis that does not divide a dimension is left whole.
     """
     specs = nn.get_partition_spec(abstract)
+    return jax.tree.map(
+        lambda leaf, spec: sharding_of(leaf.shape, tuple(spec), mesh), nn.unbox(abstract), specs
+    )
 
-    def one(leaf: Any, spec: P) -> NamedSharding:
-        mapped = nn.logical_to_mesh_axes(tuple(spec), AXIS_RULES)
-        fitted = [
-            axis if axis is None or size % _axis_size(mesh, axis) == 0 else None
-            for size, axis in itertools.zip_longest(leaf.shape, tuple(mapped)[: len(leaf.shape)])
-        ]
-        return NamedSharding(mesh, P(*fitted))
 
-    return jax.tree.map(one, nn.unbox(abstract), specs)
+def sharding_of(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of an array, by the logical axis of each dimension; missing ones are None.
+
+    An axis of the mesh that does not divide a dimension leaves it whole.
+    """
+    mapped = nn.logical_to_mesh_axes(names, AXIS_RULES)
+    fitted = [
+        axis if axis is None or size % _axis_size(mesh, axis) == 0 else None
+        for size, axis in itertools.zip_longest(shape, tuple(mapped)[: len(shape)])
+    ]
+    return NamedSharding(mesh, P(*fitted))
 
 
 def _axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:

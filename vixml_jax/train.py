@@ -30,12 +30,11 @@ from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
 
 
-def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, Layout, Any]:
-    """The tower's sizes, how items are written for it, its pretrained parameters (or None)."""
-    flagged, params, end = config.model, None, None
+def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, Layout]:
+    """The tower's sizes, and how items are written for it; no weight is read."""
+    flagged, end = config.model, None
     if flagged.pretrained:
-        dtype = config.lora.base_dtype if config.lora.rank else "float32"
-        tower, params = hf.load_hf_tower(flagged.pretrained, dtype=dtype)
+        tower = hf.read_hf_config(flagged.pretrained)
         end = hf.end_token(flagged.pretrained)
     else:
         tower = fresh_tower(config, dataset)
@@ -71,7 +70,8 @@ def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, L
         tower = dataclasses.replace(tower, **changes)
     except ValueError as error:
         raise InputError(f"--lora.maps={','.join(config.lora.maps)}: {error}") from None
-    if dataset.vocab_size > tower.vocab_size:
+    # Some tokenizers name more tokens than their model has rows for; what counts is what is used.
+    if dataset.vocab_size > tower.vocab_size and _largest_token(dataset) >= tower.vocab_size:
         raise InputError(
             f"--data={config.data} was tokenised with {dataset.vocab_size} tokens, but "
             f"--model.pretrained={flagged.pretrained} knows {tower.vocab_size}: prepare it again "
@@ -86,7 +86,12 @@ def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, L
         raise InputError(f"{takes}: above the {tower.max_positions} positions of the tower")
     if longest > config.batch.row_width:
         raise InputError(f"--batch.row_width={config.batch.row_width} is too narrow: {takes}")
-    return tower, layout, params
+    return tower, layout
+
+
+def _largest_token(dataset: PreparedDataset) -> int:
+    sides = (dataset.train, dataset.test, dataset.labels)
+    return max(int(np.max(side.tokens.values, initial=0)) for side in sides)
 
 
 def fresh_tower(config: Config, dataset: PreparedDataset) -> TowerConfig:
@@ -113,9 +118,16 @@ def fresh_tower(config: Config, dataset: PreparedDataset) -> TowerConfig:
     )
 
 
-def first_params(config: Config, model: Model, dataset: PreparedDataset, pretrained: Any) -> Any:
-    """Fresh parameters, with the pretrained tower's put in and the image projection started."""
-    given = {"tower": pretrained} if pretrained is not None else {}
+def first_params(config: Config, model: Model, dataset: PreparedDataset, shardings: Any) -> Any:
+    """The pretrained tower's parameters, fresh ones beside them, the image projection started.
+
+    All are read or made where `shardings` say.
+    """
+    given = {}
+    if config.model.pretrained:
+        dtype = config.lora.base_dtype if config.lora.rank else "float32"
+        _, weights = hf.load_hf_tower(config.model.pretrained, dtype=dtype, mesh=model.mesh)
+        given = {"tower": weights}
     known = trees.paths(given)
 
     def fresh(key: jax.Array) -> Any:
@@ -123,21 +135,23 @@ def first_params(config: Config, model: Model, dataset: PreparedDataset, pretrai
         params = nn.unbox(runs.init_params(model, key))
         return trees.partition(params, lambda path: path not in known)[0]
 
-    params = trees.merge(jax.jit(fresh)(jax.random.key(config.seed)), given)
+    places, _ = trees.partition(shardings, lambda path: path not in known)
+    made = jax.jit(fresh, out_shardings=places)(jax.random.key(config.seed))
+    params = trees.merge(made, given)
     if model.layout.num_images and config.model.image_init == "regression":
         scale = model.tower.config.word_scale
-        words = np.asarray(params["tower"]["word_embeddings"], np.float32) * scale
+        words = np.asarray(params["tower"]["word_embeddings"].astype(np.float32) * scale)
         found = warm_start.regress_images(dataset, words)
         if found is not None:
             params["tower"]["image_projection"] = {"kernel": found[0], "bias": found[1]}
-    return params
+    return jax.device_put(params, shardings)
 
 
 def train(config: Config) -> None:
     """Trains as the flags say, from where the run directory stands, and evaluates."""
     dataset = runs.open_dataset(config)
     mesh = runs.make_mesh(config)
-    tower, layout, pretrained = make_tower(config, dataset)
+    tower, layout = make_tower(config, dataset)
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     if config.batch.size > len(dataset.train):
         raise InputError(
@@ -180,8 +194,7 @@ def train(config: Config) -> None:
     plan.check()
     print(plan)
 
-    params = first_params(config, model, dataset, pretrained)
-    params = jax.device_put(params, sharding.shardings_of(boxed, mesh))
+    params = first_params(config, model, dataset, sharding.shardings_of(boxed, mesh))
     resumed = checkpoints.latest_step()
     if resumed is None:
         params, labels, bank = loop.initial_labels(
@@ -198,7 +211,7 @@ def train(config: Config) -> None:
     params, frozen = runs.split_params(params, tower)
     runs.save_frozen(config.workdir, frozen)
     state = loop.place_state(like, params, frozen, tx, labels, bank)
-    del params, frozen, pretrained, bank, labels
+    del params, frozen, bank, labels
     clusters, position = trainer.start()
     if resumed is not None:
         state, clusters, position = checkpoints.restore(state, clusters)

@@ -37,6 +37,7 @@ class Worker:
                 "OMP_NUM_THREADS": str(threads),
             },
         )
+        self.pid = self._process.pid
         self.about = self._read()
 
     def time(self, program: str) -> dict[str, Any]:

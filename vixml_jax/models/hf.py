@@ -1,14 +1,19 @@
 """Towers from Hugging Face checkpoints and back: safetensors, one tensor at a time."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from vixml_jax import axes, sharding
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf_names
 from vixml_jax.models.decoder import DecoderConfig
@@ -21,59 +26,63 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 
 
-def load_hf_tower(
-    directory_or_name: str, *, dtype: str = "float32"
-) -> tuple[TowerConfig, dict[str, Any]]:
-    """The sizes and the numpy parameters of a tower: BERT family, or one of four decoders.
+def read_hf_config(directory_or_name: str) -> TowerConfig:
+    """The sizes of a tower, as `load_hf_tower` gives them, without reading a weight.
 
-    The parameters are those of `Tower.init`, without image projection and adapters. One tensor at
-    a time is read, and put where it belongs in its stack.
+    Raises:
+      InputError: If there is no such model, or if it is none of the families.
+    """
+    path = os.path.join(resolve(directory_or_name), CONFIG)
+    return hf_names.read_config(path, _read_json(path), hf_names.TOWERS)[1]
+
+
+def load_hf_tower(
+    directory_or_name: str, *, dtype: str = "float32", mesh: Mesh | None = None
+) -> tuple[TowerConfig, dict[str, Any]]:
+    """The sizes and the parameters of a tower: BERT family, or one of four decoders.
+
+    The parameters are those of `Tower.init`, without image projection and adapters. Names and
+    shapes are checked before anything is read. Then one tensor at a time goes from its file
+    straight to where it stays: each device reads its own part, and turns and casts it itself.
 
     Args:
       directory_or_name: A directory with config.json and model.safetensors (whole, or in parts
         with their index), or the name of a model on the Hugging Face hub.
       dtype: Of the parameters: "float32" or "bfloat16".
+      mesh: Where they lie, by their logical axes; None: whole, on the first device.
 
     Raises:
       InputError: If there is no such model, if it is none of the families, or if its tensors are
         not those that its config asks for; all that differ are named.
     """
-    config, params = _load(directory_or_name, hf_names.TOWERS, dtype)
-    return config, params
+    return _load(directory_or_name, hf_names.TOWERS, dtype, mesh)
 
 
 def load_hf_vision(
-    directory_or_name: str, *, dtype: str = "float32"
+    directory_or_name: str, *, dtype: str = "float32", mesh: Mesh | None = None
 ) -> tuple[SiglipConfig, dict[str, Any]]:
-    """The sizes and the numpy parameters of a SigLIP vision tower, those of `VisionTower.init`.
+    """The sizes and the parameters of a SigLIP vision tower, those of `VisionTower.init`.
 
     Args:
       directory_or_name: As for `load_hf_tower`; a whole SigLIP model will do.
       dtype: Of the parameters: "float32" or "bfloat16".
+      mesh: Where they lie, by their logical axes; None: whole, on the first device.
 
     Raises:
       InputError: As `load_hf_tower`.
     """
-    config, params = _load(directory_or_name, hf_names.VISION, dtype)
-    return config, params
+    return _load(directory_or_name, hf_names.VISION, dtype, mesh)
 
 
 def _load(
-    directory_or_name: str, families: Collection[str], dtype: str
+    directory_or_name: str, families: Collection[str], dtype: str, mesh: Mesh | None
 ) -> tuple[Any, dict[str, Any]]:
     directory = resolve(directory_or_name)
     path = os.path.join(directory, CONFIG)
     family, config = hf_names.read_config(path, _read_json(path), families)
     sizes = sizes_of(config)
     expected = hf_names.TENSORS[family].expected(config)
-    params: dict[str, np.ndarray] = {}
-    for place, layer in expected.values():
-        if place.path not in params:
-            shape = tuple(sizes[letter] for letter in place.ours)
-            stack = () if layer is None else (config.num_layers,)
-            params[place.path] = np.empty((*stack, *shape), dtype)
-
-    faults, missing = [], dict(expected)
+    found, faults = {}, []
     for name, tensor in _tensors(directory):
         short = re.sub(hf_names.PREFIXES, "", name)
         # Checkpoints made from TensorFlow's call the weight and bias of a norm gamma and beta.
@@ -83,24 +92,80 @@ def _load(
         if short not in expected:
             faults.append(f"{name} is unexpected")
             continue
-        missing.pop(short, None)
-        place, layer = expected[short]
-        wanted = [int(np.prod([sizes[i] for i in letters])) for letters in place.theirs]
-        found = list(tensor.get_shape())
-        if found != wanted:
-            faults.append(f"{name} has shape {found}, expected {wanted}")
-            continue
-        letters = "".join(place.theirs)
-        value = tensor[:].reshape([sizes[i] for i in letters])
-        value = value.transpose([letters.index(i) for i in place.ours])
-        params[place.path][... if layer is None else layer] = value
-    faults += [f"{name} is missing" for name in missing]
+        found[short] = tensor
+        shape, wanted = tensor.get_shape(), list(expected[short][0].shape(sizes))
+        if shape != wanted:
+            faults.append(f"{name} has shape {shape}, expected {wanted}")
+    faults += [f"{name} is missing" for name in expected if name not in found]
     if faults:
         raise InputError(
             f"{directory}: the tensors are not those that {CONFIG} asks for ({family}, "
             f"{config.num_layers} layers of width {config.width}): {'; '.join(faults)}"
         )
-    return config, _nest(params)
+
+    mesh = mesh or sharding.create_mesh(devices=jax.local_devices()[:1])
+    layers: dict[hf_names.Place, dict[int | None, Any]] = {}
+    for name, (place, layer) in expected.items():
+        layers.setdefault(place, {})[layer] = found[name]
+    # Largest first: what stands beside a tensor on its way is small once most are there.
+    order = sorted(layers, key=lambda place: -math.prod(place.shape(sizes)))
+    return config, _nest(
+        {place.path: _parameter(place, layers[place], sizes, dtype, mesh) for place in order}
+    )
+
+
+def _parameter(
+    place: hf_names.Place,
+    layers: Mapping[int | None, Any],
+    sizes: Mapping[str, int],
+    dtype: str,
+    mesh: Mesh,
+) -> jax.Array:
+    """A parameter, laid out, from its tensors by layer, or from the one that it is, under None."""
+    shape = tuple(sizes[i] for i in place.ours)
+    ours = sharding.sharding_of(shape, axes.logical(place.ours), mesh)
+    # Their dimensions are spread as the first letter of each is, so that a device reads no more
+    # than it keeps; what is spread by a letter within is cut when it is turned.
+    spread = dict(zip(place.ours, ours.spec, strict=True))
+    theirs = NamedSharding(mesh, P(*(spread.get(group[:1]) for group in place.theirs)))
+    letters = "".join(place.theirs)
+    split, order = tuple(sizes[i] for i in letters), tuple(letters.index(i) for i in place.ours)
+    turn = jax.jit(_turned, static_argnums=(1, 2, 3), out_shardings=ours)
+
+    def read(tensor: Any, cast: str | None) -> jax.Array:
+        parts: dict[str, np.ndarray] = {}  # What several devices keep is read once.
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if str(index) not in parts:
+                parts[str(index)] = tensor[index]
+            return parts[str(index)]
+
+        found = jax.make_array_from_callback(place.shape(sizes), theirs, part)
+        return turn(found, split, order, cast)
+
+    if None in layers:
+        return read(layers[None], dtype).block_until_ready()
+    whole = NamedSharding(mesh, P(None, *ours.spec))
+    stack = jnp.zeros((len(layers), *shape), dtype, device=whole)
+    put = jax.jit(_put, donate_argnums=0, out_shardings=whole)
+    for layer, tensor in layers.items():
+        # XLA's CPU backend takes twice as long where it turns and casts at once. The next tensor
+        # must not be read before this one is gone.
+        stack = put(stack, read(tensor, None), layer).block_until_ready()
+    return stack
+
+
+def _turned(
+    tensor: jax.Array, split: tuple[int, ...], order: tuple[int, ...], dtype: str | None
+) -> jax.Array:
+    """A tensor of Hugging Face's as ours; its dtype kept where there is none to cast to."""
+    turned = tensor.reshape(split).transpose(order)
+    return turned if dtype is None else turned.astype(dtype)
+
+
+def _put(stack: jax.Array, one: jax.Array, layer: jax.Array) -> jax.Array:
+    """The stack with one of its layers in place."""
+    return jax.lax.dynamic_update_index_in_dim(stack, one.astype(stack.dtype), layer, 0)
 
 
 def end_token(directory_or_name: str) -> int | None:
@@ -155,8 +220,7 @@ def save_hf_tower(
         letters = "".join(place.theirs)
         value = value.reshape([sizes[i] for i in place.ours])
         value = value.transpose([place.ours.index(i) for i in letters])
-        wanted = [int(np.prod([sizes[i] for i in group])) for group in place.theirs]
-        tensors[name] = np.ascontiguousarray(value.reshape(wanted))
+        tensors[name] = np.ascontiguousarray(value.reshape(place.shape(sizes)))
     dtype = str(next(iter(tensors.values())).dtype)
     about |= {"dtype": dtype, "architectures": [hf_names.BARE_MODELS[family]]}
     about.pop("torch_dtype", None)
@@ -285,9 +349,8 @@ def _tensors(directory: str) -> Iterator[tuple[str, Any]]:
                 f"{path}: not found; expected the weights as {WEIGHTS}, or in parts with {INDEX}"
             )
         try:
-            with safetensors.safe_open(path, framework="np") as tensors:
-                for name in tensors.keys():
-                    yield name, tensors.get_slice(name)
+            tensors = safetensors.safe_open(path, framework="np")
+            yield from ((name, tensors.get_slice(name)) for name in tensors.keys())
         except safetensors.SafetensorError as error:
             raise InputError(f"{path}: truncated or not safetensors: {error}") from None
 
@@ -307,7 +370,7 @@ def _read_json(path: str) -> dict[str, Any]:
     return found
 
 
-def _nest(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+def _nest(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         node = tree

@@ -19,6 +19,10 @@ class Place(NamedTuple):
     theirs: tuple[str, ...]  # Letters of each dimension of the tensor.
     ours: str  # Letters of our array, without that of the layers.
 
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return tuple(math.prod(sizes[letter] for letter in group) for group in self.theirs)
+
 
 class Tensors(NamedTuple):
     """The tensors of a family, by the name that `transformers` gives them in the bare model."""

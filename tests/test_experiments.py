@@ -1,0 +1,147 @@
+"""The flag files of the paper's experiments: each parses, and its model is the published one."""
+
+import json
+import math
+import pathlib
+import re
+import types
+
+import jax
+import pytest
+import tokenizers
+from absl import flags
+from flax import linen as nn
+
+from vixml_jax import config as config_lib
+from vixml_jax import runs, train
+from vixml_jax.benchmarks import towers
+from vixml_jax.models import hf
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted((ROOT / "experiments").glob("*.flags"))
+PAPER = [f for f in FILES if re.match(r"lf_|mm_", f.name)]
+# Data sets of the XML repository (and MUFIN's), with the paper's: labels, length of a text.
+DATA = {
+    "lf_amazontitles_131k": (131_073, 32),
+    "lf_amazon_131k": (131_073, 128),
+    "mm_amazontitles_300k": (303_296, 32),
+    "lf_amazontitles_1.3m": (1_305_265, 32),
+    "lf_wikiseealso": (312_330, 128),
+    "lf_wiki": (501_070, 256),
+}
+# What is read of each tower: as published, without heads that a tower does not have.
+PUBLISHED = {
+    "minilm_l3": 17_241_984,
+    "distilbert": 66_362_880,
+    "e5_base": 108_891_648,
+    "qwen2.5_0.5b": 494_032_768,
+    "qwen2.5_3b": 3_085_938_688,
+    "qwen2.5_7b": 7_070_619_136,
+    "llama3.2_3b": 3_212_749_824,
+    "gemma3_4b": 3_880_263_168,
+    "qwen3_embedding_4b": 4_021_774_336,
+}
+
+
+@pytest.fixture(scope="module")
+def parse():
+    values = flags.FLAGS
+    if "batch.size" not in values:
+        config_lib.define_flags()
+
+    def read(path):
+        values.unparse_flags()
+        for name in values:
+            values[name].unparse()
+        values(["train", f"--flagfile={path.relative_to(ROOT)}"])
+        return config_lib.from_flags(values)
+
+    yield read
+    for name in values:
+        values[name].unparse()
+    values.mark_as_parsed()
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path, monkeypatch):
+    """A hub that has nothing but the published config.json of each tower; flag files by name."""
+    monkeypatch.chdir(ROOT)
+
+    def resolve(name):
+        path = tmp_path / name
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(towers.about(name)))
+        return str(path)
+
+    monkeypatch.setattr(hf, "resolve", resolve)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    words = {word: n for n, word in enumerate(["[UNK]", "This", "product", "text", "image"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(path))
+    return str(path)
+
+
+def dataset_of(length, tokenizer):
+    return types.SimpleNamespace(
+        image_width=1152, vocab_size=100, max_tokens=length, tokenizer=tokenizer
+    )
+
+
+def sizes_of(tree):
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nn.unbox(tree)))
+
+
+def parts(path):
+    name = next(name for name in sorted(DATA, key=len)[::-1] if path.name.startswith(name))
+    return name, path.name.removesuffix(".flags").removeprefix(name).lstrip("_") or "distilbert"
+
+
+def test_there_is_one_for_every_tower_and_data_set():
+    found = {parts(path) for path in PAPER}
+    paper = {(data, tower) for data in DATA if "wiki" not in data for tower in PUBLISHED}
+    assert found == paper | {("lf_wiki", "distilbert"), ("lf_wikiseealso", "distilbert")}
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_it_parses_and_builds_the_published_model(path, parse, tokenizer):
+    data, name = parts(path)
+    config = parse(path)
+    num_labels, length = DATA[data]
+    tower, layout = train.make_tower(config, dataset_of(length, tokenizer))
+    model = runs.build_model(config, tower, layout, num_labels, runs.make_mesh(config))
+    params = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
+    trained, frozen = runs.split_params(params, tower)
+    images = 1153 * tower.width if config.model.num_images else 0
+    d = tower.width
+    # Four d x d products and two of 1,024 with biases, two norms; one free vector a cluster.
+    beside = 4 * d * d + 4 * d + 2 * 1024 * d + 1024 + d + 4 * d + 65_536 * d
+    if name in ("minilm_l3", "distilbert", "e5_base"):
+        assert not frozen and sizes_of(trained) == PUBLISHED[name] + images + beside
+        assert (config.loop.epochs, config.optimizer.clip_norm) == (
+            80 if "wiki" in data else 150, 0.0,
+        )  # fmt: skip
+    else:
+        assert sizes_of(frozen) == PUBLISHED[name]
+        q, kv = tower.num_heads * tower.head_width, tower.num_kv_heads * tower.head_width
+        m = tower.mlp_width
+        pairs = [(d, q), (d, kv), (d, kv), (q, d), (d, m), (d, m), (m, d)]
+        adapters = tower.num_layers * 256 * sum(one + other for one, other in pairs)
+        assert sizes_of(trained) == adapters + images + beside
+        assert tower.lora_scale == 16.0 and config.optimizer.learning_rate == 5e-5
+    assert config.batch.size == 2048 and config.data.startswith(f"data/{data}_")
+    said = path.read_text()
+    assert f"--max_tokens={length}\n" in said and f"--out={config.data} " in said
+    if "wiki" in data:
+        a, b = ("0.5", "0.4") if data == "lf_wiki" else ("0.55", "1.5")
+        assert f"--propensity_a={a} --propensity_b={b}" in said
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f not in PAPER], ids=lambda path: path.stem)
+def test_the_others_parse(path, parse):
+    config = parse(path)
+    assert config.loop.epochs >= 1
