@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_models
 import torch
 import transformers
 from flax import linen as nn
@@ -17,46 +18,12 @@ from vixml_jax.models import hf
 from vixml_jax.models.tower import Tower
 from vixml_jax.structs import PackedItems
 
-SIZES = dict(
-    vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-)  # fmt: skip
-LLAMA_ROPE = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-FAMILIES = {
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2Model, {}),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3Model, {"head_dim": 16}),
-    "llama": (transformers.LlamaConfig, transformers.LlamaModel, {"rope_scaling": LLAMA_ROPE}),
-    "gemma3_text": (
-        transformers.Gemma3TextConfig,
-        transformers.Gemma3TextModel,
-        {
-            "head_dim": 16, "sliding_window": 7, "sliding_window_pattern": 3,
-            "query_pre_attn_scalar": 20,
-            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        },
-    ),
-}  # fmt: skip
 
-
-def random_model(family, seed=0):
-    """A tiny model whose weights are all random, biases and norms included."""
-    config, model, changes = FAMILIES[family]
-    torch.manual_seed(seed)
-    model = model(config(**SIZES, **changes, attn_implementation="eager")).eval()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.add_(torch.randn(value.shape) * (0.3 if "norm" in name else 0.15))
-    return model
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=random_models.DECODERS)
 def pair(request, tmp_path_factory):
     """Family, torch's model, and ours read from what `transformers` wrote."""
     path = tmp_path_factory.mktemp(request.param)
-    model = random_model(request.param)
+    model = random_models.text_model(request.param)
     model.save_pretrained(path)
     return request.param, model, *hf.load_hf_tower(str(path)), str(path)
 
@@ -273,7 +240,7 @@ def test_bfloat16_parameters_are_the_rounded_ones(pair):
 
 
 def test_the_language_model_head_does_not_matter(tmp_path):
-    model = random_model("qwen2")
+    model = random_models.text_model("qwen2")
     whole = transformers.Qwen2ForCausalLM(model.config)
     whole.model.load_state_dict(model.state_dict())
     whole.save_pretrained(tmp_path / "whole")
@@ -285,7 +252,7 @@ def test_the_language_model_head_does_not_matter(tmp_path):
 def test_the_decoder_within_a_gemma_that_sees(tmp_path):
     import json
 
-    model = random_model("gemma3_text")
+    model = random_models.text_model("gemma3_text")
     model.save_pretrained(tmp_path)
     _, plain = hf.load_hf_tower(str(tmp_path))
     about = json.loads((tmp_path / "config.json").read_text())
@@ -312,7 +279,7 @@ def test_the_decoder_within_a_gemma_that_sees(tmp_path):
 def test_what_no_tower_here_does_is_refused(family, changes, named, tmp_path):
     import json
 
-    random_model(family).save_pretrained(tmp_path)
+    random_models.text_model(family).save_pretrained(tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**about, **changes}))
     with pytest.raises(InputError) as fault:

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import random_models
 import torch
 import transformers
 from flax import linen as nn
@@ -14,25 +15,6 @@ from safetensors import torch as safetensors
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf
 from vixml_jax.models.tower import Tower
-
-TINY = {
-    "bert": dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40),
-    "distilbert": dict(dim=24, n_layers=2, n_heads=3, hidden_dim=36),
-}
-MODELS = {"bert": transformers.BertModel, "distilbert": transformers.DistilBertModel}
-CONFIGS = {"bert": transformers.BertConfig, "distilbert": transformers.DistilBertConfig}
-
-
-def random_model(family, seed=0):
-    """A tiny model whose weights are all random, biases and norms included."""
-    torch.manual_seed(seed)
-    model = MODELS[family](
-        CONFIGS[family](vocab_size=50, max_position_embeddings=32, **TINY[family])
-    ).eval()
-    with torch.no_grad():
-        for value in model.parameters():
-            value.copy_(torch.randn(value.shape) * 0.3 + (1.0 if value.ndim == 1 else 0.0))
-    return model
 
 
 def torch_means(model, items):
@@ -55,9 +37,9 @@ def our_means(config, params, packed, num_items):
     return np.asarray(apply(params, packed))
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("family", random_models.ENCODERS)
 def test_vectors_match_transformers(family, tmp_path, pack, draw_items):
-    model = random_model(family)
+    model = random_models.text_model(family)
     model.save_pretrained(tmp_path, safe_serialization=True)
     config, params = hf.load_hf_tower(str(tmp_path))
     items = draw_items(np.random.default_rng(0), 6, vocab_size=50, longest=10)
@@ -67,9 +49,9 @@ def test_vectors_match_transformers(family, tmp_path, pack, draw_items):
     )
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("family", random_models.ENCODERS)
 def test_parameters_have_the_structure_of_init(family, tmp_path, pack):
-    random_model(family).save_pretrained(tmp_path)
+    random_models.text_model(family).save_pretrained(tmp_path)
     config, params = hf.load_hf_tower(str(tmp_path))
     packed = pack([([1], [])], [[0]], width=2)
     fresh = jax.eval_shape(
@@ -90,15 +72,12 @@ def test_parameters_have_the_structure_of_init(family, tmp_path, pack):
 
 
 def test_config_is_read(tmp_path):
-    about = CONFIGS["bert"](
-        vocab_size=50,
-        max_position_embeddings=32,
+    random_models.text_model(
+        "bert",
         hidden_dropout_prob=0.25,
         attention_probs_dropout_prob=0.125,
         layer_norm_eps=1e-7,
-        **TINY["bert"],
-    )
-    MODELS["bert"](about).save_pretrained(tmp_path)
+    ).save_pretrained(tmp_path)
     config, _ = hf.load_hf_tower(str(tmp_path))
     assert (config.num_layers, config.width, config.num_heads, config.mlp_width) == (3, 24, 4, 40)
     assert (config.dropout, config.attention_dropout, config.layer_norm_eps) == (0.25, 0.125, 1e-7)
@@ -106,7 +85,7 @@ def test_config_is_read(tmp_path):
 
 
 def test_parts_with_an_index_read_alike(tmp_path):
-    model = random_model("bert")
+    model = random_models.text_model("bert")
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
@@ -116,7 +95,7 @@ def test_parts_with_an_index_read_alike(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["bert.", "model."])
 def test_heads_and_prefixes_do_not_matter(prefix, tmp_path):
-    model = random_model("bert")
+    model = random_models.text_model("bert")
     model.save_pretrained(tmp_path)
     _, plain = hf.load_hf_tower(str(tmp_path))
     state = {prefix + name: value for name, value in model.state_dict().items()}
@@ -130,7 +109,7 @@ def test_heads_and_prefixes_do_not_matter(prefix, tmp_path):
 
 
 def test_masked_language_model_of_distilbert(tmp_path):
-    model = random_model("distilbert")
+    model = random_models.text_model("distilbert")
     whole = transformers.DistilBertForMaskedLM(model.config)
     whole.distilbert.load_state_dict(model.state_dict())
     whole.save_pretrained(tmp_path / "whole")
@@ -141,7 +120,7 @@ def test_masked_language_model_of_distilbert(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_files_become_float32(dtype, tmp_path):
-    model = random_model("bert").to(dtype)
+    model = random_models.text_model("bert").to(dtype)
     model.save_pretrained(tmp_path)
     _, params = hf.load_hf_tower(str(tmp_path))
     np.testing.assert_array_equal(
@@ -151,7 +130,7 @@ def test_half_precision_files_become_float32(dtype, tmp_path):
 
 
 def test_all_mismatches_stand_in_one_line(tmp_path):
-    model = random_model("bert")
+    model = random_models.text_model("bert")
     model.save_pretrained(tmp_path)
     state = model.state_dict()
     del state["encoder.layer.1.intermediate.dense.bias"]
@@ -193,7 +172,7 @@ def spoil_config(path, **changes):
     (lambda p: spoil_config(p, position_embedding_type="relative_key"), "relative_key"),
 ])  # fmt: skip
 def test_a_broken_directory_is_named(spoil, named, tmp_path):
-    random_model("bert").save_pretrained(tmp_path)
+    random_models.text_model("bert").save_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(InputError) as fault:
         hf.load_hf_tower(str(tmp_path))
@@ -211,7 +190,7 @@ def test_neither_directory_nor_reachable_name(name, tmp_path, monkeypatch):
 
 
 def test_a_name_is_taken_from_the_hub(tmp_path, monkeypatch):
-    random_model("bert").save_pretrained(tmp_path)
+    random_models.text_model("bert").save_pretrained(tmp_path)
     asked = {}
 
     def download(name, *, allow_patterns):

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import random_models
 import torch
 import transformers
 from flax import linen as nn
@@ -17,21 +18,6 @@ from vixml_jax.models.siglip import SiglipConfig, VisionTower
 SIZES = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4)
 
 
-def random_model(model, seed=0):
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.add_(torch.randn(value.shape) * (0.3 if "norm" in name else 0.1))
-    return model.eval()
-
-
-def vision_model(**changes):
-    config = transformers.SiglipVisionConfig(
-        **{"image_size": 32, "patch_size": 7, **SIZES, **changes}
-    )
-    return random_model(transformers.SiglipVisionModel(config))
-
-
 def vectors(config, params, pixels):
     run = jax.jit(lambda params, pixels: VisionTower(config).apply({"params": params}, pixels))
     return np.asarray(run(params, pixels))
@@ -40,7 +26,7 @@ def vectors(config, params, pixels):
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("image_size,patch_size", [(32, 7), (28, 14)])  # Pixels left over; none.
 def test_vectors_match_transformers(image_size, patch_size, scan, tmp_path):
-    model = vision_model(image_size=image_size, patch_size=patch_size)
+    model = random_models.vision_model(image_size=image_size, patch_size=patch_size)
     model.save_pretrained(tmp_path)
     config, params = hf.load_hf_vision(str(tmp_path))
     config = dataclasses.replace(config, scan=scan)
@@ -54,9 +40,8 @@ def test_vectors_match_transformers(image_size, patch_size, scan, tmp_path):
 def test_the_vision_half_of_a_whole_model(tmp_path):
     text = dict(vocab_size=30, max_position_embeddings=8, **SIZES)
     vision = dict(image_size=16, patch_size=8, **SIZES)
-    whole = random_model(
-        transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
-    )
+    about = transformers.SiglipConfig(text_config=text, vision_config=vision)
+    whole = random_models.draw(transformers.SiglipModel, about, 0.1)
     whole.save_pretrained(tmp_path)
     config, params = hf.load_hf_vision(str(tmp_path))
     pixels = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
@@ -67,7 +52,7 @@ def test_the_vision_half_of_a_whole_model(tmp_path):
 
 
 def test_parameters_have_the_structure_of_init(tmp_path):
-    vision_model().save_pretrained(tmp_path)
+    random_models.vision_model().save_pretrained(tmp_path)
     config, params = hf.load_hf_vision(str(tmp_path))
     fresh = jax.eval_shape(
         lambda: nn.unbox(VisionTower(config).init(jax.random.key(0), np.zeros((1, 32, 32, 3))))
@@ -91,7 +76,7 @@ def test_parameters_of_the_published_sizes(sizes, count):
 
 
 def test_a_text_tower_is_no_vision_tower(tmp_path):
-    vision_model().save_pretrained(tmp_path)
+    random_models.vision_model().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="model_type is 'siglip_vision_model', expected one of"):
         hf.load_hf_tower(str(tmp_path))
     about = json.loads((tmp_path / "config.json").read_text())
