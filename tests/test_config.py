@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
 
 from vixml_jax import config
 from vixml_jax.errors import InputError
@@ -57,22 +56,6 @@ def test_bad_values_are_refused_in_one_line(tree, found):
         config.from_dict(tree)
     assert found in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_flag_files_parse():
-    files = sorted((ROOT / "experiments").glob("*.flags"))
-    assert files
-    for file in files:
-        values = flags.FlagValues()
-        defined = [(p + f.name, f, v) for p, f, v in leaves()]
-        for name, field, value in defined:
-            define = config._DEFINE.get(type(value), flags.DEFINE_list)
-            default = [str(x) for x in value] if isinstance(value, list) else value
-            define(name, default, field.metadata["help"], flag_values=values)
-        flags.DEFINE_string("flagfile", None, "", flag_values=values)
-        values(["train", f"--flagfile={file}"])
-        made = config.from_flags(values)
-        assert made.workdir != config.Config().workdir, file
 
 
 @pytest.mark.parametrize(

@@ -43,23 +43,12 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture(scope="module")
-def parse():
-    values = flags.FLAGS
-    if "batch.size" not in values:
-        config_lib.define_flags()
-
-    def read(path):
-        values.unparse_flags()
-        for name in values:
-            values[name].unparse()
-        values(["train", f"--flagfile={path.relative_to(ROOT)}"])
-        return config_lib.from_flags(values)
-
-    yield read
-    for name in values:
-        values[name].unparse()
-    values.mark_as_parsed()
+def parse(path):
+    values = flags.FlagValues()
+    config_lib.define_flags(values)
+    flags.DEFINE_string("flagfile", None, "", flag_values=values)
+    values(["train", f"--flagfile={path.relative_to(ROOT)}"])
+    return config_lib.from_flags(values)
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +97,7 @@ def test_there_is_one_for_every_tower_and_data_set():
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_it_parses_and_builds_the_published_model(path, parse, tokenizer):
+def test_it_parses_and_builds_the_published_model(path, tokenizer):
     data, name = parts(path)
     config = parse(path)
     num_labels, length = DATA[data]
@@ -141,7 +130,8 @@ def test_it_parses_and_builds_the_published_model(path, parse, tokenizer):
         assert f"--propensity_a={a} --propensity_b={b}" in said
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f not in PAPER], ids=lambda path: path.stem)
-def test_the_others_parse(path, parse):
-    config = parse(path)
-    assert config.loop.epochs >= 1
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if f not in PAPER and f.stem != "base"], ids=lambda path: path.stem
+)
+def test_the_others_parse(path):
+    assert parse(path).workdir == f"runs/{path.stem}"

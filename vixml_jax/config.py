@@ -301,7 +301,7 @@ _DEFINE = {
 }
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines one flag a field: `--group.field`. Call it once, in a door.
 
     Bounds and choices are checked when the `Config` is made, so that flags and saved files are
@@ -312,9 +312,10 @@ def define_flags() -> None:
         if field.metadata.get("choices"):
             text += f" One of: {', '.join(field.metadata['choices'])}."
         if isinstance(value, list):
-            flags.DEFINE_list(prefix + field.name, [str(item) for item in value], text)
+            default = [str(item) for item in value]
+            flags.DEFINE_list(prefix + field.name, default, text, flag_values=values)
         else:
-            _DEFINE[type(value)](prefix + field.name, value, text)
+            _DEFINE[type(value)](prefix + field.name, value, text, flag_values=values)
 
 
 def from_flags(values: flags.FlagValues) -> Config:
