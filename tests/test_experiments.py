@@ -20,6 +20,7 @@ from vixml_jax.models import hf
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.flags"))
 PAPER = [f for f in FILES if re.match(r"lf_|mm_", f.name)]
+OTHERS = [f for f in FILES if f not in PAPER and f.stem != "base"]
 # Data sets of the XML repository (and MUFIN's), with the paper's: labels, length of a text.
 DATA = {
     "lf_amazontitles_131k": (131_073, 32),
