@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from vixml_jax.benchmarks import encode, inputs, packing, torch_peer, towers, train_step
+from vixml_jax.benchmarks import (
+    encode,
+    inputs,
+    packing,
+    torch_peer,
+    towers,
+    train_step,
+    vision,
+    workers,
+)
 from vixml_jax.data import packing as packing_lib
 from vixml_jax.data import preparation
 from vixml_jax.models import hf
@@ -106,6 +115,40 @@ def test_a_round_of_encoding(data):
     for about, run in prepared.values():
         assert about == {"texts": 20}
         assert np.isfinite(run()["sum"])
+
+
+def test_a_round_of_pictures(monkeypatch):
+    tiny = {"image_size": 16, "patch_size": 8, "num_layers": 1, "width": 16, "num_heads": 2,
+            "mlp_width": 16}  # fmt: skip
+    monkeypatch.setitem(vision.SIZES, "base", tiny)
+    settings = {"size": "base", "batch": 3, "threads": 1, "device": "cpu"}
+    prepared = vision.prepare(list(vision.PROGRAMS), settings)
+    assert list(prepared) == list(vision.PROGRAMS)
+    for about, run in prepared.values():
+        assert about == {"pictures": 3} and np.isfinite(run()["sum"])
+
+
+def test_programs_take_turns(monkeypatch, capsys):
+    class Instant:
+        def __init__(self, module, programs, settings, threads):
+            self.about = {name: {"count": 6} for name in programs}
+
+        def time(self, program):
+            return {"seconds": {"ours": 2.0, "ours, other": 3.0, "torch": 4.0}[program]}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(workers, "Worker", Instant)
+    names = ["ours", "ours, other", "torch"]
+    said = workers.compare(
+        "nowhere", names, [("ours", "torch"), ("ours", "absent")], {"threads": 1}, rounds=3,
+        texts=lambda about: about["count"], unit="pictures",
+    )  # fmt: skip
+    assert [len(said[name]) for name in names] == [3, 3, 3]
+    printed = capsys.readouterr().out
+    assert "pictures/s" in printed and "ours : torch = 2.00 (2.00 to 2.00)" in printed
+    assert [line.split()[-1] for line in printed.splitlines()[1:4]] == ["3.0", "2.0", "1.5"]
 
 
 def test_full_texts_have_32_tokens(data):

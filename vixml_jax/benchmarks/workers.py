@@ -90,6 +90,7 @@ def compare(
     *,
     rounds: int,
     texts: Callable[[dict[str, Any]], int],
+    unit: str = "texts",
 ) -> dict[str, list[dict[str, Any]]]:
     """Runs programs in turn, A B C A B C ..., and prints texts a second and ratios.
 
@@ -102,6 +103,7 @@ def compare(
       settings: Handed to `prepare`; `threads` is how many processors each has.
       rounds: Of each program.
       texts: From what a child says of itself to the texts of a round.
+      unit: What texts are called where they are something else.
 
     Returns:
       What each program said of each of its rounds, and of itself.
@@ -122,7 +124,7 @@ def compare(
         worker.close()
     found = {name: [one["seconds"] for one in rows] for name, rows in said.items()}
     options = ", ".join(f"{name} {value}" for name, value in settings.items())
-    print(f"{'program':28s} {'texts/s':>9s}  (median of {rounds} rounds; {options})")
+    print(f"{'program':28s} {unit + '/s':>9s}  (median of {rounds} rounds; {options})")
     for name, seconds in found.items():
         count = texts(said[name][0])
         print(f"{name:28s} {count / statistics.median(seconds):9.1f}")
