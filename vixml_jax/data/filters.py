@@ -32,15 +32,16 @@ def normalise(text: str) -> str:
 
 def text_keys(items: RawItems) -> UInt64[np.ndarray, " n"]:
     """64 bits of the hash of each normalised text; 0 for an empty one."""
-    return _keys(normalise(text) for chunk in items.read_texts() for text in chunk)
+    return keys(normalise(text) for chunk in items.read_texts() for text in chunk)
 
 
 def id_keys(items: RawItems) -> UInt64[np.ndarray, " n"] | None:
     """64 bits of the hash of each id; None where the source gives none."""
-    return None if items.ids is None else _keys(items.ids)
+    return None if items.ids is None else keys(items.ids)
 
 
-def _keys(texts: Iterable[str]) -> UInt64[np.ndarray, " n"]:
+def keys(texts: Iterable[str]) -> UInt64[np.ndarray, " n"]:
+    """64 bits of the hash of each text: equal texts have equal ones; 0 for an empty text."""
     digests = (
         hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() if text else bytes(8)
         for text in texts
@@ -64,10 +65,10 @@ def same_keys(
 def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]]:
     """The data set with filters on the splits that came without, and why each pair is in them.
 
-    A pair (query, label) is filtered if both have the same id or the same normalised text; in valid
-    and test also if it is reciprocal: if the label's item, as a query of training, has the query's
-    item as a label. Equal texts do not count where training says of more than 5 % of such pairs that
-    the label is relevant: there an equal text is an answer.
+    A pair (query, label) is filtered if both have the same id or the same normalised text; in
+    valid and test also if it is reciprocal: if the label's item, as a query of training, has the
+    query's item as a label. Equal texts do not count where training says of more than 5 % of such
+    pairs that the label is relevant: there an equal text is an answer.
 
     Such a pair counts neither for nor against a prediction, so that it is no longer relevant in
     valid and test; the relevance of training is left as it is.
@@ -88,11 +89,11 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
     label_keys = {ID: id_keys(raw.labels), TEXT: text_keys(raw.labels)}
     same = {}
     for name, found in splits.items():
-        keys = {ID: id_keys(found.items), TEXT: text_keys(found.items)}
+        query_keys = {ID: id_keys(found.items), TEXT: text_keys(found.items)}
         same[name] = {
-            reason: _pair_matrix(same_keys(keys[reason], labels), found.relevance.shape)
+            reason: _pair_matrix(same_keys(query_keys[reason], labels), found.relevance.shape)
             for reason, labels in label_keys.items()
-            if labels is not None and keys[reason] is not None
+            if labels is not None and query_keys[reason] is not None
         }
     answers = _both(same["train"][TEXT], raw.train.relevance).nnz
     are_answers = answers > _MOST_RELEVANT * same["train"][TEXT].nnz

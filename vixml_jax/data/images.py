@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float16, Float32, Int
 
+from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
 
 _BLOCK = 1 << 22  # Values held at a time.
@@ -173,6 +174,29 @@ def read_paths(directory: str, prefix: str, count: int) -> list[list[str]] | Non
             "expected a line an item, empty where it has no picture"
         )
     return [[os.path.join(directory, name) for name in line.split("\t") if name] for line in lines]
+
+
+class RaggedImages(NamedTuple):
+    """Pictures of items one after the other."""
+
+    vectors: Float16[np.ndarray, "m v"]
+    at: Int[np.ndarray, " n+1"]  # Where each item's begin.
+    path: str  # For messages.
+
+    @property
+    def width(self) -> int:
+        return self.vectors.shape[1]
+
+    def offsets(self, rows: Int[np.ndarray, " r"]) -> Int[np.ndarray, " r+1"]:
+        """Where the pictures of each of the rows begin among all of them."""
+        return np.concatenate([[0], np.cumsum(self.at[rows + 1] - self.at[rows])])
+
+    def read(self, rows: Int[np.ndarray, " r"]) -> Iterator[Float16[np.ndarray, "k v"]]:
+        """The pictures of the rows in order, a block at a time."""
+        taken = ranges(self.at[rows], self.at[rows + 1] - self.at[rows])
+        step = max(1, _BLOCK // self.width)
+        for start in range(0, len(taken), step):
+            yield np.asarray(self.vectors[taken[start : start + step]])
 
 
 class ImageProcessor(NamedTuple):
