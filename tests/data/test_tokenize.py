@@ -24,7 +24,7 @@ def some_texts(seed, count):
 
 
 def rows_of(tokenizer, texts):
-    values, lengths = tokenize.encode(tokenizer, texts)
+    values, lengths, _ = tokenize.encode(tokenizer, texts)
     assert values.dtype == np.int32
     return [row.tolist() for row in np.split(values, np.cumsum(lengths)[:-1])]
 
@@ -115,6 +115,17 @@ def framed(single):
             single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)]
         )
     return tokenizer
+
+
+@pytest.mark.parametrize("single", ["", "<bos> $A", "$A <eos>", "<bos> $A <eos>"])
+def test_the_whole_length_is_that_of_an_uncut_text(single):
+    texts = [*some_texts(2, 30), "", "a " * 500]
+    cut, uncut = framed(single), framed(single)
+    cut.enable_truncation(8)
+    values, lengths, whole = tokenize.encode(cut, texts)
+    assert (values.dtype, lengths.dtype, whole.dtype) == (np.int32, np.int64, np.int32)
+    assert whole.tolist() == [len(uncut.encode(text)) for text in texts]
+    assert lengths.tolist() == np.minimum(whole, 8).tolist()
 
 
 @pytest.mark.parametrize("single,end,begins,ends,trim", [

@@ -215,7 +215,7 @@ def _write_items(
     ):
         for chunk in _select(items.read_texts(), kept):
             encoded = [text.encode("utf-8") for text in chunk]
-            tokens, counts = tokenize.encode(fast, chunk)
+            tokens, counts, _ = tokenize.encode(fast, chunk)
             text_file.append(np.frombuffer(b"".join(encoded), np.uint8))
             token_file.append(tokens)
             sizes.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))

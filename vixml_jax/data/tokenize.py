@@ -183,9 +183,19 @@ def vocab_size(tokenizer: "Tokenizer") -> int:
 
 def encode(
     tokenizer: "Tokenizer", texts: list[str]
-) -> tuple[Int[np.ndarray, " total"], Int[np.ndarray, " n"]]:
-    """Tokens of all texts one after the other, int32, and the number of each text's."""
-    rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+) -> tuple[Int[np.ndarray, " total"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Tokens of texts as the tokenizer cuts them.
+
+    Returns:
+      The tokens of all texts one after the other, int32; the number of each text's, int64; and the
+      number that it had if it were not cut, special tokens included, int32.
+    """
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    found = tokenizer.encode_batch_fast(texts)
+    rows = [encoding.ids for encoding in found]
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    whole = lengths.astype(np.int32)
+    for at, encoding in enumerate(found):
+        whole[at] += sum(len(rest) - special for rest in encoding.overflowing)
     total = int(lengths.sum())
-    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, total), lengths
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, total), lengths, whole
