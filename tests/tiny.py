@@ -28,7 +28,9 @@ def make_data(root):
         np.save(root / f"{split}_image_embeddings.npy", np.eye(12)[first].astype(np.float16))
         np.save(root / f"{split}_has_image.npy", np.arange(count) % 2 == 0)
     out = root / "prepared"
-    preparation.prepare(str(root), str(out), tokenizer="train", max_tokens=8)
+    preparation.prepare(
+        preparation.read_source(str(root)), str(out), preparation.Settings(max_tokens=8)
+    )
     return str(out)
 
 

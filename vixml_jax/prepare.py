@@ -38,18 +38,24 @@ def main(argv: Sequence[str]) -> None:
             ),
             "images": f"{values.images}, {'aspect kept' if values.keep_aspect else 'stretched'}",
         }
-    dataset = preparation.prepare(
+    settings = preparation.Settings(
+        **{
+            field.name: values[field.name].value
+            for field in dataclasses.fields(preparation.Settings)
+        }
+    )
+    raw = preparation.read_source(
         values.source,
-        values.out,
-        tokenizer=values.tokenizer,
-        max_tokens=values.max_tokens,
         encoding=values.encoding,
-        vocab_size=values.vocab_size,
-        propensity_a=values.propensity_a,
-        propensity_b=values.propensity_b,
         seed=values.seed,
+        find_images=pictures.get("find_images"),
+    )
+    dataset = preparation.prepare(
+        raw,
+        values.out,
+        settings,
+        images=pictures.get("images", ""),
         overwrite=values.overwrite,
-        **pictures,
     )
     print(preparation.describe(dataset))
     if pictures:
@@ -159,7 +165,28 @@ def define_flags() -> None:
     flags.DEFINE_integer("vocab_size", 8192, "Tokens at most of a tokenizer that is trained.")
     flags.DEFINE_float("propensity_a", 0.6, "A of the inverse propensities, for sampling and PSP.")
     flags.DEFINE_float("propensity_b", 2.6, "B of the inverse propensities.")
-    flags.DEFINE_integer("seed", 0, "Splits 'glyphs' into training and test.")
+    flags.DEFINE_float(
+        "valid", 0.0, "Share of the training queries held out to choose by: 0.02, say; 0: none."
+    )
+    flags.DEFINE_float(
+        "test",
+        0.2,
+        "Share of the queries held out to judge on, where the source has no test split.",
+    )
+    flags.DEFINE_string(
+        "split_by",
+        "random",
+        "How they are drawn: 'random'; 'text', equal texts together; 'group:COLUMN', equal values "
+        "together; 'time:COLUMN', the newest.",
+    )
+    flags.DEFINE_enum(
+        "filters",
+        "auto",
+        list(preparation.FILTERS),
+        "Pairs of a query and the label that is itself, which are never predicted: 'auto', as the "
+        "source gives them, made where it gives none; 'none', as the source gives them alone.",
+    )
+    flags.DEFINE_integer("seed", 0, "Of all that is drawn.")
     flags.DEFINE_boolean("overwrite", False, "Replace a prepared data set in --out.")
 
 

@@ -113,7 +113,11 @@ def open_dataset(config: Config) -> PreparedDataset:
         return PreparedDataset.open(config.data)
     path = os.path.join(config.workdir, "data")
     if not os.path.exists(path):
-        return preparation.prepare("glyphs", path, tokenizer="train", max_tokens=16)
+        return preparation.prepare(
+            preparation.read_source(preparation.GLYPHS),
+            path,
+            preparation.Settings(max_tokens=16),
+        )
     return PreparedDataset.open(path)
 
 

@@ -42,7 +42,11 @@ def data(tmp_path_factory):
         if split != "lbl":
             rows = [" ".join(f"{j}:1" for j in rng.choice(30, 2, replace=False)) for _ in texts]
             (root / f"{split}_X_Y.txt").write_text(f"{count} 30\n" + "\n".join(rows) + "\n")
-    preparation.prepare(str(root), str(root / "out"), tokenizer="train", max_tokens=16)
+    preparation.prepare(
+        preparation.read_source(str(root)),
+        str(root / "out"),
+        preparation.Settings(max_tokens=16),
+    )
     return str(root / "out")
 
 

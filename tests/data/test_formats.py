@@ -43,14 +43,14 @@ def test_source_is_read_as_written(tmp_path):
     assert raw.name == "cars"
     assert list(raw.labels.read_texts()) == [LINES["lbl.raw.txt"]]
     assert list(raw.labels.read_texts()) == [LINES["lbl.raw.txt"]]  # Can be read again.
-    assert list(raw.test.read_texts()) == [["green car", ""]]
+    assert list(raw.test.items.read_texts()) == [["green car", ""]]
     np.testing.assert_array_equal(
-        raw.train_relevance.toarray(), [[1, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 1]]
+        raw.train.relevance.toarray(), [[1, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 1]]
     )
-    np.testing.assert_array_equal(raw.test_relevance.toarray(), [[1, 0, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(raw.test_filter, [[0, 3], [1, 2]])
-    assert raw.train_filter.shape == (0, 2)
-    assert raw.train.images is None
+    np.testing.assert_array_equal(raw.test.relevance.toarray(), [[1, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(raw.test.filter, [[0, 3], [1, 2]])
+    assert raw.train.filter is None
+    assert raw.train.items.images is None
 
 
 @pytest.mark.parametrize("block", [7, 64, 1 << 22])
@@ -156,10 +156,10 @@ def test_missing_files_are_named(tmp_path, name):
 @pytest.mark.parametrize(
     "name,lines,fault",
     [
-        ("trn_raw_txt", ["one", "two"], "trn.raw.txt: 2 lines, but the header of trn_X_Y.txt"),
-        ("tst_raw_txt", ["1", "2", "3"], "tst.raw.txt: 3 lines, but the header of tst_X_Y.txt"),
-        ("lbl_raw_txt", ["1", "2", "3"], "lbl.raw.txt: 3 lines, but the header of trn_X_Y.txt"),
-        ("tst_X_Y_txt", ["2 5", "0:1", ""], "tst_X_Y.txt, line 1: 5 labels, but trn_X_Y.txt has 4"),
+        ("trn_raw_txt", ["one", "two"], "trn.raw.txt: 2 lines, but trn_X_Y.txt has 3 rows"),
+        ("tst_raw_txt", ["1", "2", "3"], "tst.raw.txt: 3 lines, but tst_X_Y.txt"),
+        ("lbl_raw_txt", ["1", "2", "3"], "lbl.raw.txt: 3 lines, but trn_X_Y.txt"),
+        ("tst_X_Y_txt", ["2 5", "0:1", ""], "tst_X_Y.txt: 5 labels, but trn_X_Y.txt has 4"),
         ("filter_labels_test_txt", ["0 1", "0 4"], "line 2: pair (0, 4) is out of range"),
         ("filter_labels_test_txt", ["2 0"], "line 1: pair (2, 0) is out of range"),
         ("filter_labels_test_txt", ["0 1", "1 1", "0 1"], "line 3: pair (0, 1) is given twice"),
@@ -176,7 +176,7 @@ def test_files_must_fit_each_other(tmp_path, name, lines, fault):
 def test_a_single_filter_pair_and_blank_lines(tmp_path):
     source = write_source(tmp_path / "cars", filter_labels_test_txt=["", "1 0", ""])
     raw = formats.read_xml_repository(source)
-    np.testing.assert_array_equal(raw.test_filter, [[1, 0]])
+    np.testing.assert_array_equal(raw.test.filter, [[1, 0]])
 
 
 def test_no_such_directory(tmp_path):

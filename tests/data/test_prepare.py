@@ -54,8 +54,10 @@ def write_source(directory, seed=0, *, train=30, test=11, labels=7, pictures=2, 
 
 
 def prepare(source, out, **options):
-    settings = {"tokenizer": "train", "max_tokens": 6, "vocab_size": 64, **options}
-    return preparation.prepare(str(source), str(out), **settings)
+    overwrite = options.pop("overwrite", False)
+    settings = preparation.Settings(**{"max_tokens": 6, "vocab_size": 64, **options})
+    raw = preparation.read_source(str(source), encoding=settings.encoding)
+    return preparation.prepare(raw, str(out), settings, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("pictures", [1, 2])

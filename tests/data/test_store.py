@@ -26,10 +26,13 @@ def offsets(rows):
 
 def write(path, *, pictures=3.0, info=INFO, tokenizer="{}", overwrite=False):
     with store.write(path, overwrite=overwrite) as writer:
-        for split in store.SPLITS:
-            utf8 = [text.encode("utf-8") for text in TEXTS[split]]
-            writer.add(f"{split}_texts", np.frombuffer(b"".join(utf8), np.uint8))
-            writer.add(f"{split}_texts_offsets", offsets(utf8))
+        for split in TEXTS:
+            with writer.strings(f"{split}_texts") as add:
+                add(TEXTS[split][:1])
+                add(TEXTS[split][1:])
+            with writer.strings(f"{split}_ids") as add:
+                add([f"{split} {i}" for i in range(len(TEXTS[split]))])
+            writer.add(f"{split}_whole", np.arange(len(TEXTS[split]), dtype=np.int32))
             writer.add(f"{split}_tokens_offsets", offsets(TOKENS[split]))
             with writer.array(f"{split}_tokens", np.int32) as array:
                 for row in TOKENS[split]:
@@ -53,9 +56,11 @@ def path(tmp_path):
 
 def test_read_back_as_written(path):
     dataset = PreparedDataset.open(path)
-    for split in store.SPLITS:
+    for split in TEXTS:
         items = getattr(dataset, split)
         assert list(items.texts) == TEXTS[split]
+        assert list(items.ids) == [f"{split} {i}" for i in range(len(items))]
+        np.testing.assert_array_equal(items.whole, np.arange(len(items)))
         begin = items.tokens.offsets
         rows = [items.tokens.values[a:b].tolist() for a, b in itertools.pairwise(begin)]
         assert rows == TOKENS[split]
@@ -154,7 +159,7 @@ def test_what_is_no_prepared_set_is_told(path, tmp_path):
         PreparedDataset.open(tmp_path / "absent")
     info = json.loads((path / "dataset.json").read_text())
     (path / "dataset.json").write_text(json.dumps({**info, "format": 99}))
-    with pytest.raises(InputError, match=r"dataset\.json: format 99, expected 1"):
+    with pytest.raises(InputError, match=r"dataset\.json: format 99, expected 2"):
         PreparedDataset.open(path)
     (path / "dataset.json").write_text('{"format": 1')
     with pytest.raises(InputError, match=r"dataset\.json: not readable as JSON"):

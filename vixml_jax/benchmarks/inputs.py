@@ -11,4 +11,6 @@ def open_data(name: str) -> PreparedDataset:
     if name != "glyphs":
         return PreparedDataset.open(name)
     where = tempfile.mkdtemp(prefix="vixml-") + "/glyphs"
-    return preparation.prepare("glyphs", where, tokenizer="train", max_tokens=32)
+    return preparation.prepare(
+        preparation.read_source(preparation.GLYPHS), where, preparation.Settings()
+    )

@@ -1,15 +1,21 @@
 """Readers of the XML repository's text layout: raw texts, sparse relevance, filter pairs."""
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from scipy import sparse
 
 from vixml_jax.data import images
-from vixml_jax.data.images import FileImages, RawImages
+from vixml_jax.data.raw import (
+    ItemImages,
+    RawDataset,
+    RawItems,
+    RawQueries,
+    canonical,
+    describe_files,
+)
 from vixml_jax.errors import InputError
 
 _BLOCK = 1 << 22  # Bytes read at a time.
@@ -17,65 +23,43 @@ _CHUNK = 1 << 14  # Texts handed on at a time.
 _INT32_MAX = np.iinfo(np.int32).max
 _MAX_DIGITS = 18  # Of a number that surely fits int64.
 _NEWLINE, _COLON, _ZERO = (np.uint8(ord(character)) for character in "\n:0")
-_PREFIX = {"train": "trn", "test": "tst", "labels": "lbl"}
-
-
-@dataclasses.dataclass(frozen=True)
-class RawItems:
-    """Texts and pictures of one kind of items, before they are tokenised.
-
-    Attributes:
-      count: Items.
-      read_texts: Starts to read the texts anew, and gives them in order, a chunk at a time.
-      images: Their pictures, if the source has any.
-    """
-
-    count: int
-    read_texts: Callable[[], Iterable[list[str]]]
-    images: RawImages | FileImages | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RawDataset:
-    """A data set as its source has it.
-
-    Attributes:
-      name: For tables.
-      fingerprint: What tells this source and its state from another, for `dataset.json`.
-      train, test, labels: The items.
-      train_relevance, test_relevance: float32 ones in canonical form.
-      train_filter, test_filter: int64 pairs (query, label) that are never predicted, sorted.
-    """
-
-    name: str
-    fingerprint: dict[str, object]
-    train: RawItems
-    test: RawItems
-    labels: RawItems
-    train_relevance: sparse.csr_matrix
-    test_relevance: sparse.csr_matrix
-    train_filter: Int[np.ndarray, "f 2"]
-    test_filter: Int[np.ndarray, "g 2"]
-
+PREFIX = {"train": "trn", "valid": "val", "test": "tst", "labels": "lbl"}
+# What the files of a split are called: by the repository, by its early releases, by PECOS.
+_TEXTS = {
+    "train": ("trn.raw.txt", "trn_X.txt", "X.trn.txt"),
+    "valid": ("val.raw.txt", "val_X.txt", "X.val.txt"),
+    "test": ("tst.raw.txt", "tst_X.txt", "X.tst.txt"),
+    "labels": ("lbl.raw.txt", "Y.txt", "output-items.txt"),
+}
+_RELEVANCE = {
+    split: (f"{prefix}_X_Y.txt", f"{prefix}_X_Y.npz", f"Y.{prefix}.npz")
+    for split, prefix in PREFIX.items()
+}
+_FILTERS = {
+    split: (f"filter_labels_{split}.txt", f"{prefix}_filter_labels.txt")
+    for split, prefix in PREFIX.items()
+}
 
 # (directory, prefix, items there should be) -> their pictures, if they have any.
-FindImages = Callable[[str, str, int], RawImages | FileImages | None]
+FindImages = Callable[[str, str, int], ItemImages | None]
 
 
 def read_xml_repository(
     directory: str, *, encoding: str = "utf-8", find_images: FindImages = images.read_images
 ) -> RawDataset:
-    """Reads a directory in the XML repository's layout; texts are left on disk.
+    """Reads a directory in the XML repository's text layout; texts are left on disk.
 
     The layout of http://manikvarma.org/downloads/XC/XMLRepository.html: `{trn,tst,lbl}.raw.txt`
     with one text a line, `{trn,tst}_X_Y.txt` with a header `queries labels` and a line
-    `label:1 label:1` for each query, optional `filter_labels_{train,test}.txt` with a pair
-    `query label` a line, and optional image embeddings (see `images.read_images`).
+    `label:1 label:1` for each query (or scipy's `{trn,tst}_X_Y.npz`), optional
+    `filter_labels_{train,test}.txt` with a pair `query label` a line, and optional image
+    embeddings (see `images.read_images`). The names that PECOS uses (`X.trn.txt`, `Y.trn.npz`,
+    `output-items.txt`) serve as well, and a validation split as `val`.
 
     Args:
       directory: Where the files are.
       encoding: Of the texts.
-      find_images: Of the files trn, tst and lbl; embeddings beside the texts if not told.
+      find_images: Of the files trn, val, tst and lbl; embeddings beside the texts if not told.
 
     Raises:
       InputError: If a file is missing, or does not fit its header or the other files.
@@ -85,54 +69,67 @@ def read_xml_repository(
             f"--source={directory}: no such directory; expected one in the XML repository's "
             "layout, or 'glyphs'"
         )
-    relevance, items, filters = {}, {}, {}
-    for split in ("train", "test"):
-        relevance[split] = read_relevance(os.path.join(directory, f"{_PREFIX[split]}_X_Y.txt"))
-    train, test = relevance["train"].shape[1], relevance["test"].shape[1]
-    if train != test:
-        raise InputError(
-            f"{os.path.join(directory, 'tst_X_Y.txt')}, line 1: {test} labels, but trn_X_Y.txt "
-            f"has {train}; expected the same label set"
-        )
-    for split, prefix in _PREFIX.items():
-        rows = train if split == "labels" else relevance[split].shape[0]
-        table = "trn_X_Y.txt" if split == "labels" else f"{prefix}_X_Y.txt"
-        path = os.path.join(directory, f"{prefix}.raw.txt")
+    used = []
+
+    def find(names: tuple[str, ...]) -> str:
+        """The first that there is; the first name where there is none."""
+        paths = [os.path.join(directory, name) for name in names]
+        path = next((path for path in paths if os.path.exists(path)), paths[0])
+        used.append(path)
+        return path
+
+    def items(split: str, rows: int, table: str) -> RawItems:
+        path = find(_TEXTS[split])
         found = count_lines(path)
         if found != rows:
             kind = "columns (labels)" if split == "labels" else "rows"
             raise InputError(
-                f"{path}: {found} lines, but the header of {table} says {rows} {kind}; expected "
-                "one text a line"
+                f"{path}: {found} lines, but {os.path.basename(table)} has {rows} {kind}; "
+                "expected one text a line"
             )
-        items[split] = RawItems(
+        return RawItems(
             rows,
-            lambda path=path: read_texts(path, encoding=encoding),
-            find_images(directory, prefix, rows),
+            lambda: read_texts(path, encoding=encoding),
+            find_images(directory, PREFIX[split], rows),
         )
-    images.check_widths({split: raw.images for split, raw in items.items()}, directory)
-    for split in ("train", "test"):
-        path = os.path.join(directory, f"filter_labels_{split}.txt")
-        filters[split] = read_filter(path, relevance[split].shape)
+
+    splits = ["train", "test"]
+    if any(os.path.exists(os.path.join(directory, name)) for name in _RELEVANCE["valid"]):
+        splits.insert(1, "valid")
+    tables = {split: find(_RELEVANCE[split]) for split in splits}
+    relevance = {split: read_relevance(path) for split, path in tables.items()}
+    num_labels = relevance["train"].shape[1]
+    for split, matrix in relevance.items():
+        if matrix.shape[1] != num_labels:
+            raise InputError(
+                f"{tables[split]}: {matrix.shape[1]} labels, but "
+                f"{os.path.basename(tables['train'])} has {num_labels}; expected the same label set"
+            )
+    queries = {}
+    for split, matrix in relevance.items():
+        path = find(_FILTERS[split])
+        queries[split] = RawQueries(
+            items(split, matrix.shape[0], tables[split]),
+            matrix,
+            filter=read_filter(path, matrix.shape) if os.path.exists(path) else None,
+        )
+    labels = items("labels", num_labels, tables["train"])
+    every = {split: found.items.images for split, found in queries.items()}
+    images.check_widths({**every, "labels": labels.images}, directory)
+    used += [
+        os.path.join(directory, name)
+        for name in os.listdir(directory)
+        if name.endswith(("_image_embeddings.npy", "_has_image.npy", "_images.txt", "_map.npy"))
+    ]
     return RawDataset(
         name=os.path.basename(os.path.abspath(directory)),
-        fingerprint={"path": os.path.abspath(directory), "files": _describe_files(directory)},
-        **items,
-        train_relevance=relevance["train"],
-        test_relevance=relevance["test"],
-        train_filter=filters["train"],
-        test_filter=filters["test"],
+        fingerprint={
+            "path": os.path.abspath(directory),
+            "files": describe_files(path for path in used if os.path.exists(path)),
+        },
+        labels=labels,
+        **queries,
     )
-
-
-def _describe_files(directory: str) -> dict[str, list[int]]:
-    """Size and time of change of every file that may be read."""
-    stats = {}
-    for name in sorted(os.listdir(directory)):
-        if name.endswith((".txt", "_image_embeddings.npy", "_has_image.npy")):
-            stat = os.stat(os.path.join(directory, name))
-            stats[name] = [stat.st_size, stat.st_mtime_ns]
-    return stats
 
 
 def _read_blocks(path: str) -> Iterator[bytes]:
@@ -205,10 +202,14 @@ def _not_decoded(path: str, chunk: list[bytes], line: int, encoding: str) -> Inp
 def read_relevance(path: str) -> sparse.csr_matrix:
     """Ones at `label:1`, float32 in canonical form; parsed in whole blocks, not by token.
 
+    A path that ends in `.npz` is scipy's: any number but zero there is a one.
+
     Raises:
       InputError: If the header disagrees with the rows, a label is out of range or given twice,
         or a token is not `label:1`.
     """
+    if path.endswith(".npz"):
+        return _load_relevance(path)
     blocks = _read_blocks(path)
     first = next(blocks, b"")
     header, _, rest = first.partition(b"\n")
@@ -235,6 +236,22 @@ def read_relevance(path: str) -> sparse.csr_matrix:
     return _to_csr(np.concatenate(counts), np.concatenate(indices), columns)
 
 
+def _load_relevance(path: str) -> sparse.csr_matrix:
+    """Relevance that `scipy.sparse.save_npz` wrote."""
+    try:
+        matrix = sparse.csr_matrix(sparse.load_npz(path))
+    except Exception as error:  # Whatever zipfile, numpy and scipy raise on what is no such file.
+        raise InputError(f"{path}: not a sparse matrix of scipy ({error})") from None
+    if 0 in matrix.shape:
+        raise InputError(f"{path}: {matrix.shape}; expected some queries and some labels")
+    values = np.asarray(matrix.data, np.float64)
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise InputError(f"{path}: has negative or infinite values; expected 1 at each label")
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    return _to_csr(np.diff(matrix.indptr), matrix.indices, matrix.shape[1])
+
+
 def _chain(first: bytes, others: Iterator[bytes]) -> Iterator[bytes]:
     if first:
         yield first
@@ -247,12 +264,12 @@ def _to_csr(
     indptr = np.concatenate([[0], np.cumsum(counts)])
     index = np.int32 if max(len(indices), columns) <= _INT32_MAX else np.int64
     data = np.ones(len(indices), np.float32)
-    matrix = sparse.csr_matrix(
-        (data, indices.astype(index, copy=False), indptr.astype(index)),
-        shape=(len(counts), columns),
+    return canonical(
+        sparse.csr_matrix(
+            (data, indices.astype(index, copy=False), indptr.astype(index)),
+            shape=(len(counts), columns),
+        )
     )
-    matrix.has_canonical_format = True
-    return matrix
 
 
 def _parse_pairs(
@@ -336,13 +353,11 @@ def _to_integers(
 
 
 def read_filter(path: str, shape: tuple[int, int]) -> Int[np.ndarray, "f 2"]:
-    """Pairs `query label`, one a line, sorted; none if the file is absent or empty.
+    """Pairs `query label`, one a line, sorted; none if the file is empty.
 
     Raises:
       InputError: If a line is not a pair of ids in range, or a pair is given twice.
     """
-    if not os.path.exists(path):
-        return np.zeros((0, 2), np.int64)
     found, at_line, line = [], [], 1
     for block in _read_blocks(path):
         text = np.frombuffer(block, np.uint8)

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float16
 from scipy import sparse
 
-from vixml_jax.data.formats import RawDataset, RawItems
 from vixml_jax.data.images import RawImages
+from vixml_jax.data.raw import RawDataset, RawItems, RawQueries, canonical
 
 FONTS = (
     "DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold", "DejaVuSans-Oblique",
@@ -80,9 +80,10 @@ def make(seed: int = 0) -> RawDataset:
     mean = pixels[train][present[train]].mean(axis=0, dtype=np.float64).astype(np.float32)
     embeddings = _normalise(pixels, present, mean)
 
-    def items(rows: np.ndarray) -> RawItems:
+    def queries(rows: np.ndarray) -> RawQueries:
         raw = RawImages(embeddings[rows], present[rows], "glyphs")
-        return RawItems(len(rows), lambda: [[texts[row] for row in rows]], raw)
+        items = RawItems(len(rows), lambda: [[texts[row] for row in rows]], raw)
+        return RawQueries(items, canonical(relevance[rows]), filter=np.zeros((0, 2), np.int64))
 
     return RawDataset(
         name="glyphs",
@@ -93,13 +94,9 @@ def make(seed: int = 0) -> RawDataset:
             "matplotlib": matplotlib.__version__,
             "pillow": PIL.__version__,
         },
-        train=items(train),
-        test=items(test),
-        labels=RawItems(len(labels), lambda: [labels], None),
-        train_relevance=relevance[train],
-        test_relevance=relevance[test],
-        train_filter=np.zeros((0, 2), np.int64),
-        test_filter=np.zeros((0, 2), np.int64),
+        labels=RawItems(len(labels), lambda: [labels]),
+        train=queries(train),
+        test=queries(test),
     )
 
 

@@ -7,19 +7,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Float32, Int, Shaped, UInt8
 from scipy import sparse
 
 from vixml_jax.errors import InputError
 
-FORMAT = 1  # Of the files; raised when older sets can no longer be read.
+FORMAT = 2  # Of the files; raised when older sets can no longer be read.
 INFO = "dataset.json"
 TOKENIZER = "tokenizer.json"
-SPLITS = ("train", "test", "labels")
+SPLITS = ("train", "valid", "test")  # Of queries; valid need not be there.
+PARTS = (*SPLITS, "labels")
 _INT32_MAX = np.iinfo(np.int32).max
 
 
@@ -60,6 +61,8 @@ class Items:
     texts: Texts
     tokens: Ragged  # int32.
     images: Ragged | None  # float16 [total, v]; None where the source has no pictures of these.
+    ids: Texts | None = None  # What the source calls them.
+    whole: Int[np.ndarray, " n"] | None = None  # int32, tokens of each text before it was cut.
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -76,6 +79,10 @@ class PreparedDataset:
       train_relevance, test_relevance: Ones at the labels of each query [queries, labels], float32,
         column indices sorted. Every training query has a label; a test query may have none.
       train_filter, test_filter: Pairs (query, label) that are never predicted, int64 [f, 2].
+      valid, valid_relevance, valid_filter: Queries held out of training, to choose by; None: all
+        are trained on.
+      train_weights: What each one of `train_relevance.data` counts when positives are drawn,
+        float32; None: all the same.
     """
 
     path: str
@@ -87,6 +94,22 @@ class PreparedDataset:
     test_relevance: sparse.csr_matrix
     train_filter: Int[np.ndarray, "f 2"]
     test_filter: Int[np.ndarray, "g 2"]
+    valid: Items | None = None
+    valid_relevance: sparse.csr_matrix | None = None
+    valid_filter: Int[np.ndarray, "h 2"] | None = None
+    train_weights: Float32[np.ndarray, " nnz"] | None = None
+
+    def split(self, name: str) -> tuple[Items, sparse.csr_matrix, Int[np.ndarray, "f 2"]]:
+        """Queries, relevance and filter pairs of 'train', 'valid' or 'test'.
+
+        Raises:
+          InputError: If there is no such split.
+        """
+        if getattr(self, name) is None:
+            raise InputError(
+                f"{self.path}: has no {name} split; prepare it again with --valid=0.02, say"
+            )
+        return tuple(getattr(self, name + part) for part in ("", "_relevance", "_filter"))
 
     @property
     def name(self) -> str:
@@ -152,7 +175,8 @@ class PreparedDataset:
             images = None
             if f"{split}_images" in info["arrays"]:
                 images = Ragged(array(f"{split}_images"), array(f"{split}_images_offsets"))
-            return Items(texts, tokens, images)
+            ids = Texts(array(f"{split}_ids"), array(f"{split}_ids_offsets"))
+            return Items(texts, tokens, images, ids, array(f"{split}_whole"))
 
         def relevance(split: str) -> sparse.csr_matrix:
             parts = tuple(
@@ -164,15 +188,16 @@ class PreparedDataset:
             matrix.has_canonical_format = True  # As written; scipy would read all to find out.
             return matrix
 
-        return PreparedDataset(
-            path,
-            info,
-            *(items(split) for split in SPLITS),
-            train_relevance=relevance("train"),
-            test_relevance=relevance("test"),
-            train_filter=array("train_filter"),
-            test_filter=array("test_filter"),
-        )
+        found: dict[str, Any] = {"labels": items("labels")}
+        for split in SPLITS:
+            if split == "valid" and "valid_texts" not in info["arrays"]:
+                continue
+            found[split] = items(split)
+            found[f"{split}_relevance"] = relevance(split)
+            found[f"{split}_filter"] = array(f"{split}_filter")
+        if "train_weights" in info["arrays"]:
+            found["train_weights"] = array("train_weights")
+        return PreparedDataset(path, info, **found)
 
 
 _AGAIN = "prepare it again"
@@ -283,6 +308,20 @@ class Writer:
         """A whole array."""
         with self.array(name, values.dtype, values.shape[1:]) as array:
             array.append(values)
+
+    @contextlib.contextmanager
+    def strings(self, name: str) -> Iterator[Callable[[list[str]], None]]:
+        """Two new arrays, texts as UTF-8 and their offsets; yields what appends some."""
+        sizes = [np.zeros(1, np.int64)]
+        with self.array(name, np.uint8) as file:
+
+            def append(texts: list[str]) -> None:
+                encoded = [text.encode("utf-8") for text in texts]
+                file.append(np.frombuffer(b"".join(encoded), np.uint8))
+                sizes.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+
+            yield append
+        self.add(f"{name}_offsets", np.cumsum(np.concatenate(sizes)))
 
     def add_relevance(self, split: str, relevance: sparse.csr_matrix) -> None:
         """Relevance in canonical form; 32-bit indices wherever they suffice."""
