@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from vixml_jax.data import tokenize
 from vixml_jax.errors import InputError
@@ -150,3 +152,143 @@ def test_special_tokens_of_a_prompt_stand_where_they_belong(single, end, begins,
     assert written(layout.unseen) == begins + say + ends
     assert (layout.num_images, layout.reserve_images, layout.trim) == (2, False, trim)
     assert layout.overhead == 2 + 4 + len(begins) + len(ends)
+
+
+QWEN_SPLIT, LLAMA_SPLIT = tokenize._BYTE_LEVEL
+
+
+def byte_level(split, normalizer=None):
+    """A byte-level BPE tokenizer in the manner of GPT-2 (no `split`), Llama or Qwen."""
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    tokenizer = Tokenizer(models.BPE())
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    tokenizer.pre_tokenizer = last
+    if split is not None:
+        first = pre_tokenizers.Split(Regex(split), behavior="isolated", invert=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, last])
+    if normalizer is not None:
+        tokenizer.normalizer = getattr(normalizers, normalizer)()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<end>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([*some_texts(5, 200), "12 345 6  78   9"], trainer)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)]),
+        ]
+    )
+    return tokenizer
+
+
+def sentence_piece():
+    """Spaces are letters to it, and words no unit: nothing between spaces stands by itself."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("_"), normalizers.Replace(" ", "_")]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(["a b a b a b", *some_texts(5, 200)], trainer)
+    return tokenizer
+
+
+def known_tokenizers():
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+
+    made = {
+        "minilm": Tokenizer.from_file(str(MINILM / "tokenizer.json")),
+        "trained": tokenize.train(lambda: [some_texts(5, 200)], vocab_size=200, max_tokens=8),
+        "gpt2": byte_level(None),
+        "qwen": byte_level(QWEN_SPLIT, "NFC"),
+        "llama": byte_level(LLAMA_SPLIT),
+        "sentencepiece": sentence_piece(),
+        "words": framed("<bos> $A"),
+    }
+    made["words"].normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    made["words"].pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(), pre_tokenizers.Punctuation()]
+    )
+    return made
+
+
+TOKENIZERS = known_tokenizers()
+# Words, spaces of all kinds, marks that join what stands before them, signs that have no room,
+# tokens with a meaning, and letters that change their length when lowered.
+PARTS = [
+    *WORDS, *" abcXYZ019'.-!,_", "  ", "   ", "\t", "\n", "\r\n", "\x00", "\x0b", "\x1c", "\x85",
+    "\xa0", "\u2003", "\u3000", "\u180e", "\u200b", "\ufeff", "\u0301", "\u0308", "\u00a8",
+    "\u037a", "İ", "ß", "ﬁ", "한국", "ᄒ", "ᅡ", "क्षि", "😀", "\U000f0000", "'s", "'LL", "[SEP]",
+    "[MASK]", "<end>", "<bos>", "x" * 150,
+]  # fmt: skip
+
+
+def one_call_a_text(tokenizer, texts, max_tokens):
+    """What is asked for, in the plainest way."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    whole = [len(tokenizer.encode(text).ids) for text in texts]
+    tokenizer.enable_truncation(max_tokens)
+    return [tokenizer.encode(text).ids for text in texts], whole
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@hypothesis.given(
+    texts=strategies.lists(
+        strategies.one_of(
+            strategies.lists(strategies.sampled_from(PARTS), max_size=12).map("".join),
+            strategies.lists(strategies.sampled_from(PARTS), max_size=12).map(" ".join),
+            strategies.text(max_size=12),
+        ),
+        max_size=6,
+    ),
+    max_tokens=strategies.integers(3, 12),
+)
+@hypothesis.settings(deadline=None, max_examples=150)
+def test_tokens_are_those_of_one_call_a_text(name, texts, max_tokens):
+    tokenizer = TOKENIZERS[name]
+    rows, whole = one_call_a_text(tokenizer, texts, max_tokens)
+    values, lengths, found = tokenize.encode(tokenizer, texts)
+    assert values.tolist() == [token for row in rows for token in row]
+    assert lengths.tolist() == list(map(len, rows))
+    assert found.tolist() == whole
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_what_is_remembered_changes_nothing(name, monkeypatch):
+    monkeypatch.setattr(tokenize, "_MOST_PIECES", 20)  # Forgotten every few calls.
+    tokenizer, rng = TOKENIZERS[name], np.random.default_rng(3)
+    tokenizer.no_truncation()
+    encoder = tokenize.Encoder(tokenizer)
+    for _ in range(30):
+        texts = [" ".join(rng.choice(PARTS, rng.integers(0, 9))) for _ in range(rng.integers(0, 9))]
+        values, lengths, whole = encoder.encode(texts)
+        rows = [tokenizer.encode(text).ids for text in texts]
+        assert values.tolist() == [token for row in rows for token in row]
+        assert lengths.tolist() == whole.tolist() == list(map(len, rows))
+
+
+def test_texts_are_split_where_that_is_known_to_change_nothing():
+    pieces = {name: tokenize.Encoder(made)._split("a b") for name, made in TOKENIZERS.items()}
+    words, spaced = ["a", "b"], ["a", " b"]
+    assert pieces == {
+        "minilm": words, "trained": words, "gpt2": spaced, "qwen": spaced, "llama": spaced,
+        "sentencepiece": ["a b"], "words": words,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("single", ["<bos> $A <eos> $A", "$A <bos> $A"])
+def test_a_post_processor_that_does_more_than_frame_is_refused(single):
+    with pytest.raises(InputError, match="post-processor does not only"):
+        tokenize.Encoder(framed(single))

@@ -14,6 +14,7 @@ from vixml_jax.data import (
     glyphs,
     images,
     own,
+    progress,
     splitting,
     store,
     tokenize,
@@ -111,7 +112,8 @@ def prepare(
     with store.write(out, overwrite=overwrite) as writer:
         fast = _make_tokenizer(settings, raw)
         parts = {name: found.items for name, found in raw.splits.items()} | {"labels": raw.labels}
-        counts = {part: _write_items(writer, part, items, fast) for part, items in parts.items()}
+        encoder = tokenize.Encoder(fast)
+        counts = {part: _write_items(writer, part, items, encoder) for part, items in parts.items()}
         for split, found in raw.splits.items():
             writer.add_relevance(split, found.relevance)
             writer.add(f"{split}_filter", found.filter)
@@ -249,23 +251,23 @@ def _make_tokenizer(settings: Settings, raw: RawDataset) -> "Tokenizer":
     return tokenize.train(texts, vocab_size=settings.vocab_size, max_tokens=settings.max_tokens)
 
 
-def _write_items(writer: Writer, part: str, items: RawItems, fast: "Tokenizer") -> dict[str, int]:
+def _write_items(
+    writer: Writer, part: str, items: RawItems, encoder: tokenize.Encoder
+) -> dict[str, int]:
     """Writes ids, texts, tokens and pictures; returns how much there is of each."""
-    import tqdm
-
     lengths, whole = [np.zeros(1, np.int64)], []
     with (
         writer.strings(f"{part}_texts") as add_texts,
         writer.array(f"{part}_tokens", np.int32) as token_file,
-        tqdm.tqdm(total=items.count, desc=f"{part} texts", unit="", delay=1, disable=None) as bar,
+        progress.watch(f"{part} texts", items.count) as done,
     ):
         for chunk in items.read_texts():
             add_texts(chunk)
-            tokens, counts, uncut = tokenize.encode(fast, chunk)
+            tokens, counts, uncut = encoder.encode(chunk)
             token_file.append(tokens)
             lengths.append(counts)
             whole.append(uncut)
-            bar.update(len(chunk))
+            done(len(chunk))
     token_offsets = np.cumsum(np.concatenate(lengths))
     writer.add(f"{part}_tokens_offsets", token_offsets)
     writer.add(f"{part}_whole", np.concatenate(whole))
@@ -280,13 +282,11 @@ def _write_items(writer: Writer, part: str, items: RawItems, fast: "Tokenizer") 
         writer.add(f"{part}_images_offsets", offsets)
         with (
             writer.array(f"{part}_images", np.float16, (items.images.width,)) as file,
-            tqdm.tqdm(
-                total=int(offsets[-1]), desc=f"{part} images", unit="", delay=1, disable=None
-            ) as bar,
+            progress.watch(f"{part} images", int(offsets[-1])) as done,
         ):
             for block in items.images.read(rows):
                 file.append(block)
-                bar.update(len(block))
+                done(len(block))
         counts["images"] = int(offsets[-1])
         counts["with_image"] = int(np.count_nonzero(np.diff(offsets)))
     return counts
