@@ -25,11 +25,19 @@ _FLAG_OF = {
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    values = flags.FLAGS
+    run(flags.FLAGS)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Prepares what the flags say.
+
+    Raises:
+      InputError: If a flag or the source is at fault.
+    """
     for name in ("source",) if values.dry_run else ("source", "out"):
         if not values[name].value:
             raise InputError(f"--{name}: missing")
-    settings = preparation.Settings(**_told(preparation.Settings))
+    settings = preparation.Settings(**_told(preparation.Settings, values))
     preparation.check(values.out, settings, overwrite=values.overwrite or values.dry_run)
     finder = None
     if values.images and not values.dry_run:
@@ -49,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
             encoding=values.encoding,
             seed=values.seed,
             find_images=images.read_images if finder is None else finder.find,
-            names=columns.Columns(**_told(columns.Columns)),
+            names=columns.Columns(**_told(columns.Columns, values)),
             labels_source=values.labels_source,
             split_by=values.split_by,
             embed_paths=None if finder is None else finder.embed,
@@ -76,10 +84,10 @@ def main(argv: Sequence[str]) -> None:
         print(finder.describe())
 
 
-def _told(group: Any) -> dict[str, Any]:
+def _told(group: Any, values: flags.FlagValues) -> dict[str, Any]:
     """The fields of a group of settings, as its flags say them."""
     return {
-        field.name: flags.FLAGS[_FLAG_OF.get((group, field.name), field.name)].value
+        field.name: values[_FLAG_OF.get((group, field.name), field.name)].value
         for field in dataclasses.fields(group)
     }
 
@@ -173,22 +181,32 @@ class ImageFinder:
         return line
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The flags of this door."""
-    flags.DEFINE_string(
+    text, switch, number, share, choice = (
+        functools.partial(define, flag_values=values)
+        for define in (
+            flags.DEFINE_string,
+            flags.DEFINE_boolean,
+            flags.DEFINE_integer,
+            flags.DEFINE_float,
+            flags.DEFINE_enum,
+        )
+    )
+    text(
         "source",
         "",
         "A csv, tsv, jsonl or parquet file (.gz, .zst too) of queries; a directory of such files "
         "or shards, named train, valid, test, labels; a directory in the XML repository's layout; "
         "or 'glyphs', the built-in data.",
     )
-    flags.DEFINE_string("labels_source", "", "Table of the labels, if it is elsewhere.")
-    flags.DEFINE_boolean(
+    text("labels_source", "", "Table of the labels, if it is elsewhere.")
+    switch(
         "dry_run",
         False,
         "Print what was understood (columns, counts, rows, warnings); write nothing.",
     )
-    for name, text in (
+    for name, said in (
         ("id_column", "Column of a query's id."),
         ("text", "Column of a query's text, or a template of several: '{title}. {brand}'."),
         ("labels_column", "Column of a query's labels: a list, JSON of one, or a string of them."),
@@ -200,63 +218,59 @@ def define_flags() -> None:
         ("label_id_column", "Column of a label's id, in the table of labels."),
         ("label_text", "Column of a label's text there, or a template."),
     ):
-        flags.DEFINE_string(name, "", f"{text} Empty: guessed; 'none': there is none.")
-    flags.DEFINE_enum(
+        text(name, "", f"{said} Empty: guessed; 'none': there is none.")
+    choice(
         "labels_are",
         "auto",
         ["auto", "ids", "texts", "rows"],
         "What names a label of the table: its id, its text, its row (from 0), or what fits.",
     )
-    flags.DEFINE_string("out", "", "Directory to be made; it appears whole or not at all.")
-    flags.DEFINE_string(
+    text("out", "", "Directory to be made; it appears whole or not at all.")
+    text(
         "tokenizer",
         "train",
         "Directory or Hugging Face name of a fast tokenizer; 'train': one is trained on the "
         "training queries and labels, for a tower from scratch.",
     )
-    flags.DEFINE_string(
+    text(
         "images",
         "",
         "Hugging Face directory or name of a SigLIP vision model: embeds the image files that the "
         "image column names, or {trn,tst,lbl}_images.txt (a line an item, tabs between paths).",
     )
-    flags.DEFINE_boolean(
+    switch(
         "keep_aspect", False, "Shrink pictures into the frame, on white, rather than stretch them."
     )
-    flags.DEFINE_integer("image_batch", 64, "Pictures embedded together.", lower_bound=1)
-    flags.DEFINE_enum(
-        "image_dtype", "float32", ["float32", "bfloat16"], "What the vision model computes in."
-    )
-    flags.DEFINE_integer("max_tokens", 32, "Tokens of a text at most, special ones included.")
-    flags.DEFINE_enum(
+    number("image_batch", 64, "Pictures embedded together.", lower_bound=1)
+    choice("image_dtype", "float32", ["float32", "bfloat16"], "What the vision model computes in.")
+    number("max_tokens", 32, "Tokens of a text at most, special ones included.")
+    choice(
         "encoding", "utf-8", list(preparation.ENCODINGS), "What the source's texts are encoded in."
     )
-    flags.DEFINE_integer("vocab_size", 8192, "Tokens at most of a tokenizer that is trained.")
-    flags.DEFINE_float("propensity_a", 0.6, "A of the inverse propensities, for sampling and PSP.")
-    flags.DEFINE_float("propensity_b", 2.6, "B of the inverse propensities.")
-    flags.DEFINE_float(
-        "valid", 0.0, "Share of the training queries held out to choose by: 0.02, say; 0: none."
-    )
-    flags.DEFINE_float(
+    number("vocab_size", 8192, "Tokens at most of a tokenizer that is trained.")
+    share("propensity_a", 0.6, "A of the inverse propensities, for sampling and PSP.")
+    share("propensity_b", 2.6, "B of the inverse propensities.")
+    share("valid", 0.0, "Share of the training queries held out to choose by: 0.02, say; 0: none.")
+    share(
         "test",
         0.2,
         "Share of the queries held out to judge on, where the source has no test split.",
     )
-    flags.DEFINE_string(
+    text(
         "split_by",
         "random",
         "How they are drawn: 'random'; 'text', equal texts together; 'group:COLUMN', equal values "
         "together; 'time:COLUMN', the newest.",
     )
-    flags.DEFINE_enum(
+    choice(
         "filters",
         "auto",
         list(preparation.FILTERS),
         "Pairs of a query and the label that is itself, which are never predicted: 'auto', as the "
         "source gives them, made where it gives none; 'none', as the source gives them alone.",
     )
-    flags.DEFINE_integer("seed", 0, "Of all that is drawn.")
-    flags.DEFINE_boolean("overwrite", False, "Replace a prepared data set in --out.")
+    number("seed", 0, "Of all that is drawn.")
+    switch("overwrite", False, "Replace a prepared data set in --out.")
 
 
 if __name__ == "__main__":

@@ -186,7 +186,8 @@ def texts(
     guessed = all(not said for said, _ in parts)  # Title and content: a space between.
     pieces = []
     for said, column in parts:
-        pieces.append([said] * len(rows))
+        if not guessed:
+            pieces.append([said] * len(rows))
         if column is not None:
             pieces.append(read(column))
     glue = " " if guessed else ""

@@ -23,6 +23,9 @@ ID, TEXT, RECIPROCAL = "id", "text", "reciprocal"
 # Of the pairs of equal texts in training, the share that may be relevant: above, an equal text is
 # an answer (the tag "apple" of the picture "apple"), not the same thing.
 _MOST_RELEVANT = 0.05
+# Of the pairs of equal ids, the share that must have equal texts too: below, queries and labels are
+# numbered each for themselves.
+_LEAST_ALIKE = 0.5
 
 
 def normalise(text: str) -> str:
@@ -68,7 +71,8 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
     A pair (query, label) is filtered if both have the same id or the same normalised text; in
     valid and test also if it is reciprocal: if the label's item, as a query of training, has the
     query's item as a label. Equal texts do not count where training says of more than 5 % of such
-    pairs that the label is relevant: there an equal text is an answer.
+    pairs that the label is relevant: there an equal text is an answer. Equal ids do not count where
+    less than half of such pairs have equal texts: there queries and labels have their own numbers.
 
     Such a pair counts neither for nor against a prediction, so that it is no longer relevant in
     valid and test; the relevance of training is left as it is.
@@ -76,7 +80,8 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
     Returns:
       The data set, and for each split the number of pairs by reason ('id', 'text', 'reciprocal',
       a pair with several under the first), 'pairs' of them all, 'answers' that stay though their
-      texts are equal, and 'relevant' ones; or 'given' pairs.
+      texts are equal, 'numbers' that stay though their ids are, and 'relevant' ones; or 'given'
+      pairs.
     """
     splits = raw.splits
     report = {
@@ -95,6 +100,10 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
             for reason, labels in label_keys.items()
             if labels is not None and query_keys[reason] is not None
         }
+    alike = [_both(found[ID], found[TEXT]).nnz for found in same.values() if ID in found]
+    are_numbers = sum(alike) < _LEAST_ALIKE * sum(
+        found[ID].nnz for found in same.values() if ID in found
+    )
     answers = _both(same["train"][TEXT], raw.train.relevance).nnz
     are_answers = answers > _MOST_RELEVANT * same["train"][TEXT].nnz
     changed = {}
@@ -102,7 +111,9 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
         if found.filter is not None:
             continue
         reasons = dict(same[name])
-        counts = {ID: 0, TEXT: 0, RECIPROCAL: 0, "answers": 0}
+        counts = {ID: 0, TEXT: 0, RECIPROCAL: 0, "answers": 0, "numbers": 0}
+        if are_numbers:
+            counts["numbers"] = reasons.pop(ID).nnz
         if are_answers:
             counts["answers"] = reasons.pop(TEXT).nnz
         if name != "train":
@@ -207,6 +218,11 @@ def describe(report: dict[str, dict[str, int]]) -> list[str]:
             lines.append(
                 f"{split}: {counts['answers']:,} labels have the text of their query; in training "
                 "such labels are often relevant, so that they stay answers"
+            )
+        if counts.get("numbers"):
+            lines.append(
+                f"{split}: {counts['numbers']:,} labels have the id of their query but mostly "
+                "another text; queries and labels are taken to be numbered each for themselves"
             )
         if counts.get("pairs"):
             why = ", ".join(

@@ -113,8 +113,9 @@ def check_widths(images: Mapping[str, RawImages | None], directory: str) -> None
 def _load(path: str) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a whole .npy file ({error})") from None
+    except Exception as error:  # Of a broken header, numpy raises whatever Python's parser does.
+        said = " ".join(str(error).split())
+        raise InputError(f"{path}: not a whole .npy file ({said})") from None
 
 
 def _nonzero(embeddings: Float[np.ndarray, "n i v"]) -> Bool[np.ndarray, "n i"]:

@@ -122,6 +122,8 @@ def read_tables(
             understood.append(
                 columns.understand("labels", found[LABELS], roles, names, encoding, label=True)
             )
+        elif names.labels_are in (IDS, ROWS):
+            raise InputError(f"--labels_are={names.labels_are}: there is no label table")
         parts: dict[str, _Part] = {}
         for name in ("", *SPLITS):
             if name not in found:
@@ -276,19 +278,19 @@ class _LabelBook:
                 (sign for sign in _SEPARATORS if any(sign in value for value in said)), ""
             )
             return
-        known = self._part.known(self.are)
+        known = set().union(
+            *(self._part.known(are) for are in ((IDS, TEXTS) if self.are == AUTO else (self.are,)))
+        )
 
-        def unknown(sign: str) -> int:
+        def known_less_unknown(sign: str) -> int:
             parts = (part for value in said for part in (value.split(sign) if sign else [value]))
-            return sum(part.strip() not in known for part in parts if part.strip())
+            return sum(1 if part.strip() in known else -1 for part in parts if part.strip())
 
-        self.separator = min(("", *_SEPARATORS, " "), key=unknown)
+        self.separator = max(("", *_SEPARATORS, " "), key=known_less_unknown)
 
     def _guess_kind(self, chunk: Chunk, column: str) -> None:
         """Whether labels are named by id, text or row of the label table."""
         if self._part is None:
-            if self.are in (IDS, ROWS):
-                raise InputError(f"--labels_are={self.are}: there is no label table")
             self.are = TEXTS
             return
         if self.are == AUTO and column == "target_ind":
@@ -432,12 +434,6 @@ class _Part:
                     f"{self.where(one)} too; expected each once"
                 )
 
-    def shared_ids(self, other: "_Part") -> int:
-        """Ids that another part has, too."""
-        if self._ids is None or other._ids is None:
-            return 0
-        return len(set(self._ids).intersection(other._ids))
-
     def items(self, spool: str, embed_paths: EmbedPaths | None) -> RawItems:
         """What was taken, read back from the spool."""
         utf8, offsets = (_load(spool, f"{self.name}_texts{ending}") for ending in ("", "_offsets"))
@@ -553,8 +549,3 @@ def _warnings(parts: dict[str, _Part], label_part: _Part | None) -> Iterator[str
             yield f"{part.name}: {part.empty:,} texts are empty"
         if part.repeated:
             yield f"{part.name}: {part.repeated:,} labels given twice to one query count once"
-    names = list(parts)
-    for at, one in enumerate(names):
-        for other in names[at + 1 :]:
-            if shared := parts[one].shared_ids(parts[other]):
-                yield f"{shared:,} ids are both in {one} and in {other}"
