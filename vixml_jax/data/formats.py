@@ -39,6 +39,10 @@ _FILTERS = {
     split: (f"filter_labels_{split}.txt", f"{prefix}_filter_labels.txt")
     for split, prefix in PREFIX.items()
 }
+_PICTURE_FILES = (
+    *("_image_embeddings.npy", "_has_image.npy", "_images.txt"),
+    *("_siglip2.npy", "_map.npy"),
+)
 
 # (directory, prefix, items there should be) -> their pictures, if they have any.
 FindImages = Callable[[str, str, int], ItemImages | None]
@@ -120,7 +124,7 @@ def read_xml_repository(
     used += [
         os.path.join(directory, name)
         for name in os.listdir(directory)
-        if name.endswith(("_image_embeddings.npy", "_has_image.npy", "_images.txt", "_map.npy"))
+        if name.endswith(_PICTURE_FILES)
     ]
     return RawDataset(
         name=os.path.basename(os.path.abspath(directory)),

@@ -1,6 +1,8 @@
 """Pictures of a source: embeddings found beside its texts, or files to be embedded."""
 
+import fnmatch
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float16, Float32, Int
 
+from vixml_jax.data import safe_pickle
+from vixml_jax.data.raw import ItemImages
 from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
 
 _BLOCK = 1 << 22  # Values held at a time.
+_MOST_PICTURES = 100  # Of an item in a map; a broken one must not ask for all memory.
 
 
 class RawImages(NamedTuple):
@@ -40,23 +45,32 @@ class RawImages(NamedTuple):
         step = max(1, _BLOCK // max(1, self.embeddings[0].size))
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
-            with np.errstate(over="ignore"):
-                values = self.embeddings[block][self.present[block]].astype(np.float16)
-            fine = np.isfinite(values).all(axis=1)
-            if not fine.all():
-                owner = np.repeat(block, self.present[block].sum(axis=1))[int(np.argmin(fine))]
-                raise InputError(
-                    f"{self.path}, row {owner} (from 0): not finite in float16; expected numbers "
-                    "within 65504, or False for the row in has_image"
-                )
-            yield values
+            present = self.present[block]
+            values = self.embeddings[block][present]
+            owners = np.repeat(block, present.sum(axis=1))
+            yield _to_float16(values, owners, self.path, ", or False for the row in has_image")
 
 
-def read_images(directory: str, prefix: str, count: int) -> RawImages | None:
+def _to_float16(
+    values: Float[np.ndarray, "k v"], rows: Int[np.ndarray, " k"], path: str, way_out: str = ""
+) -> Float16[np.ndarray, "k v"]:
+    """The values in float16; refuses those that are not finite there, by the number of the row."""
+    with np.errstate(over="ignore"):
+        values = np.asarray(values).astype(np.float16, copy=False)
+    fine = np.isfinite(values).all(axis=1)
+    if not fine.all():
+        raise InputError(
+            f"{path}, row {rows[int(np.argmin(fine))]} (from 0): not finite in float16; expected "
+            f"numbers within 65504{way_out}"
+        )
+    return values
+
+
+def read_images(directory: str, prefix: str, count: int) -> "RawImages | FileImages | None":
     """The embeddings `{prefix}_image_embeddings.npy`, [n, v] or [n, i, v], memory-mapped.
 
     `{prefix}_has_image.npy`, bool [n] or [n, i], says which pictures there are; without it, those
-    that are not all zero.
+    that are not all zero. Where there are no such files, `read_vixml_images` looks for its own.
 
     Args:
       directory: Where the files are.
@@ -71,7 +85,7 @@ def read_images(directory: str, prefix: str, count: int) -> RawImages | None:
     if not os.path.exists(path):
         if os.path.exists(mask_path):
             raise InputError(f"{path}: not found, but {os.path.basename(mask_path)} is there")
-        return None
+        return read_vixml_images(directory, prefix, count)
     embeddings = _load(path)
     shape = embeddings.shape
     if embeddings.dtype.kind != "f" or embeddings.ndim not in (2, 3):
@@ -98,7 +112,7 @@ def read_images(directory: str, prefix: str, count: int) -> RawImages | None:
     return RawImages(embeddings, present, path)
 
 
-def check_widths(images: Mapping[str, RawImages | None], directory: str) -> None:
+def check_widths(images: Mapping[str, ItemImages | None], directory: str) -> None:
     """Refuses embeddings of unequal width.
 
     Raises:
@@ -125,10 +139,10 @@ def _nonzero(embeddings: Float[np.ndarray, "n i v"]) -> Bool[np.ndarray, "n i"]:
 
 
 class FileImages(NamedTuple):
-    """Up to i pictures of each item, as rows of an `EmbeddingStore`."""
+    """Up to i pictures of each item, as rows of a table of embeddings."""
 
     rows: Int[np.ndarray, "n i"]  # -1 = there is none.
-    vectors: Float16[np.ndarray, "m v"]
+    vectors: Float[np.ndarray, "m v"]
     path: str  # For messages.
 
     @property
@@ -141,11 +155,82 @@ class FileImages(NamedTuple):
         return np.concatenate([[0], np.cumsum(counts)])
 
     def read(self, rows: Int[np.ndarray, " r"]) -> Iterator[Float16[np.ndarray, "k v"]]:
-        """The pictures of the rows in order, those that there are, a block at a time."""
+        """The pictures of the rows in order, those that there are, a block at a time.
+
+        Raises:
+          InputError: If one is not finite in float16.
+        """
         step = max(1, _BLOCK // max(1, self.rows.shape[1] * self.width))
         for start in range(0, len(rows), step):
             found = self.rows[rows[start : start + step]].reshape(-1)
-            yield np.asarray(self.vectors[found[found >= 0]])
+            found = found[found >= 0]
+            yield _to_float16(self.vectors[found], found, self.path)
+
+
+def read_vixml_images(directory: str, prefix: str, count: int) -> FileImages | None:
+    """The embeddings that ViXML's authors publish, memory-mapped, and the map of items to them.
+
+    `{prefix}_embs_imgs_3_1152_siglip2.npy` has a row for each picture, float32 [m, v];
+    `{prefix}_imgs_384_3_map.npy` is an array of objects with the rows of each item, a list of them
+    or -1 where it has no picture. (The numbers in the names may be others.)
+
+    Args:
+      directory: Where the files are.
+      prefix: trn, tst or lbl.
+      count: Items that there should be.
+
+    Raises:
+      InputError: If the files do not fit the items or each other, or the map holds anything but
+        integers.
+    """
+    patterns = (f"{prefix}_embs_imgs_*_siglip2.npy", f"{prefix}_imgs_*_map.npy")
+    names = sorted(os.listdir(directory or "."))
+    found = [fnmatch.filter(names, pattern) for pattern in patterns]
+    if not any(found):
+        return None
+    for pattern, matches in zip(patterns, found, strict=True):
+        if len(matches) != 1:
+            raise InputError(
+                f"{os.path.join(directory, pattern)}: found {', '.join(matches) or 'none'}, "
+                f"expected one such file ({' and '.join(patterns)} go together)"
+            )
+    path, map_path = (os.path.join(directory, matches[0]) for matches in found)
+    vectors = _load(path)
+    if vectors.dtype.kind != "f" or vectors.ndim != 2 or not vectors.shape[1]:
+        raise InputError(
+            f"{path}: {vectors.dtype} {vectors.shape}, expected floating point [pictures, width]"
+        )
+    return FileImages(_read_map(map_path, len(vectors), prefix, count), vectors, path)
+
+
+def _read_map(path: str, num_pictures: int, prefix: str, count: int) -> Int[np.ndarray, "n i"]:
+    """The rows of each item's pictures, -1 after the last."""
+    objects = safe_pickle.load_object_array(path)
+    if len(objects) != count:
+        raise InputError(
+            f"{path}: {len(objects)} items, but there are {count} texts in {prefix}.raw.txt"
+        )
+    listed = [(value,) if isinstance(value, int) else value for value in objects]
+    lengths = np.fromiter(map(len, listed), np.int64, count)
+    if lengths.max(initial=0) > _MOST_PICTURES:
+        raise InputError(
+            f"{path}, item {np.argmax(lengths)} (from 0): {lengths.max()} pictures, expected "
+            f"{_MOST_PICTURES} at most"
+        )
+    rows = np.fromiter(itertools.chain.from_iterable(listed), np.int64, int(lengths.sum()))
+    items = np.repeat(np.arange(count), lengths)
+    wrong = (rows < -1) | (rows >= num_pictures)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise InputError(
+            f"{path}, item {items[at]} (from 0): row {rows[at]}, expected one below {num_pictures} "
+            "as there are embeddings, or -1 for no picture"
+        )
+    rows, items = rows[rows >= 0], items[rows >= 0]
+    counts = np.bincount(items, minlength=count)
+    table = np.full((count, max(1, counts.max())), -1, np.int64)
+    table[items, ranges(np.zeros_like(counts), counts)] = rows
+    return table
 
 
 def read_paths(directory: str, prefix: str, count: int) -> list[list[str]] | None:
