@@ -16,8 +16,10 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 from scipy import sparse
 
+from vixml_jax.data.formats import to_csr
 from vixml_jax.data.raw import RawDataset, RawItems, canonical
 from vixml_jax.data.store import ranges
+from vixml_jax.errors import InputError
 
 ID, TEXT, RECIPROCAL = "id", "text", "reciprocal"
 # Of the pairs of equal texts in training, the share that may be relevant: above, an equal text is
@@ -26,6 +28,9 @@ _MOST_RELEVANT = 0.05
 # Of the pairs of equal ids, the share that must have equal texts too: below, queries and labels are
 # numbered each for themselves.
 _LEAST_ALIKE = 0.5
+# Pairs that are made at most: thousands of queries and labels of one text ("untitled") are a fault
+# of the data, and would take all memory.
+_MOST_PAIRS = 100_000_000
 
 
 def normalise(text: str) -> str:
@@ -46,23 +51,38 @@ def id_keys(items: RawItems) -> UInt64[np.ndarray, " n"] | None:
 def keys(texts: Iterable[str]) -> UInt64[np.ndarray, " n"]:
     """64 bits of the hash of each text: equal texts have equal ones; 0 for an empty text."""
     digests = (
-        hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() if text else bytes(8)
+        int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+        if text
+        else 0
         for text in texts
     )
-    return np.frombuffer(b"".join(digests), np.uint64)
+    return np.fromiter(digests, np.uint64)
 
 
 def same_keys(
-    queries: UInt64[np.ndarray, " q"], labels: UInt64[np.ndarray, " l"]
-) -> Int[np.ndarray, "f 2"]:
-    """Pairs (query, label) of equal keys that are not 0, sorted."""
+    queries: UInt64[np.ndarray, " q"], labels: UInt64[np.ndarray, " l"], what: str
+) -> sparse.csr_matrix:
+    """Ones at the pairs (query, label) of equal keys that are not 0, in canonical form.
+
+    Args:
+      queries, labels: Their keys.
+      what: Keys are of, for messages.
+
+    Raises:
+      InputError: If there are more pairs than anyone could mean.
+    """
     order = np.argsort(labels, kind="stable")
     sorted_labels = labels[order]
     first = np.searchsorted(sorted_labels, queries, side="left")
     counts = np.searchsorted(sorted_labels, queries, side="right") - first
     counts[queries == 0] = 0
-    rows = np.repeat(np.arange(len(queries)), counts)
-    return np.stack([rows, order[ranges(first, counts)]], axis=1).astype(np.int64)
+    if counts.sum() > _MOST_PAIRS:
+        raise InputError(
+            f"{counts.sum():,} pairs of a query and a label have the same {what}, up to "
+            f"{counts.max():,} of one query; expected {_MOST_PAIRS:,} at most to filter: give them "
+            "in filter_labels_{train,test}.txt, or say --filters=none"
+        )
+    return to_csr(counts, order[ranges(first, counts)], len(labels))
 
 
 def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]]:
@@ -96,7 +116,7 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
     for name, found in splits.items():
         query_keys = {ID: id_keys(found.items), TEXT: text_keys(found.items)}
         same[name] = {
-            reason: _pair_matrix(same_keys(query_keys[reason], labels), found.relevance.shape)
+            reason: same_keys(query_keys[reason], labels, reason)
             for reason, labels in label_keys.items()
             if labels is not None and query_keys[reason] is not None
         }
@@ -106,24 +126,25 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
     )
     answers = _both(same["train"][TEXT], raw.train.relevance).nnz
     are_answers = answers > _MOST_RELEVANT * same["train"][TEXT].nnz
+    off = {ID: are_numbers, TEXT: are_answers}
+    own = {  # Whose labels that are the query itself are known, and why.
+        name: {reason: matrix for reason, matrix in found.items() if not off[reason]}
+        for name, found in same.items()
+    }
     changed = {}
     for name, found in splits.items():
         if found.filter is not None:
             continue
-        reasons = dict(same[name])
+        reasons = dict(own[name])
         counts = {ID: 0, TEXT: 0, RECIPROCAL: 0, "answers": 0, "numbers": 0}
-        if are_numbers:
-            counts["numbers"] = reasons.pop(ID).nnz
-        if are_answers:
-            counts["answers"] = reasons.pop(TEXT).nnz
+        for reason, fate in ((ID, "numbers"), (TEXT, "answers")):
+            if off[reason] and reason in same[name]:
+                counts[fate] = same[name][reason].nnz
         if name != "train":
             reasons[RECIPROCAL] = _reciprocal(
-                _any(reasons, found.relevance.shape),
+                _any(own[name], found.relevance.shape),
                 raw.train.relevance,
-                _any(
-                    {key: same["train"][key] for key in reasons if key in same["train"]},
-                    raw.train.relevance.shape,
-                ),
+                _any(own["train"], raw.train.relevance.shape),
             )
         total = sparse.csr_matrix(found.relevance.shape, dtype=np.float32)
         for reason, matrix in reasons.items():
@@ -134,7 +155,8 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
         report[name] = {"pairs": total.nnz, **counts, "relevant": both.nnz}
         relevance, weights = found.relevance, found.weights
         if name != "train" and both.nnz:
-            kept = ~_contains(total, relevance)
+            kept = np.ones(relevance.nnz, bool)
+            kept[np.searchsorted(_places(relevance), _places(both))] = False
             if weights is not None:
                 weights = weights[kept]
             relevance = _keep(relevance, kept)
@@ -155,11 +177,6 @@ def given_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]
     }
     report = {name: {"given": len(found.filter)} for name, found in changed.items()}
     return dataclasses.replace(raw, **changed), report
-
-
-def _pair_matrix(pairs: Int[np.ndarray, "f 2"], shape: tuple[int, int]) -> sparse.csr_matrix:
-    ones = np.ones(len(pairs), np.float32)
-    return _ones(sparse.csr_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=shape))
 
 
 def _ones(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -186,18 +203,18 @@ def _reciprocal(
     same: sparse.csr_matrix, train: sparse.csr_matrix, same_train: sparse.csr_matrix
 ) -> sparse.csr_matrix:
     """Query -> its own label -> training queries that have it -> their own labels."""
+    if not (same.nnz and same_train.nnz):  # Spares turning the relevance around.
+        return sparse.csr_matrix(same.shape, dtype=np.float32)
     return _ones((same @ train.T) @ same_train)
 
 
-def _contains(pairs: sparse.csr_matrix, relevance: sparse.csr_matrix) -> Bool[np.ndarray, " nnz"]:
-    """Whether each one of the relevance is among the pairs."""
-    width = np.int64(relevance.shape[1])
-    rows = np.repeat(np.arange(relevance.shape[0], dtype=np.int64), np.diff(relevance.indptr))
-    pair_rows = np.repeat(np.arange(pairs.shape[0], dtype=np.int64), np.diff(pairs.indptr))
-    return np.isin(rows * width + relevance.indices, pair_rows * width + pairs.indices)
+def _places(matrix: sparse.csr_matrix) -> Int[np.ndarray, " nnz"]:
+    """Row by row, the place of each one in the whole matrix; ascends."""
+    rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
+    return rows * matrix.shape[1] + matrix.indices
 
 
-def _keep(relevance: sparse.csr_matrix, kept: np.ndarray) -> sparse.csr_matrix:
+def _keep(relevance: sparse.csr_matrix, kept: Bool[np.ndarray, " nnz"]) -> sparse.csr_matrix:
     """The ones that are kept."""
     before = np.concatenate([[0], np.cumsum(kept)])
     indptr = before[relevance.indptr].astype(relevance.indptr.dtype)

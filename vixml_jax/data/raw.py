@@ -60,12 +60,14 @@ class RawItems:
       read_texts: Starts to read the texts anew, and gives them in order, a chunk at a time.
       images: Their pictures, if the source has any.
       ids: What the source calls them, one a row; None: it does not say, and rows are counted.
+      rows: Of a part: the rows that they have in the whole; None: this is the whole.
     """
 
     count: int
     read_texts: Callable[[], Iterable[list[str]]]
     images: ItemImages | None = None
     ids: Sequence[str] | None = None
+    rows: Int[np.ndarray, " n"] | None = None
 
     def select(self, rows: Int[np.ndarray, " r"]) -> "RawItems":
         """Those of the rows, which ascend."""
@@ -77,24 +79,27 @@ class RawItems:
             len(rows),
             lambda: _select(self.read_texts(), kept),
             None if self.images is None else SelectedImages(self.images, rows),
-            _SelectedIds(self, rows),
+            None if self.ids is None else _SelectedIds(self.ids, rows),
+            rows if self.rows is None else self.rows[rows],
         )
 
     def name(self, row: int) -> str:
-        """What an item is called: its id, or the number of its row."""
-        return str(row) if self.ids is None else self.ids[row]
+        """What an item is called: its id, or the number of its row in the source."""
+        if self.ids is not None:
+            return self.ids[row]
+        return str(row if self.rows is None else self.rows[row])
 
 
 @dataclasses.dataclass(frozen=True)
 class _SelectedIds(Sequence):
-    items: RawItems
+    ids: Sequence[str]
     rows: Int[np.ndarray, " n"]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> str:
-        return self.items.name(int(self.rows[index]))
+        return self.ids[int(self.rows[index])]
 
 
 def _select(chunks: Iterable[list[str]], kept: Bool[np.ndarray, " n"]) -> Iterator[list[str]]:

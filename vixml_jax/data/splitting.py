@@ -67,7 +67,7 @@ def hold_out(raw: RawDataset, split: str, share: float, *, split_by: str, seed: 
         raw,
         understood=(
             *raw.understood,
-            f"{split}: {share:.0%} of the queries held out, {how[manner]}",
+            f"{split}: {100 * share:g}% of the queries held out, {how[manner]}",
         ),
         **{
             split: raw.train.select(np.flatnonzero(held)),
