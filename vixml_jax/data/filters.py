@@ -160,8 +160,9 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
             if weights is not None:
                 weights = weights[kept]
             relevance = _keep(relevance, kept)
-        rows = np.repeat(np.arange(total.shape[0]), np.diff(total.indptr))
-        pairs = np.stack([rows, total.indices], axis=1).astype(np.int64)
+        pairs = np.empty((total.nnz, 2), np.int64)
+        pairs[:, 0] = np.repeat(np.arange(total.shape[0]), np.diff(total.indptr))
+        pairs[:, 1] = total.indices
         changed[name] = dataclasses.replace(
             found, relevance=relevance, weights=weights, filter=pairs
         )
