@@ -192,10 +192,10 @@ def test_every_row_is_drawn_as_often():
 def test_the_newest(seed):
     rng = np.random.default_rng(seed)
     time = rng.integers(0, rng.integers(2, 60), 50).astype(rng.choice(["i8", "f8"]))
-    share = rng.uniform(0.01, 0.5)
     ordered = sorted(time.tolist(), reverse=True)
-    oldest = ordered[max(1, round(share * 50)) - 1]
-    np.testing.assert_array_equal(splitting.newest(time, share), [t >= oldest for t in time])
+    for share in (0.001, rng.uniform(0.01, 0.5)):
+        oldest = ordered[max(1, round(share * 50)) - 1]
+        np.testing.assert_array_equal(splitting.newest(time, share), [t >= oldest for t in time])
 
 
 @pytest.mark.parametrize(
