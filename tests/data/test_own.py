@@ -17,7 +17,6 @@ from vixml_jax.data import own, preparation, store
 from vixml_jax.data.columns import Columns
 from vixml_jax.errors import InputError
 
-
 ROOT = pathlib.Path(__file__).parents[2]
 
 
