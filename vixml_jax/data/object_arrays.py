@@ -194,6 +194,6 @@ def _plain(value: Any, path: str, row: int) -> int | list[int] | Shaped[np.ndarr
     if isinstance(value, list):
         if set(map(type, value)) <= {int}:
             return value
-    elif type(value) is int:
+    elif isinstance(value, int) and not isinstance(value, bool):
         return value
     raise InputError(f"{path}, item {row} (from 0): a {type(value).__name__}, expected integers")
