@@ -185,6 +185,10 @@ def _read_header(file: BinaryIO) -> int:
     return shape[0]
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _plain(value: Any, path: str, row: int) -> int | list[int] | Shaped[np.ndarray, " k"]:
     """An element, checked: an integer, or a list or an array of integers."""
     if isinstance(value, _Array):
@@ -192,8 +196,8 @@ def _plain(value: Any, path: str, row: int) -> int | list[int] | Shaped[np.ndarr
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, list):
-        if set(map(type, value)) <= {int}:
+        if all(map(_is_integer, value)):
             return value
-    elif isinstance(value, int) and not isinstance(value, bool):
+    elif _is_integer(value):
         return value
     raise InputError(f"{path}, item {row} (from 0): a {type(value).__name__}, expected integers")
