@@ -180,7 +180,7 @@ def _read_header(file: BinaryIO) -> int:
     if read is None:
         raise ValueError(f"version {version}")
     shape, _, dtype = read(file)
-    if len(shape) != 1 or dtype != object:
+    if len(shape) != 1 or not dtype.hasobject or dtype.names:
         raise ValueError(f"{dtype} {shape}, expected objects in one dimension")
     return shape[0]
 
