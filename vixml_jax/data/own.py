@@ -99,7 +99,7 @@ def read_tables(
       split_by: If 'group:COLUMN' or 'time:COLUMN', that column is kept as the key.
       encoding: Of texts in csv and jsonl.
       embed_paths: Makes pictures of the image column; None: it is not read.
-      find_images: Of {trn,val,tst,lbl} files beside the tables, if it is not of columns.
+      find_images: Of {trn,val,tst,lbl} files in a directory, where no column has pictures.
 
     Raises:
       InputError: If a file, a row or a flag is at fault.
@@ -159,13 +159,13 @@ def read_tables(
         split: part.queries(spool, embed_paths, labels.count, renumbered)
         for split, part in parts.items()
     }
-    directory = source if os.path.isdir(source) else os.path.dirname(source)
-    if find_images is not None:
-        labels, queries = _with_images(labels, queries, directory, find_images)
-    queries = {
-        split: _with_filter(split, found, labels, directory, book.are == ROWS, encoding)
-        for split, found in queries.items()
-    }
+    if os.path.isdir(source):
+        if find_images is not None:
+            labels, queries = _with_images(labels, queries, source, find_images)
+        queries = {
+            split: _with_filter(split, found, labels, source, book.are == ROWS, encoding)
+            for split, found in queries.items()
+        }
     every = {name: found.items.images for name, found in queries.items()}
     images.check_widths({**every, LABELS: labels.images}, source)
     said = [_say_labels(book, label_part is None, labels.count)]
@@ -495,6 +495,8 @@ def _with_images(
     """Items with the pictures of files beside the tables, where columns gave none."""
 
     def find(part: str, items: RawItems) -> RawItems:
+        if items.images is not None:
+            return items
         found = find_images(directory, formats.PREFIX[part], items.count)
         return items if found is None else dataclasses.replace(items, images=found)
 
