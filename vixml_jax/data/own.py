@@ -221,6 +221,8 @@ class _LabelBook:
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Rows of the labels of each query, and their weights; labels of weight 0 are left out."""
         values, column = chunk.columns[roles.labels], roles.labels
+        if self.are == AUTO and self._part is not None and column == "target_ind":
+            self.are = ROWS  # As the XML repository has it.
         if not self._guessed:
             self._guess_separator(values)
         if self.are == AUTO or (self._part is not None and not self.row_of):
@@ -293,14 +295,14 @@ class _LabelBook:
         if self._part is None:
             self.are = TEXTS
             return
-        if self.are == AUTO and column == "target_ind":
-            self.are = ROWS  # As the XML repository has it.
         if self.are == AUTO:
             refs = [
                 ref if isinstance(ref, str) else str(ref)
                 for row, value in enumerate(chunk.columns[column])
                 for ref in cells.pieces(value, self.separator, chunk, row, column)
             ]
+            if not refs:
+                return  # None so far.
             by_id, by_text = (
                 sum(ref in known for ref in refs)
                 for known in (self._part.known(IDS), self._part.known(TEXTS))
@@ -413,8 +415,8 @@ class _Part:
             self._key += [read(chunk.columns[key][row], chunk, row, key) for row in rows]
 
     def known(self, are: str) -> dict[str, int]:
-        """Row of each label by its id or its text; of equal ones, the first."""
-        names = self._texts if are == TEXTS else self._ids or map(str, range(self.count))
+        """Row of each label by its id, its text or its number; of equal ones, the first."""
+        names = {TEXTS: self._texts, IDS: self._ids}.get(are) or map(str, range(self.count))
         found: dict[str, int] = {}
         for row, name in enumerate(names):
             found.setdefault(name, row)
