@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 from vixml_jax import encoding, prepare
@@ -68,23 +67,12 @@ def source(tmp_path):
 
 
 def run(source, out, model, **changes):
-    if "images" not in flags.FLAGS:
-        prepare.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    settings = {"source": str(source), "out": str(out), "images": model, "image_batch": 2}
-    with flagsaver.flagsaver(**settings | changes):
-        prepare.main([])
+    values = flags.FlagValues()
+    prepare.define_flags(values)
+    settings = {"source": source, "out": out, "images": model, "image_batch": 2} | changes
+    values(["prepare", *(f"--{name}={value}" for name, value in settings.items())])
+    prepare.run(values)
     return PreparedDataset.open(str(out))
-
-
-@pytest.fixture(autouse=True)
-def own_flags():
-    before = set(flags.FLAGS)
-    yield
-    for name in set(flags.FLAGS) - before:
-        if flags.FLAGS.find_module_defining_flag(name).startswith("vixml_jax"):
-            delattr(flags.FLAGS, name)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
@@ -171,7 +159,7 @@ def test_what_is_wrong_with_the_files_is_named(model, source, tmp_path):
         run(source, tmp_path / "out", model[0])
     for name in ("trn", "tst"):
         (source / f"{name}_images.txt").unlink()
-    with pytest.raises(InputError, match=r"has none of trn_images\.txt"):
+    with pytest.raises(InputError, match=r"names no image files"):
         run(source, tmp_path / "out", model[0])
     other = tmp_path / "other"
     shutil.copytree(model[0], other)

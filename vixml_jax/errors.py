@@ -1,13 +1,35 @@
 """The one exception for what the user can mend, and how a door ends on it."""
 
+import contextlib
+import errno
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags, logging
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class InputError(ValueError):
     """Bad input: one line that names the file, line or flag, what was found and expected."""
+
+
+@contextlib.contextmanager
+def writing(where: str) -> Iterator[None]:
+    """Turns a full disk, and a place that may not be written to, into an InputError.
+
+    Args:
+      where: Is written to, as the user named it: "--out=DIR".
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        raise InputError(
+            f"{where}: {error.strerror} while writing; nothing of it was kept: make room, or "
+            "choose another place"
+        ) from None
 
 
 def launch(main: Callable[[Sequence[str]], None]) -> None:

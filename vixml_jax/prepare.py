@@ -1,9 +1,11 @@
 """The door that prepares data: `python -m vixml_jax.prepare --source=DIR --out=DIR`."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,55 +13,92 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.data import images, preparation
+from vixml_jax.data import columns, images, preparation
 from vixml_jax.errors import InputError
+
+# Flags that are not called as their setting.
+_FLAG_OF = {
+    (columns.Columns, name): f"{name}_column"
+    for name in ("id", "labels", "weights", "image", "embedding", "split", "label_id")
+}
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    values = flags.FLAGS
-    for name in ("source", "out"):
+    run(flags.FLAGS)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Prepares what the flags say.
+
+    Raises:
+      InputError: If a flag or the source is at fault.
+    """
+    for name in ("source",) if values.dry_run else ("source", "out"):
         if not values[name].value:
             raise InputError(f"--{name}: missing")
-    pictures = {}
-    if values.images:
+    settings = preparation.Settings(**_told(preparation.Settings, values))
+    preparation.check(values.out, settings, overwrite=values.overwrite or values.dry_run)
+    finder = None
+    if values.images and not values.dry_run:
         if values.source == preparation.GLYPHS:
             raise InputError("--images: 'glyphs' has its pictures already")
-        named = [f"{prefix}_images.txt" for prefix in ("trn", "tst", "lbl")]
-        if not any(os.path.exists(os.path.join(values.source, name)) for name in named):
-            raise InputError(f"--source={values.source}: has none of {', '.join(named)}")
-        pictures = {
-            "find_images": ImageFinder(
-                values.images,
-                os.path.normpath(values.out) + ".images",
-                keep_aspect=values.keep_aspect,
-                batch=values.image_batch,
-                dtype=values.image_dtype,
-            ),
-            "images": f"{values.images}, {'aspect kept' if values.keep_aspect else 'stretched'}",
-        }
-    settings = preparation.Settings(
-        **{
-            field.name: values[field.name].value
-            for field in dataclasses.fields(preparation.Settings)
-        }
-    )
-    raw = preparation.read_source(
-        values.source,
-        encoding=values.encoding,
-        seed=values.seed,
-        find_images=pictures.get("find_images"),
-    )
-    dataset = preparation.prepare(
-        raw,
-        values.out,
-        settings,
-        images=pictures.get("images", ""),
-        overwrite=values.overwrite,
-    )
+        finder = ImageFinder(
+            values.images,
+            os.path.normpath(values.out) + ".images",
+            keep_aspect=values.keep_aspect,
+            batch=values.image_batch,
+            dtype=values.image_dtype,
+        )
+    with errors.writing(f"--out={values.out}"), _spool(values) as spool:
+        raw = preparation.read_source(
+            values.source,
+            spool,
+            encoding=values.encoding,
+            seed=values.seed,
+            find_images=images.read_images if finder is None else finder.find,
+            names=columns.Columns(**_told(columns.Columns, values)),
+            labels_source=values.labels_source,
+            split_by=values.split_by,
+            embed_paths=None if finder is None else finder.embed,
+        )
+        if finder is not None and not finder.used:
+            raise InputError(
+                f"--images={values.images}: {values.source} names no image files, in no column and "
+                "not in {trn,tst,lbl}_images.txt"
+            )
+        if values.dry_run:
+            print(preparation.preview(*preparation.settle(raw, settings)))
+            print("dry run: nothing was written")
+            return
+        aspect = "aspect kept" if values.keep_aspect else "stretched"
+        dataset = preparation.prepare(
+            raw,
+            values.out,
+            settings,
+            pictures="" if finder is None else f"{values.images}, {aspect}",
+            overwrite=values.overwrite,
+        )
     print(preparation.describe(dataset))
-    if pictures:
-        print(pictures["find_images"].describe())
+    if finder is not None:
+        print(finder.describe())
+
+
+def _told(group: Any, values: flags.FlagValues) -> dict[str, Any]:
+    """The fields of a group of settings, as its flags say them."""
+    return {
+        field.name: values[_FLAG_OF.get((group, field.name), field.name)].value
+        for field in dataclasses.fields(group)
+    }
+
+
+def _spool(values: flags.FlagValues) -> contextlib.AbstractContextManager[str]:
+    """A directory, gone at the end, for what tables hold: beside --out, where there is room."""
+    if values.dry_run:
+        return tempfile.TemporaryDirectory()
+    parent, name = os.path.split(os.path.abspath(values.out))
+    os.makedirs(parent, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=parent, prefix=f"{name}.tmp-")
 
 
 class ImageFinder:
@@ -95,13 +134,23 @@ class ImageFinder:
         store = images.EmbeddingStore(self._directory, width=config.width, about=about)
         return VisionTower(config), params, processor, store
 
-    def __call__(self, directory: str, prefix: str, count: int) -> images.FileImages | None:
-        """The pictures of one of the files, embedded."""
-        from vixml_jax import encoding
+    @property
+    def used(self) -> bool:
+        """Whether any image file was named."""
+        return self._named > 0
 
+    def find(self, directory: str, prefix: str, count: int) -> images.FileImages | None:
+        """The pictures that one of the files of a directory names, embedded."""
         paths = images.read_paths(directory, prefix, count)
         if paths is None:
             return None
+        return self.embed(os.path.join(directory, f"{prefix}_images.txt"), paths)
+
+    def embed(self, name: str, paths: list[list[str]]) -> images.FileImages:
+        """The pictures of items, by the paths of their files; `name` is for messages."""
+        from vixml_jax import encoding
+
+        count = len(paths)
         tower, params, processor, store = self._tower
         row_of, faults = encoding.embed_files(
             tower,
@@ -121,7 +170,6 @@ class ImageFinder:
         rows = np.full((count, max(1, max(map(len, found), default=1))), -1, np.int64)
         for i, item in enumerate(found):
             rows[i, : len(item)] = item
-        name = os.path.join(directory, f"{prefix}_images.txt")
         return images.FileImages(rows, store.vectors(), name)
 
     def describe(self) -> str:
@@ -133,61 +181,96 @@ class ImageFinder:
         return line
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The flags of this door."""
-    flags.DEFINE_string(
-        "source", "", "Directory in the XML repository's layout, or 'glyphs', the built-in data."
+    text, switch, number, share, choice = (
+        functools.partial(define, flag_values=values)
+        for define in (
+            flags.DEFINE_string,
+            flags.DEFINE_boolean,
+            flags.DEFINE_integer,
+            flags.DEFINE_float,
+            flags.DEFINE_enum,
+        )
     )
-    flags.DEFINE_string("out", "", "Directory to be made; it appears whole or not at all.")
-    flags.DEFINE_string(
+    text(
+        "source",
+        "",
+        "A csv, tsv, jsonl or parquet file (.gz, .zst too) of queries; a directory of such files "
+        "or shards, named train, valid, test, labels; a directory in the XML repository's layout; "
+        "or 'glyphs', the built-in data.",
+    )
+    text("labels_source", "", "Table of the labels, if it is elsewhere.")
+    switch(
+        "dry_run",
+        False,
+        "Print what was understood (columns, counts, rows, warnings); write nothing.",
+    )
+    for name, said in (
+        ("id_column", "Column of a query's id."),
+        ("text", "Column of a query's text, or a template of several: '{title}. {brand}'."),
+        ("labels_column", "Column of a query's labels: a list, JSON of one, or a string of them."),
+        ("label_separator", "What stands between the labels of a string; \\t is a tab."),
+        ("weights_column", "Column of what each label counts when a positive is drawn."),
+        ("image_column", "Column of image paths or urls, read with --images; '|' between several."),
+        ("embedding_column", "Column of a picture's embedding, or of a list of several."),
+        ("split_column", "Column that says train, valid or test."),
+        ("label_id_column", "Column of a label's id, in the table of labels."),
+        ("label_text", "Column of a label's text there, or a template."),
+    ):
+        text(name, "", f"{said} Empty: guessed; 'none': there is none.")
+    choice(
+        "labels_are",
+        "auto",
+        ["auto", "ids", "texts", "rows"],
+        "What names a label of the table: its id, its text, its row (from 0), or what fits.",
+    )
+    text("out", "", "Directory to be made; it appears whole or not at all.")
+    text(
         "tokenizer",
         "train",
         "Directory or Hugging Face name of a fast tokenizer; 'train': one is trained on the "
         "training queries and labels, for a tower from scratch.",
     )
-    flags.DEFINE_string(
+    text(
         "images",
         "",
-        "Hugging Face directory or name of a SigLIP vision model: embeds the image files that "
-        "{trn,tst,lbl}_images.txt of the source name, a line an item, tabs between paths.",
+        "Hugging Face directory or name of a SigLIP vision model: embeds the image files that the "
+        "image column names, or {trn,tst,lbl}_images.txt (a line an item, tabs between paths).",
     )
-    flags.DEFINE_boolean(
+    switch(
         "keep_aspect", False, "Shrink pictures into the frame, on white, rather than stretch them."
     )
-    flags.DEFINE_integer("image_batch", 64, "Pictures embedded together.", lower_bound=1)
-    flags.DEFINE_enum(
-        "image_dtype", "float32", ["float32", "bfloat16"], "What the vision model computes in."
-    )
-    flags.DEFINE_integer("max_tokens", 32, "Tokens of a text at most, special ones included.")
-    flags.DEFINE_enum(
+    number("image_batch", 64, "Pictures embedded together.", lower_bound=1)
+    choice("image_dtype", "float32", ["float32", "bfloat16"], "What the vision model computes in.")
+    number("max_tokens", 32, "Tokens of a text at most, special ones included.")
+    choice(
         "encoding", "utf-8", list(preparation.ENCODINGS), "What the source's texts are encoded in."
     )
-    flags.DEFINE_integer("vocab_size", 8192, "Tokens at most of a tokenizer that is trained.")
-    flags.DEFINE_float("propensity_a", 0.6, "A of the inverse propensities, for sampling and PSP.")
-    flags.DEFINE_float("propensity_b", 2.6, "B of the inverse propensities.")
-    flags.DEFINE_float(
-        "valid", 0.0, "Share of the training queries held out to choose by: 0.02, say; 0: none."
-    )
-    flags.DEFINE_float(
+    number("vocab_size", 8192, "Tokens at most of a tokenizer that is trained.")
+    share("propensity_a", 0.6, "A of the inverse propensities, for sampling and PSP.")
+    share("propensity_b", 2.6, "B of the inverse propensities.")
+    share("valid", 0.0, "Share of the training queries held out to choose by: 0.02, say; 0: none.")
+    share(
         "test",
         0.2,
         "Share of the queries held out to judge on, where the source has no test split.",
     )
-    flags.DEFINE_string(
+    text(
         "split_by",
         "random",
         "How they are drawn: 'random'; 'text', equal texts together; 'group:COLUMN', equal values "
         "together; 'time:COLUMN', the newest.",
     )
-    flags.DEFINE_enum(
+    choice(
         "filters",
         "auto",
         list(preparation.FILTERS),
         "Pairs of a query and the label that is itself, which are never predicted: 'auto', as the "
         "source gives them, made where it gives none; 'none', as the source gives them alone.",
     )
-    flags.DEFINE_integer("seed", 0, "Of all that is drawn.")
-    flags.DEFINE_boolean("overwrite", False, "Replace a prepared data set in --out.")
+    number("seed", 0, "Of all that is drawn.")
+    switch("overwrite", False, "Replace a prepared data set in --out.")
 
 
 if __name__ == "__main__":

@@ -177,8 +177,3 @@ def test_a_single_filter_pair_and_blank_lines(tmp_path):
     source = write_source(tmp_path / "cars", filter_labels_test_txt=["", "1 0", ""])
     raw = formats.read_xml_repository(source)
     np.testing.assert_array_equal(raw.test.filter, [[1, 0]])
-
-
-def test_no_such_directory(tmp_path):
-    message = refused(tmp_path / "absent", formats.read_xml_repository)
-    assert message.startswith(f"--source={tmp_path / 'absent'}: no such directory")

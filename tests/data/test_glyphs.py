@@ -21,7 +21,10 @@ def test_sizes_and_split(raw):
     assert 4500 < raw.train.items.count < 5100
     assert 0.78 < raw.train.items.count / (raw.train.items.count + raw.test.items.count) < 0.83
     assert 700 < raw.labels.count < 1000
-    for items, relevance in ((raw.train, raw.train.relevance), (raw.test, raw.test.relevance)):
+    for items, relevance in (
+        (raw.train.items, raw.train.relevance),
+        (raw.test.items, raw.test.relevance),
+    ):
         assert relevance.shape == (items.count, raw.labels.count)
         assert len(texts_of(items)) == items.count == len(items.images.embeddings)
         assert np.all(np.diff(relevance.indptr) > 0)

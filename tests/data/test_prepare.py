@@ -240,7 +240,7 @@ def test_the_door(tmp_path):
     for bad, fault in (
         (["--max_tokens=5"], "prepared otherwise"),
         (["--encoding=ebcdic"], "--encoding"),
-        (["--source=/nowhere"], "--source=/nowhere: no such directory"),
+        (["--source=/nowhere"], "--source=/nowhere: no such file, or no table in it"),
     ):
         done = door(*options, *bad)
         assert done.returncode == 2, bad

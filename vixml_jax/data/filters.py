@@ -23,6 +23,9 @@ ID, TEXT, RECIPROCAL = "id", "text", "reciprocal"
 # Of the pairs of equal texts in training, the share that may be relevant: above, an equal text is
 # an answer (the tag "apple" of the picture "apple"), not the same thing.
 _MOST_RELEVANT = 0.05
+# Of the pairs of equal ids, the share that must have equal texts too: below, queries and labels are
+# numbered each for themselves.
+_LEAST_ALIKE = 0.5
 
 
 def normalise(text: str) -> str:
@@ -32,15 +35,16 @@ def normalise(text: str) -> str:
 
 def text_keys(items: RawItems) -> UInt64[np.ndarray, " n"]:
     """64 bits of the hash of each normalised text; 0 for an empty one."""
-    return _keys(normalise(text) for chunk in items.read_texts() for text in chunk)
+    return keys(normalise(text) for chunk in items.read_texts() for text in chunk)
 
 
 def id_keys(items: RawItems) -> UInt64[np.ndarray, " n"] | None:
     """64 bits of the hash of each id; None where the source gives none."""
-    return None if items.ids is None else _keys(items.ids)
+    return None if items.ids is None else keys(items.ids)
 
 
-def _keys(texts: Iterable[str]) -> UInt64[np.ndarray, " n"]:
+def keys(texts: Iterable[str]) -> UInt64[np.ndarray, " n"]:
+    """64 bits of the hash of each text: equal texts have equal ones; 0 for an empty text."""
     digests = (
         hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() if text else bytes(8)
         for text in texts
@@ -64,10 +68,11 @@ def same_keys(
 def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]]:
     """The data set with filters on the splits that came without, and why each pair is in them.
 
-    A pair (query, label) is filtered if both have the same id or the same normalised text; in valid
-    and test also if it is reciprocal: if the label's item, as a query of training, has the query's
-    item as a label. Equal texts do not count where training says of more than 5 % of such pairs that
-    the label is relevant: there an equal text is an answer.
+    A pair (query, label) is filtered if both have the same id or the same normalised text; in
+    valid and test also if it is reciprocal: if the label's item, as a query of training, has the
+    query's item as a label. Equal texts do not count where training says of more than 5 % of such
+    pairs that the label is relevant: there an equal text is an answer. Equal ids do not count where
+    less than half of such pairs have equal texts: there queries and labels have their own numbers.
 
     Such a pair counts neither for nor against a prediction, so that it is no longer relevant in
     valid and test; the relevance of training is left as it is.
@@ -75,7 +80,8 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
     Returns:
       The data set, and for each split the number of pairs by reason ('id', 'text', 'reciprocal',
       a pair with several under the first), 'pairs' of them all, 'answers' that stay though their
-      texts are equal, and 'relevant' ones; or 'given' pairs.
+      texts are equal, 'numbers' that stay though their ids are, and 'relevant' ones; or 'given'
+      pairs.
     """
     splits = raw.splits
     report = {
@@ -88,12 +94,16 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
     label_keys = {ID: id_keys(raw.labels), TEXT: text_keys(raw.labels)}
     same = {}
     for name, found in splits.items():
-        keys = {ID: id_keys(found.items), TEXT: text_keys(found.items)}
+        query_keys = {ID: id_keys(found.items), TEXT: text_keys(found.items)}
         same[name] = {
-            reason: _pair_matrix(same_keys(keys[reason], labels), found.relevance.shape)
+            reason: _pair_matrix(same_keys(query_keys[reason], labels), found.relevance.shape)
             for reason, labels in label_keys.items()
-            if labels is not None and keys[reason] is not None
+            if labels is not None and query_keys[reason] is not None
         }
+    alike = [_both(found[ID], found[TEXT]).nnz for found in same.values() if ID in found]
+    are_numbers = sum(alike) < _LEAST_ALIKE * sum(
+        found[ID].nnz for found in same.values() if ID in found
+    )
     answers = _both(same["train"][TEXT], raw.train.relevance).nnz
     are_answers = answers > _MOST_RELEVANT * same["train"][TEXT].nnz
     changed = {}
@@ -101,7 +111,9 @@ def make_filters(raw: RawDataset) -> tuple[RawDataset, dict[str, dict[str, int]]
         if found.filter is not None:
             continue
         reasons = dict(same[name])
-        counts = {ID: 0, TEXT: 0, RECIPROCAL: 0, "answers": 0}
+        counts = {ID: 0, TEXT: 0, RECIPROCAL: 0, "answers": 0, "numbers": 0}
+        if are_numbers:
+            counts["numbers"] = reasons.pop(ID).nnz
         if are_answers:
             counts["answers"] = reasons.pop(TEXT).nnz
         if name != "train":
@@ -206,6 +218,11 @@ def describe(report: dict[str, dict[str, int]]) -> list[str]:
             lines.append(
                 f"{split}: {counts['answers']:,} labels have the text of their query; in training "
                 "such labels are often relevant, so that they stay answers"
+            )
+        if counts.get("numbers"):
+            lines.append(
+                f"{split}: {counts['numbers']:,} labels have the id of their query but mostly "
+                "another text; queries and labels are taken to be numbered each for themselves"
             )
         if counts.get("pairs"):
             why = ", ".join(

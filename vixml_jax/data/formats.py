@@ -44,6 +44,12 @@ _FILTERS = {
 FindImages = Callable[[str, str, int], ItemImages | None]
 
 
+def is_xml_repository(directory: str) -> bool:
+    """Whether a directory has texts or relevance in the XML repository's text layout."""
+    names = (*_TEXTS["train"], *_RELEVANCE["train"], *_TEXTS["labels"])
+    return any(os.path.exists(os.path.join(directory, name)) for name in names)
+
+
 def read_xml_repository(
     directory: str, *, encoding: str = "utf-8", find_images: FindImages = images.read_images
 ) -> RawDataset:
@@ -64,11 +70,6 @@ def read_xml_repository(
     Raises:
       InputError: If a file is missing, or does not fit its header or the other files.
     """
-    if not os.path.isdir(directory):
-        raise InputError(
-            f"--source={directory}: no such directory; expected one in the XML repository's "
-            "layout, or 'glyphs'"
-        )
     used = []
 
     def find(names: tuple[str, ...]) -> str:
@@ -233,7 +234,7 @@ def read_relevance(path: str) -> sparse.csr_matrix:
             f"{path}: the header says {rows} rows, found {line - 2}; the file is truncated or the "
             "header is wrong"
         )
-    return _to_csr(np.concatenate(counts), np.concatenate(indices), columns)
+    return to_csr(np.concatenate(counts), np.concatenate(indices), columns)
 
 
 def _load_relevance(path: str) -> sparse.csr_matrix:
@@ -249,7 +250,7 @@ def _load_relevance(path: str) -> sparse.csr_matrix:
         raise InputError(f"{path}: has negative or infinite values; expected 1 at each label")
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
-    return _to_csr(np.diff(matrix.indptr), matrix.indices, matrix.shape[1])
+    return to_csr(np.diff(matrix.indptr), matrix.indices, matrix.shape[1])
 
 
 def _chain(first: bytes, others: Iterator[bytes]) -> Iterator[bytes]:
@@ -258,9 +259,10 @@ def _chain(first: bytes, others: Iterator[bytes]) -> Iterator[bytes]:
     yield from others
 
 
-def _to_csr(
+def to_csr(
     counts: Int[np.ndarray, " n"], indices: Int[np.ndarray, " nnz"], columns: int
 ) -> sparse.csr_matrix:
+    """Ones at `indices`, sorted in each row; `counts` of them a row."""
     indptr = np.concatenate([[0], np.cumsum(counts)])
     index = np.int32 if max(len(indices), columns) <= _INT32_MAX else np.int64
     data = np.ones(len(indices), np.float32)

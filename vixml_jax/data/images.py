@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float16, Float32, Int
 
+from vixml_jax.data import disk
+from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
 
 _BLOCK = 1 << 22  # Values held at a time.
@@ -41,6 +43,7 @@ class RawImages(NamedTuple):
             block = rows[start : start + step]
             with np.errstate(over="ignore"):
                 values = self.embeddings[block][self.present[block]].astype(np.float16)
+            disk.release(self.embeddings)
             fine = np.isfinite(values).all(axis=1)
             if not fine.all():
                 owner = np.repeat(block, self.present[block].sum(axis=1))[int(np.argmin(fine))]
@@ -112,14 +115,18 @@ def check_widths(images: Mapping[str, RawImages | None], directory: str) -> None
 def _load(path: str) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a whole .npy file ({error})") from None
+    except Exception as error:  # Of a broken header, numpy raises whatever Python's parser does.
+        said = " ".join(str(error).split())
+        raise InputError(f"{path}: not a whole .npy file ({said})") from None
 
 
 def _nonzero(embeddings: Float[np.ndarray, "n i v"]) -> Bool[np.ndarray, "n i"]:
     step = max(1, _BLOCK // embeddings[0].size)
-    starts = range(0, len(embeddings), step)
-    return np.concatenate([(embeddings[start : start + step] != 0).any(axis=2) for start in starts])
+    found = []
+    for start in range(0, len(embeddings), step):
+        found.append((embeddings[start : start + step] != 0).any(axis=2))
+        disk.release(embeddings)
+    return np.concatenate(found)
 
 
 class FileImages(NamedTuple):
@@ -143,7 +150,9 @@ class FileImages(NamedTuple):
         step = max(1, _BLOCK // max(1, self.rows.shape[1] * self.width))
         for start in range(0, len(rows), step):
             found = self.rows[rows[start : start + step]].reshape(-1)
-            yield np.asarray(self.vectors[found[found >= 0]])
+            values = np.asarray(self.vectors[found[found >= 0]])
+            disk.release(self.vectors)
+            yield values
 
 
 def read_paths(directory: str, prefix: str, count: int) -> list[list[str]] | None:
@@ -173,6 +182,31 @@ def read_paths(directory: str, prefix: str, count: int) -> list[list[str]] | Non
             "expected a line an item, empty where it has no picture"
         )
     return [[os.path.join(directory, name) for name in line.split("\t") if name] for line in lines]
+
+
+class RaggedImages(NamedTuple):
+    """Pictures of items one after the other."""
+
+    vectors: Float16[np.ndarray, "m v"]
+    at: Int[np.ndarray, " n+1"]  # Where each item's begin.
+    path: str  # For messages.
+
+    @property
+    def width(self) -> int:
+        return self.vectors.shape[1]
+
+    def offsets(self, rows: Int[np.ndarray, " r"]) -> Int[np.ndarray, " r+1"]:
+        """Where the pictures of each of the rows begin among all of them."""
+        return np.concatenate([[0], np.cumsum(self.at[rows + 1] - self.at[rows])])
+
+    def read(self, rows: Int[np.ndarray, " r"]) -> Iterator[Float16[np.ndarray, "k v"]]:
+        """The pictures of the rows in order, a block at a time."""
+        taken = ranges(self.at[rows], self.at[rows + 1] - self.at[rows])
+        step = max(1, _BLOCK // self.width)
+        for start in range(0, len(taken), step):
+            values = np.asarray(self.vectors[taken[start : start + step]])
+            disk.release(self.vectors)
+            yield values
 
 
 class ImageProcessor(NamedTuple):

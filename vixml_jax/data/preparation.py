@@ -1,13 +1,25 @@
 """The recipe of prepare: a source is read, checked, tokenised and written, a chunk at a time."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vixml_jax.data import encoder, filters, formats, glyphs, progress, splitting, store, tokenize
+from vixml_jax.data import (
+    encoder,
+    filters,
+    formats,
+    glyphs,
+    images,
+    own,
+    progress,
+    splitting,
+    store,
+    tokenize,
+)
 from vixml_jax.data.raw import RawDataset, RawItems
 from vixml_jax.data.store import PreparedDataset, Writer
 from vixml_jax.errors import InputError
@@ -75,7 +87,7 @@ class Settings:
 
 
 def prepare(
-    raw: RawDataset, out: str, settings: Settings, *, images: str = "", overwrite: bool = False
+    raw: RawDataset, out: str, settings: Settings, *, pictures: str = "", overwrite: bool = False
 ) -> PreparedDataset:
     """Prepares a data set and opens it; one that is there already, of the same settings, is kept.
 
@@ -83,19 +95,20 @@ def prepare(
       raw: What its source has.
       out: Directory to be made.
       settings: What to make of it.
-      images: A name for where pictures come from that `dataset.json` keeps.
+      pictures: A name for where pictures come from that `dataset.json` keeps.
       overwrite: Whether a prepared data set in `out` is made anew.
 
     Raises:
       InputError: If the source is at fault, or `out` holds something else.
     """
-    told = {**dataclasses.asdict(settings), "source": raw.fingerprint, "images": images}
+    told = {**dataclasses.asdict(settings), "source": raw.fingerprint, "images": pictures}
     if os.path.isdir(settings.tokenizer):
         told["tokenizer"] = os.path.abspath(settings.tokenizer)
     if settings.tokenizer != tokenize.TRAIN:
         told["vocab_size"] = None
     if not overwrite and os.path.isfile(os.path.join(out, store.INFO)):
         return _reuse(out, told)
+    store.check_free(out, overwrite)
     raw, notes = settle(raw, settings)
     with store.write(out, overwrite=overwrite) as writer:
         fast = _make_tokenizer(settings, raw)
@@ -121,6 +134,18 @@ def prepare(
         }
         writer.finish(info, fast.to_str())
     return PreparedDataset.open(out)
+
+
+def check(out: str, settings: Settings, *, overwrite: bool) -> None:
+    """Refuses, before a source is read, what could not be done with it.
+
+    Raises:
+      InputError: If `out` holds something else, or there is no such tokenizer.
+    """
+    if not overwrite and not os.path.isfile(os.path.join(out, store.INFO)):
+        store.check_free(out, overwrite)
+    if settings.tokenizer != tokenize.TRAIN:
+        tokenize.load(settings.tokenizer, settings.max_tokens)
 
 
 def settle(raw: RawDataset, settings: Settings) -> tuple[RawDataset, dict[str, Any]]:
@@ -175,20 +200,32 @@ def _describe_content(raw: RawDataset, counts: dict[str, dict[str, int]]) -> dic
 
 def read_source(
     source: str,
+    spool: str = "",
     *,
     encoding: str = "utf-8",
     seed: int = 0,
-    find_images: formats.FindImages | None = None,
+    find_images: formats.FindImages = images.read_images,
+    **of_tables: Any,
 ) -> RawDataset:
-    """The data set of a directory, or the built-in one.
+    """The data set of a file or a directory, or the built-in one.
+
+    Args:
+      source: A directory in the XML repository's layout, tables (see `own.find_tables`), or
+        'glyphs'.
+      spool: A directory for what tables hold; it must outlive the result.
+      encoding: Of texts.
+      seed: Of the split of 'glyphs'.
+      find_images: Of the files trn, val, tst and lbl; embeddings beside the texts if not told.
+      of_tables: See `own.read_tables`.
 
     Raises:
       InputError: If the source is at fault.
     """
     if source == GLYPHS:
         return glyphs.make(seed)
-    found = {} if find_images is None else {"find_images": find_images}
-    return formats.read_xml_repository(source, encoding=encoding, **found)
+    if formats.is_xml_repository(source):
+        return formats.read_xml_repository(source, encoding=encoding, find_images=find_images)
+    return own.read_tables(source, spool, encoding=encoding, find_images=find_images, **of_tables)
 
 
 def _reuse(out: str, settings: dict[str, Any]) -> PreparedDataset:
@@ -258,6 +295,66 @@ def _write_items(
     return counts
 
 
+def preview(raw: RawDataset, notes: dict[str, Any], *, rows: int = 10) -> str:
+    """What was understood of a source: columns, counts, the first rows of each split, warnings.
+
+    Args:
+      raw: From `settle`.
+      notes: From `settle`.
+      rows: Shown of each split.
+    """
+    lines = list(raw.understood)
+    for name, found in raw.splits.items():
+        pictures = found.items.images
+        shown = 0 if pictures is None else int(pictures.offsets(np.arange(found.items.count))[-1])
+        lines.append(
+            f"{name:6} {found.items.count:>11,} queries, {found.relevance.nnz:,} labels in all, "
+            f"{found.relevance.nnz / max(1, found.items.count):.2f} a query, {shown:,} pictures"
+        )
+    used = np.bincount(raw.train.relevance.indices, minlength=raw.labels.count)
+    lines.append(
+        f"labels {raw.labels.count:>11,}, {np.count_nonzero(used == 0):,} of them without a "
+        "training query"
+    )
+    lines += filters.describe(notes["filters"])
+    lines += _fates(notes)
+    lines += [f"warning: {warning}" for warning in raw.warnings]
+    shown = {}
+    for name, found in raw.splits.items():
+        texts = itertools.islice(itertools.chain.from_iterable(found.items.read_texts()), rows)
+        for row, text in enumerate(texts):
+            shown[name, row] = (
+                text,
+                found.relevance.indices[slice(*found.relevance.indptr[row:][:2])],
+            )
+    wanted = {int(label) for _, labels in shown.values() for label in labels}
+    texts = itertools.chain.from_iterable(raw.labels.read_texts())
+    spelt = {label: text for label, text in enumerate(texts) if label in wanted}
+    for (name, row), (text, labels) in shown.items():
+        if row == 0:
+            lines.append(f"{name}, the first rows: id | text | labels")
+        answers = "; ".join(_short(spelt[int(label)], 30) for label in labels[:6])
+        more = f"; {len(labels) - 6} more" if len(labels) > 6 else ""
+        called = raw.splits[name].items.name(row)
+        lines.append(f"  {_short(called, 20)} | {_short(text, 60)} | {answers}{more}")
+    return "\n".join(lines)
+
+
+def _short(text: str, length: int) -> str:
+    """A text on one line, cut."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _fates(notes: dict[str, Any]) -> list[str]:
+    """A line on each split that has queries without labels."""
+    return [
+        f"{count:,} {split} queries without a label were {fate}"
+        for split, fate in (("train", "dropped"), ("valid", "kept"), ("test", "kept"))
+        if (count := notes.get(f"{split}_without_labels_{fate}"))
+    ]
+
+
 def describe(dataset: PreparedDataset) -> str:
     """A few lines on what was prepared and where it lies."""
     info, counts = dataset.info, dataset.info["counts"]
@@ -271,9 +368,7 @@ def describe(dataset: PreparedDataset) -> str:
         f"{info['vocab_size']:,} tokens known; pictures {info['image_width']} wide"
     )
     lines += filters.describe(info["filters"])
-    for split, fate in (("train", "dropped"), ("valid", "kept"), ("test", "kept")):
-        if count := info.get(f"{split}_without_labels_{fate}"):
-            lines.append(f"{count:,} {split} queries without a label were {fate}")
+    lines += _fates(info)
     lines += [f"warning: {warning}" for warning in info["warnings"]]
     lines.append(f"{dataset.name}: in {os.path.abspath(dataset.path)}")
     return "\n".join(lines)

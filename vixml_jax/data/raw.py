@@ -169,6 +169,7 @@ class RawDataset:
       labels: The labels.
       train: The queries.
       test, valid: Those held out of training, if the source has some or they were taken out.
+      understood: How the source was read, a line each.
       warnings: What its owner should know, a line each.
     """
 
@@ -178,6 +179,7 @@ class RawDataset:
     train: RawQueries
     test: RawQueries | None = None
     valid: RawQueries | None = None
+    understood: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property

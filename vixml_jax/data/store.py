@@ -4,6 +4,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -52,6 +53,14 @@ class Texts(collections.abc.Sequence):
             raise IndexError(f"text {index} of {len(self)}")
         index %= len(self)
         return self._utf8[self._offsets[index] : self._offsets[index + 1]].tobytes().decode("utf-8")
+
+    def chunks(self, rows: int = 1 << 14) -> Iterator[list[str]]:
+        """All texts in order, so many at a time: much faster than one by one."""
+        for start in range(0, len(self), rows):
+            offsets = np.asarray(self._offsets[start : start + rows + 1])
+            block = self._utf8[offsets[0] : offsets[-1]].tobytes()
+            ends = (offsets - offsets[0]).tolist()
+            yield [block[a:b].decode("utf-8") for a, b in itertools.pairwise(ends)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,248 @@
+"""Tables in files: csv, tsv, jsonl and parquet, plain, gz or zst, as chunks of columns."""
+
+import codecs
+import contextlib
+import csv
+import dataclasses
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from vixml_jax.errors import InputError
+
+KINDS = {
+    ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+    ".parquet": "parquet", ".pq": "parquet",
+}  # fmt: skip
+_PACKED = (".gz", ".zst")
+_ROWS = 1 << 13  # Of a chunk.
+MAX_LINE = 4 << 20  # Bytes of a line at most: longer ones are broken files, and would fill memory.
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Rows of one file, column by column.
+
+    Attributes:
+      path: Of the file.
+      lines: Of each row, where it begins; from 1. In parquet, the row's number.
+      columns: Values by name, one a row: what the file holds, strings in csv; None where absent.
+    """
+
+    path: str
+    lines: Sequence[int]
+    columns: dict[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def where(self, row: int) -> str:
+        """For messages: file and line of a row of this chunk."""
+        word = "row" if kind_of(self.path) == "parquet" else "line"
+        return f"{self.path}, {word} {self.lines[row]}"
+
+
+def kind_of(path: str) -> str | None:
+    """csv, tsv, jsonl or parquet, by the name; None if it is no table's."""
+    stem, ending = os.path.splitext(path)
+    packed = ending in _PACKED
+    kind = KINDS.get(os.path.splitext(stem)[1] if packed else ending)
+    return None if packed and kind == "parquet" else kind
+
+
+def column_names(path: str, *, encoding: str = "utf-8") -> list[str]:
+    """The columns that the first chunk of a file has, in order.
+
+    Raises:
+      InputError: If the file cannot be read, or holds nothing.
+    """
+    for chunk in read(path, encoding=encoding):
+        return list(chunk.columns)
+    raise InputError(f"{path}: no rows; expected some, or no such file")
+
+
+def read(
+    path: str, columns: Sequence[str] | None = None, *, encoding: str = "utf-8"
+) -> Iterator[Chunk]:
+    """The rows of a file in order, a chunk at a time.
+
+    Args:
+      path: Of the file; its ending says what it is.
+      columns: Those that are wanted; None: all. In jsonl, rows may lack some.
+      encoding: Of texts; parquet has its own.
+
+    Raises:
+      InputError: If the file cannot be read, with the line at fault.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        raise InputError(
+            f"{path}: expected a name that ends in {', '.join(KINDS)}, or one of these in .gz or "
+            ".zst (not parquet)"
+        )
+    try:
+        if not os.path.getsize(path):
+            raise InputError(f"{path}: empty, zero bytes; expected a table")
+        if kind == "parquet":
+            yield from _read_parquet(path, columns)
+        elif kind == "jsonl":
+            yield from _read_jsonl(path, columns, encoding)
+        else:
+            yield from _read_csv(path, columns, encoding, "," if kind == "csv" else "\t")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: truncated or damaged ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked."""
+    if path.endswith(".gz"):
+        with gzip.open(path, "rb") as file:
+            yield file
+    elif path.endswith(".zst"):
+        import pyarrow
+
+        with pyarrow.OSFile(path) as packed:
+            yield io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"))
+    else:
+        with open(path, "rb") as file:
+            yield file
+
+
+def read_lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
+    """Number and text of each line, its end included."""
+    with _open(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise InputError(
+                    f"{path}, line {number}: longer than {MAX_LINE >> 20} MiB; expected one row a "
+                    "line"
+                )
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            try:
+                yield number, line.decode(encoding)
+            except UnicodeDecodeError as error:
+                hint = "" if encoding == "latin-1" else "; if it is latin-1, say --encoding=latin-1"
+                raise InputError(
+                    f"{path}, line {number}: byte 0x{line[error.start]:02x} at column "
+                    f"{error.start + 1} is not {encoding}{hint}"
+                ) from None
+
+
+def _read_csv(
+    path: str, wanted: Sequence[str] | None, encoding: str, delimiter: str
+) -> Iterator[Chunk]:
+    csv.field_size_limit(MAX_LINE)
+    texts = (text for _, text in read_lines(path, encoding))
+    rows = csv.reader(texts, delimiter=delimiter, strict=True)
+
+    def next_row() -> list[str] | None:
+        try:
+            return next(rows, None)
+        except csv.Error as error:
+            raise InputError(
+                f"{path}, line {rows.line_num}: not {delimiter!r}-separated text ({error}); check "
+                "the quotes"
+            ) from None
+
+    header = next_row()
+    if not header or not any(header):
+        raise InputError(f"{path}, line 1: no column names; expected a header")
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise InputError(
+            f"{path}, line 1: column {twice!r} is there twice; expected each name once"
+        )
+    at = {name: place for place, name in enumerate(header) if wanted is None or name in wanted}
+    while True:
+        found, lines = [], []
+        while len(found) < _ROWS:
+            line = rows.line_num + 1
+            row = next_row()
+            if row is None:
+                break
+            if not row:
+                continue  # A blank line.
+            if len(row) != len(header):
+                raise InputError(
+                    f"{path}, line {line}: {len(row)} fields, expected {len(header)} as in the "
+                    "header"
+                )
+            found.append(row)
+            lines.append(line)
+        if not found:
+            return
+        yield Chunk(
+            path, lines, {name: [row[place] for row in found] for name, place in at.items()}
+        )
+
+
+def _read_jsonl(path: str, wanted: Sequence[str] | None, encoding: str) -> Iterator[Chunk]:
+    found, lines = [], []
+
+    def chunk() -> Chunk:
+        names = dict.fromkeys(name for row in found for name in row) if wanted is None else wanted
+        return Chunk(path, list(lines), {name: [row.get(name) for row in found] for name in names})
+
+    for number, text in read_lines(path, encoding):
+        if text.isspace():
+            continue
+        try:
+            row = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{path}, line {number}: {text.strip()[:40]!r}, expected an object {{...}} a line"
+            )
+        found.append(row)
+        lines.append(number)
+        if len(found) == _ROWS:
+            yield chunk()
+            found, lines = [], []
+    if found:
+        yield chunk()
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _read_parquet(path: str, wanted: Sequence[str] | None) -> Iterator[Chunk]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+            first = 1
+            for batch in file.iter_batches(batch_size=_ROWS, columns=names):
+                columns = {name: _values(batch.column(name)) for name in names}
+                lines = range(first, first + batch.num_rows)
+                first += batch.num_rows
+                if batch.num_rows:
+                    yield Chunk(path, lines, columns)
+    except pyarrow.ArrowException as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{path}: not a whole parquet file ({said})") from None
+
+
+def _values(column: Any) -> Sequence[Any]:
+    """Python's values; lists of floats stay arrays, since a list of numbers is slow."""
+    from pyarrow import types
+
+    inner = column.type
+    while types.is_list(inner) or types.is_large_list(inner) or types.is_fixed_size_list(inner):
+        inner = inner.value_type
+    if inner is not column.type and types.is_floating(inner):
+        return column.to_numpy(zero_copy_only=False)
+    return column.to_pylist()
