@@ -5,9 +5,9 @@
 A made-up data set (see `standin.py`) is written, prepared by `python -m vixml_jax.prepare` in a
 process of its own, its source removed, and read by the training pipeline in another: shuffled
 batches of 1,024 queries and as many labels, packed with their pictures, through two epochs. Before
-the first its files are dropped from the system's cache. Memory is the most that a process holds
-(VmRSS, read every 50 ms), mapped pages of files included, and of it what is its own (RssAnon). At
-the end all is removed, unless --keep.
+the first its files are dropped from the system's cache. Memory is the most that a process and its
+children hold (VmRSS, read every 50 ms), mapped pages of files included, and of it what is their own
+(RssAnon). At the end all is removed, unless --keep.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _SPARE = 10**9  # Bytes that a disk keeps free.
 
 
 class Memory:
-    """What another process holds, from when it begins.
+    """What another process and its children hold together, from when it begins.
 
     Attributes:
       seen: (seconds, bytes in all, bytes of its own) of every reading.
@@ -44,7 +44,7 @@ class Memory:
 
     def __init__(self, process: int, every: float = 0.05):
         self.seen: list[tuple[float, int, int]] = []
-        self._path, self._every = f"/proc/{process}/status", every
+        self._process, self._every = process, every
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -63,12 +63,19 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._done.wait(self._every):
-            with contextlib.suppress(OSError):
-                with open(self._path, encoding="utf-8") as file:
-                    fields = dict(line.split(":", 1) for line in file)
-                if "VmRSS" in fields:  # Else it has ended.
-                    held = (int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon"))
-                    self.seen.append((time.time(), *held))
+            held = [0, 0]
+            with contextlib.suppress(OSError):  # It has ended.
+                for process in (self._process, *_children(self._process)):
+                    with open(f"/proc/{process}/status", encoding="utf-8") as file:
+                        fields = dict(line.split(":", 1) for line in file)
+                    for i, name in enumerate(("VmRSS", "RssAnon")):
+                        held[i] += 1024 * int(fields.get(name, "0 kB").split()[0])
+            self.seen.append((time.time(), *held))
+
+
+def _children(process: int) -> list[str]:
+    with open(f"/proc/{process}/task/{process}/children", encoding="utf-8") as file:
+        return file.read().split()
 
 
 def run(command: Sequence[str]) -> tuple[float, Memory, str]:
