@@ -83,7 +83,7 @@ def _texts(settings: dict[str, Any]) -> Iterator[str]:
     if settings["file"]:
         return itertools.chain.from_iterable(formats.read_texts(settings["file"]))
     rng = np.random.default_rng(0)
-    words = standin.Words.make(10**6, settings["tokenizer"], rng)
+    words = standin.Words.make(settings["words"], settings["tokenizer"], rng)
     lengths = standin.LIKE[settings["like"]].words
     return itertools.chain.from_iterable(words.texts(10**9, lengths, rng))
 
@@ -165,7 +165,7 @@ def main(argv: Sequence[str]) -> None:
     for like, max_tokens, texts in kinds:
         settings = {
             "file": values.file, "like": like, "tokenizer": values.tokenizer, "texts": texts,
-            "max_tokens": max_tokens, "threads": values.threads,
+            "max_tokens": max_tokens, "threads": values.threads, "words": values.words,
         }  # fmt: skip
         said = measure(settings, rounds=values.rounds)
         tokens = statistics.median(one["tokens"] / one["texts"] for one in said[ONE])
@@ -183,6 +183,7 @@ def define_flags() -> None:
     flags.DEFINE_string("tokenizer", prepare_benchmark.find_tokenizer(), "Directory or name.")
     flags.DEFINE_integer("max_tokens", 0, "Of a text of the file; 0: 32.", lower_bound=0)
     flags.DEFINE_integer("texts", 0, "Of a round; 0: 65,536 titles, 8,192 others.", lower_bound=0)
+    flags.DEFINE_integer("words", 10**6, "That made-up texts are drawn from.", lower_bound=1000)
     flags.DEFINE_integer("rounds", 5, "Of each program.", lower_bound=1)
     flags.DEFINE_integer("threads", 2, "Processors that each program has.", lower_bound=1)
 
