@@ -3,6 +3,11 @@
 import datetime
 import gzip
 import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import own_tables
@@ -11,6 +16,8 @@ import pytest
 from vixml_jax.data import own, preparation, store
 from vixml_jax.data.columns import Columns
 from vixml_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def read(source, spool, **options):
@@ -427,3 +434,22 @@ def test_lines_between_quotes_and_marks_of_order(tmp_path):
     (tmp_path / "q.csv").write_bytes(data.replace(",x,y", ",x").encode())
     raw = read(tmp_path / "q.csv", tmp_path / "again")
     assert texts_of(raw.train.items) == ["two\nlines", "b"]
+
+
+def test_the_readme_shows_a_file_that_is_read(tmp_path):
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```\n")
+    table = next(block for block in blocks if block.startswith("id,title,brand,tags,image"))
+    command = next(
+        line for block in blocks for line in block.split("\n") if line.endswith("--dry_run")
+    )
+    (tmp_path / "shop.csv").write_text(table, encoding="utf-8")
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "vixml_jax.prepare"]
+    done = subprocess.run(
+        [sys.executable, *words[1:], "--test=0.5"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert "1 | Blue cotton shirt by Acme | blue; cotton; shirts" in done.stdout
+    assert "2 | Red shirt, large by Acme | red; shirts" in done.stdout
+    assert sorted(os.listdir(tmp_path)) == ["shop.csv"]

@@ -35,7 +35,7 @@ def copy_runs(
       at: Where the first row of each goes.
     """
     file = _file_of(values)
-    if file is None or values.nbytes < _SMALL:
+    if file is None or values.nbytes < _SMALL or not hasattr(os, "posix_fadvise"):
         into[ranges(at, lengths)] = values[ranges(starts, lengths)]
         return
     assert into.dtype == values.dtype and values.flags.c_contiguous, (into.dtype, values.dtype)

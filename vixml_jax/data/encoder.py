@@ -235,7 +235,7 @@ class Encoders:
 
 def processes_for(num_texts: int) -> int:
     """One a processor where there is enough to do, at most 16; 0 where there is not."""
-    processors = len(os.sched_getaffinity(0))
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     return min(processors, 16) if processors > 1 and num_texts >= _MANY_TEXTS else 0
 
 

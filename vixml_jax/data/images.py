@@ -1,5 +1,6 @@
 """Pictures of a source: embeddings found beside its texts, or files to be embedded."""
 
+import glob
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float16, Float32, Int
 
-from vixml_jax.data import disk
+from vixml_jax.data import disk, object_arrays
 from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
 
@@ -41,24 +42,39 @@ class RawImages(NamedTuple):
         step = max(1, _BLOCK // max(1, self.embeddings[0].size))
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
-            with np.errstate(over="ignore"):
-                values = self.embeddings[block][self.present[block]].astype(np.float16)
+            values = self.embeddings[block][self.present[block]]
             disk.release(self.embeddings)
-            fine = np.isfinite(values).all(axis=1)
-            if not fine.all():
-                owner = np.repeat(block, self.present[block].sum(axis=1))[int(np.argmin(fine))]
-                raise InputError(
-                    f"{self.path}, row {owner} (from 0): not finite in float16; expected numbers "
-                    "within 65504, or False for the row in has_image"
-                )
-            yield values
+            yield _to_float16(values, block, self.present[block].sum(axis=1), self.path)
 
 
-def read_images(directory: str, prefix: str, count: int) -> RawImages | None:
+def _to_float16(
+    values: Float[np.ndarray, "k v"],
+    rows: Int[np.ndarray, " r"],
+    counts: Int[np.ndarray, " r"],
+    path: str,
+) -> Float16[np.ndarray, "k v"]:
+    """Embeddings of items, `counts` of each of the rows.
+
+    Raises:
+      InputError: If one is not finite in float16.
+    """
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float16)
+    fine = np.isfinite(values).all(axis=1)
+    if not fine.all():
+        owner = np.repeat(rows, counts)[int(np.argmin(fine))]
+        raise InputError(
+            f"{path}, row {owner} (from 0): not finite in float16; expected numbers within 65504, "
+            "or no picture in that row"
+        )
+    return values
+
+
+def read_images(directory: str, prefix: str, count: int) -> "RawImages | FileImages | None":
     """The embeddings `{prefix}_image_embeddings.npy`, [n, v] or [n, i, v], memory-mapped.
 
     `{prefix}_has_image.npy`, bool [n] or [n, i], says which pictures there are; without it, those
-    that are not all zero.
+    that are not all zero. Where there is no such file, see `read_mapped_images`.
 
     Args:
       directory: Where the files are.
@@ -73,7 +89,7 @@ def read_images(directory: str, prefix: str, count: int) -> RawImages | None:
     if not os.path.exists(path):
         if os.path.exists(mask_path):
             raise InputError(f"{path}: not found, but {os.path.basename(mask_path)} is there")
-        return None
+        return read_mapped_images(directory, prefix, count)
     embeddings = _load(path)
     shape = embeddings.shape
     if embeddings.dtype.kind != "f" or embeddings.ndim not in (2, 3):
@@ -98,6 +114,61 @@ def read_images(directory: str, prefix: str, count: int) -> RawImages | None:
         )
     present = np.broadcast_to(mask.reshape(count, -1), embeddings.shape[:2])
     return RawImages(embeddings, present, path)
+
+
+def read_mapped_images(directory: str, prefix: str, count: int) -> "FileImages | None":
+    """The embeddings that ViXML's authors publish: a table, and a map from items to its rows.
+
+    `{prefix}_embs_imgs_*.npy` [m, v] holds the embeddings, `{prefix}_imgs_*_map.npy` a pickled
+    object array with the rows of each item, in a list, or -1 (see `object_arrays`).
+
+    Args:
+      directory: Where the files are.
+      prefix: trn, val, tst or lbl.
+      count: Items that there should be.
+
+    Raises:
+      InputError: If only one is there, or they do not fit the items or each other.
+    """
+    found = []
+    for pattern in (f"{prefix}_embs_imgs_*.npy", f"{prefix}_imgs_*_map.npy"):
+        paths = sorted(glob.glob(os.path.join(glob.escape(directory), pattern)))
+        if len(paths) > 1:
+            raise InputError(
+                f"{paths[0]}: beside {os.path.basename(paths[1])}; expected one of them"
+            )
+        found.append((os.path.join(directory, pattern), paths))
+    (table_name, tables), (map_name, maps) = found
+    if not tables and not maps:
+        return None
+    if not tables or not maps:
+        missing, there = (table_name, maps[0]) if maps else (map_name, tables[0])
+        raise InputError(f"{missing}: not found, but {os.path.basename(there)} is there")
+    vectors = _load(tables[0])
+    if vectors.dtype.kind != "f" or vectors.ndim != 2 or not vectors.shape[1]:
+        raise InputError(
+            f"{tables[0]}: {vectors.dtype} {vectors.shape}, expected floating point "
+            "[pictures, width]"
+        )
+    items = object_arrays.load(maps[0])
+    if len(items) != count:
+        raise InputError(f"{maps[0]}: {len(items)} items, but there are {count} texts of {prefix}")
+    lists = [np.atleast_1d(np.asarray(item, np.int64)) for item in items]
+    lengths = np.fromiter(map(len, lists), np.int64, count)
+    flat = np.concatenate([*lists, np.zeros(0, np.int64)])
+    owner = np.repeat(np.arange(count), lengths)
+    bad = (flat < -1) | (flat >= len(vectors))
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise InputError(
+            f"{maps[0]}, item {owner[at]} (from 0): picture {flat[at]}, expected -1 (none) to "
+            f"{len(vectors) - 1}, a row of {os.path.basename(tables[0])}"
+        )
+    flat, owner = flat[flat >= 0], owner[flat >= 0]
+    lengths = np.bincount(owner, minlength=count)
+    rows = np.full((count, max(1, int(lengths.max(initial=0)))), -1, np.int64)
+    rows[owner, np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)] = flat
+    return FileImages(rows, vectors, tables[0])
 
 
 def check_widths(images: Mapping[str, RawImages | None], directory: str) -> None:
@@ -130,10 +201,10 @@ def _nonzero(embeddings: Float[np.ndarray, "n i v"]) -> Bool[np.ndarray, "n i"]:
 
 
 class FileImages(NamedTuple):
-    """Up to i pictures of each item, as rows of an `EmbeddingStore`."""
+    """Up to i pictures of each item, as rows of a table of embeddings."""
 
     rows: Int[np.ndarray, "n i"]  # -1 = there is none.
-    vectors: Float16[np.ndarray, "m v"]
+    vectors: Float[np.ndarray, "m v"]
     path: str  # For messages.
 
     @property
@@ -149,10 +220,11 @@ class FileImages(NamedTuple):
         """The pictures of the rows in order, those that there are, a block at a time."""
         step = max(1, _BLOCK // max(1, self.rows.shape[1] * self.width))
         for start in range(0, len(rows), step):
-            found = self.rows[rows[start : start + step]].reshape(-1)
-            values = np.asarray(self.vectors[found[found >= 0]])
+            block = rows[start : start + step]
+            found = self.rows[block]
+            values = self.vectors[found[found >= 0]]
             disk.release(self.vectors)
-            yield values
+            yield _to_float16(values, block, (found >= 0).sum(axis=1), self.path)
 
 
 def read_paths(directory: str, prefix: str, count: int) -> list[list[str]] | None:

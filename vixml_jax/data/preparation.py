@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vixml_jax.data import (
+    card,
     encoder,
     filters,
     formats,
@@ -133,6 +134,7 @@ def prepare(
             "settings": told,
         }
         writer.finish(info, fast.to_str())
+        card.write(PreparedDataset.open(writer.directory), writer.directory)
     return PreparedDataset.open(out)
 
 
@@ -371,4 +373,6 @@ def describe(dataset: PreparedDataset) -> str:
     lines += _fates(info)
     lines += [f"warning: {warning}" for warning in info["warnings"]]
     lines.append(f"{dataset.name}: in {os.path.abspath(dataset.path)}")
+    if os.path.exists(found := os.path.join(os.path.abspath(dataset.path), card.TEXT)):
+        lines.append(f"data card: {found}")  # Sets of before there were cards have none.
     return "\n".join(lines)

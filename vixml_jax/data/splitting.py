@@ -57,8 +57,18 @@ def hold_out(raw: RawDataset, split: str, share: float, *, split_by: str, seed: 
             f"--{split}={share}: {np.count_nonzero(held)} of {len(held)} training queries would be "
             f"held out (--split_by={split_by}); expected some on both sides"
         )
+    how = {
+        RANDOM: "at random",
+        TEXT: "equal texts together",
+        GROUP: f"equal values of {column!r} together",
+        TIME: f"the newest by {column!r}",
+    }
     return dataclasses.replace(
         raw,
+        understood=(
+            *raw.understood,
+            f"{split}: {share:.0%} of the queries held out, {how[manner]}",
+        ),
         **{
             split: raw.train.select(np.flatnonzero(held)),
             "train": raw.train.select(np.flatnonzero(~held)),
