@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float16, Float32, Int
 
-from vixml_jax.data import object_arrays
+from vixml_jax.data import disk, object_arrays
 from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
 
@@ -43,6 +43,7 @@ class RawImages(NamedTuple):
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
             values = self.embeddings[block][self.present[block]]
+            disk.release(self.embeddings)
             yield _to_float16(values, block, self.present[block].sum(axis=1), self.path)
 
 
@@ -192,8 +193,11 @@ def _load(path: str) -> np.ndarray:
 
 def _nonzero(embeddings: Float[np.ndarray, "n i v"]) -> Bool[np.ndarray, "n i"]:
     step = max(1, _BLOCK // embeddings[0].size)
-    starts = range(0, len(embeddings), step)
-    return np.concatenate([(embeddings[start : start + step] != 0).any(axis=2) for start in starts])
+    found = []
+    for start in range(0, len(embeddings), step):
+        found.append((embeddings[start : start + step] != 0).any(axis=2))
+        disk.release(embeddings)
+    return np.concatenate(found)
 
 
 class FileImages(NamedTuple):
@@ -219,6 +223,7 @@ class FileImages(NamedTuple):
             block = rows[start : start + step]
             found = self.rows[block]
             values = self.vectors[found[found >= 0]]
+            disk.release(self.vectors)
             yield _to_float16(values, block, (found >= 0).sum(axis=1), self.path)
 
 
@@ -271,7 +276,9 @@ class RaggedImages(NamedTuple):
         taken = ranges(self.at[rows], self.at[rows + 1] - self.at[rows])
         step = max(1, _BLOCK // self.width)
         for start in range(0, len(taken), step):
-            yield np.asarray(self.vectors[taken[start : start + step]])
+            values = np.asarray(self.vectors[taken[start : start + step]])
+            disk.release(self.vectors)
+            yield values
 
 
 class ImageProcessor(NamedTuple):
