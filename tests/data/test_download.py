@@ -164,6 +164,14 @@ def fault_of(url, directory, settings=LOCAL, others=()):
     return faults[url]
 
 
+def until(condition):
+    """Whether a condition comes true within two seconds."""
+    latest = time.monotonic() + 2
+    while not condition() and time.monotonic() < latest:
+        time.sleep(0.01)
+    return condition()
+
+
 def failures(directory):
     return (pathlib.Path(directory) / "failures.tsv").read_text(encoding="utf-8")
 
@@ -237,8 +245,7 @@ def test_connections_are_bounded_and_used(server, tmp_path):
     assert len(paths) == 30
     assert server.most_open == 3
     assert most == 3  # Threads of the downloads.
-    time.sleep(0.1)
-    assert threading.active_count() == before
+    assert until(lambda: threading.active_count() == before)
 
 
 @pytest.mark.parametrize("text,expected", [
@@ -251,7 +258,7 @@ def test_is_url(text, expected):
 
 @pytest.mark.parametrize("bad", [
     {"connections": 0}, {"retries": -1}, {"timeout": 0.0}, {"timeout": float("nan")},
-    {"max_bytes": 0},
+    {"timeout": float("inf")}, {"max_bytes": 0},
 ])  # fmt: skip
 def test_settings_out_of_range(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
@@ -308,7 +315,7 @@ def test_retry_after_is_honoured(server, tmp_path, form):
     server.routes["/x"] = busy
     _, faults = download.download([server.url("/x")], str(tmp_path), settings=LOCAL)
     assert faults == {}
-    assert 0.95 < server.gaps("/x")[0] < 3
+    assert 0.95 < server.gaps("/x")[0] < 5
 
 
 @pytest.mark.parametrize(
@@ -319,26 +326,26 @@ def test_retry_after_is_bounded(server, tmp_path, monkeypatch, told):
     server.routes["/x"] = lambda handler: handler.reply(503, Retry_After=told)
     fault_of(server.url("/x"), tmp_path)
     assert server.count("/x") == 3
-    assert max(server.gaps("/x")) < 1
+    assert max(server.gaps("/x")) < 3
 
 
 def test_time_outs_are_tried_again(server, tmp_path):
     def silent_once(handler):
         if server.count("/x") == 1:
-            time.sleep(0.6)
+            time.sleep(1)
         handler.reply(200, b"x")
 
     server.routes["/x"] = silent_once
-    settings = DownloadSettings(allow_private=True, timeout=0.2)
+    settings = DownloadSettings(allow_private=True, timeout=0.4)
     _, faults = download.download([server.url("/x")], str(tmp_path), settings=settings)
     assert faults == {} and server.count("/x") == 2
 
 
 def test_a_silent_server_is_a_fault(server, tmp_path):
-    server.routes["/x"] = lambda handler: time.sleep(0.6)
-    settings = DownloadSettings(allow_private=True, timeout=0.1, retries=1)
-    assert fault_of(server.url("/x"), tmp_path, settings) == "timed out after 0.1 s"
-    assert server.count("/x") == 2
+    server.routes["/x"] = lambda handler: time.sleep(1)
+    settings = DownloadSettings(allow_private=True, timeout=0.3, retries=1)
+    assert fault_of(server.url("/x"), tmp_path, settings) == "timed out after 0.3 s"
+    assert until(lambda: server.count("/x") == 2)
 
 
 def test_nobody_listens(tmp_path):
@@ -365,15 +372,18 @@ def test_names_that_are_not_found(tmp_path, monkeypatch, code, tries):
 
 
 def test_too_large_by_its_head(server, tmp_path):
+    done = threading.Event()
+
     def large(handler):
         handler.reply(200, Content_Length="100001")
-        time.sleep(0.3)  # The head suffices: nobody waits for the file.
+        done.wait(5)  # The head suffices: nobody waits for the file.
 
     server.routes["/x"] = large
     start = time.monotonic()
     assert fault_of(server.url("/x"), tmp_path) == "larger than 100,000 bytes: 100,001"
-    assert time.monotonic() - start < 0.3
+    assert time.monotonic() - start < 1.5  # Less than the time-out.
     assert server.count("/x") == 1
+    done.set()
 
 
 def test_as_large_as_allowed(server, tmp_path):
@@ -408,25 +418,25 @@ def test_endless_answers_end(server, tmp_path, first, part, fault):
     server.routes["/x"] = lambda handler: endless(handler, first, part)
     found = fault_of(server.url("/x"), tmp_path)
     assert found == fault or (fault is None and found)
-    deadline = time.monotonic() + 2
-    while server.open_now and time.monotonic() < deadline:
-        time.sleep(0.01)
+    assert until(lambda: not server.open_now)
     assert server.sent < 30 << 20  # Buffers of the system included.
 
 
 @pytest.mark.parametrize("where", ["head", "body"])
-def test_a_slow_drip_ends(server, tmp_path, where):
+def test_a_slow_drip_ends(server, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(download, "_PATIENCE", 2)
+
     def drip(handler):
         handler.wfile.write(HEAD + (b"X-Long: " if where == "head" else b"\r\n"))
-        for _ in range(100):
+        for _ in range(200):
             handler.wfile.write(b"x")
-            time.sleep(0.05)
+            time.sleep(0.02)
 
     server.routes["/x"] = drip
-    settings = DownloadSettings(allow_private=True, timeout=0.1)
+    settings = DownloadSettings(allow_private=True, timeout=0.5)
     start = time.monotonic()
     assert fault_of(server.url("/x"), tmp_path, settings) == "took longer than 1 s"
-    assert 0.9 < time.monotonic() - start < 2.5
+    assert 0.9 < time.monotonic() - start < 3
     assert server.count("/x") == 1  # Another try would take as long.
 
 
@@ -852,11 +862,36 @@ def test_a_full_disk_at_the_end_of_a_file_is_raised(server, tmp_path, monkeypatc
     assert files_in(tmp_path) == []
 
 
+def test_an_error_stops_the_other_downloads(server, tmp_path, monkeypatch):
+    def slow(handler):
+        time.sleep(0.02)
+        handler.reply(200, b"x")
+
+    def replace(source, target, replace=os.replace):
+        if failed:
+            return replace(source, target)
+        failed.append(target)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    failed = []
+    server.routes = {f"/{i}": slow for i in range(300)}
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="No space left"):
+        download.download(list(map(server.url, server.routes)), str(tmp_path), settings=LOCAL)
+    there = files_in(tmp_path)
+    assert len(server.seen) < 100
+    time.sleep(0.2)
+    assert files_in(tmp_path) == there
+
+
 def test_an_interrupt_leaves_promptly(server, tmp_path):
     silent = threading.Event()
     server.routes["/x"] = lambda handler: silent.wait(10)
     code = f"""
+        import signal
         from vixml_jax.data import download
+        # A shell ignores it for what runs in the background, and so would this.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         settings = download.DownloadSettings(allow_private=True, timeout=30.0)
         download.download([{server.url("/x")!r}], {str(tmp_path)!r}, settings=settings)
     """
@@ -864,14 +899,11 @@ def test_an_interrupt_leaves_promptly(server, tmp_path):
         [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 10
-        while not server.seen and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert server.seen
+        assert any(until(lambda: server.seen) for _ in range(10))
         start = time.monotonic()
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=8)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 5
         assert errors.rstrip().endswith("KeyboardInterrupt")
     finally:
         silent.set()

@@ -63,10 +63,11 @@ class DownloadSettings:
     allow_private: bool = False
 
     def __post_init__(self):
-        if self.connections < 1 or self.max_bytes < 1 or self.retries < 0 or not self.timeout > 0:
+        least = min(self.connections, self.max_bytes, self.retries + 1)
+        if least < 1 or not 0 < self.timeout <= 3600:
             raise InputError(
                 f"{self}: expected connections and max_bytes of at least 1, retries of at least 0 "
-                "and a timeout above 0"
+                "and a timeout above 0, an hour at most"
             )
 
 
