@@ -93,7 +93,8 @@ def test_memory_of_a_process_and_its_child():
     ) as process:
         with prepare.Memory(process.pid, every=0.005) as memory:
             process.stdout.readline()
-            while len(memory.seen) < 3:
+            before = len(memory.seen)
+            while len(memory.seen) < before + 3:
                 pass
         print("\n", file=process.stdin, flush=True)
     whole, own = memory.peak()
