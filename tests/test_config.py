@@ -48,6 +48,9 @@ def test_json_round_trip():
         ({"loss": {"num_negatives": 1024}}, "--loss.num_negatives=1024: a batch of"),
         ({"loss": {"margin_min": 0.5}}, "--loss.margin_min=0.5 is above"),
         ({"model": {"num_images": 64}}, "--model.num_images=64 leaves no place"),
+        ({"loop": {"patience": 2, "eval_every": 1}}, "--loop.patience=2: nothing to wait for; set"),
+        ({"loop": {"choose_by": "P@1"}}, "--loop.choose_by=P@1: no epoch is evaluated; set"),
+        ({"loop": {"patience": -1}}, "--loop.patience=-1: expected at least 0"),
         ({"mesh": [2, -1, -1]}, "--mesh=2,-1,-1: expected three sizes"),
     ],
 )

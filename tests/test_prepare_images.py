@@ -1,7 +1,9 @@
 """Image files to embeddings: pixels as `transformers` has them, one a content, stops, faults."""
 
+import http.server
 import json
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -113,7 +115,7 @@ def test_from_files_to_the_prepared_data(model, source, tmp_path, capsys):
     assert len(stored) == len(set(stored)) == 3  # The duplicate is embedded once.
     broken = (tmp_path / "out.images" / "broken.txt").read_text().splitlines()
     assert [line.split("\t")[0].rsplit("/", 1)[1] for line in broken] == ["half.png", "gone.png"]
-    assert "2 files missing or broken, listed in" in capsys.readouterr().out
+    assert "2 missing or broken, listed in" in capsys.readouterr().out
 
 
 def test_a_stop_costs_nothing_and_changes_nothing(model, source, tmp_path, monkeypatch):
@@ -182,3 +184,56 @@ def test_a_store_without_pictures(tmp_path):
     )
     assert row_of == {} and list(faults.values()) == ["cannot be read"]
     assert jax.tree.leaves(store.row_of) == []
+
+
+@pytest.fixture
+def server(source):
+    """Serves the pictures; counts what is asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(source / "pictures"))
+
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}", asked
+        serving.shutdown()
+
+
+def test_an_image_column_of_paths_and_urls(model, source, tmp_path, server, capsys):
+    address, asked = server
+    expected = run(source, tmp_path / "expected", model[0])
+    pictures = [
+        f"pictures/a.png|{address}/b.png", "", f"{address}/half.png|{address}/c.png",
+        f"{address}/same_as_a.png", f"{address}/gone.png",
+    ]  # fmt: skip
+    texts = ["red shoe", "blue shoe", "green hat", "red hat", "blue hat"]
+    rows = [
+        f"{text},{text.split()[1]},{'train' if row < 3 else 'test'},{picture}\n"
+        for row, (text, picture) in enumerate(zip(texts, pictures, strict=True))
+    ]
+    (source / "shop.csv").write_text("text,labels,split,image\n" + "".join(rows))
+    table, out = source / "shop.csv", tmp_path / "out"
+    refused = run(table, tmp_path / "refused", model[0])
+    assert len(refused.train.images.values) == 1  # The file alone:
+    assert asked == []  # the urls are of a loopback address.
+    found = run(table, out, model[0], allow_private_hosts=True)
+    assert len(asked) == len(set(asked)) == 5
+    for split in ("train", "test"):
+        ours, theirs = getattr(found, split).images, getattr(expected, split).images
+        np.testing.assert_array_equal(ours.offsets, theirs.offsets)
+        np.testing.assert_array_equal(ours.values, theirs.values)
+    assert found.labels.images is None
+    assert "2 missing or broken, listed in" in capsys.readouterr().out
+    broken = (tmp_path / "out.images" / "broken.txt").read_text()
+    assert f"{address}/gone.png\t" in broken and f"{address}/half.png\t" in broken
+    run(table, out, model[0], allow_private_hosts=True, overwrite=True)
+    assert sorted(asked[5:]) == ["/gone.png"]  # The others are there.

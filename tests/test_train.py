@@ -17,8 +17,9 @@ from tiny import assert_same_state, configuration, final_state, make_data
 
 from vixml_jax import config as config_lib
 from vixml_jax import evaluate, runs, sharding, train
+from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
-from vixml_jax.training import telemetry
+from vixml_jax.training import loop, telemetry
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,158 @@ def test_a_killed_process_resumes_bit_for_bit(data, whole_run, tmp_path):
     child.wait()
     train.train(config)
     assert_same_state(final_state(whole_run), final_state(config))
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """Data with a validation split, and as many training queries: the programs are the same."""
+    return make_data(tmp_path_factory.mktemp("divided"), train=112, valid=0.2)
+
+
+class Sealed(PreparedDataset):
+    """Data whose test split cannot be read."""
+
+    def __getattribute__(self, name):
+        assert not name.startswith("test"), f"{name} was read"
+        return super().__getattribute__(name)
+
+
+def choosing(config, **changes):
+    changes = {"eval_every": 1, "choose_by": "nDCG@3", **changes}
+    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, **changes))
+
+
+def open_sealed(config):
+    dataset = PreparedDataset.open(config.data)
+    return Sealed(**{f.name: getattr(dataset, f.name) for f in dataclasses.fields(dataset)})
+
+
+@pytest.fixture(scope="module")
+def chosen_run(divided, tmp_path_factory):
+    """A run that is judged after every epoch, but never sees the test split."""
+    config = choosing(configuration(divided, tmp_path_factory.mktemp("chosen") / "run"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runs, "open_dataset", open_sealed)
+        train.train(config)
+    return config
+
+
+def judged_on_the_way(config, name="nDCG@3"):
+    """Epochs and what they reached on the validation split."""
+    lines = [json.loads(line) for line in open(os.path.join(config.workdir, "metrics.jsonl"))]
+    assert not any(name in line for line in lines)
+    return {line["epoch"]: line[f"valid/{name}"] for line in lines if f"valid/{name}" in line}
+
+
+def judged_at_the_end(config, split="valid"):
+    path = os.path.join(config.workdir, "evaluation", f"{split}-exact.json")
+    with open(path) as file:
+        return json.load(file)
+
+
+def run_evaluate(config, split):
+    """What the door prints and writes."""
+    flags = [f"--workdir={config.workdir}", f"--split={split}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vixml_jax.evaluate", *flags],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout, judged_at_the_end(config, split)
+
+
+def test_the_test_split_rests_until_it_is_judged(chosen_run):
+    assert open_sealed(chosen_run).split("valid")
+    with pytest.raises(AssertionError, match="test was read"):
+        open_sealed(chosen_run).split("test")
+    assert os.listdir(os.path.join(chosen_run.workdir, "evaluation")) == ["valid-exact.json"]
+    found = judged_on_the_way(chosen_run)
+    assert list(found) == [0, 1, 2]
+    assert judged_at_the_end(chosen_run)["nDCG@3"] == max(found.values())
+    assert judged_at_the_end(chosen_run)["counts"]["queries"] == 22
+    said, on_test = run_evaluate(chosen_run, "test")
+    assert on_test["counts"]["queries"] == 30
+    best = max(found, key=found.get)
+    assert f"checkpoint of step {6 * (best + 1)}, the best in nDCG@3 on valid" in said
+
+
+def test_training_is_the_same_whether_it_is_judged_or_not(chosen_run, divided, tmp_path, capsys):
+    config = configuration(divided, tmp_path / "run")
+    train.train(config)
+    assert_same_state(final_state(chosen_run), final_state(config))
+    assert not judged_on_the_way(config)
+    assert not os.path.exists(os.path.join(config.workdir, runs.BEST))
+    said = capsys.readouterr().out
+    assert "model: of the last epoch, 2\n" in said
+    assert f"python -m vixml_jax.evaluate --workdir={config.workdir}\n" in said
+    # The last epoch is judged on the way and at the end by the same arrays.
+    assert judged_at_the_end(config)["nDCG@3"] == judged_on_the_way(chosen_run)[2]
+
+
+def test_a_run_that_is_ruined_keeps_what_it_was(divided, tmp_path, monkeypatch, capsys):
+    """Zero parameters after the second epoch: all labels look alike, and patience is over."""
+    config = choosing(configuration(divided, tmp_path / "run"), patience=1)
+    run_batches = loop.Trainer._run_batches
+
+    def ruin(self, state, clusters, position, telemetry):
+        state = run_batches(self, state, clusters, position, telemetry)
+        if position.epoch == 1:
+            state = state._replace(params=jax.tree.map(jax.numpy.zeros_like, state.params))
+        return state
+
+    monkeypatch.setattr(loop.Trainer, "_run_batches", ruin)
+    train.train(config)
+    found = judged_on_the_way(config)
+    assert list(found) == [0, 1]
+    assert found[0] > found[1]
+    assert (
+        f"model: of epoch 0, the best in nDCG@3 on valid, {found[0]:.2f}; training ended with "
+        "epoch 1, as --loop.patience says\n"
+    ) in capsys.readouterr().out
+    at_the_end = judged_at_the_end(config)
+    said, again = run_evaluate(config, "valid")
+    assert "checkpoint of step 6, the best in nDCG@3 on valid" in said
+    assert at_the_end["nDCG@3"] == again["nDCG@3"] == found[0]
+    # Started again, it is judged again and trains no more.
+    before = final_state(config)
+    train.train(config)
+    assert_same_state(before, final_state(config))
+    assert judged_on_the_way(config) == found
+
+
+@pytest.mark.parametrize("at", [7, 16])
+def test_stopped_it_chooses_the_same(chosen_run, divided, tmp_path, monkeypatch, at):
+    """Right after an evaluation, and within the last epoch."""
+    config = choosing(configuration(divided, tmp_path / "run"))
+    advance = telemetry.Telemetry.advance
+    seen = []
+
+    def stop(self, epoch):
+        advance(self, epoch)
+        seen.append(epoch)
+        if len(seen) == at:
+            raise Stopped
+
+    monkeypatch.setattr(telemetry.Telemetry, "advance", stop)
+    with pytest.raises(Stopped):
+        train.train(config)
+    monkeypatch.undo()
+    train.train(config)
+    assert_same_state(final_state(chosen_run), final_state(config))
+    assert judged_on_the_way(config) == judged_on_the_way(chosen_run)
+    assert judged_at_the_end(config)["nDCG@3"] == judged_at_the_end(chosen_run)["nDCG@3"]
+    assert runs.find_model(config.workdir)[1] == runs.find_model(chosen_run.workdir)[1]
+
+
+def test_what_cannot_be_chosen_by_is_refused(data, divided, tmp_path):
+    config = choosing(configuration(data, tmp_path / "run"))
+    with pytest.raises(InputError, match=r"choose_by=nDCG@3: .* no validation .* --valid=0.02"):
+        train.train(config)
+    config = choosing(configuration(divided, tmp_path / "run"), choose_by="R@100")
+    with pytest.raises(InputError, match=r"choose_by=R@100: expected one of P@1, .* R@10, MRR"):
+        train.train(config)
+    assert not os.path.exists(config.workdir)
 
 
 def test_one_device_equals_eight(data, whole_run, tmp_path, monkeypatch):

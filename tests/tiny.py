@@ -11,12 +11,12 @@ from vixml_jax import runs
 from vixml_jax.data import preparation
 
 
-def make_data(root):
+def make_data(root, *, train=90, **settings):
     """Queries "aK bJ" have labels "label aK" and "label bJ"; every other one has a picture."""
     rng = np.random.default_rng(0)
     words = [f"{stem}{n}" for stem in "ab" for n in "0123456789"]
     (root / "lbl.raw.txt").write_text("".join(f"label {word}\n" for word in words))
-    for split, count in (("trn", 90), ("tst", 30)):
+    for split, count in (("trn", train), ("tst", 30)):
         first, second = rng.integers(0, 10, count), rng.integers(0, 10, count)
         (root / f"{split}.raw.txt").write_text(
             "".join(f"a{a} b{b}\n" for a, b in zip(first, second, strict=True))
@@ -28,9 +28,8 @@ def make_data(root):
         np.save(root / f"{split}_image_embeddings.npy", np.eye(12)[first].astype(np.float16))
         np.save(root / f"{split}_has_image.npy", np.arange(count) % 2 == 0)
     out = root / "prepared"
-    preparation.prepare(
-        preparation.read_source(str(root)), str(out), preparation.Settings(max_tokens=8)
-    )
+    settings = preparation.Settings(max_tokens=8, **settings)
+    preparation.prepare(preparation.read_source(str(root)), str(out), settings)
     return str(out)
 
 

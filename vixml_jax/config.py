@@ -184,7 +184,24 @@ class LoopConfig:
     """How long, and what is written on the way."""
 
     epochs: int = _flag(10, "Passes over the training queries.", lower_bound=0)
-    eval_every: int = _flag(0, "Epochs between evaluations; 0: at the end alone.", lower_bound=0)
+    eval_every: int = _flag(
+        0,
+        "Epochs between evaluations, on the validation split where the data have one; 0: at the "
+        "end alone.",
+        lower_bound=0,
+    )
+    choose_by: str = _flag(
+        "",
+        "Metric of the validation split, P@1 say, by which the best of the epochs evaluated "
+        "becomes the run's model (each evaluation then reads the training queries once more); "
+        "empty: the last epoch, as published.",
+    )
+    patience: int = _flag(
+        0,
+        "Evaluations in a row without a better --loop.choose_by after which training stops; "
+        "0: never.",
+        lower_bound=0,
+    )
     save_every: int = _flag(
         500, "Steps between checkpoints; one is always kept at each epoch.", lower_bound=1
     )
@@ -247,6 +264,16 @@ class Config:
             raise InputError(
                 f"--model.num_images={self.model.num_images} leaves no place for text in rows of "
                 f"--batch.row_width={self.batch.row_width}"
+            )
+        if self.loop.patience and not self.loop.choose_by:
+            raise InputError(
+                f"--loop.patience={self.loop.patience}: nothing to wait for; set "
+                "--loop.choose_by=P@1, say"
+            )
+        if self.loop.choose_by and not self.loop.eval_every:
+            raise InputError(
+                f"--loop.choose_by={self.loop.choose_by}: no epoch is evaluated; set "
+                "--loop.eval_every=1, say"
             )
         if self.lora.rank and not self.model.pretrained:
             raise InputError(

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 from jaxtyping import Float
+from scipy import sparse
 
 from vixml_jax import config as config_lib
 from vixml_jax import errors, memory, runs
 from vixml_jax.config import Config, EvalConfig
 from vixml_jax.data import propensity
-from vixml_jax.data.store import Items, PreparedDataset
+from vixml_jax.data.store import PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation import metrics as metrics_lib
@@ -25,13 +26,6 @@ from vixml_jax.search import index as index_lib
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.scann import ScannIndex
 from vixml_jax.structs import LabelState, SearchResult
-
-
-def split_of(dataset: PreparedDataset, split: str) -> tuple[Items, Any, np.ndarray]:
-    """Queries, relevance and filter pairs of 'test' or 'train'."""
-    if split == "test":
-        return dataset.test, dataset.test_relevance, dataset.test_filter
-    return dataset.train, dataset.train_relevance, dataset.train_filter
 
 
 def inverse_propensity(dataset: PreparedDataset) -> Float[np.ndarray, " l"]:
@@ -44,14 +38,21 @@ def inverse_propensity(dataset: PreparedDataset) -> Float[np.ndarray, " l"]:
 
 def measure(result: SearchResult, dataset: PreparedDataset, split: str, k: int) -> dict[str, float]:
     """The metrics of search results, filter pairs taken out."""
-    _, relevance, pairs = split_of(dataset, split)
+    _, relevance, pairs = dataset.split(split)
     kept = index_lib.drop_filtered(result, pairs, k)
     return metrics_lib.compute_metrics(
-        kept.ids,
-        relevance,
-        inverse_propensity(dataset),
-        recall_ks=tuple(r for r in (10, 100) if r <= k),
+        kept.ids, relevance, inverse_propensity(dataset), recall_ks=_recall_ks(k)
     )
+
+
+def _recall_ks(k: int) -> tuple[int, ...]:
+    return tuple(r for r in (10, 100) if r <= k)
+
+
+def metric_names(k: int) -> list[str]:
+    """What `measure` measures, where k labels are kept of each query."""
+    nothing = np.full((1, k), -1), sparse.csr_matrix((1, 1)), np.ones(1)
+    return list(metrics_lib.compute_metrics(*nothing, recall_ks=_recall_ks(k)))
 
 
 def evaluate_model(
@@ -73,7 +74,7 @@ def evaluate_model(
     Args:
       model, params, labels: What to judge.
       dataset: Prepared data of the run.
-      split: 'test' or 'train'.
+      split: 'test', 'valid' or 'train'.
       search: 'exact' or 'scann'.
       k: Labels kept of each query after filtering.
       block: Items encoded at a time.
@@ -82,7 +83,7 @@ def evaluate_model(
       index_dir: Where a ScaNN index is kept; needed for 'scann'.
       titles: Whether to show progress.
     """
-    queries, _, pairs = split_of(dataset, split)
+    queries, _, pairs = dataset.split(split)
     seconds, clock = {}, time.perf_counter()
 
     def lap(phase: str) -> None:
@@ -205,19 +206,15 @@ def write_results(workdir: str, name: str, results: dict[str, Any]) -> str:
     return path
 
 
-def baseline_rows(dataset: PreparedDataset, k: int) -> dict[str, dict[str, float]]:
+def baseline_rows(
+    dataset: PreparedDataset, k: int, split: str = "test"
+) -> dict[str, dict[str, float]]:
     """Metrics of the nearest-neighbour votes that the data allow: text, pictures, both."""
+    fetched = min(k + index_lib.over_fetch(dataset.split(split)[2]), dataset.num_labels)
     kinds = ["text"] + (["picture", "both"] if dataset.image_width else [])
     return {
         f"vote, {kind}": measure(
-            vote.vote(
-                dataset,
-                by=kind,
-                k=min(k + index_lib.over_fetch(dataset.test_filter), dataset.num_labels),
-            ),
-            dataset,
-            "test",
-            k,
+            vote.vote(dataset, split=split, by=kind, k=fetched), dataset, split, k
         )
         for kind in kinds
     }
@@ -251,8 +248,8 @@ def show(
         index_dir=os.path.join(config.workdir, "evaluation", "scann"),
     )
     rows = {}
-    if config.eval.vote and split == "test" and not hide_images:
-        rows = baseline_rows(dataset, k)
+    if config.eval.vote and split != "train" and not hide_images:
+        rows = baseline_rows(dataset, k, split)
         results["vote"] = rows
     shown = model.layout.num_images and not hide_images
     name = "this run" + (", text and pictures" if shown else ", text")
@@ -288,7 +285,9 @@ def main(argv: Sequence[str]) -> None:
     tower, layout = runs.read_tower(config.workdir)
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     params, labels, step = runs.restore_model(config.workdir, model)
-    print(f"{config.workdir}: checkpoint of step {step}")
+    chosen = os.path.isdir(os.path.join(config.workdir, runs.BEST, str(step)))
+    why = f", the best in {config.loop.choose_by} on valid" if chosen else ""
+    print(f"{config.workdir}: checkpoint of step {step}{why}")
     show(
         config,
         model,
@@ -305,7 +304,7 @@ def define_flags() -> None:
     """The flags of this door; all else comes from the run directory."""
     flags.DEFINE_string("workdir", "", "Run directory that train wrote.")
     flags.DEFINE_string("data", "", "Prepared data, if it has moved since training.")
-    flags.DEFINE_enum("split", "test", ["test", "train"], "Which queries to judge on.")
+    flags.DEFINE_enum("split", "test", ["test", "valid", "train"], "Which queries to judge on.")
     flags.DEFINE_float(
         "memory_weight", None, "What the labels of near training queries count, if not as trained."
     )

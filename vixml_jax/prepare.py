@@ -6,14 +6,14 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.data import columns, images, preparation
+from vixml_jax.data import columns, download, images, preparation
 from vixml_jax.errors import InputError
 
 # Flags that are not called as their setting.
@@ -49,6 +49,11 @@ def run(values: flags.FlagValues) -> None:
             keep_aspect=values.keep_aspect,
             batch=values.image_batch,
             dtype=values.image_dtype,
+            bounds=download.DownloadSettings(
+                connections=values.connections,
+                max_bytes=values.max_image_mib << 20,
+                allow_private=values.allow_private_hosts,
+            ),
         )
     with errors.writing(f"--out={values.out}"), _spool(values) as spool:
         raw = preparation.read_source(
@@ -102,10 +107,19 @@ def _spool(values: flags.FlagValues) -> contextlib.AbstractContextManager[str]:
 
 
 class ImageFinder:
-    """Embeds the image files that a source names, as `--images` says; resumes where it stopped."""
+    """Embeds the image files and urls that a source names, as `--images` says; resumes."""
 
-    def __init__(self, model: str, directory: str, *, keep_aspect: bool, batch: int, dtype: str):
-        self._model, self._directory = model, directory
+    def __init__(
+        self,
+        model: str,
+        directory: str,
+        *,
+        keep_aspect: bool,
+        batch: int,
+        dtype: str,
+        bounds: download.DownloadSettings,
+    ):
+        self._model, self._directory, self._bounds = model, directory, bounds
         self._keep_aspect, self._batch, self._dtype = keep_aspect, batch, dtype
         self._broken: list[str] = []
         self._named = 0
@@ -147,15 +161,17 @@ class ImageFinder:
         return self.embed(os.path.join(directory, f"{prefix}_images.txt"), paths)
 
     def embed(self, name: str, paths: list[list[str]]) -> images.FileImages:
-        """The pictures of items, by the paths of their files; `name` is for messages."""
+        """The pictures of items, by paths or urls of their files; `name` is for messages."""
         from vixml_jax import encoding
 
         count = len(paths)
         tower, params, processor, store = self._tower
-        row_of, faults = encoding.embed_files(
+        file_of, faults = self._download(name for item in paths for name in item)
+        files = [[file_of[name] for name in item if name in file_of] for item in paths]
+        row_of, broken = encoding.embed_files(
             tower,
             params,
-            [path for item in paths for path in item],
+            [path for item in files for path in item],
             store,
             processor,
             batch=self._batch,
@@ -163,21 +179,33 @@ class ImageFinder:
             threads=os.cpu_count() or 1,
         )
         self._named += sum(map(len, paths))
-        self._broken += [f"{path}\t{fault}" for path, fault in faults.items()]
+        faults |= {name: broken[path] for name, path in file_of.items() if path in broken}
+        self._broken += [f"{name}\t{fault}" for name, fault in faults.items()]
         with open(os.path.join(self._directory, "broken.txt"), "w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in self._broken)
-        found = [[row_of[path] for path in item if path in row_of] for item in paths]
+        found = [[row_of[path] for path in item if path in row_of] for item in files]
         rows = np.full((count, max(1, max(map(len, found), default=1))), -1, np.int64)
         for i, item in enumerate(found):
             rows[i, : len(item)] = item
         return images.FileImages(rows, store.vectors(), name)
+
+    def _download(self, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """The file of each path (itself) and url (downloaded), and what is wrong with the rest."""
+        names = list(dict.fromkeys(names))
+        urls = [name for name in names if download.is_url(name)]
+        if not urls:
+            return {name: name for name in names}, {}
+        directory = os.path.join(self._directory, "files")
+        fetched, faults = download.download(urls, directory, settings=self._bounds)
+        file_of = {name: fetched.get(name, name) for name in names if name not in faults}
+        return file_of, faults
 
     def describe(self) -> str:
         """What was embedded, and what could not be."""
         line = f"pictures: {self._named} named, vectors in {self._directory}"
         if self._broken:
             listed = os.path.join(self._directory, "broken.txt")
-            line += f"; {len(self._broken)} files missing or broken, listed in {listed}"
+            line += f"; {len(self._broken)} missing or broken, listed in {listed}"
         return line
 
 
@@ -231,6 +259,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "train",
         "Directory or Hugging Face name of a fast tokenizer; 'train': one is trained on the "
         "training queries and labels, for a tower from scratch.",
+    )
+    number("connections", 16, "Downloads of image urls at a time.", lower_bound=1)
+    number("max_image_mib", 20, "Largest image file that is downloaded, MiB.", lower_bound=1)
+    switch(
+        "allow_private_hosts",
+        False,
+        "Also download from private and loopback addresses: files from elsewhere may abuse it.",
     )
     text(
         "images",

@@ -29,6 +29,7 @@ from vixml_jax.structs import LabelState, PackedItems
 CONFIG = "config.json"
 TOWER = "tower.json"
 CHECKPOINTS = "checkpoints"
+BEST = "best"
 FROZEN = "frozen"
 FAMILIES = {"encoder": BertConfig, "decoder": DecoderConfig}
 
@@ -192,17 +193,39 @@ def save_frozen(workdir: str, frozen: Any) -> None:
             checkpointer.save(path, frozen)
 
 
-def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
-    """All parameters and the label state of the newest checkpoint, on the model's mesh, its step.
+def find_model(workdir: str) -> tuple[str, int]:
+    """Directory and step of what evaluation reads: the model chosen so far, else the newest.
 
     Raises:
       InputError: If there is no checkpoint.
     """
     import orbax.checkpoint as ocp
 
-    directory = os.path.abspath(os.path.join(workdir, CHECKPOINTS))
+    directory, best = (os.path.abspath(os.path.join(workdir, d)) for d in (CHECKPOINTS, BEST))
     if not os.path.isdir(directory):
         raise InputError(f"{directory}: not found; expected a run directory that train wrote")
+    with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(f"{directory}: holds no checkpoint yet")
+        position = manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
+    chosen = position["position"].get("best_step")
+    if chosen is None:
+        return directory, step
+    if not os.path.isdir(os.path.join(best, str(chosen))):
+        raise InputError(f"{best}: lacks step {chosen}, which training chose")
+    return best, chosen
+
+
+def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
+    """All parameters and the label state that `find_model` finds, on the model's mesh, their step.
+
+    Raises:
+      InputError: If there is no checkpoint.
+    """
+    import orbax.checkpoint as ocp
+
+    directory, step = find_model(workdir)
     boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     labels = jax.eval_shape(
         lambda: model.table.init_state(np.zeros(model.table.num_labels, np.int32))
@@ -224,9 +247,6 @@ def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
         ),
     }
     with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise InputError(f"{directory}: holds no checkpoint yet")
         restored = manager.restore(
             step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
         )["model"]

@@ -90,8 +90,8 @@ def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, L
 
 
 def _largest_token(dataset: PreparedDataset) -> int:
-    sides = (dataset.train, dataset.test, dataset.labels)
-    return max(int(np.max(side.tokens.values, initial=0)) for side in sides)
+    sides = (dataset.train, dataset.valid, dataset.test, dataset.labels)
+    return max(int(np.max(side.tokens.values, initial=0)) for side in sides if side)
 
 
 def fresh_tower(config: Config, dataset: PreparedDataset) -> TowerConfig:
@@ -147,9 +147,44 @@ def first_params(config: Config, model: Model, dataset: PreparedDataset, shardin
     return jax.device_put(params, shardings)
 
 
+def check_choice(config: Config, dataset: PreparedDataset, k: int) -> None:
+    """Refuses a `--loop.choose_by` that the data do not allow, before anything is done.
+
+    Raises:
+      InputError: If there is nothing to choose by.
+    """
+    chosen = config.loop.choose_by
+    names = evaluate.metric_names(k) if chosen else []
+    if chosen and not dataset.valid:
+        raise InputError(
+            f"--loop.choose_by={chosen}: --data={config.data} has no validation split; prepare "
+            "it again with --valid=0.02, say"
+        )
+    if chosen and chosen not in names:
+        raise InputError(f"--loop.choose_by={chosen}: expected one of {', '.join(names)}")
+
+
+def describe_choice(config: Config, position: loop.Position, steps_per_epoch: int) -> str:
+    """Which epoch the run's model is of, and why."""
+    last = position.epoch - 1
+    if not position.epoch:
+        return "model: untrained, as --loop.epochs=0 says"
+    if position.best_step is None:
+        return f"model: of the last epoch, {last}"
+    chosen = position.best_step // steps_per_epoch - 1
+    text = f"model: of epoch {chosen}, the best in {config.loop.choose_by} on valid"
+    early = "" if position.epoch == config.loop.epochs else ", as --loop.patience says"
+    return f"{text}, {position.best:.2f}; training ended with epoch {last}{early}"
+
+
 def train(config: Config) -> None:
-    """Trains as the flags say, from where the run directory stands, and evaluates."""
+    """Trains as the flags say, from where the run directory stands, and evaluates.
+
+    Where the data have a validation split, all that is evaluated here is evaluated on it.
+    """
     dataset = runs.open_dataset(config)
+    k = min(config.eval.k, dataset.num_labels)
+    check_choice(config, dataset, k)
     mesh = runs.make_mesh(config)
     tower, layout = make_tower(config, dataset)
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
@@ -167,8 +202,12 @@ def train(config: Config) -> None:
     trained, kept = runs.split_params(boxed, tower)
     kept = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(config.lora.base_dtype)), kept)
     like = loop.abstract_state(model, trained, kept, tx, len(dataset.train))
-    checkpoints = Checkpoints(os.path.join(config.workdir, runs.CHECKPOINTS), keep=config.loop.keep)
-    k = min(config.eval.k, dataset.num_labels)
+    checkpoints = Checkpoints(
+        os.path.join(config.workdir, runs.CHECKPOINTS),
+        keep=config.loop.keep,
+        best=os.path.join(config.workdir, runs.BEST) if config.loop.choose_by else None,
+    )
+    split = "valid" if dataset.valid else "test"
     trainer = loop.Trainer(
         model,
         dataset,
@@ -187,8 +226,16 @@ def train(config: Config) -> None:
         checkpoints=checkpoints,
         guard=CollapseGuard(margin=config.loss.margin_min, num_negatives=config.loss.num_negatives),
         evaluate=lambda params, labels: evaluate.evaluate_model(
-            model, params, labels, dataset, k=k, block=config.eval.block, titles=False
+            model,
+            params,
+            labels,
+            dataset,
+            split=split,
+            k=k,
+            block=config.eval.block,
+            titles=False,
         )["metrics"],
+        split=split,
     )
     plan = trainer.plan(like)
     plan.check()
@@ -224,19 +271,19 @@ def train(config: Config) -> None:
         batch_size=config.batch.size,
     )
     try:
-        state = trainer.run(state, clusters, position, telemetry)
+        state, position = trainer.run(state, clusters, position, telemetry)
     finally:
         telemetry.close()
         checkpoints.close()
-    evaluate.show(
-        config,
-        model,
-        trees.merge(state.params, state.frozen),
-        state.labels,
-        dataset,
-        split="test",
-        search="exact",
-    )
+    params, labels = trees.merge(state.params, state.frozen), state.labels
+    if position.best_step is not None:
+        # Room first: a device may not hold two models beside an optimizer.
+        del state, params, labels
+        params, labels, _ = runs.restore_model(config.workdir, model)
+    print(describe_choice(config, position, steps_per_epoch))
+    evaluate.show(config, model, params, labels, dataset, split=split, search="exact")
+    if split == "valid":
+        print(f"to judge on test: python -m vixml_jax.evaluate --workdir={config.workdir}")
     print(
         f"run: {os.path.abspath(config.workdir)} (config.json, checkpoints/, metrics.jsonl, "
         "tensorboard/, evaluation/)"

@@ -1,9 +1,11 @@
 """The XML repository's layout: what is read, and what is refused with file and line."""
 
+import os
 import re
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 from vixml_jax.data import formats
 from vixml_jax.errors import InputError
@@ -177,3 +179,60 @@ def test_a_single_filter_pair_and_blank_lines(tmp_path):
     source = write_source(tmp_path / "cars", filter_labels_test_txt=["", "1 0", ""])
     raw = formats.read_xml_repository(source)
     np.testing.assert_array_equal(raw.test.filter, [[1, 0]])
+
+
+def test_numpys_relevance_and_the_names_of_pecos(tmp_path):
+    source = write_source(tmp_path / "cars")
+    for old, new in (
+        ("trn.raw.txt", "X.trn.txt"),
+        ("tst.raw.txt", "X.tst.txt"),
+        ("lbl.raw.txt", "output-items.txt"),
+    ):
+        os.rename(os.path.join(source, old), os.path.join(source, new))
+    rng = np.random.default_rng(3)
+    expected = {"trn": rng.random((3, 4)) < 0.5, "tst": rng.random((2, 4)) < 0.5}
+    for prefix, dense in expected.items():
+        os.remove(os.path.join(source, f"{prefix}_X_Y.txt"))
+        values = sparse.csr_matrix(dense * rng.uniform(0.5, 2.0, dense.shape))
+        sparse.save_npz(os.path.join(source, f"Y.{prefix}.npz"), values)
+    assert formats.is_xml_repository(source)
+    raw = formats.read_xml_repository(source)
+    for prefix, found in (("trn", raw.train), ("tst", raw.test)):
+        np.testing.assert_array_equal(found.relevance.toarray(), expected[prefix])
+        assert found.relevance.dtype == np.float32
+    assert list(raw.labels.read_texts()) == [LINES["lbl.raw.txt"]]
+
+
+@pytest.mark.parametrize(
+    "matrix,fault",
+    [
+        (sparse.csr_matrix([[1.0, np.nan]]), "negative or infinite values"),
+        (sparse.csr_matrix([[1.0, -1.0]]), "negative or infinite values"),
+        (sparse.csr_matrix((0, 3)), "expected some queries and some labels"),
+        (None, "not a sparse matrix of scipy"),
+    ],
+)
+def test_bad_npz_relevance_is_refused(tmp_path, matrix, fault):
+    path = tmp_path / "trn_X_Y.npz"
+    if matrix is None:
+        np.savez(path, data=np.array([{}], object))  # Would have to be unpickled.
+    else:
+        sparse.save_npz(path, matrix)
+    assert fault in refused(path)
+
+
+def test_a_validation_split_of_the_source(tmp_path):
+    source = write_source(tmp_path / "cars")
+    (tmp_path / "cars" / "val.raw.txt").write_text("red house\n")
+    (tmp_path / "cars" / "val_X_Y.txt").write_text("1 4\n1:1 2:1\n")
+    raw = formats.read_xml_repository(source)
+    assert [list(chunk) for chunk in raw.valid.items.read_texts()] == [["red house"]]
+    assert raw.valid.relevance.toarray().tolist() == [[0, 1, 1, 0]]
+    assert raw.valid.filter is None
+
+
+def test_json_beside_relevance_is_read_as_tables(tmp_path):
+    (tmp_path / "trn_X_Y.txt").touch()
+    assert formats.is_xml_repository(str(tmp_path))
+    (tmp_path / "trn.json.gz").touch()
+    assert not formats.is_xml_repository(str(tmp_path))

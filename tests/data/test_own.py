@@ -17,7 +17,6 @@ from vixml_jax.data import own, preparation, store
 from vixml_jax.data.columns import Columns
 from vixml_jax.errors import InputError
 
-
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -144,6 +143,7 @@ def test_separators_of_labels(tmp_path, values, expected, options):
         ([("u", "light red"), ("v", "green")], ["light red", "green"], "texts", [[1, 0], [0, 1]]),
         ([("1", "0"), ("0", "1")], ["1 0", "0"], "ids", [[1, 1], [0, 1]]),
         ([("1", "x"), ("0", "y")], [[0, 1], [1]], "rows", [[1, 1], [0, 1]]),
+        ([("u", "x"), ("v", "y")], ["0;1", "1"], "rows", [[1, 1], [0, 1]]),
     ],
 )
 def test_labels_of_a_table_are_found_by_what_fits(tmp_path, labels, refs, are, expected):

@@ -1,5 +1,7 @@
 """Packing, sampling and the pipeline against their promises, on random items."""
 
+import dataclasses
+
 import hypothesis
 import numpy as np
 import pytest
@@ -152,6 +154,46 @@ def test_positives_follow_their_weights():
             assert counts[true].sum() == draws
             mass = np.ones(len(true)) if w is None else w[true].astype(np.float64)
             assert stats.chisquare(counts[true], draws * mass / mass.sum()).pvalue > 1e-4
+
+
+def test_pair_weights_count_beside_those_of_labels():
+    rng = np.random.default_rng()
+    dense = rng.random((5, 7)) < 0.4
+    dense[:, [1, 4]] = True
+    relevance = sparse.csr_matrix(dense, dtype=np.float32)
+    pairs = (rng.random(relevance.nnz) * 2 + 0.5).astype(np.float32)
+    owner = np.repeat(np.arange(5), np.diff(relevance.indptr))
+    pairs[owner == 2] *= 1e-20  # Of no account beside the other queries, all to its own labels.
+    by_pair = sparse.csr_matrix((pairs, relevance.indices, relevance.indptr), (5, 7)).toarray()
+    of_label = (rng.random(7) * 2 + 0.5).astype(np.float32)
+    draws = 20000
+    ids = np.tile([4, -1, 2, 0], draws)
+    for weights in (of_label, None):
+        drawn = sampling.sample_positives(relevance, ids, weights, rng, pairs).reshape(draws, 4)
+        assert (drawn[:, 1] == -1).all()
+        for column, query in ((0, 4), (2, 2), (3, 0)):
+            true = np.flatnonzero(dense[query])
+            mass = by_pair[query, true].astype(np.float64)
+            mass *= 1.0 if weights is None else weights[true]
+            counts = np.bincount(drawn[:, column], minlength=7)
+            assert counts[true].sum() == draws
+            assert stats.chisquare(counts[true], draws * mass / mass.sum()).pvalue > 1e-7
+
+
+def test_a_pair_that_weighs_nothing_is_never_drawn(dataset):
+    relevance = dataset.train_relevance
+    several = np.diff(relevance.indptr) > 1
+    weights = np.ones(relevance.nnz, np.float32)
+    weights[relevance.indptr[1:][several] - 1] = 0.0  # The last label of each query.
+    last = np.where(several, relevance.indices[relevance.indptr[1:] - 1], -2)
+
+    def drew_last(data):
+        found = [batch for epoch in range(9) for batch in batches(data, epoch=epoch)]
+        ids, labels = (np.concatenate([batch[at] for batch in found]) for at in (1, 2))
+        return (last[ids] == labels)[ids >= 0].sum()
+
+    assert drew_last(dataset) > 0
+    assert drew_last(dataclasses.replace(dataset, train_weights=weights)) == 0
 
 
 def test_relevance_of_a_batch_is_that_of_the_matrix():

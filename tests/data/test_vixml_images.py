@@ -113,12 +113,14 @@ def test_own_files_go_first_and_changes_are_noticed(tmp_path):
 
 
 def test_beside_own_tables(tmp_path, monkeypatch):
+    directory = tmp_path / "d"
+    directory.mkdir()
     rows = [{"id": f"q{n}", "text": f"t{n}", "labels": ["u"]} for n in range(5)]
-    own_tables.write_rows(rows, tmp_path / "q.jsonl")
-    held = write_pictures(tmp_path, "trn", 5, 3)
+    own_tables.write_rows(rows, directory / "train.jsonl")
+    held = write_pictures(directory, "trn", 5, 3)
     (tmp_path / "spool").mkdir()
-    monkeypatch.chdir(tmp_path)
-    raw = own.read_tables("q.jsonl", str(tmp_path / "spool"), find_images=images.read_images)
+    monkeypatch.chdir(directory)
+    raw = own.read_tables(".", str(tmp_path / "spool"), find_images=images.read_images)
     found = np.concatenate(list(raw.train.items.images.read(np.arange(5))))
     np.testing.assert_array_equal(found, np.concatenate(held))
 

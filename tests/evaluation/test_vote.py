@@ -105,6 +105,14 @@ def test_ids_are_the_labels_of_the_scores():
     np.testing.assert_array_equal(found.ids[clear], ids[clear])
 
 
+def test_another_split_is_judged_alike():
+    dataset = some_dataset(4)
+    expected = vote.vote(dataset, by="both", k=9)
+    dataset.valid, dataset.test = dataset.test, None
+    for one, other in zip(vote.vote(dataset, split="valid", by="both", k=9), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("train_block", [1, 3, 4096])
 def test_ties_go_to_the_first(train_block):
     train = Items(["a b", "a b", "b a", "c", "a b"], None, None)

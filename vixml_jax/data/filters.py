@@ -40,7 +40,13 @@ def normalise(text: str) -> str:
 
 def text_keys(items: RawItems) -> UInt64[np.ndarray, " n"]:
     """64 bits of the hash of each normalised text; 0 for an empty one."""
-    return keys(normalise(text) for chunk in items.read_texts() for text in chunk)
+    return chunk_keys(items.read_texts())
+
+
+def chunk_keys(chunks: Iterable[list[str]]) -> UInt64[np.ndarray, " n"]:
+    """The same of texts that come a chunk at a time."""
+    none = np.zeros(0, np.uint64)
+    return np.concatenate([none, *(keys(map(normalise, chunk)) for chunk in chunks)])
 
 
 def id_keys(items: RawItems) -> UInt64[np.ndarray, " n"] | None:

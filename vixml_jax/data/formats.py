@@ -49,9 +49,14 @@ FindImages = Callable[[str, str, int], ItemImages | None]
 
 
 def is_xml_repository(directory: str) -> bool:
-    """Whether a directory has texts or relevance in the XML repository's text layout."""
-    names = (*_TEXTS["train"], *_RELEVANCE["train"], *_TEXTS["labels"])
-    return any(os.path.exists(os.path.join(directory, name)) for name in names)
+    """Whether a directory has the XML repository's text layout, rather than tables (its json)."""
+
+    def there(*names: str) -> bool:
+        return any(os.path.exists(os.path.join(directory, name)) for name in names)
+
+    if there(*_TEXTS["train"], *_TEXTS["test"], *_TEXTS["labels"]):
+        return True
+    return there(*_RELEVANCE["train"]) and not there("trn.json", "trn.json.gz")
 
 
 def read_xml_repository(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float16, Float32, Int
 
-from vixml_jax.data import safe_pickle
+from vixml_jax.data import disk, safe_pickle
 from vixml_jax.data.raw import ItemImages
 from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
@@ -47,6 +47,7 @@ class RawImages(NamedTuple):
             block = rows[start : start + step]
             present = self.present[block]
             values = self.embeddings[block][present]
+            disk.release(self.embeddings)
             owners = np.repeat(block, present.sum(axis=1))
             yield _to_float16(values, owners, self.path, ", or False for the row in has_image")
 
@@ -134,8 +135,11 @@ def _load(path: str) -> np.ndarray:
 
 def _nonzero(embeddings: Float[np.ndarray, "n i v"]) -> Bool[np.ndarray, "n i"]:
     step = max(1, _BLOCK // embeddings[0].size)
-    starts = range(0, len(embeddings), step)
-    return np.concatenate([(embeddings[start : start + step] != 0).any(axis=2) for start in starts])
+    found = []
+    for start in range(0, len(embeddings), step):
+        found.append((embeddings[start : start + step] != 0).any(axis=2))
+        disk.release(embeddings)
+    return np.concatenate(found)
 
 
 class FileImages(NamedTuple):
@@ -164,7 +168,9 @@ class FileImages(NamedTuple):
         for start in range(0, len(rows), step):
             found = self.rows[rows[start : start + step]].reshape(-1)
             found = found[found >= 0]
-            yield _to_float16(self.vectors[found], found, self.path)
+            values = self.vectors[found]
+            disk.release(self.vectors)
+            yield _to_float16(values, found, self.path)
 
 
 def read_vixml_images(directory: str, prefix: str, count: int) -> FileImages | None:
@@ -282,7 +288,9 @@ class RaggedImages(NamedTuple):
         taken = ranges(self.at[rows], self.at[rows + 1] - self.at[rows])
         step = max(1, _BLOCK // self.width)
         for start in range(0, len(taken), step):
-            yield np.asarray(self.vectors[taken[start : start + step]])
+            values = np.asarray(self.vectors[taken[start : start + step]])
+            disk.release(self.vectors)
+            yield values
 
 
 class ImageProcessor(NamedTuple):

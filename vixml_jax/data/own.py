@@ -99,7 +99,7 @@ def read_tables(
       split_by: If 'group:COLUMN' or 'time:COLUMN', that column is kept as the key.
       encoding: Of texts in csv and jsonl.
       embed_paths: Makes pictures of the image column; None: it is not read.
-      find_images: Of {trn,val,tst,lbl} files beside the tables, if it is not of columns.
+      find_images: Of {trn,val,tst,lbl} files in a directory, where no column has pictures.
 
     Raises:
       InputError: If a file, a row or a flag is at fault.
@@ -159,13 +159,13 @@ def read_tables(
         split: part.queries(spool, embed_paths, labels.count, renumbered)
         for split, part in parts.items()
     }
-    directory = source if os.path.isdir(source) else os.path.dirname(source)
-    if find_images is not None:
-        labels, queries = _with_images(labels, queries, directory, find_images)
-    queries = {
-        split: _with_filter(split, found, labels, directory, book.are == ROWS, encoding)
-        for split, found in queries.items()
-    }
+    if os.path.isdir(source):
+        if find_images is not None:
+            labels, queries = _with_images(labels, queries, source, find_images)
+        queries = {
+            split: _with_filter(split, found, labels, source, book.are == ROWS, encoding)
+            for split, found in queries.items()
+        }
     every = {name: found.items.images for name, found in queries.items()}
     images.check_widths({**every, LABELS: labels.images}, source)
     said = [_say_labels(book, label_part is None, labels.count)]
@@ -221,6 +221,8 @@ class _LabelBook:
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Rows of the labels of each query, and their weights; labels of weight 0 are left out."""
         values, column = chunk.columns[roles.labels], roles.labels
+        if self.are == AUTO and self._part is not None and column == "target_ind":
+            self.are = ROWS  # As the XML repository has it.
         if not self._guessed:
             self._guess_separator(values)
         if self.are == AUTO or (self._part is not None and not self.row_of):
@@ -293,14 +295,14 @@ class _LabelBook:
         if self._part is None:
             self.are = TEXTS
             return
-        if self.are == AUTO and column == "target_ind":
-            self.are = ROWS  # As the XML repository has it.
         if self.are == AUTO:
             refs = [
                 ref if isinstance(ref, str) else str(ref)
                 for row, value in enumerate(chunk.columns[column])
                 for ref in cells.pieces(value, self.separator, chunk, row, column)
             ]
+            if not refs:
+                return  # None so far.
             by_id, by_text = (
                 sum(ref in known for ref in refs)
                 for known in (self._part.known(IDS), self._part.known(TEXTS))
@@ -413,8 +415,8 @@ class _Part:
             self._key += [read(chunk.columns[key][row], chunk, row, key) for row in rows]
 
     def known(self, are: str) -> dict[str, int]:
-        """Row of each label by its id or its text; of equal ones, the first."""
-        names = self._texts if are == TEXTS else self._ids or map(str, range(self.count))
+        """Row of each label by its id, its text or its number; of equal ones, the first."""
+        names = {TEXTS: self._texts, IDS: self._ids}.get(are) or map(str, range(self.count))
         found: dict[str, int] = {}
         for row, name in enumerate(names):
             found.setdefault(name, row)
@@ -495,6 +497,8 @@ def _with_images(
     """Items with the pictures of files beside the tables, where columns gave none."""
 
     def find(part: str, items: RawItems) -> RawItems:
+        if items.images is not None:
+            return items
         found = find_images(directory, formats.PREFIX[part], items.count)
         return items if found is None else dataclasses.replace(items, images=found)
 

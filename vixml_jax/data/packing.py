@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from vixml_jax.data import disk
 from vixml_jax.data.store import Items, ranges
 from vixml_jax.structs import PackedItems
 
@@ -146,9 +147,7 @@ def pack(
     else:
         shape = (len(ids) * layout.num_images, items.images.values.shape[1])
         images = np.zeros(shape, np.float16)
-        images[ranges(slots, spans.images)] = items.images.values[
-            ranges(spans.images_at, spans.images)
-        ]
+        disk.copy_runs(items.images.values, spans.images_at, spans.images, images, slots)
     sizes = spans.text + spans.images + spans.prompt
     row, offset, used = _fill_blocks(sizes.reshape(blocks, -1), width, rows)
     row = (row + np.arange(blocks)[:, None] * used).reshape(-1)
@@ -167,9 +166,9 @@ def pack(
         for part in parts:
             if part == "text":
                 lengths = spans.text[chosen]
-                put = ranges(at, lengths)
-                tokens[put] = items.tokens.values[ranges(spans.text_at[chosen], lengths)]
+                disk.copy_runs(items.tokens.values, spans.text_at[chosen], lengths, tokens, at)
                 if layout.reserve_images:
+                    put = ranges(at, lengths)
                     positions[put] += np.repeat(layout.num_images - spans.images[chosen], lengths)
             elif part == "images":
                 lengths = spans.images[chosen]

@@ -32,7 +32,8 @@ def epoch_batches(
     with ids -1.
 
     Args:
-      dataset: Training queries, labels and relevance.
+      dataset: Training queries, labels and relevance; its `train_weights` count when positives
+        are drawn.
       order: The queries, in the order in which they are read.
       epoch: Goes into the draws.
       seed: Goes into the draws.
@@ -53,7 +54,9 @@ def epoch_batches(
         query_ids = np.full(batch_size, -1, np.int32)
         found = order[index * batch_size : (index + 1) * batch_size]
         query_ids[: len(found)] = found
-        label_ids = sampling.sample_positives(dataset.train_relevance, query_ids, weights, rng)
+        label_ids = sampling.sample_positives(
+            dataset.train_relevance, query_ids, weights, rng, dataset.train_weights
+        )
         hidden = rng.random((2, batch_size)) < image_dropout if image_dropout else (None, None)
         queries, labels = (
             packing.pack(items, ids, width=width, layout=layout, blocks=blocks, hidden=hide)

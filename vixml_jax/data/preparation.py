@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vixml_jax.data import (
+    card,
+    encoder,
     filters,
     formats,
     glyphs,
@@ -112,8 +114,11 @@ def prepare(
     with store.write(out, overwrite=overwrite) as writer:
         fast = _make_tokenizer(settings, raw)
         parts = {name: found.items for name, found in raw.splits.items()} | {"labels": raw.labels}
-        encoder = tokenize.Encoder(fast)
-        counts = {part: _write_items(writer, part, items, encoder) for part, items in parts.items()}
+        processes = encoder.processes_for(sum(items.count for items in parts.values()))
+        with encoder.Encoders(fast, processes) as encoders:
+            counts = {
+                part: _write_items(writer, part, items, encoders) for part, items in parts.items()
+            }
         for split, found in raw.splits.items():
             writer.add_relevance(split, found.relevance)
             writer.add(f"{split}_filter", found.filter)
@@ -129,6 +134,7 @@ def prepare(
             "settings": told,
         }
         writer.finish(info, fast.to_str())
+        card.write(PreparedDataset.open(writer.directory), writer.directory)
     return PreparedDataset.open(out)
 
 
@@ -252,7 +258,7 @@ def _make_tokenizer(settings: Settings, raw: RawDataset) -> "Tokenizer":
 
 
 def _write_items(
-    writer: Writer, part: str, items: RawItems, encoder: tokenize.Encoder
+    writer: Writer, part: str, items: RawItems, encoders: encoder.Encoders
 ) -> dict[str, int]:
     """Writes ids, texts, tokens and pictures; returns how much there is of each."""
     lengths, whole = [np.zeros(1, np.int64)], []
@@ -261,9 +267,8 @@ def _write_items(
         writer.array(f"{part}_tokens", np.int32) as token_file,
         progress.watch(f"{part} texts", items.count) as done,
     ):
-        for chunk in items.read_texts():
+        for chunk, (tokens, counts, uncut) in encoders.encode(items.read_texts()):
             add_texts(chunk)
-            tokens, counts, uncut = encoder.encode(chunk)
             token_file.append(tokens)
             lengths.append(counts)
             whole.append(uncut)
@@ -368,4 +373,6 @@ def describe(dataset: PreparedDataset) -> str:
     lines += _fates(info)
     lines += [f"warning: {warning}" for warning in info["warnings"]]
     lines.append(f"{dataset.name}: in {os.path.abspath(dataset.path)}")
+    if os.path.exists(found := os.path.join(os.path.abspath(dataset.path), card.TEXT)):
+        lines.append(f"data card: {found}")  # Sets of before there were cards have none.
     return "\n".join(lines)

@@ -12,6 +12,7 @@ def sample_positives(
     query_ids: Int[np.ndarray, " b"],
     weights: Float[np.ndarray, " l"] | None,
     rng: np.random.Generator,
+    pair_weights: Float[np.ndarray, " nnz"] | None = None,
 ) -> Int[np.ndarray, " b"]:
     """One label of each query, drawn in proportion to the weights (paper, supplement).
 
@@ -20,13 +21,21 @@ def sample_positives(
       query_ids: Rows; -1 gives -1.
       weights: Inverse propensities; None: uniform.
       rng: Draws.
+      pair_weights: What each entry of `relevance` counts beside its label's weight; None: one.
     """
     real = query_ids >= 0
     at = np.where(real, query_ids, 0)
     starts = relevance.indptr[at].astype(np.int64)
     counts = np.where(real, relevance.indptr[at + 1] - starts, 0)
-    labels = relevance.indices[ranges(starts, counts)]
+    entries = ranges(starts, counts)
+    labels = relevance.indices[entries]
     mass = np.ones(len(labels)) if weights is None else weights[labels].astype(np.float64)
+    if pair_weights is not None:
+        mass *= pair_weights[entries]
+        # Sums run over the batch: of a query whose pairs are small beside another's little would
+        # be left of them.
+        owner = np.repeat(np.arange(len(at)), counts)
+        mass /= np.maximum(np.bincount(owner, mass, len(at)), np.finfo(float).tiny)[owner]
     ends = np.cumsum(mass)
     last = np.cumsum(counts) - 1  # Last label of each query among `labels`.
     first = last - counts + 1

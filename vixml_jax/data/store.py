@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -59,8 +60,17 @@ class Texts(collections.abc.Sequence):
         for start in range(0, len(self), rows):
             offsets = np.asarray(self._offsets[start : start + rows + 1])
             block = self._utf8[offsets[0] : offsets[-1]].tobytes()
+            _release(self._utf8)
             ends = (offsets - offsets[0]).tolist()
             yield [block[a:b].decode("utf-8") for a, b in itertools.pairwise(ends)]
+
+
+def _release(array: Shaped[np.ndarray, "..."]) -> None:
+    """Lets go of the pages of a mapped file that were read: they would count as our memory."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if isinstance(array, mmap.mmap):
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +314,11 @@ class Writer:
     def __init__(self, directory: str):
         self._directory = directory
         self._arrays: dict[str, dict[str, Any]] = {}
+
+    @property
+    def directory(self) -> str:
+        """Where the files are until they are named."""
+        return self._directory
 
     @contextlib.contextmanager
     def array(self, name: str, dtype: Any, row_shape: tuple[int, ...] = ()) -> Iterator[ArrayFile]:

@@ -1,17 +1,10 @@
-"""Texts to ragged int32 tokens, by any fast Hugging Face tokenizer or one trained on the texts."""
+"""Tokenizers: any fast one of Hugging Face, or trained on the texts; the prompt of a decoder."""
 
-import itertools
-import json
 import os
-import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from jaxtyping import Int
+from typing import TYPE_CHECKING
 
 from vixml_jax.data.packing import Layout, Part
-from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,8 +12,7 @@ if TYPE_CHECKING:
 
 TRAIN = "train"
 _FILE = "tokenizer.json"
-_MOST_PIECES = 1 << 20  # Remembered at a time: some 200 MB.
-_NO_FRAME = (
+NO_FRAME = (
     "the tokenizer's post-processor does not only put tokens before and after a text; expected one "
     "that does"
 )
@@ -152,7 +144,7 @@ def special_tokens(tokenizer: "Tokenizer") -> tuple[tuple[int, ...], tuple[int, 
     framed = tokenizer.encode("a").ids
     before = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), None)
     if before is None:
-        raise InputError(_NO_FRAME)
+        raise InputError(NO_FRAME)
     return tuple(framed[:before]), tuple(framed[before + len(bare) :])
 
 
@@ -193,177 +185,3 @@ def prompt_layout(
 def vocab_size(tokenizer: "Tokenizer") -> int:
     """Rows that an embedding table needs: one more than the largest id."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-
-
-def encode(
-    tokenizer: "Tokenizer", texts: list[str]
-) -> tuple[Int[np.ndarray, " total"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Tokens of texts, as `Encoder.encode` gives them; for many calls make an `Encoder`."""
-    return Encoder(tokenizer).encode(texts)
-
-
-class Encoder:
-    """Texts to tokens, each piece of a text once: the tokens of pieces seen before are looked up.
-
-    Most tokenizers treat what stands between spaces by itself, and words repeat: looking them up
-    takes a tenth of the time. What is new goes to the tokenizer, on all processors. Of a tokenizer
-    that does more at spaces than `_splitter` knows, a piece is a whole text.
-    """
-
-    def __init__(self, tokenizer: "Tokenizer"):
-        """Takes a tokenizer that cuts as `load` has it.
-
-        Raises:
-          InputError: If it does more than to put tokens before and after a text.
-        """
-        from tokenizers import Tokenizer
-
-        self._before, self._after = special_tokens(tokenizer)
-        frame = len(self._before) + len(self._after)
-        cut = tokenizer.truncation
-        self._room = cut["max_length"] - frame if cut else np.iinfo(np.int32).max
-        written = tokenizer.to_str()
-        self._split = _splitter(json.loads(written))
-        self._uncut = Tokenizer.from_str(written)
-        self._uncut.no_truncation()
-        self._uncut.no_padding()
-        for text in ("", "b a"):
-            bare = self._uncut.encode(text, add_special_tokens=False).ids
-            if self._uncut.encode(text).ids != [*self._before, *bare, *self._after]:
-                raise InputError(_NO_FRAME)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._pieces = _Pieces()
-        self._tokens = np.zeros(0, np.int32)  # Of all pieces, one after the other.
-        self._ends = np.zeros(1, np.int64)  # Where those of piece i end, at i + 1.
-
-    def encode(
-        self, texts: list[str]
-    ) -> tuple[Int[np.ndarray, " total"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """Tokens of texts as the tokenizer cuts them.
-
-        Returns:
-          The tokens of all texts one after the other, int32; the number of each text's, int64; and
-          the number that it had if it were not cut, special tokens included, int32.
-        """
-        if max(len(self._pieces), len(self._tokens) // 4) > _MOST_PIECES:
-            self._forget()
-        split = [self._split(text) for text in texts]
-        counts = np.fromiter(map(len, split), np.int64, len(split))
-        numbers = map(self._pieces.__getitem__, itertools.chain.from_iterable(split))
-        pieces = np.fromiter(numbers, np.int64, int(counts.sum()))
-        self._learn()
-        at = self._ends[pieces]
-        sizes = self._ends[pieces + 1] - at
-        ends = np.concatenate([[0], np.cumsum(sizes)])  # As if no text were cut.
-        last = np.cumsum(counts)
-        begins = ends[last - counts]
-        whole = ends[last] - begins
-        left = self._room - (ends[:-1] - np.repeat(begins, counts))  # Room for each piece.
-        kept = self._tokens[ranges(at, np.clip(left, 0, sizes))]
-        frame = len(self._before) + len(self._after)
-        lengths = np.minimum(whole, self._room) + frame
-        return self._frame(kept, lengths), lengths, (whole + frame).astype(np.int32)
-
-    def _learn(self) -> None:
-        """Has the new pieces tokenised."""
-        new, self._pieces.new = self._pieces.new, []
-        if new:
-            found = self._uncut.encode_batch_fast(new, add_special_tokens=False)
-            rows = [encoding.ids for encoding in found]
-            ends = self._ends[-1] + np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)))
-            tokens = itertools.chain.from_iterable(rows)
-            tokens = np.fromiter(tokens, np.int32, int(ends[-1] - self._ends[-1]))
-            self._ends = np.concatenate([self._ends, ends])
-            self._tokens = np.concatenate([self._tokens, tokens])
-
-    def _frame(
-        self, kept: Int[np.ndarray, " k"], lengths: Int[np.ndarray, " n"]
-    ) -> Int[np.ndarray, " total"]:
-        """Puts the special tokens before and after each text."""
-        tokens = np.empty(int(lengths.sum()), np.int32)
-        text = np.ones(len(tokens), bool)
-        ends = np.cumsum(lengths)
-        for begins, special in (
-            (ends - lengths, self._before),
-            (ends - len(self._after), self._after),
-        ):
-            for i, token in enumerate(special):
-                tokens[begins + i] = token
-                text[begins + i] = False
-        tokens[text] = kept
-        return tokens
-
-
-class _Pieces(dict):
-    """Numbers pieces of text in the order in which they are first asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.new: list[str] = []
-
-    def __missing__(self, piece: str) -> int:
-        self[piece] = number = len(self)
-        self.new.append(piece)
-        return number
-
-
-# What looks at one character at a time, or at marks that follow it: never beyond a space.
-_LOCAL_NORMALIZERS = {
-    "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents",
-}  # fmt: skip
-_SPLITS_AT_SPACES = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
-_SPLITS_FURTHER = _SPLITS_AT_SPACES | {"Digits", "Punctuation"}
-# The expressions of Llama 3 and of Qwen 2 and 3. As in GPT-2's, a match holds a space only at its
-# begin, or spaces alone.
-_BYTE_LEVEL = tuple(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits +
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    for digits in ("", "{1,3}")
-)  # fmt: skip
-# Of these texts a byte-level tokenizer may see more than one space at a time.
-_UNEVEN = re.compile("^ | $|  |[^\\S ]")
-
-
-def _splitter(about: dict[str, Any]) -> Callable[[str], list[str]]:
-    """How texts may be split so that the tokens of the pieces are the tokens of the text.
-
-    Args:
-      about: The tokenizer's JSON.
-    """
-
-    def parts(name: str, members: str) -> list[dict[str, Any]]:
-        found = about[name]
-        if found is None:
-            return []
-        return found[members] if found["type"] == "Sequence" else [found]
-
-    normalizers = [part["type"] for part in parts("normalizer", "normalizers")]
-    splits = parts("pre_tokenizer", "pretokenizers")
-    types = [part["type"] for part in splits]
-    added = [token["content"] for token in about["added_tokens"]]
-    if not splits or not all(text.isascii() and len(text.split()) == 1 for text in added):
-        return lambda text: [text]
-    if (
-        types[0] in _SPLITS_AT_SPACES
-        and _SPLITS_FURTHER.issuperset(types)
-        and _LOCAL_NORMALIZERS.issuperset(normalizers)
-    ):
-        return lambda text: text.split(" ")
-    own = types == ["ByteLevel"] and splits[0]["use_regex"]
-    known = (
-        types == ["Split", "ByteLevel"]
-        and splits[0]["pattern"].get("Regex") in _BYTE_LEVEL
-        and (splits[0]["behavior"], splits[0]["invert"]) == ("Isolated", False)
-        and not (splits[1]["use_regex"] or splits[1]["add_prefix_space"])
-    )
-    stripped = any(token["rstrip"] for token in about["added_tokens"])
-    if (own or known) and normalizers in ([], ["NFC"]) and not stripped:
-        return _split_before_spaces
-    return lambda text: [text]
-
-
-def _split_before_spaces(text: str) -> list[str]:
-    """Words with the space before them, unless there are other spaces than one between words."""
-    return [text] if _UNEVEN.search(text) else text.replace(" ", "\n ").split("\n")

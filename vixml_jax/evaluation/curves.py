@@ -12,8 +12,11 @@ from vixml_jax.errors import InputError
 METRICS = ("P@1", "PSP@5", "R@100")
 
 
-def read_curve(workdir: str, name: str) -> tuple[list[int], list[float]]:
+def read_curve(workdir: str, name: str) -> tuple[str, list[int], list[float]]:
     """Steps at which a metric was measured in training, and its values in percent.
+
+    Returns:
+      The split, steps and values: of 'valid' where the run had one, else of 'test'.
 
     Raises:
       InputError: If the directory holds no metrics of a run.
@@ -24,12 +27,16 @@ def read_curve(workdir: str, name: str) -> tuple[list[int], list[float]]:
             lines = [json.loads(line) for line in file]
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}; expected a run directory that train wrote") from None
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    last = os.path.join(workdir, "evaluation", "test-exact.json")
-    if lines and os.path.exists(last):
-        with open(last, encoding="utf-8") as file:
-            found.append((lines[-1]["step"], json.load(file)[name]))
-    return [step for step, _ in found], [value for _, value in found]
+    for split, key in (("valid", f"valid/{name}"), ("test", name)):
+        found = {line["step"]: line[key] for line in lines if key in line}
+        last = os.path.join(workdir, "evaluation", f"{split}-exact.json")
+        if lines and os.path.exists(last):
+            with open(last, encoding="utf-8") as file:
+                # Where the last epoch was evaluated on the way, the file may be of a better one.
+                found.setdefault(lines[-1]["step"], json.load(file)[name])
+        if found:
+            break
+    return split, list(found), list(found.values())
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,7 +52,9 @@ def main(argv: Sequence[str]) -> None:
     figure, panels = pyplot.subplots(1, len(METRICS), figsize=(9, 3), layout="constrained")
     for panel, name in zip(panels, METRICS, strict=True):
         for run, style in zip(values.runs, ("o-", "s--", "^:", "d-.") * 9, strict=False):
-            panel.plot(*read_curve(run, name), style, label=os.path.basename(run.rstrip("/")))
+            split, steps, values_there = read_curve(run, name)
+            label = os.path.basename(run.rstrip("/")) + (", valid" if split == "valid" else "")
+            panel.plot(steps, values_there, style, label=label)
         panel.set(title=f"{name}, percent", xlabel="step")
         panel.grid(alpha=0.3)
     panels[0].legend()

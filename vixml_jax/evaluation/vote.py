@@ -15,25 +15,27 @@ _WORD = re.compile(r"\w+")
 # A neighbour counts at least as if it had this cosine, so that a query like none gets an answer.
 _LEAST_COSINE = 1e-3
 
-# Cosines of rows of the test queries with rows of the training queries: [q, t].
+# Cosines of rows of the queries judged with rows of the training queries: [q, t].
 _Similarity = Callable[[slice, slice], Float[np.ndarray, "q t"]]
 
 
 def vote(
     dataset: PreparedDataset,
     *,
+    split: str = "test",
     by: str = "text",
     k: int = 100,
     neighbours: int = 20,
     query_block: int = 1024,
     train_block: int = 4096,
 ) -> SearchResult:
-    """The labels of the nearest training queries of each test query, by summed squared cosine.
+    """The labels of the nearest training queries of each query, by summed squared cosine.
 
     Ties go to the training query, and to the label, that comes first.
 
     Args:
-      dataset: Training queries with labels, and test queries.
+      dataset: Training queries with labels, and those judged.
+      split: Which these are: 'test' or 'valid'.
       by: 'text' (TF-IDF of the words), 'picture' (mean embedding), or 'both' (mean of the cosines).
       k: Labels kept of each query.
       neighbours: Training queries that vote.
@@ -41,8 +43,9 @@ def vote(
     """
     import tqdm
 
-    cosine = {"text": _text, "picture": _picture, "both": _both}[by](dataset)
-    num_queries, num_train = len(dataset.test), len(dataset.train)
+    judged = getattr(dataset, split)
+    cosine = {"text": _text, "picture": _picture, "both": _both}[by](judged, dataset.train)
+    num_queries, num_train = len(judged), len(dataset.train)
     neighbours = min(neighbours, num_train)
     near = np.zeros((num_queries, neighbours), np.int64)
     best = np.full((num_queries, neighbours), -np.inf, np.float32)
@@ -112,31 +115,31 @@ def _rank(
     return SearchResult(scores, ids)
 
 
-def _text(dataset: PreparedDataset) -> _Similarity:
-    train_counts, vocabulary = _count_words(dataset.train.texts, None)
-    test_counts, _ = _count_words(dataset.test.texts, vocabulary)
+def _text(judged: Items, training: Items) -> _Similarity:
+    train_counts, vocabulary = _count_words(training.texts, None)
+    judged_counts, _ = _count_words(judged.texts, vocabulary)
     occurrences = np.bincount(train_counts.indices, minlength=len(vocabulary))
     # Smoothed, as if one more text held every word.
     idf = np.log((1 + train_counts.shape[0]) / (1 + occurrences)) + 1
-    train, test = (_unit_rows(counts, idf) for counts in (train_counts, test_counts))
+    train, found = (_unit_rows(counts, idf) for counts in (train_counts, judged_counts))
 
     def cosine(queries: slice, rows: slice) -> Float[np.ndarray, "q t"]:
         # Dense in the few words of these queries: several times faster than sparse by sparse.
-        words = np.unique(test[queries].indices)
-        return test[queries][:, words] @ train[rows][:, words].toarray().T.copy()
+        words = np.unique(found[queries].indices)
+        return found[queries][:, words] @ train[rows][:, words].toarray().T.copy()
 
     return cosine
 
 
-def _picture(dataset: PreparedDataset) -> _Similarity:
+def _picture(judged: Items, training: Items) -> _Similarity:
     def cosine(queries: slice, rows: slice) -> Float[np.ndarray, "q t"]:
-        return _mean_pictures(dataset.test, queries) @ _mean_pictures(dataset.train, rows).T
+        return _mean_pictures(judged, queries) @ _mean_pictures(training, rows).T
 
     return cosine
 
 
-def _both(dataset: PreparedDataset) -> _Similarity:
-    text, picture = _text(dataset), _picture(dataset)
+def _both(judged: Items, training: Items) -> _Similarity:
+    text, picture = _text(judged, training), _picture(judged, training)
     return lambda queries, rows: (text(queries, rows) + picture(queries, rows)) / 2
 
 

@@ -14,10 +14,17 @@ class Checkpoints:
     """Orbax checkpoints of a run, written in the background.
 
     A checkpoint holds three items: `model` (parameters and label state, all that evaluation
-    needs), `training` (optimizer, bank, clusters) and `position` (where the data stand).
+    needs), `training` (optimizer, bank, clusters) and `position` (where the data stand). The best
+    model so far lies in a directory of its own, as a `model` alone; which one that is the newest
+    checkpoint's position says, so a kill at any time leaves the two in agreement.
+
+    Args:
+      directory: Of the checkpoints.
+      keep: Newest ones kept.
+      best: Directory of the best model; None: none is kept.
     """
 
-    def __init__(self, directory: str, *, keep: int):
+    def __init__(self, directory: str, *, keep: int, best: str | None = None):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
@@ -26,6 +33,7 @@ class Checkpoints:
             item_names=("model", "training", "position"),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
         )
+        self._best = best and ocp.CheckpointManager(os.path.abspath(best), item_names=("model",))
 
     def latest_step(self) -> int | None:
         """The newest step saved, or None."""
@@ -89,6 +97,23 @@ class Checkpoints:
         )
         return state, np.asarray(training["clusters"]), restored["position"]
 
+    def save_best(self, state: TrainState, labels: LabelState) -> None:
+        """Saves a state's parameters, with the labels that they were judged with, beside the best
+        model before; returns once they are on disk."""
+        args = self._ocp.args
+        model = args.StandardSave({"params": state.params, "labels": labels})
+        self._best.save(int(state.step), args=args.Composite(model=model))
+        self._best.wait_until_finished()
+
+    def drop_best_but(self, step: int | None) -> None:
+        """Deletes all that `save_best` saved but the model of `step`, which the newest checkpoint
+        names: older ones, and those of a run that was killed before its next checkpoint."""
+        if self._best:
+            self.wait()
+            for other in self._best.all_steps():
+                if other != step:
+                    self._best.delete(other)
+
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
         self._manager.wait_until_finished()
@@ -96,3 +121,5 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and lets go."""
         self._manager.close()
+        if self._best:
+            self._best.close()

@@ -34,12 +34,18 @@ class Position:
       batches: The iterator's state within it; None at its start.
       cluster_size: Queries of a cluster when next clustered.
       clustered: Whether batches follow the clusters.
+      best: The best value so far of the metric that a model is chosen by; None: no value yet.
+      best_step: The step that had it, the first of equals.
+      waited: Evaluations since then.
     """
 
     epoch: int
     batches: dict[str, Any] | None
     cluster_size: int
     clustered: bool
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0
 
 
 def abstract_state(
@@ -176,6 +182,7 @@ class Trainer:
       checkpoints: Where states go.
       guard: Watches for collapse.
       evaluate: (params, labels) -> metrics, called as `loop.eval_every` says.
+      split: What it judges on; goes into the names of what is logged, but for 'test'.
     """
 
     def __init__(
@@ -192,11 +199,13 @@ class Trainer:
         checkpoints: Checkpoints,
         guard: CollapseGuard,
         evaluate: Callable[[Any, LabelState], Mapping[str, float]],
+        split: str = "test",
     ):
         self.model, self.dataset, self.train_step = model, dataset, train_step
         self.batch, self.labels, self.loop = batch, labels, loop
         self.block, self.seed = block, seed
-        self.checkpoints, self.guard, self.evaluate = checkpoints, guard, evaluate
+        self.checkpoints, self.guard = checkpoints, guard
+        self.evaluate, self.split = evaluate, split
         self.num_queries = len(dataset.train)
         self.steps_per_epoch = math.ceil(self.num_queries / batch.size)
         self._key = jax.random.key(seed)
@@ -239,15 +248,22 @@ class Trainer:
         clusters: Int[np.ndarray, " n"],
         position: Position,
         telemetry: Telemetry,
-    ) -> TrainState:
-        """Trains to the end and returns the last state; every epoch ends in a checkpoint."""
-        while position.epoch < self.loop.epochs:
+    ) -> tuple[TrainState, Position]:
+        """Trains until the epochs are over, or patience is, and returns the last state and
+        position; every epoch ends in a checkpoint."""
+        self.checkpoints.drop_best_but(position.best_step)
+        while position.epoch < self.loop.epochs and not self.out_of_patience(position):
             state = self._run_batches(state, clusters, position, telemetry)
             state, clusters, position = self._end_epoch(state, clusters, position, telemetry)
             self._save(state, clusters, position)
             telemetry.pause()
         self.checkpoints.wait()
-        return state
+        self.checkpoints.drop_best_but(position.best_step)
+        return state, position
+
+    def out_of_patience(self, position: Position) -> bool:
+        """Whether `loop.patience` evaluations brought nothing better."""
+        return 0 < self.loop.patience <= position.waited
 
     def _order(self, clusters: np.ndarray, position: Position) -> np.ndarray:
         rng = np.random.default_rng((self.seed, position.epoch))
@@ -341,20 +357,43 @@ class Trainer:
             )
             clustered = True
         state = state._replace(labels=self._centroids(state, is_last))
-        position = Position(epoch + 1, None, size, clustered)
-        if self.loop.eval_every and (epoch + 1) % self.loop.eval_every == 0 and not is_last:
-            params = trees.merge(state.params, state.frozen)
-            metrics = self.evaluate(params, state.labels)
-            telemetry.write(int(state.step), metrics, epoch=epoch)
-            telemetry.say(
-                f"epoch {epoch}: "
-                + ", ".join(
-                    f"{name} {metrics[name]:.2f}"
-                    for name in ("P@1", "P@5", "PSP@5", "R@100")
-                    if name in metrics
-                )
-            )
+        due = self.loop.eval_every and (epoch + 1) % self.loop.eval_every == 0
+        # The last epoch is judged once more after training; here only if it may be chosen.
+        if self.loop.choose_by if is_last else due:
+            position = self._judge(state, position, telemetry)
+        position = dataclasses.replace(
+            position, epoch=epoch + 1, batches=None, cluster_size=size, clustered=clustered
+        )
         return state, clusters, position
+
+    def _judge(self, state: TrainState, position: Position, telemetry: Telemetry) -> Position:
+        """Evaluates; where a model is to be chosen, keeps this one if it is the best so far.
+
+        What may become the run's model is judged, and kept, as if its epoch were the last: with
+        exact centroids in place of stale ones. They cost a pass over the training queries and are
+        no part of the state that trains on, so training is the same whether it is evaluated or not.
+        """
+        chosen, labels = self.loop.choose_by, state.labels
+        if chosen and position.epoch < self.loop.epochs - 1 and self.labels.centroids == "stale":
+            labels = self._centroids(state, is_last=True)
+        metrics = self.evaluate(trees.merge(state.params, state.frozen), labels)
+        prefix = "" if self.split == "test" else f"{self.split}/"
+        telemetry.write(
+            int(state.step),
+            {prefix + name: value for name, value in metrics.items()},
+            epoch=position.epoch,
+        )
+        shown = dict.fromkeys([chosen, "P@1", "P@5", "PSP@5", "R@100"])
+        said = ", ".join(f"{name} {metrics[name]:.2f}" for name in shown if name in metrics)
+        telemetry.say(f"epoch {position.epoch}, {self.split}: {said}")
+        if not chosen:
+            return position
+        value = float(metrics[chosen])
+        if position.best is not None and value <= position.best:
+            return dataclasses.replace(position, waited=position.waited + 1)
+        self.checkpoints.drop_best_but(position.best_step)
+        self.checkpoints.save_best(state, labels)
+        return dataclasses.replace(position, best=value, best_step=int(state.step), waited=0)
 
     def _centroids(self, state: TrainState, is_last: bool) -> LabelState:
         """The centroids that the next epoch, or evaluation, reads."""

@@ -1,0 +1,130 @@
+"""The benchmarks of prepare and of tokenising, on very little."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from vixml_jax.benchmarks import prepare, standin, tokenize
+from vixml_jax.data import formats
+from vixml_jax.errors import InputError
+
+LIKE = standin.Like(300, 20, 90, 4.0, (3, 6), (1, 2), 8, images=2, width=5)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(standin.LIKE, "lf_amazontitles_1.3m", LIKE)
+    monkeypatch.setitem(standin.LIKE, "lf_wikipedia_500k", LIKE)
+
+
+def parsed():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def test_a_stand_in_is_what_it_says(tmp_path):
+    standin.write(str(tmp_path), LIKE, tokenizer="train")
+    raw = formats.read_xml_repository(str(tmp_path))
+    assert (raw.train.items.count, raw.test.items.count, raw.labels.count) == (300, 20, 90)
+    per_query = np.diff(raw.train.relevance.indptr)
+    assert per_query.min() >= 1 and 2.5 < per_query.mean() < 5
+    texts = [text for chunk in raw.train.items.read_texts() for text in chunk]
+    lengths = [len(text.split(" ")) for text in texts]
+    assert (min(lengths), max(lengths)) == (3, 6) and len(set(texts)) > 290
+    (values,) = raw.labels.images.read(np.arange(90))
+    assert values.shape == (180, 5) and np.isfinite(values).all() and np.ptp(values) > 2
+    sizes = {name: os.path.getsize(tmp_path / name) for name in os.listdir(tmp_path)}
+    pictures = sum(size for name, size in sizes.items() if name.endswith(".npy"))
+    assert pictures == LIKE.image_bytes + 3 * 128
+    spoken = sum(size for name, size in sizes.items() if name.endswith(".raw.txt"))
+    assert 0.5 < spoken / LIKE.text_bytes < 2
+
+
+def test_frequent_words_are_those_of_the_tokenizer():
+    rng = np.random.default_rng(0)
+    words = standin.Words.make(40_000, prepare.find_tokenizer(), rng)
+    texts = [text for chunk in words.texts(2000, (10, 20), rng) for text in chunk]
+    spoken = " ".join(texts).lower().split(" ")
+    assert 0.02 < np.mean([word == "the" for word in spoken]) < 0.1
+    assert len({len(text.split(" ")) for text in texts}) == 11
+
+
+def test_ranks_by_zipf():
+    rng = np.random.default_rng(0)
+    counts = np.bincount(standin.zipf(1000, rng.random(10**6)), minlength=1000)
+    expected = 1e6 * np.diff(np.log(np.arange(1, 1002))) / np.log(1001)
+    np.testing.assert_allclose(counts[:50], expected[:50], rtol=0.1)
+    assert len(counts) == 1000
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_prints_a_line_a_step_and_cleans_up(tmp_path, capfd, monkeypatch, keep):
+    prepare.define_flags()
+    parsed()
+    with flagsaver.flagsaver(dir=str(tmp_path), batch=32, keep=keep):
+        prepare.main([])
+    lines = capfd.readouterr().out.splitlines()
+    steps = [line.split("  ")[0].strip() for line in lines[2:] if line[:1] != " "]
+    assert steps == ["written", "prepared", "read, epoch 0", "read, epoch 1"]
+    assert [line.split()[4] for line in lines if line.startswith("read")]
+    assert os.listdir(tmp_path) == (["prepared"] if keep else [])
+
+
+def test_what_does_not_fit_the_disk_is_refused(tmp_path):
+    big = standin.Like(10**9, 10**9, 10**9, 4.0, (3, 6), (1, 2), 8)
+    with pytest.raises(InputError, match=r"GB free, expected"):
+        prepare.check_free(str(tmp_path), big)
+
+
+def test_memory_of_a_process_and_its_child():
+    child = "x = bytearray(2 * 10**8); print(flush=True); input()"
+    script = (
+        "import subprocess, sys; x = bytearray(10**8)\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        "p.stdout.readline(); print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        with prepare.Memory(process.pid, every=0.005) as memory:
+            process.stdout.readline()
+            before = len(memory.seen)
+            while len(memory.seen) < before + 3:
+                pass
+        print("\n", file=process.stdin, flush=True)
+    whole, own = memory.peak()
+    assert 2.9e8 < own < whole < 4e8
+    assert memory.peak(begin=memory.seen[-1][0] + 1) == (0, 0)
+
+
+def settings(**changes):
+    return {"file": "", "like": "lf_amazontitles_1.3m", "tokenizer": prepare.find_tokenizer(),
+            "texts": 50, "max_tokens": 8, "threads": 1, "words": 1000, **changes}  # fmt: skip
+
+
+def test_programs_tokenise_alike():
+    rounds = []
+    for name in tokenize.PROGRAMS:
+        run = tokenize.prepare([name], settings())[name][1]
+        rounds.append([run()["digest"] for _ in range(2)])
+    assert rounds[0] == rounds[1] == rounds[2] and rounds[0][0] != rounds[0][1]
+
+
+def test_tokenising_prints_two_tables(capfd, tmp_path):
+    tokenize.define_flags()
+    parsed()
+    with flagsaver.flagsaver(texts=20, rounds=2, threads=1, words=1000):
+        tokenize.main([])
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:5]] == list(tokenize.PROGRAMS)
+    assert len(lines) == 10 and lines[4].split()[5:] == ["1.00"] * 4
+    path = tmp_path / "texts.txt"
+    path.write_text("a b\n" * 30)
+    with flagsaver.flagsaver(file=str(path), texts=20, rounds=2, threads=1):
+        with pytest.raises(InputError, match="expected 40 texts"):
+            tokenize.main([])

@@ -1,0 +1,223 @@
+"""Which epoch becomes the model: rigged curves through the real loop, stopped at any point."""
+
+import dataclasses
+import json
+import os
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import configuration, make_data
+
+from vixml_jax import runs, train
+from vixml_jax.config import LoopConfig
+from vixml_jax.structs import LabelState, TrainState
+from vixml_jax.training import loop
+from vixml_jax.training.checkpoints import Checkpoints
+from vixml_jax.training.telemetry import CollapseGuard, Telemetry
+
+SCALARS = {"loss": 1.0, "loss_text": 1.0, "gradient_norm": 1.0, "violators": 0.0}
+CURVE = [10.0, 30.0, 30.0, 20.0, 99.0]  # At patience 2 the last is never reached.
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Model and data of a run without label prototypes: of it nothing is compiled."""
+    config = configuration(make_data(tmp_path_factory.mktemp("raw")), "")
+    labels = dataclasses.replace(config.labels, prototypes=False)
+    batch = dataclasses.replace(config.batch, size=48, cluster_start=-1)
+    config = dataclasses.replace(config, labels=labels, batch=batch)
+    dataset = runs.open_dataset(config)
+    tower, layout = train.make_tower(config, dataset)
+    model = runs.build_model(config, tower, layout, dataset.num_labels, runs.make_mesh(config))
+    return config, dataset, model
+
+
+def first_state():
+    return TrainState(
+        step=jnp.int32(0),
+        params={"mean": jnp.float32(0), "steps": jnp.int32(0)},
+        frozen={},
+        opt_state={"sum": jnp.zeros(3)},
+        labels=LabelState(jnp.zeros((8, 2)), jnp.zeros(8, jnp.int32)),
+        bank=jnp.zeros((8, 2)),
+    )
+
+
+def train_step(state, batch, key):
+    """What is left of a batch depends on all those before it."""
+    params = {
+        "mean": 0.9 * state.params["mean"] + float(np.mean(batch.label_ids)),
+        "steps": state.params["steps"] + 1,
+    }
+    return state._replace(step=state.step + 1, params=params), SCALARS
+
+
+def run(parts, checkpoints, workdir, curve, tick=lambda name: None, **loop_flags):
+    """Runs the loop from where the checkpoints stand; evaluations are read from the curve."""
+    config, dataset, model = parts
+
+    def step(state, batch, key):
+        tick("step")
+        return train_step(state, batch, key)
+
+    def evaluate(params, labels):
+        tick("evaluate")
+        return {"P@1": curve[int(params["steps"]) // 2 - 1], "MRR": 1.0}
+
+    trainer = loop.Trainer(
+        model,
+        dataset,
+        step,
+        batch=config.batch,
+        labels=config.labels,
+        loop=LoopConfig(**loop_flags),
+        block=32,
+        seed=0,
+        checkpoints=checkpoints,
+        guard=CollapseGuard(margin=0.1, num_negatives=4),
+        evaluate=evaluate,
+        split="valid",
+    )
+    state, (clusters, position) = first_state(), trainer.start()
+    if checkpoints.latest_step() is not None:
+        state, clusters, position = checkpoints.restore(state, clusters)
+        position = loop.Position(**position)
+    telemetry = Telemetry(workdir, step=int(state.step), total_steps=20, batch_size=48)
+    try:
+        state, position = trainer.run(state, clusters, position, telemetry)
+    finally:
+        telemetry.close()
+    return state, position
+
+
+class Nowhere:
+    """Checkpoints of a run that is not stopped."""
+
+    def __init__(self):
+        self.best = None
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+    def save_best(self, state, labels):
+        self.best = int(state.step)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_first_of_the_best_is_chosen_and_patience_counts(parts, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    epochs, every, patience = (int(rng.integers(*span)) for span in ((1, 9), (1, 4), (0, 4)))
+    curve = rng.integers(0, 4, epochs).astype(float)  # So few values that there are ties.
+    judged = [e for e in range(epochs) if (e + 1) % every == 0 or e == epochs - 1]
+    firsts = [int(np.argmax(curve[judged[: n + 1]])) for n in range(len(judged))]
+    ends = [n for n, first in enumerate(firsts) if patience and n - first >= patience]
+    end = ends[0] if ends else len(judged) - 1
+
+    checkpoints = Nowhere()
+    flags = {"epochs": epochs, "eval_every": every, "patience": patience, "choose_by": "P@1"}
+    state, position = run(parts, checkpoints, str(tmp_path), curve, **flags)
+    assert int(state.step) == 2 * (judged[end] + 1)
+    best = judged[firsts[end]]
+    assert checkpoints.best == position.best_step == 2 * (best + 1)
+    assert (position.best, position.waited) == (curve[best], end - firsts[end])
+    lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    found = {line["epoch"]: line["valid/P@1"] for line in lines if "valid/P@1" in line}
+    assert found == {epoch: curve[epoch] for epoch in judged[: end + 1]}
+    config = types.SimpleNamespace(loop=LoopConfig(**flags))
+    said = train.describe_choice(config, position, 2)
+    assert said.startswith(f"model: of epoch {best}, the best in P@1 on valid, {curve[best]:.2f}; ")
+    assert ("--loop.patience" in said) == (judged[end] < epochs - 1)
+
+
+def chosen_run(parts, workdir, tick=lambda name: None):
+    """A run that keeps all of its checkpoints on disk, and how it ends."""
+    checkpoints = Checkpoints(
+        os.path.join(workdir, runs.CHECKPOINTS), keep=2, best=os.path.join(workdir, runs.BEST)
+    )
+
+    def around(name, call):
+        def both(*args):
+            tick(f"before {name}")
+            call(*args)
+            tick(f"after {name}")
+
+        return both
+
+    for name in ("save", "save_best", "drop_best_but"):
+        setattr(checkpoints, name, around(name, getattr(checkpoints, name)))
+    try:
+        state, position = run(
+            parts, checkpoints, workdir, CURVE, tick,
+            epochs=5, eval_every=1, choose_by="P@1", patience=2, save_every=1, log_every=1,
+        )  # fmt: skip
+    finally:
+        checkpoints.close()
+    lines = [json.loads(line) for line in open(os.path.join(workdir, "metrics.jsonl"))]
+    for line in lines:
+        line.pop("queries_per_s", None)
+    return (float(state.params["mean"]), position, lines, kept_model(workdir))
+
+
+def kept_model(workdir):
+    """Step and parameters of what evaluation would read."""
+    import orbax.checkpoint as ocp
+
+    directory, step = runs.find_model(workdir)
+    with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
+        args = ocp.args.Composite(model=ocp.args.StandardRestore())
+        params = manager.restore(step, args=args)["model"]["params"]
+    return os.path.basename(directory), step, float(params["mean"]), int(params["steps"])
+
+
+@pytest.fixture(scope="module")
+def whole(parts, tmp_path_factory):
+    """An uninterrupted run, and all that happened in it."""
+    events = []
+    workdir = str(tmp_path_factory.mktemp("whole"))
+    return chosen_run(parts, workdir, events.append), events, workdir
+
+
+def test_a_run_out_of_patience_keeps_its_best_and_trains_no_more(parts, whole):
+    (mean, position, lines, kept), events, workdir = whole
+    assert (position.epoch, position.best, position.best_step, position.waited) == (4, 30.0, 4, 2)
+    assert kept[:2] == ("best", 4) and kept[3] == 4 and kept[2] != mean
+    assert os.listdir(os.path.join(workdir, runs.BEST)) == ["4"]
+    assert events.count("step") == 8 and events.count("before save_best") == 2
+    again = []
+    assert chosen_run(parts, workdir, again.append) == (mean, position, lines, kept)
+    assert not {"step", "evaluate", "before save", "before save_best"} & set(again)
+
+
+# Of the 40 events: around the first best model, the second, and where patience ends.
+@pytest.mark.parametrize("at", [10, 11, 13, 21, 22, 24, 29, 37])
+def test_stopped_anywhere_it_chooses_the_same(parts, whole, tmp_path, at):
+    expected, events, _ = whole
+    seen = []
+
+    def tick(name):
+        seen.append(name)
+        if len(seen) == at:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        chosen_run(parts, str(tmp_path), tick)
+    assert seen == events[:at]
+    if "after save" in seen:  # What a run says that it chose is there at any time.
+        assert kept_model(str(tmp_path))[3] > 0
+    assert chosen_run(parts, str(tmp_path)) == expected
+    assert os.listdir(tmp_path / runs.BEST) == ["4"]
+
+
+def test_a_chosen_model_that_is_gone_is_told(parts, tmp_path):
+    import shutil
+
+    chosen_run(parts, str(tmp_path))
+    shutil.rmtree(tmp_path / runs.BEST / "4")
+    with pytest.raises(runs.InputError, match="best: lacks step 4, which training chose"):
+        runs.find_model(str(tmp_path))

@@ -1,0 +1,194 @@
+"""Texts a second that are tokenised, beside one call a text and beside calls with many texts.
+
+    python -m vixml_jax.benchmarks.tokenize [--file=TEXTS] [--tokenizer=DIR] [--rounds=5]
+
+Made-up titles and long texts (see `standin.py`), or the lines of a file. Each program has a process
+of its own on the same processors, and they take turns; in every round all get the same texts, which
+none has seen before. That all give the same tokens is checked. What ours remembers of words it
+gathers in the first round, which is shown apart: a data set has many such rounds.
+"""
+
+import hashlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import flags
+
+from vixml_jax import errors
+from vixml_jax.benchmarks import prepare as prepare_benchmark
+from vixml_jax.benchmarks import standin, workers
+from vixml_jax.data import encoder, formats, tokenize
+from vixml_jax.data.encoder import Encoded
+from vixml_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MODULE = "vixml_jax.benchmarks.tokenize"
+OURS, BATCH, ONE = "ours", "many texts a call", "one call a text"
+_CHUNK = 4096
+
+
+def _ours(tokenizer: "Tokenizer", threads: int) -> Callable[[list[str]], Encoded]:
+    """As prepare does it: the chunks of a round go to a process a processor."""
+    encoders = encoder.Encoders(tokenizer, threads if threads > 1 else 0)
+    encoders.__enter__()  # Until the program ends.
+
+    def run(texts: list[str]) -> Encoded:
+        found = [encoded for _, encoded in encoders.encode(_chunks(texts))]
+        return Encoded(*(np.concatenate(part) for part in zip(*found, strict=True)))
+
+    run(["a"] * _CHUNK * 2 * threads)  # They have started.
+    return run
+
+
+def _batch(tokenizer: "Tokenizer", threads: int) -> Callable[[list[str]], Encoded]:
+    """The library's own way to many texts, on all processors."""
+
+    def run(texts: list[str]) -> Encoded:
+        found = (tokenizer.encode_batch_fast(chunk) for chunk in _chunks(texts))
+        return _gather(tokenizer, itertools.chain.from_iterable(found))
+
+    return run
+
+
+def _one(tokenizer: "Tokenizer", threads: int) -> Callable[[list[str]], Encoded]:
+    return lambda texts: _gather(tokenizer, map(tokenizer.encode, texts))
+
+
+PROGRAMS = {OURS: _ours, BATCH: _batch, ONE: _one}
+
+
+def _chunks(texts: list[str]) -> Iterator[list[str]]:
+    return (texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK))
+
+
+def _gather(tokenizer: "Tokenizer", found: Iterator[Any]) -> Encoded:
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    rows, whole = [], []
+    for one in found:
+        rows.append(one.ids)
+        whole.append(len(one.ids) + sum(len(rest) - special for rest in one.overflowing))
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    values = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
+    return Encoded(values, lengths, np.array(whole, np.int32))
+
+
+def _texts(settings: dict[str, Any]) -> Iterator[str]:
+    """New ones, without end unless they are of a file."""
+    if settings["file"]:
+        return itertools.chain.from_iterable(formats.read_texts(settings["file"]))
+    rng = np.random.default_rng(0)
+    words = standin.Words.make(settings["words"], settings["tokenizer"], rng)
+    lengths = standin.LIKE[settings["like"]].words
+    return itertools.chain.from_iterable(words.texts(10**9, lengths, rng))
+
+
+def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
+    """A program with texts of its own, the same as another's."""
+    (program,) = programs
+    tokenizer = tokenize.load(settings["tokenizer"], settings["max_tokens"])
+    encode = PROGRAMS[program](tokenizer, settings["threads"])
+    texts = _texts(settings)
+
+    def run() -> dict[str, Any]:
+        now = list(itertools.islice(texts, settings["texts"]))
+        start = time.perf_counter()
+        found = encode(now)
+        seconds = time.perf_counter() - start
+        digest = hashlib.sha256(b"".join(part.tobytes() for part in found)).hexdigest()
+        tokens = int(found.lengths.sum())
+        return {"seconds": seconds, "texts": len(now), "tokens": tokens, "digest": digest}
+
+    return {program: ({}, run)}
+
+
+def measure(settings: dict[str, Any], *, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """What each program says of each round, in turns.
+
+    Raises:
+      RuntimeError: If two programs disagree.
+      InputError: If the texts of a file do not suffice.
+    """
+    started = {
+        name: workers.Worker(MODULE, [name], settings, settings["threads"]) for name in PROGRAMS
+    }
+    said: dict[str, list[dict[str, Any]]] = {name: [] for name in PROGRAMS}
+    try:
+        for _ in range(rounds):
+            for name, worker in started.items():
+                said[name].append(worker.time(name))
+            last = {name: reports[-1] for name, reports in said.items()}
+            if any(report["texts"] < settings["texts"] for report in last.values()):
+                raise InputError(
+                    f"--file={settings['file']}: expected {settings['texts'] * rounds} texts; "
+                    "fewer --texts or --rounds need fewer"
+                )
+            if len({report["digest"] for report in last.values()}) > 1:
+                raise RuntimeError(f"the tokens of {', '.join(last)} are not the same")
+    finally:
+        for worker in started.values():
+            worker.close()
+    return said
+
+
+def table(said: dict[str, list[dict[str, Any]]]) -> str:
+    """The programs, one a line: texts a second and how often as fast as one call a text."""
+    lines = [f"{'':18} {'texts/s':>10} {'x one call':>10} {'least':>6} {'most':>6} {'first':>6}"]
+    for name, reports in said.items():
+        speed = statistics.median(report["texts"] / report["seconds"] for report in reports)
+        times = [
+            one["seconds"] / report["seconds"]
+            for one, report in zip(said[ONE], reports, strict=True)
+        ]
+        lines.append(
+            f"{name:18} {speed:10,.0f} {statistics.median(times):10.2f} {min(times):6.2f} "
+            f"{max(times):6.2f} {times[0]:6.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints a table for titles and one for long texts, or one for a file."""
+    del argv
+    values = flags.FLAGS
+    kinds = [("", values.max_tokens or 32, values.texts or 8192)]
+    if not values.file:
+        kinds = [
+            (like, standin.LIKE[like].max_tokens, values.texts or count)
+            for like, count in (("lf_amazontitles_1.3m", 65536), ("lf_wikipedia_500k", 8192))
+        ]
+    for like, max_tokens, texts in kinds:
+        settings = {
+            "file": values.file, "like": like, "tokenizer": values.tokenizer, "texts": texts,
+            "max_tokens": max_tokens, "threads": values.threads, "words": values.words,
+        }  # fmt: skip
+        said = measure(settings, rounds=values.rounds)
+        tokens = statistics.median(one["tokens"] / one["texts"] for one in said[ONE])
+        print(
+            f"{like or values.file}: {texts} texts a round of {tokens:.1f} tokens, cut at "
+            f"{max_tokens}; {values.threads} processors; median, least, most and first of "
+            f"{values.rounds} rounds"
+        )
+        print(table(said), flush=True)
+
+
+def define_flags() -> None:
+    """The flags of this benchmark."""
+    flags.DEFINE_string("file", "", "Texts to tokenise, one a line; made-up ones if not told.")
+    flags.DEFINE_string("tokenizer", prepare_benchmark.find_tokenizer(), "Directory or name.")
+    flags.DEFINE_integer("max_tokens", 0, "Of a text of the file; 0: 32.", lower_bound=0)
+    flags.DEFINE_integer("texts", 0, "Of a round; 0: 65,536 titles, 8,192 others.", lower_bound=0)
+    flags.DEFINE_integer("words", 10**6, "That made-up texts are drawn from.", lower_bound=1000)
+    flags.DEFINE_integer("rounds", 5, "Of each program.", lower_bound=1)
+    flags.DEFINE_integer("threads", 2, "Processors that each program has.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    if not workers.serve(prepare):
+        define_flags()
+        errors.launch(main)
