@@ -123,6 +123,12 @@ def test_beside_own_tables(tmp_path, monkeypatch):
     raw = own.read_tables(".", str(tmp_path / "spool"), find_images=images.read_images)
     found = np.concatenate(list(raw.train.items.images.read(np.arange(5))))
     np.testing.assert_array_equal(found, np.concatenate(held))
+    # What is changed beside a table changes the source.
+    (directory / "filter_labels_train.txt").write_text("q1\tu\n")
+    again = own.read_tables(".", str(tmp_path / "spool"), find_images=images.read_images)
+    files = {"train.jsonl", EMBEDDINGS.format("trn"), MAP.format("trn")}
+    assert set(raw.fingerprint["files"]) == files
+    assert set(again.fingerprint["files"]) == {*files, "filter_labels_train.txt"}
 
 
 def test_a_set_without_any_pictures(tmp_path):

@@ -39,7 +39,8 @@ _FILTERS = {
     split: (f"filter_labels_{split}.txt", f"{prefix}_filter_labels.txt")
     for split, prefix in PREFIX.items()
 }
-_PICTURE_FILES = (
+# How the names of files end that pictures come from.
+PICTURE_FILES = (
     *("_image_embeddings.npy", "_has_image.npy", "_images.txt"),
     *("_siglip2.npy", "_map.npy"),
 )
@@ -129,7 +130,7 @@ def read_xml_repository(
     used += [
         os.path.join(directory, name)
         for name in os.listdir(directory)
-        if name.endswith(_PICTURE_FILES)
+        if name.endswith(PICTURE_FILES)
     ]
     return RawDataset(
         name=os.path.basename(os.path.abspath(directory)),

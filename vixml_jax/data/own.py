@@ -159,7 +159,14 @@ def read_tables(
         split: part.queries(spool, embed_paths, labels.count, renumbered)
         for split, part in parts.items()
     }
+    files = [path for paths in found.values() for path in paths]
     if os.path.isdir(source):
+        beside = ("filter_labels_train.txt", "filter_labels_valid.txt", "filter_labels_test.txt")
+        files += [
+            os.path.join(source, name)
+            for name in os.listdir(source)
+            if name in beside or name.endswith(formats.PICTURE_FILES)
+        ]
         if find_images is not None:
             labels, queries = _with_images(labels, queries, source, find_images)
         queries = {
@@ -173,7 +180,7 @@ def read_tables(
         name=os.path.basename(os.path.abspath(source)).partition(".")[0],
         fingerprint={
             "path": os.path.abspath(source),
-            "files": describe_files(path for paths in found.values() for path in paths),
+            "files": describe_files(files),
             "columns": dataclasses.asdict(names),
             "split_by": split_by,
         },
