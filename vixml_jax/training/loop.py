@@ -251,7 +251,6 @@ class Trainer:
     ) -> tuple[TrainState, Position]:
         """Trains until the epochs are over, or patience is, and returns the last state and
         position; every epoch ends in a checkpoint."""
-        self.checkpoints.drop_best_but(position.best_step)
         while position.epoch < self.loop.epochs and not self.out_of_patience(position):
             state = self._run_batches(state, clusters, position, telemetry)
             state, clusters, position = self._end_epoch(state, clusters, position, telemetry)
