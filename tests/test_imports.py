@@ -7,7 +7,17 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "vixml_jax"
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
-HEAVY = {"grain", "scann", "tensorboardX", "torch", "transformers", "matplotlib", "orbax", "tqdm"}
+HEAVY = {
+    "grain",
+    "matplotlib",
+    "orbax",
+    "scann",
+    "tensorboardX",
+    "tensorflow_datasets",
+    "torch",
+    "tqdm",
+    "transformers",
+}
 LINEN = {
     "labels/combiner.py",
     "training/step.py",

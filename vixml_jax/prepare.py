@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.data import columns, download, images, preparation
+from vixml_jax.data import catalog, columns, download, images, preparation
 from vixml_jax.errors import InputError
 
 # Flags that are not called as their setting.
@@ -34,10 +34,13 @@ def run(values: flags.FlagValues) -> None:
     Raises:
       InputError: If a flag or the source is at fault.
     """
+    if values.catalog:
+        print(catalog.table())
+        return
     for name in ("source",) if values.dry_run else ("source", "out"):
         if not values[name].value:
             raise InputError(f"--{name}: missing")
-    settings = preparation.Settings(**_told(preparation.Settings, values))
+    settings = preparation.Settings(**_with_propensity(_told(preparation.Settings, values), values))
     preparation.check(values.out, settings, overwrite=values.overwrite or values.dry_run)
     finder = None
     if values.images and not values.dry_run:
@@ -66,6 +69,8 @@ def run(values: flags.FlagValues) -> None:
             labels_source=values.labels_source,
             split_by=values.split_by,
             embed_paths=None if finder is None else finder.embed,
+            data_dir=values.data_dir,
+            manual_dir=values.manual_dir,
         )
         if finder is not None and not finder.used:
             raise InputError(
@@ -95,6 +100,12 @@ def _told(group: Any, values: flags.FlagValues) -> dict[str, Any]:
         field.name: values[_FLAG_OF.get((group, field.name), field.name)].value
         for field in dataclasses.fields(group)
     }
+
+
+def _with_propensity(told: dict[str, Any], values: flags.FlagValues) -> dict[str, Any]:
+    """Settings with A and B: as told, else those of the public data set, else the usual."""
+    usual = zip(("propensity_a", "propensity_b"), catalog.propensity(values.source), strict=True)
+    return told | {name: value for name, value in usual if told[name] is None}
 
 
 def _spool(values: flags.FlagValues) -> contextlib.AbstractContextManager[str]:
@@ -226,7 +237,20 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "",
         "A csv, tsv, jsonl or parquet file (.gz, .zst too) of queries; a directory of such files "
         "or shards, named train, valid, test, labels; a directory in the XML repository's layout; "
-        "or 'glyphs', the built-in data.",
+        "a public data set that --catalog lists; or 'glyphs', the built-in data.",
+    )
+    switch("catalog", False, "Print the public data sets that --source knows by name, and stop.")
+    text(
+        "manual_dir",
+        None,
+        "Where the files of a public data set are that were downloaded by hand; not told: "
+        "downloads/manual/NAME in --data_dir.",
+    )
+    text(
+        "data_dir",
+        None,
+        "Where TFDS keeps public data sets once they are built; not told: "
+        "~/tensorflow_datasets, or $TFDS_DATA_DIR.",
     )
     text("labels_source", "", "Table of the labels, if it is elsewhere.")
     switch(
@@ -283,8 +307,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "encoding", "utf-8", list(preparation.ENCODINGS), "What the source's texts are encoded in."
     )
     number("vocab_size", 8192, "Tokens at most of a tokenizer that is trained.")
-    share("propensity_a", 0.6, "A of the inverse propensities, for sampling and PSP.")
-    share("propensity_b", 2.6, "B of the inverse propensities.")
+    share(
+        "propensity_a",
+        None,
+        "A of the inverse propensities, for sampling and PSP; not told: that of the public data "
+        "set, else 0.6.",
+    )
+    share("propensity_b", None, "B of the inverse propensities; not told: likewise, else 2.6.")
     share("valid", 0.0, "Share of the training queries held out to choose by: 0.02, say; 0: none.")
     share(
         "test",

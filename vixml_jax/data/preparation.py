@@ -10,6 +10,7 @@ import numpy as np
 
 from vixml_jax.data import (
     card,
+    catalog,
     encoder,
     filters,
     formats,
@@ -207,17 +208,20 @@ def read_source(
     encoding: str = "utf-8",
     seed: int = 0,
     find_images: formats.FindImages = images.read_images,
+    data_dir: str | None = None,
+    manual_dir: str | None = None,
     **of_tables: Any,
 ) -> RawDataset:
     """The data set of a file or a directory, or the built-in one.
 
     Args:
-      source: A directory in the XML repository's layout, tables (see `own.find_tables`), or
-        'glyphs'.
+      source: A directory in the XML repository's layout, tables (see `own.find_tables`), a name of
+        the catalogue, or 'glyphs'.
       spool: A directory for what tables hold; it must outlive the result.
       encoding: Of texts.
       seed: Of the split of 'glyphs'.
       find_images: Of the files trn, val, tst and lbl; embeddings beside the texts if not told.
+      data_dir, manual_dir: Of a set of the catalogue; see `records.builder`.
       of_tables: See `own.read_tables`.
 
     Raises:
@@ -225,6 +229,10 @@ def read_source(
     """
     if source == GLYPHS:
         return glyphs.make(seed)
+    if catalog.is_named(source):
+        return catalog.read(
+            source, data_dir=data_dir, manual_dir=manual_dir, find_images=find_images
+        )
     if formats.is_xml_repository(source):
         return formats.read_xml_repository(source, encoding=encoding, find_images=find_images)
     return own.read_tables(source, spool, encoding=encoding, find_images=find_images, **of_tables)
