@@ -190,7 +190,7 @@ def read_vixml_images(directory: str, prefix: str, count: int) -> FileImages | N
         integers.
     """
     patterns = (f"{prefix}_embs_imgs_*_siglip2.npy", f"{prefix}_imgs_*_map.npy")
-    names = sorted(os.listdir(directory or "."))
+    names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
     found = [fnmatch.filter(names, pattern) for pattern in patterns]
     if not any(found):
         return None
