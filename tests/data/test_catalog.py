@@ -136,7 +136,8 @@ def check_equal(raw, held, texts, with_ids=True):
         matrix = getattr(raw, split).relevance
         assert matrix.dtype == np.float32
         np.testing.assert_array_equal(matrix.toarray(), relevance_of(held[split]))
-        assert matrix.has_sorted_indices
+        for row, one in enumerate(held[split]):
+            assert matrix[row].indices.tolist() == sorted(one["target_ind"])
 
 
 def titles(rows):
@@ -197,16 +198,18 @@ def test_plain_json_too(tmp_path):
 
 
 def test_tfds_reads_at_random(tmp_path):
-    """Through TFDS's own decoding, of our builder and of one that knows the directory alone."""
+    """Through TFDS's own decoding, of our builder and of those that know the directory alone."""
     import tensorflow_datasets as tfds
 
     held = write_json(tmp_path / "raw", random_rows())
     maker = catalog.builder(
-        "lf_amazontitles_131k", data_dir=str(tmp_path / "tfds"), manual_dir=str(tmp_path / "raw")
+        "lf_amazontitles_1.3m", data_dir=str(tmp_path / "tfds"), manual_dir=str(tmp_path / "raw")
     )
     maker.download_and_prepare()
-    assert maker.info.citation == catalog.CATALOG["lf_amazontitles_131k"].citation
-    for opened in (maker, tfds.builder_from_directory(maker.data_dir)):
+    by_name = tfds.builder("lf_amazontitles_1_3m", data_dir=tmp_path / "tfds")
+    for opened in (maker, by_name, tfds.builder_from_directory(maker.data_dir)):
+        assert opened.info.citation == catalog.CATALOG["lf_amazontitles_1.3m"].citation
+        assert opened.info.disable_shuffling
         for part, rows in held.items():
             source = opened.as_data_source(part)
             assert len(source) == len(rows)
@@ -266,12 +269,12 @@ def test_other_sizes_are_refused(tmp_path, part, change):
     assert f"published with {count} {part} rows" in message
 
 
-def test_counts_of_a_full_shard_are_checked(tmp_path):
-    """Also where the published count is a multiple of the shard."""
+def test_rows_after_a_full_shard_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_SHARD", SIZES["train"])
     held = random_rows()
-    held["train"] = held["train"][:20]
+    held["train"].append(held["train"][0])
     write_json(tmp_path / "raw", held)
-    assert "20 rows" in refused(tmp_path)
+    assert "24 rows" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("layout", [published.PECOS, published.MUFIN])

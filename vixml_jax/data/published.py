@@ -177,17 +177,15 @@ def _read_json(dataset: PublicDataset, path: str, part: str) -> Iterator[dict[st
     has_content = "content" not in dataset.fields
     for chunk in tables.read(path, _ALL_COLUMNS):
         for row in range(len(chunk)):
-            for name in ("uid", "title"):
-                if chunk.columns[name][row] is None or (
-                    name == "uid" and not chunk.columns[name][row]
-                ):
-                    raise InputError(
-                        f"{chunk.where(row)}: no {name!r}; expected uid, title, content, target_ind"
-                    )
             found = {
                 name: cells.text(chunk.columns[name][row], chunk, row, name)
                 for name in ("uid", "title", "content")
             }
+            if not found["uid"] or chunk.columns["title"][row] is None:
+                missing = "title" if found["uid"] else "uid"
+                raise InputError(
+                    f"{chunk.where(row)}: no {missing!r}; expected uid, title, content, target_ind"
+                )
             has_content = has_content or bool(found["content"])
             found["labels"] = [] if part == LABELS else _targets(chunk, row, dataset.labels)
             yield found

@@ -66,7 +66,7 @@ def _builder_class() -> type:
 
         def __init__(self, dataset: PublicDataset, data_dir: str | None, manual_dir: str | None):
             self.dataset = dataset
-            self.name = dataset.key.replace(".", "_")  # A dot ends the name of a file in TFDS.
+            self.name = dataset.key.replace(".", "_")  # In TFDS, names have no dot.
             super().__init__(data_dir=data_dir or None, file_format="array_record")
             self.manual_dir = manual_dir or os.path.join(
                 self.data_dir_root, "downloads", "manual", dataset.key
