@@ -13,7 +13,7 @@ from vixml_jax.encoding import Model, unit
 from vixml_jax.labels import table
 from vixml_jax.structs import Batch, LabelState, TrainState
 
-# (queries, labels, prototypes, relevance, row_mask, column_mask, key) -> loss, scalars
+# (queries, labels, prototypes, relevance, row_mask, column_mask, key, mesh=) -> loss, scalars
 LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
@@ -88,6 +88,7 @@ def make_train_step(
                 batch.query_ids >= 0,
                 batch.label_ids >= 0,
                 loss_key,
+                mesh=model.mesh,
             )
             return loss, (scalars, queries)
 
