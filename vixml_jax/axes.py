@@ -5,6 +5,10 @@ LETTERS = {
     "b": ("queries of a batch", "batch"),
     "c": ("candidate labels of a batch", "batch"),
     "p": ("packed rows", "batch"),
+    "o": (
+        "packed rows, while their width lies over the devices that share the weights",
+        "looked_up",
+    ),
     "s": ("positions of a row", None),
     "t": ("key positions of a row", None),
     "i": ("pictures of a batch", "batch"),

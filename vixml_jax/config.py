@@ -100,6 +100,12 @@ class LabelsConfig:
         "Start of the free vectors: small and 'uniform', or the mean 'embedding' of their labels.",
         choices=("uniform", "embedding"),
     )
+    free_update: str = _flag(
+        "dense",
+        "Which free vectors a step moves: all by their momentum, 'dense' as published, or those of "
+        "the batch's labels alone, 'sparse', so that the others cost nothing.",
+        choices=("dense", "sparse"),
+    )
     centroids: str = _flag(
         "stale",
         "How centroids follow training: 'stale' from embeddings as last seen in "

@@ -85,12 +85,23 @@ class Model:
         vectors: Float[Array, "c d"],
         label_ids: Int[Array, " c"],
         *,
+        free: Float[Array, "c e"] | None = None,
         dropout: Array | None = None,
     ) -> Float[Array, "c e"]:
-        """What a label is searched by: the combiner's unit output, or its own unit vector."""
+        """What a label is searched by: the combiner's unit output, or its own unit vector.
+
+        Args:
+          params, labels: Of the model.
+          vectors: The tower's, not normalised.
+          label_ids: Whose they are.
+          free: Their free vectors, where the caller has them; None: looked up in `params`.
+          dropout: A key, in training.
+        """
         if self.combiner is None:
             return unit(vectors)
-        free, centroids = self.table.gather(params["free"], labels, label_ids)
+        if free is None:
+            free = self.table.gather_free(params["free"], labels, label_ids)
+        centroids = self.table.gather_centroids(labels, label_ids)
         return self.combiner.apply(
             {"params": params["combiner"]},
             vectors,

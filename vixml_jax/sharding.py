@@ -16,6 +16,7 @@ ROWS = ("replica", "fsdp")  # What rows of batches, banks and tables are spread 
 
 AXIS_RULES = (
     ("batch", ROWS),
+    ("looked_up", "replica"),
     ("label", ROWS),
     ("embed", "fsdp"),
     ("mlp", "tensor"),

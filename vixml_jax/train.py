@@ -217,6 +217,7 @@ def train(config: Config) -> None:
             tx,
             like,
             centroid_momentum=0.95 if config.labels.centroids == "moving" else None,
+            sparse_free=config.labels.free_update == "sparse",
         ),
         batch=config.batch,
         labels=config.labels,

@@ -50,7 +50,7 @@ def test_gradient_reaches_the_shared_free_vectors(mesh):
     ids = np.array([3, 3, 19, -1, 0], np.int32)
     weights = rng.normal(size=(5, 4)).astype(np.float32)
     gradient = jax.jit(
-        jax.grad(lambda free: jnp.sum(labels.gather(free, state, ids)[0] * weights))
+        jax.grad(lambda free: jnp.sum(labels.gather_free(free, state, ids) * weights))
     )(free)
     expected = np.zeros((8, 4))
     np.add.at(expected, cluster_of[ids[ids >= 0]], weights[ids >= 0])

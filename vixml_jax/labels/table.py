@@ -55,16 +55,29 @@ class LabelTable:
         padded[: self.num_labels] = centroids
         return state._replace(centroids=jax.device_put(padded, sharding.rows_sharding(self.mesh)))
 
-    def gather(
+    def gather_free(
         self, free: Float[Array, "f e"], state: LabelState, label_ids: Int[Array, " c"]
-    ) -> tuple[Float[Array, "c e"], Float[Array, "c e"]]:
-        """Free vector and centroid of each label; zeros for id -1. Differentiable in `free`."""
-        shared = gather_rows(self.mesh, state.cluster_of[:, None], label_ids)[:, 0]
-        shared = jnp.where(label_ids >= 0, shared, -1)
-        return (
-            gather_rows(self.mesh, free, shared),
-            gather_rows(self.mesh, state.centroids, label_ids),
-        )
+    ) -> Float[Array, "c e"]:
+        """The free vector of each label; zeros for id -1. Differentiable in `free`."""
+        return gather_rows(self.mesh, free, self._rows_of_free(state, label_ids))
+
+    def gather_centroids(
+        self, state: LabelState, label_ids: Int[Array, " c"]
+    ) -> Float[Array, "c e"]:
+        """The centroid of each label; zeros for id -1."""
+        return gather_rows(self.mesh, state.centroids, label_ids)
+
+    def distinct_free(
+        self, state: LabelState, label_ids: Int[Array, " c"]
+    ) -> tuple[Int[Array, " c"], Int[Array, " c"]]:
+        """The rows of the free vectors that labels share, each once, then -1; and where among
+        these each label's row stands."""
+        rows = self._rows_of_free(state, label_ids)
+        return jnp.unique(rows, return_inverse=True, size=rows.shape[0], fill_value=-1)
+
+    def _rows_of_free(self, state: LabelState, label_ids: Int[Array, " c"]) -> Int[Array, " c"]:
+        rows = gather_rows(self.mesh, state.cluster_of[:, None], label_ids)[:, 0]
+        return jnp.where(label_ids >= 0, rows, -1)
 
 
 def gather_rows(mesh: Mesh, rows: Array, ids: Int[Array, " c"]) -> Array:

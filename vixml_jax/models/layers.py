@@ -237,7 +237,10 @@ def attend_grouped(
 
 def look_up(table: Float[Array, "w d"], ids: Int[Array, "p s"]) -> Float[Array, "p s d"]:
     """Rows of a table of embeddings; ids must be in range."""
-    return jnp.asarray(table).at[ids].get(mode="promise_in_bounds")
+    rows = jnp.asarray(table).at[ids].get(mode="promise_in_bounds")
+    # Each device looks up its part of the width for all that share the table. Said here, so that
+    # the gradient comes back the same way: XLA would else gather the states of all rows.
+    return constrain(rows, "osd")
 
 
 def place_rows(

@@ -139,10 +139,11 @@ def _group_size(line: str) -> int:
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
     if counted:
         return int(counted[1])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
-    if named and ":" not in named[2]:
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line)
+    if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named[2]))
+        part = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # Or 'x':(before)size.
+        return math.prod(int(size) if size else sizes[name] for name, size in part)
     if "source_target_pairs" in line:
         return 2
     raise ValueError(f"of which devices? {line.strip()[:300]}")
