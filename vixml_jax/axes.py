@@ -27,7 +27,7 @@ LETTERS = {
     "g": ("key and value heads", "kv_heads"),
     "a": ("width of a head", None),
     "e": ("embedding width", None),
-    "r": ("LoRA rank", None),
+    "r": ("LoRA rank", "rank"),
     "w": ("vocabulary", "vocab"),
 }
 

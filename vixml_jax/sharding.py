@@ -19,6 +19,7 @@ AXIS_RULES = (
     ("looked_up", "replica"),
     ("label", ROWS),
     ("embed", "fsdp"),
+    ("rank", "fsdp"),  # Where no width is.
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),

@@ -92,7 +92,8 @@ def test_a_loop_without_a_known_end_is_refused(mesh):
 def test_groups_as_xla_spells_them(groups, devices):
     text = (
         "HloModule m\n\nENTRY %main (p: f32[4]) -> f32[4] {\n"
-        f"  ROOT %r = bf16[4,3]{{1,0}} all-gather(%p), channel_id=1, {groups}, dimensions={{0}}\n}}\n"
+        f"  ROOT %r = bf16[4,3]{{1,0}} all-gather(%p), channel_id=1, {groups}, dimensions={{0}}\n"
+        "}\n"
     )
     (found,) = collectives.read_collectives(text)
     assert found.devices == devices

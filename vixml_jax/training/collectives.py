@@ -74,20 +74,24 @@ def read_collectives(text: str) -> list[Collective]:
         for line in bodies[name]:
             rounds = 1.0
             if " while(" in line:
-                known = _TRIPS.search(line)
-                rounds = int(known[1]) if known else math.inf
+                rounds = _rounds(line, bodies)
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += [part.strip().lstrip("%") for part in branches.split(",")]
             for other in called:
                 if other in times and times[name]:
                     times[other] += times[name] * rounds
-    found = []
+    found, channels = [], set()
     for name, lines in bodies.items():
         for line in lines:
             match = _COLLECTIVE.search(line)
             if not match or not times[name]:
                 continue
+            # One that runs beside other work stands in each fusion that it runs beside.
+            channel = re.search(r"channel_id=(\d+)", line)
+            if channel and channel[1] in channels:
+                continue
+            channels.add(channel and channel[1])
             if math.isinf(times[name]):
                 raise ValueError(f"how often does {name} run? It holds: {line.strip()[:200]}")
             found.append(_parse(line, match, int(times[name])))
@@ -108,6 +112,25 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         elif current and _INSTRUCTION.match(line):
             bodies[current].append(line)
     return bodies, entry
+
+
+def _rounds(line: str, bodies: dict[str, list[str]]) -> float:
+    """How often a loop runs; infinity where its text does not say.
+
+    XLA for TPUs leaves it to the condition: a counter, from zero in all loops that JAX makes, below
+    a constant.
+    """
+    known = _TRIPS.search(line)
+    if known:
+        return int(known[1])
+    constants: dict[str, int] = {}
+    for inside in bodies.get(re.search(r"condition=%?([\w.\-]+)", line)[1], ()):
+        if made := re.search(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", inside):
+            constants[made[1]] = int(made[2])
+        below = re.search(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", inside)
+        if below and below[1] in constants:
+            return constants[below[1]]
+    return math.inf
 
 
 def _parse(line: str, match: re.Match[str], times: int) -> Collective:
