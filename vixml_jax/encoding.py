@@ -18,7 +18,7 @@ from vixml_jax.data.store import Items
 from vixml_jax.labels.combiner import Combiner
 from vixml_jax.labels.table import LabelTable
 from vixml_jax.models.siglip import VisionTower
-from vixml_jax.models.tower import Tower
+from vixml_jax.models.tower import Shares, Tower
 from vixml_jax.structs import LabelState, PackedItems
 
 
@@ -61,13 +61,24 @@ class Model:
         packed: PackedItems,
         num_items: int,
         *,
+        sides: int = 1,
         dropout: Array | None = None,
     ) -> Float[Array, "b d"]:
-        """Pooled tower vectors, float32, not normalised; with a key, as in training."""
-        shards = sharding.num_row_shards(self.mesh)
-        chunks = None
+        """Pooled tower vectors, float32, not normalised; with a key, as in training.
+
+        Args:
+          params: Of the model.
+          packed: Packed in blocks, one a device or several.
+          num_items: Over all devices.
+          sides: 2 where they are queries, then as many labels.
+          dropout: A key.
+        """
+        devices = sharding.num_row_shards(self.mesh)
+        pictures = max(num_items // sides * self.layout.num_images, 1)
+        shares = Shares(devices, sides, max(packed.images.shape[0] // pictures, 1))
+        chunks = 0
         if dropout is not None and self.encode_chunk:
-            chunks = shards, packed.tokens.shape[0] // shards // self.encode_chunk
+            chunks = packed.tokens.shape[0] // devices // self.encode_chunk
         with sharding.laid_out(self.mesh):
             return self.tower.apply(
                 {"params": params["tower"]},
@@ -75,6 +86,7 @@ class Model:
                 num_items,
                 deterministic=dropout is None,
                 rngs=None if dropout is None else {"dropout": dropout},
+                shares=shares,
                 chunks=chunks,
             )
 

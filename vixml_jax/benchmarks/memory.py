@@ -62,11 +62,16 @@ def random_batch(settings: dict[str, Any], shards: int) -> Batch:
     rng = np.random.default_rng(0)
     size, length = settings["batch"], settings["length"]
     a_row = WIDTH // length
-    unit = shards * max(1, settings["chunk"])
-    rows = math.ceil(math.ceil(2 * size / a_row) / unit) * unit
+    own = size // shards  # Of a device, queries and labels each.
+    rows = math.ceil(2 * own / a_row)
+    rows = math.ceil(rows / max(1, settings["chunk"])) * max(1, settings["chunk"])
+    items = np.full((shards, rows * a_row), -1, np.int32)
+    for side in range(2):
+        mine = side * size + np.arange(size, dtype=np.int32).reshape(shards, own)
+        items[:, side * own : (side + 1) * own] = mine
+    rows *= shards
+    items = items.reshape(rows, a_row)
     segments = np.full((rows, WIDTH), -1, np.int32)
-    items = np.arange(rows * a_row, dtype=np.int32).reshape(rows, a_row)
-    items[items >= 2 * size] = -1
     segments[:, : a_row * length] = np.repeat(items, length, axis=1)
     tokens = rng.integers(0, 1000, (rows, WIDTH), np.int32)
     positions = np.broadcast_to(np.arange(WIDTH, dtype=np.int32) % length, (rows, WIDTH)).copy()

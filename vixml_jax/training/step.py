@@ -82,7 +82,7 @@ def make_train_step(
             params = trees.merge(trained, state.frozen)
             num_queries, num_labels = batch.query_ids.shape[0], batch.label_ids.shape[0]
             vectors = model.tower_vectors(
-                params, batch.items, num_queries + num_labels, dropout=tower_key
+                params, batch.items, num_queries + num_labels, sides=2, dropout=tower_key
             )
             queries = unit(vectors[:num_queries])
             labels = vectors[num_queries:]
