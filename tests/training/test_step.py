@@ -123,7 +123,7 @@ def test_any_number_of_devices_gives_the_same_run(sparse):
 def test_sparse_updates_are_those_of_the_batchs_rows():
     """Rows that labels of the batch share move as under the dense update, all others not at all."""
     mesh = mesh_of(2, 2)
-    sparse, state, model = made(mesh, sparse=True)
+    sparse, state, _ = made(mesh, sparse=True)
     dense, _, _ = made(mesh)
     rng = np.random.default_rng(5)
     for i in range(4):
@@ -172,7 +172,7 @@ def test_untouched_rows_cost_nothing():
 @pytest.mark.parametrize("moving", [False, True], ids=["stale", "moving"])
 def test_neither_the_label_table_nor_the_bank_travels(sparse, moving):
     mesh = mesh_of(2, 4)
-    train, _, model = made(mesh, sparse=sparse, moving=moving)
+    train, _, _ = made(mesh, sparse=sparse, moving=moving)
     batch = sharding.to_devices(a_batch(np.random.default_rng(0)), mesh)
     found = collectives.collectives(train.program(batch, jax.random.key(0)))
     longest = max(max(shape, default=1) for c in found for shape in c.shapes)
