@@ -50,6 +50,35 @@ class Model:
     layout: packing.Layout
     encode_chunk: int = 0
 
+    def init_params(self, key: Array) -> Any:
+        """Fresh parameters of tower, combiner and free vectors, boxed with their logical axes."""
+        tower_key, combiner_key, free_key = jax.random.split(key, 3)
+        row = jnp.zeros((1, 8), jnp.int32)
+        packed = PackedItems(
+            tokens=row,
+            segments=row,
+            positions=row,
+            image_at=row - 1,
+            images=jnp.zeros((1, max(self.tower.config.image_width, 1)), jnp.float16),
+        )
+        params = {"tower": self.tower.init(tower_key, packed, 1, deterministic=True)["params"]}
+        if self.combiner is not None:
+            x = jnp.zeros((1, self.table.width))
+            params["combiner"] = self.combiner.init(combiner_key, x, x, x, deterministic=True)[
+                "params"
+            ]
+            params["free"] = sharding.boxed(self.table.init_free(free_key), "fe")
+        return params
+
+    @functools.cached_property
+    def abstract_params(self) -> Any:
+        """Logical shapes, dtypes and axes of all parameters.
+
+        On a mesh they are stored as `sharding.stored_tree` says, where need be with zeros at their
+        ends; here, where they are used, they are cut to these shapes.
+        """
+        return jax.eval_shape(lambda: self.init_params(jax.random.key(0)))
+
     def mean_length(self, items: Items) -> float:
         """Positions that an item takes in a packed row, on average."""
         lengths = packing.item_lengths(items, width=self.row_width, layout=self.layout)
@@ -79,9 +108,10 @@ class Model:
         chunks = 0
         if dropout is not None and self.encode_chunk:
             chunks = packed.tokens.shape[0] // devices // self.encode_chunk
+        tower = sharding.unpad(params["tower"], self.abstract_params["tower"])
         with sharding.laid_out(self.mesh):
             return self.tower.apply(
-                {"params": params["tower"]},
+                {"params": tower},
                 packed,
                 num_items,
                 deterministic=dropout is None,
@@ -114,8 +144,9 @@ class Model:
         if free is None:
             free = self.table.gather_free(params["free"], labels, label_ids)
         centroids = self.table.gather_centroids(labels, label_ids)
+        combiner = sharding.unpad(params["combiner"], self.abstract_params["combiner"])
         return self.combiner.apply(
-            {"params": params["combiner"]},
+            {"params": combiner},
             vectors,
             free,
             centroids,

@@ -3,6 +3,10 @@
 import ctypes
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
 
 # https://man7.org/linux/man-pages/man3/mallopt.3.html
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -24,14 +28,14 @@ def keep_freed_pages() -> None:
         mallopt(_M_ARENA_MAX, 1)
 
 
-def of_a_device() -> int:
-    """Bytes that one device of this process has for arrays; 0 where it does not say.
+def of_a_device(device: "jax.Device | None" = None) -> int:
+    """Bytes that a device has for arrays, by default one of this process; 0: it does not say.
 
     The devices of a CPU share what the machine has.
     """
     import jax
 
-    device = jax.local_devices()[0]
+    device = device or jax.local_devices()[0]
     if device.platform == "cpu":
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return pages // jax.local_device_count()

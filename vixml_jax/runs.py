@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
@@ -24,7 +23,7 @@ from vixml_jax.labels.table import LabelTable
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig, Rope
 from vixml_jax.models.tower import Tower, TowerConfig
-from vixml_jax.structs import LabelState, PackedItems
+from vixml_jax.structs import LabelState
 
 CONFIG = "config.json"
 TOWER = "tower.json"
@@ -122,16 +121,16 @@ def open_dataset(config: Config) -> PreparedDataset:
     return PreparedDataset.open(path)
 
 
-def make_mesh(config: Config) -> Mesh:
-    """The mesh that `--mesh` names.
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that `--mesh` names, over these devices; None: over all that there are.
 
     Raises:
       InputError: If there are not that many devices.
     """
     try:
-        return sharding.create_mesh(*config.mesh)
+        return sharding.create_mesh(**config_lib.mesh_sizes(config.mesh), devices=devices)
     except ValueError as error:
-        raise InputError(f"--mesh={','.join(map(str, config.mesh))}: {error}") from None
+        raise InputError(f"--mesh={config.mesh}: {error}") from None
 
 
 def build_model(
@@ -152,27 +151,6 @@ def build_model(
     )
 
 
-def init_params(model: Model, key: jax.Array) -> Any:
-    """Fresh parameters of tower, combiner and free vectors, boxed with their logical axes."""
-    tower_key, combiner_key, free_key = jax.random.split(key, 3)
-    row = jnp.zeros((1, 8), jnp.int32)
-    packed = PackedItems(
-        tokens=row,
-        segments=row,
-        positions=row,
-        image_at=row - 1,
-        images=jnp.zeros((1, max(model.tower.config.image_width, 1)), jnp.float16),
-    )
-    params = {"tower": model.tower.init(tower_key, packed, 1, deterministic=True)["params"]}
-    if model.combiner is not None:
-        x = jnp.zeros((1, model.table.width))
-        params["combiner"] = model.combiner.init(combiner_key, x, x, x, deterministic=True)[
-            "params"
-        ]
-        params["free"] = nn.LogicallyPartitioned(model.table.init_free(free_key), ("label", None))
-    return params
-
-
 def split_params(params: Any, tower: TowerConfig) -> tuple[Any, Any]:
     """What is trained, and what is frozen: a tower under adapters, but for them and pictures."""
 
@@ -181,6 +159,11 @@ def split_params(params: Any, tower: TowerConfig) -> tuple[Any, Any]:
         return not adapted or path[-1] in ("lora_a", "lora_b") or "image_projection" in path
 
     return trees.partition(params, trained)
+
+
+def as_frozen(frozen: Any, dtype: str) -> Any:
+    """Abstract frozen parameters, in the dtype that they are kept in."""
+    return jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), frozen)
 
 
 def save_frozen(workdir: str, frozen: Any) -> None:
@@ -226,35 +209,21 @@ def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
     import orbax.checkpoint as ocp
 
     directory, step = find_model(workdir)
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    labels = jax.eval_shape(
-        lambda: model.table.init_state(np.zeros(model.table.num_labels, np.int32))
-    )
-    rows = sharding.rows_sharding(model.mesh)
-
-    def placed(boxed: Any) -> Any:
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            nn.unbox(boxed),
-            sharding.shardings_of(boxed, model.mesh),
-        )
-
-    trained, frozen = split_params(boxed, model.tower.config)
+    trained, frozen = split_params(model.abstract_params, model.tower.config)
     abstract = {
-        "params": placed(trained),
-        "labels": jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), labels
-        ),
+        "params": sharding.stored_tree(trained, model.mesh),
+        "labels": sharding.stored_tree(model.table.abstract_state, model.mesh),
     }
     with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
+        # Not strict: how many zeros stand at the ends of an array is a matter of the mesh.
         restored = manager.restore(
-            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
+            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract, strict=False))
         )["model"]
     params = restored["params"]
     if frozen:
+        dtype = config_lib.load(os.path.join(workdir, CONFIG)).lora.base_dtype
+        kept = sharding.stored_tree(as_frozen(frozen, dtype), model.mesh)
         with ocp.StandardCheckpointer() as checkpointer:
-            dtype = config_lib.load(os.path.join(workdir, CONFIG)).lora.base_dtype
-            kept = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), placed(frozen))
             path = os.path.abspath(os.path.join(workdir, FROZEN))
-            params = trees.merge(params, checkpointer.restore(path, kept))
+            params = trees.merge(params, checkpointer.restore(path, kept, strict=False))
     return params, LabelState(*restored["labels"]), step

@@ -39,19 +39,16 @@ def made(mesh, *, num_free=NUM_FREE, sparse=False, dropout=0.0, clip_norm=0.1, m
         learning_rate=1e-2, label_learning_rate=1e-2, image_learning_rate=1e-2, weight_decay=0.1,
         warmup_steps=1, clip_norm=clip_norm, total_steps=100,
     )  # fmt: skip
-    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
-    trained, frozen = runs.split_params(boxed, tower)
+    trained, frozen = runs.split_params(model.abstract_params, tower)
     like = loop.abstract_state(model, trained, frozen, tx, NUM_QUERIES)
     loss = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig(num_negatives=4)))
     train = step.make_train_step(
         model, loss, tx, like, sparse_free=sparse, centroid_momentum=0.9 if moving else None
     )
     rng = np.random.default_rng(0)
-    params = nn.unbox(jax.jit(functools.partial(runs.init_params, model))(jax.random.key(0)))
-    # What is padding of a table is zero on every mesh.
-    free = np.zeros(params["free"].shape, np.float32)
-    free[:num_free] = rng.normal(size=(num_free, 16))
-    params["free"] = free
+    params = nn.unbox(jax.jit(model.init_params)(jax.random.key(0)))
+    params["free"] = rng.normal(size=(num_free, 16)).astype(np.float32)
+    params = sharding.pad(params, like.params)
     labels = model.table.init_state(rng.integers(0, num_free, NUM_LABELS).astype(np.int32))
     labels = model.table.with_centroids(
         labels, rng.normal(size=(NUM_LABELS, 16)).astype(np.float32)

@@ -49,9 +49,8 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, step.TrainStep]:
     layout = train_step.layout_of(settings["tower"], 0)
     model = runs.build_model(config, tower, layout, NUM_LABELS, sharding.create_mesh())
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
-    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
-    trained, frozen = runs.split_params(boxed, tower)
-    frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(settings["dtype"])), frozen)
+    trained, frozen = runs.split_params(model.abstract_params, tower)
+    frozen = runs.as_frozen(frozen, settings["dtype"])
     like = loop.abstract_state(model, trained, frozen, tx, settings["batch"])
     loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
     return model, tx, like, step.make_train_step(model, loss_fn, tx, like)
@@ -87,7 +86,7 @@ def plan(settings: dict[str, Any]) -> MemoryPlan:
     model, _, like, train = build(settings)
     shards = sharding.num_row_shards(model.mesh)
     batch = sharding.to_devices(random_batch(settings, shards), model.mesh)
-    return plan_memory(like, train.program(batch, jax.random.key(0)))
+    return plan_memory(like, lambda: train.program(batch, jax.random.key(0)))
 
 
 def measure(settings: dict[str, Any]) -> int:
@@ -95,9 +94,10 @@ def measure(settings: dict[str, Any]) -> int:
     model, tx, like, train = build(settings)
 
     def fresh(key: jax.Array) -> Any:
-        params = nn.unbox(runs.init_params(model, key))
+        params = nn.unbox(model.init_params(key))
         params, frozen = runs.split_params(params, model.tower.config)
-        return params, jax.tree.map(lambda x: x.astype(jnp.dtype(settings["dtype"])), frozen)
+        frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(settings["dtype"])), frozen)
+        return sharding.pad((params, frozen), (like.params, like.frozen))
 
     labels = model.table.init_state(np.zeros(NUM_LABELS, np.int32))
     bank = loop.empty_bank(model, settings["batch"])

@@ -212,14 +212,14 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
     mesh = sharding.create_mesh()
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
-    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
 
     def fresh(key: jax.Array) -> Any:
-        params, frozen = runs.split_params(nn.unbox(runs.init_params(model, key)), tower)
-        return params, jax.tree.map(lambda x: x.astype(jnp.dtype(tower.dtype)), frozen)
+        params, frozen = runs.split_params(nn.unbox(model.init_params(key)), tower)
+        frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(tower.dtype)), frozen)
+        return sharding.pad((params, frozen), (like.params, like.frozen))
 
-    trained, frozen = runs.split_params(boxed, tower)
-    frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(tower.dtype)), frozen)
+    trained, frozen = runs.split_params(model.abstract_params, tower)
+    frozen = runs.as_frozen(frozen, tower.dtype)
     like = loop.abstract_state(model, trained, frozen, tx, len(dataset.train))
     state = loop.place_state(
         like,

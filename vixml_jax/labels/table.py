@@ -33,10 +33,19 @@ class LabelTable:
         self.width = width
 
     def init_free(self, key: Array) -> Float[Array, "f e"]:
-        """Xavier-uniform free vectors: bound sqrt(6 / (free vectors + width))."""
-        rows = sharding.pad_rows(self.num_free, self.mesh)
+        """Xavier-uniform free vectors: bound sqrt(6 / (free vectors + width)); not padded."""
         bound = (6.0 / (self.num_free + self.width)) ** 0.5
-        return jax.random.uniform(key, (rows, self.width), jnp.float32, -bound, bound)
+        return jax.random.uniform(key, (self.num_free, self.width), jnp.float32, -bound, bound)
+
+    @property
+    def abstract_state(self) -> LabelState:
+        """Logical shapes and axes of the state."""
+        return LabelState(
+            centroids=sharding.boxed(
+                jax.ShapeDtypeStruct((self.num_labels, self.width), np.float32), "ne"
+            ),
+            cluster_of=sharding.boxed(jax.ShapeDtypeStruct((self.num_labels,), np.int32), "n"),
+        )
 
     def init_state(self, cluster_of: Int[np.ndarray, " n"]) -> LabelState:
         """Zero centroids and the given map from labels to free vectors, on the mesh."""

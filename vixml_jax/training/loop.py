@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import linen as nn
 from jaxtyping import Int
 
 from vixml_jax import sharding, trees
@@ -59,35 +58,38 @@ def abstract_state(
 
     Args:
       model: Where to.
-      trained: Abstract parameters with their logical axes (of `jax.eval_shape`).
+      trained: Abstract parameters with their logical axes (of `Model.abstract_params`).
       frozen: Those that are not trained, alike.
       optimizer: Whose state it holds.
       num_queries: Training queries.
     """
-    mesh = model.mesh
-    whole, rows = sharding.replicated(mesh), sharding.rows_sharding(mesh)
-
-    def spread(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    places = sharding.shardings_of(trained, mesh)
-    params = jax.tree.map(spread, nn.unbox(trained), places)
+    mesh, whole = model.mesh, sharding.replicated(model.mesh)
+    params = sharding.stored_tree(trained, mesh)
     opt_state = jax.eval_shape(optimizer.init, params)
     opt_places = optax.tree.map_params(
-        optimizer, lambda _, place: place, opt_state, places, transform_non_params=lambda _: whole
+        optimizer,
+        lambda _, like: like.sharding,
+        opt_state,
+        params,
+        transform_non_params=lambda _: whole,
     )
-    labels = jax.eval_shape(lambda: model.table.init_state(np.zeros(model.table.num_labels)))
-    width = model.table.width
     return TrainState(
         step=jax.ShapeDtypeStruct((), np.int32, sharding=whole),
         params=params,
-        frozen=jax.tree.map(spread, nn.unbox(frozen), sharding.shardings_of(frozen, mesh)),
-        opt_state=jax.tree.map(spread, opt_state, opt_places),
-        labels=jax.tree.map(lambda x: spread(x, rows), labels),
-        bank=jax.ShapeDtypeStruct(
-            (sharding.pad_rows(num_queries, mesh), width), np.float32, sharding=rows
+        frozen=sharding.stored_tree(frozen, mesh),
+        opt_state=jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            opt_state,
+            opt_places,
         ),
+        **sharding.stored_tree(abstract_tables(model, num_queries), mesh),
     )
+
+
+def abstract_tables(model: Model, num_queries: int) -> dict[str, Any]:
+    """Logical shapes and axes of what a state holds a row a label, or a row a query, of."""
+    bank = jax.ShapeDtypeStruct((num_queries, model.table.width), np.float32)
+    return {"labels": model.table.abstract_state, "bank": sharding.boxed(bank, "ne")}
 
 
 def place_state(
@@ -240,7 +242,7 @@ class Trainer:
     def plan(self, like: TrainState) -> MemoryPlan:
         """What memory the run needs, from the program of its first batch."""
         batch = sharding.to_devices(next(self._batches(*self.start())), self.model.mesh)
-        return plan_memory(like, self.train_step.program(batch, self._key))
+        return plan_memory(like, lambda: self.train_step.program(batch, self._key))
 
     def run(
         self,
