@@ -31,6 +31,9 @@ class Shares(NamedTuple):
     image_sides: int = 1
 
 
+ALONE = Shares()
+
+
 class _Rows(NamedTuple):
     """Packed rows without their pictures; [x p s] of x devices."""
 
@@ -56,7 +59,7 @@ class Tower(nn.Module):
         num_items: int,
         *,
         deterministic: bool,
-        shares: Shares = Shares(),
+        shares: Shares = ALONE,
         chunks: int = 0,
     ) -> Float[Array, "b d"]:
         """Mean of the states over the positions of each item, or the last; float32, no unit length.
