@@ -212,7 +212,9 @@ class Trainer:
         self.evaluate, self.split = evaluate, split
         self.num_queries = len(dataset.train)
         self.steps_per_epoch = math.ceil(self.num_queries / batch.size)
-        self._key = jax.random.key(seed)
+        # Where all devices have it: else every step would copy it to them.
+        self._key = jax.device_put(jax.random.key(seed), sharding.replicated(model.mesh))
+        self._ahead: tuple[Position | None, Any] = None, None  # An iterator opened in advance.
         self._weights = None
         if batch.positives == "inverse_propensity":
             counts = np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
@@ -258,6 +260,8 @@ class Trainer:
         while position.epoch < self.loop.epochs and not self.out_of_patience(position):
             state = self._run_batches(state, clusters, position, telemetry)
             state, clusters, position = self._end_epoch(state, clusters, position, telemetry)
+            if position.epoch < self.loop.epochs:  # Its first batches are made while it is saved.
+                self._ahead = position, self._open(clusters, position)
             self._save(state, clusters, position)
         self.checkpoints.wait()
         self.checkpoints.drop_best_but(position.best_step)
@@ -287,16 +291,26 @@ class Trainer:
             **self._packing,
         )
 
+    def _open(self, clusters: np.ndarray, position: Position) -> Any:
+        """The iterator over what is left of an epoch; it begins to make batches at once."""
+        batches = self._batches(clusters, position)
+        if position.batches is not None:
+            batches.set_state(position.batches)
+        batches.start_prefetch()
+        return batches
+
     def _run_batches(
         self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
     ) -> TrainState:
         watch, profiler = telemetry.watch, telemetry.profiler
         watch.start()
-        batches = self._batches(clusters, position)
-        if position.batches is not None:
-            batches.set_state(position.batches)
+        at, batches = self._ahead
+        if at != position:
+            batches = self._open(clusters, position)
+        self._ahead = None, None
         step, last = int(state.step), (position.epoch + 1) * self.steps_per_epoch
         unread: list[dict[str, jax.Array]] = []
+        watch.lap("host")
         for batch in batches:
             watch.lap("data")
             profiler.at(step, unread)
@@ -311,7 +325,7 @@ class Trainer:
             watch.count(**self._work(batch))
             telemetry.advance(position.epoch)
             watch.lap("host")
-            jax.block_until_ready(unread[:-STEPS_UNDER_WAY][-1:])
+            jax.block_until_ready(unread[: 1 - STEPS_UNDER_WAY][-1:])
             watch.lap("compute")
             if step % self.loop.log_every == 0 or step == last:
                 self._report(step, position.epoch, unread, telemetry)
@@ -324,6 +338,8 @@ class Trainer:
                 there = dataclasses.replace(position, batches=batches.get_state())
                 self._save(state, clusters, there)
                 watch.lap("saving")
+        profiler.at(step, unread)
+        profiler.stop()  # What ends an epoch is no step.
         return state
 
     def _work(self, batch: Batch) -> dict[str, Any]:

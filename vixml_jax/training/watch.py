@@ -137,7 +137,8 @@ class Profiler:
     """Writes what host and devices do in a window of steps, by JAX's profiler.
 
     Args:
-      window: (start, end): the steps after `start` up to and including `end`; None: none.
+      window: (start, end): the steps after `start` up to and including `end`, or to the end of
+        their epoch; None: none.
       directory: Where to.
       say: Shows a line to the user.
     """
@@ -166,18 +167,24 @@ class Profiler:
             self._first = step + 1
         elif self._first is not None and step >= end:
             jax.block_until_ready(under_way)
-            self.close()
+            self.stop()
+
+    def stop(self) -> None:
+        """Ends the trace, if there is one, and says where it lies."""
+        if self._first is None:
+            return
+        jax.profiler.stop_trace()
+        self._say(
+            f"profile of steps {self._first} to {self._step}: {self._directory}; to look at it: "
+            f"pip install xprof && xprof --logdir={self._directory}; or open its "
+            "perfetto_trace.json.gz at https://ui.perfetto.dev"
+        )
+        self._first = self._window = None
 
     def close(self) -> None:
-        """Ends the trace, and says where it lies; tells if there is none though one was asked."""
-        if self._first is not None:
-            jax.profiler.stop_trace()
-            self._say(
-                f"profile of steps {self._first} to {self._step}: {self._directory}; to look at "
-                f"it: pip install xprof && xprof --logdir={self._directory}; or open its "
-                "perfetto_trace.json.gz at https://ui.perfetto.dev"
-            )
-        elif self._window is not None:
+        """Ends what is under way; says so if a profile was asked for and there is none."""
+        self.stop()
+        if self._window is not None:
             start, end = self._window
             self._say(f"--profile_steps={start}:{end}: none of these steps was run, no profile")
-        self._first = self._window = None
+            self._window = None
