@@ -319,7 +319,8 @@ class Trainer:
             watch.lap("host")
             program = self.train_step.program(placed, self._key)
             watch.lap("compiling")
-            state, scalars = program(state, placed, self._key)
+            with jax.profiler.StepTraceAnnotation("step", step_num=step + 1):
+                state, scalars = program(state, placed, self._key)
             step += 1
             unread.append(scalars)
             watch.count(**self._work(batch))

@@ -162,8 +162,12 @@ class Profiler:
         start, end = self._window
         if self._first is None and start <= step < end:
             jax.block_until_ready(under_way)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # It would slow down the host that is to be seen.
             # The second form of the trace is for those who do not want to install a viewer.
-            jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+            jax.profiler.start_trace(
+                self._directory, create_perfetto_trace=True, profiler_options=options
+            )
             self._first = step + 1
         elif self._first is not None and step >= end:
             jax.block_until_ready(under_way)
