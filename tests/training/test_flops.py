@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vixml_jax.benchmarks import towers
 from vixml_jax.labels.combiner import Combiner
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
@@ -199,3 +200,17 @@ def test_layers_that_slide_see_less():
     near = flops.tower_flops(config, lengths, 0).forward
     # Four of six layers slide: 10 + 9 + ... + 1 pairs become 1 + 2 + 3 + 7 times 4.
     assert whole - near == 4 * 4 * 6 * 8 * (55 - 34)
+
+
+def test_a_published_decoder_by_hand():
+    """Qwen2.5-3B: 36 layers of 2048, 16 query and 2 key heads of 128, feed-forward 11008."""
+    config = towers.config_of("Qwen/Qwen2.5-3B-Instruct")
+    dense = 36 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 11008)
+    pairs = 36 * 4 * 2048 * (40 * 41 / 2)
+    lengths = np.full(5, 40)
+    plain = flops.tower_flops(config, lengths, 0)
+    assert plain == (200 * 2 * dense + 5 * pairs, 200 * 6 * dense + 15 * pairs)
+    adapted = flops.tower_flops(dataclasses.replace(config, lora_rank=8), lengths, 0)
+    low = 36 * 8 * (2 * 4096 + 2 * (2048 + 256) + 3 * (2048 + 11008))
+    assert adapted.forward - plain.forward == 200 * 2 * low
+    assert adapted.step == 200 * (4 * dense + 6 * low) + 15 * pairs

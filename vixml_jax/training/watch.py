@@ -100,8 +100,9 @@ class Watch:
         if not found:
             return ""
         shares = ", ".join(f"{said} {found[f'{x}_share']:.1%}" for x, said in PHASES.items())
-        flops = found["flops_per_s"] / 1e12
-        speed = f"MFU {found['mfu']:.1%}" if "mfu" in found else f"{flops:.3g} TFLOP/s"
+        speed = f"{found['flops_per_s'] / 1e9:,.0f} GFLOP/s"
+        if "mfu" in found:
+            speed = f"MFU {found['mfu']:.1%}"
         whose = "of the process" if jax.default_backend() == "cpu" else "a device"
         parts = [
             f"step {1e3 * found['step_s']:.3g} ms: {shares.replace('%', ' %')}",
