@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy import sparse
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, memory, runs
+from vixml_jax import errors, memory, programs, runs
 from vixml_jax.config import Config, EvalConfig
 from vixml_jax.data import propensity
 from vixml_jax.data.store import PreparedDataset
@@ -271,6 +271,7 @@ def main(argv: Sequence[str]) -> None:
     if not values.workdir:
         raise InputError("--workdir: missing; expected a run directory that train wrote")
     memory.keep_freed_pages()
+    programs.keep_in(values.compile_cache)
     config = config_lib.load(os.path.join(values.workdir, runs.CONFIG))
     config = dataclasses.replace(
         config,
@@ -312,6 +313,7 @@ def define_flags() -> None:
         "hide_images", False, "Judge queries by their texts alone: what their pictures bring."
     )
     flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
+    programs.define_flag()
 
 
 if __name__ == "__main__":

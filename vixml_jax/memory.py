@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import sys
 from typing import TYPE_CHECKING
 
@@ -40,3 +41,20 @@ def of_a_device(device: "jax.Device | None" = None) -> int:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return pages // jax.local_device_count()
     return (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
+def peak_of_a_device() -> int:
+    """The most bytes that arrays have taken so far of any one device of this process.
+
+    Where devices do not say, as those of a CPU: the most that the process has held at once.
+    """
+    import jax
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max(one.get("peak_bytes_in_use", 0) for one in stats)
+    if peak:
+        return peak
+    unit = (
+        1 if sys.platform == "darwin" else 1024
+    )  # https://man7.org/linux/man-pages/man2/getrusage.2.html
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, evaluate, memory, runs, sharding, trees
+from vixml_jax import devices, errors, evaluate, memory, programs, runs, sharding, trees
 from vixml_jax.config import Config
 from vixml_jax.data import tokenize
 from vixml_jax.data.packing import Layout
@@ -29,7 +29,7 @@ from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.tower import TowerConfig
 from vixml_jax.structs import TrainState
-from vixml_jax.training import loop, losses, optimizer, step, warm_start
+from vixml_jax.training import loop, losses, optimizer, step, warm_start, watch
 from vixml_jax.training import plan as plan_lib
 from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
@@ -299,10 +299,14 @@ def plan(config: Config, *, devices: str = "", sizes: str = "") -> None:
         print(f"compiled in {time.perf_counter() - clock:.0f} s; it fits")
 
 
-def train(config: Config) -> None:
+def train(config: Config, *, profile: tuple[int, int] | None = None) -> None:
     """Trains as the flags say, from where the run directory stands, and evaluates.
 
     Where the data have a validation split, all that is evaluated here is evaluated on it.
+
+    Args:
+      config: All that makes the run what it is.
+      profile: Steps to be profiled, as `watch.Profiler` takes them.
     """
     dataset = runs.open_dataset(config)
     k = min(config.eval.k, dataset.num_labels)
@@ -375,13 +379,16 @@ def train(config: Config) -> None:
         config.workdir,
         step=int(state.step),
         total_steps=total_steps,
-        batch_size=config.batch.size,
+        peak_flops=devices.peak_flops(mesh.devices.flat),
+        profile=profile,
     )
     try:
         state, position = trainer.run(state, clusters, position, telemetry)
     finally:
         telemetry.close()
         checkpoints.close()
+    if telemetry.watch.closing():
+        print(telemetry.watch.closing())
     params, labels = trees.merge(state.params, state.frozen), state.labels
     if position.best_step is not None:
         # Room first: a device may not hold two models beside an optimizer.
@@ -403,18 +410,24 @@ def main(argv: Sequence[str]) -> None:
     config = config_lib.from_flags(values)
     if not values.plan and (values.plan_devices or values.plan_size):
         raise InputError("--plan_devices and --plan_size say what to plan for: add --plan")
+    profile = watch.parse_window(values.profile_steps)
     memory.keep_freed_pages()
-    cache = os.path.join(os.path.expanduser("~"), ".cache", "vixml_jax", "programs")
-    jax.config.update("jax_compilation_cache_dir", cache)
+    programs.keep_in(values.compile_cache)
     if values.plan:
         plan(config, devices=values.plan_devices, sizes=values.plan_size)
     else:
-        train(config)
+        train(config, profile=profile)
 
 
 def define_flags() -> None:
-    """The flags of this door: those of a run, and how to plan one."""
+    """The flags of a run, and those that may differ each time it is started."""
     config_lib.define_flags()
+    programs.define_flag()
+    flags.DEFINE_string(
+        "profile_steps",
+        "",
+        "START:END: write a profile of the steps after START up to END to the run directory.",
+    )
     flags.DEFINE_boolean(
         "plan", False, "Print every large array and what the run takes of a device, and stop."
     )

@@ -64,9 +64,13 @@ def run(parts, checkpoints, workdir, curve, tick=lambda name: None, **loop_flags
     """Runs the loop from where the checkpoints stand; evaluations are read from the curve."""
     config, dataset, model = parts
 
-    def step(state, batch, key):
-        tick("step")
-        return train_step(state, batch, key)
+    class Step:
+        def program(self, batch, key):
+            def step(state, batch, key):
+                tick("step")
+                return train_step(state, batch, key)
+
+            return step
 
     def evaluate(params, labels):
         tick("evaluate")
@@ -75,7 +79,7 @@ def run(parts, checkpoints, workdir, curve, tick=lambda name: None, **loop_flags
     trainer = loop.Trainer(
         model,
         dataset,
-        step,
+        Step(),
         batch=config.batch,
         labels=config.labels,
         loop=LoopConfig(**loop_flags),
@@ -90,7 +94,7 @@ def run(parts, checkpoints, workdir, curve, tick=lambda name: None, **loop_flags
     if checkpoints.latest_step() is not None:
         state, clusters, position = checkpoints.restore(state, clusters)
         position = loop.Position(**position)
-    telemetry = Telemetry(workdir, step=int(state.step), total_steps=20, batch_size=48)
+    telemetry = Telemetry(workdir, step=int(state.step), total_steps=20)
     try:
         state, position = trainer.run(state, clusters, position, telemetry)
     finally:
@@ -161,8 +165,7 @@ def chosen_run(parts, workdir, tick=lambda name: None):
     finally:
         checkpoints.close()
     lines = [json.loads(line) for line in open(os.path.join(workdir, "metrics.jsonl"))]
-    for line in lines:
-        line.pop("queries_per_s", None)
+    lines = [{k: v for k, v in line.items() if not k.startswith("watch/")} for line in lines]
     return (float(state.params["mean"]), position, lines, kept_model(workdir))
 
 

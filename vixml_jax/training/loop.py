@@ -16,12 +16,16 @@ from vixml_jax.data import packing, pipeline, propensity, sampling
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.labels.centroids import exact_centroids
-from vixml_jax.structs import LabelState, TrainState
+from vixml_jax.structs import Batch, LabelState, TrainState
 from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.clustering import balanced_clusters, numbered_by_first_row
+from vixml_jax.training.flops import step_flops
 from vixml_jax.training.plan import MemoryPlan, plan_memory
 from vixml_jax.training.step import TrainStep
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
+
+# One that the devices work on, and one that waits for them. More would hold more batches there.
+STEPS_UNDER_WAY = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +214,9 @@ class Trainer:
         self.evaluate, self.split = evaluate, split
         self.num_queries = len(dataset.train)
         self.steps_per_epoch = math.ceil(self.num_queries / batch.size)
-        self._key = jax.random.key(seed)
+        # Where all devices have it: else every step would copy it to them.
+        self._key = jax.device_put(jax.random.key(seed), sharding.replicated(model.mesh))
+        self._ahead: tuple[Position | None, Any] = None, None  # An iterator opened in advance.
         self._weights = None
         if batch.positives == "inverse_propensity":
             counts = np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
@@ -256,8 +262,9 @@ class Trainer:
         while position.epoch < self.loop.epochs and not self.out_of_patience(position):
             state = self._run_batches(state, clusters, position, telemetry)
             state, clusters, position = self._end_epoch(state, clusters, position, telemetry)
+            if position.epoch < self.loop.epochs:  # Its first batches are made while it is saved.
+                self._ahead = position, self._open(clusters, position)
             self._save(state, clusters, position)
-            telemetry.pause()
         self.checkpoints.wait()
         self.checkpoints.drop_best_but(position.best_step)
         return state, position
@@ -286,21 +293,43 @@ class Trainer:
             **self._packing,
         )
 
-    def _run_batches(
-        self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
-    ) -> TrainState:
+    def _open(self, clusters: np.ndarray, position: Position) -> Any:
+        """The iterator over what is left of an epoch; it begins to make batches at once."""
         batches = self._batches(clusters, position)
         if position.batches is not None:
             batches.set_state(position.batches)
+        batches.start_prefetch()
+        return batches
+
+    def _run_batches(
+        self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
+    ) -> TrainState:
+        watch, profiler = telemetry.watch, telemetry.profiler
+        watch.start()
+        at, batches = self._ahead
+        if at != position:
+            batches = self._open(clusters, position)
+        self._ahead = None, None
         step, last = int(state.step), (position.epoch + 1) * self.steps_per_epoch
         unread: list[dict[str, jax.Array]] = []
+        watch.lap("host")
         for batch in batches:
-            state, scalars = self.train_step(
-                state, sharding.to_devices(batch, self.model.mesh), self._key
-            )
+            watch.lap("data")
+            profiler.at(step, unread)
+            watch.lap("profiling")
+            placed = sharding.to_devices(batch, self.model.mesh)
+            watch.lap("host")
+            program = self.train_step.program(placed, self._key)
+            watch.lap("compiling")
+            with jax.profiler.StepTraceAnnotation("step", step_num=step + 1):
+                state, scalars = program(state, placed, self._key)
             step += 1
             unread.append(scalars)
+            watch.count(**self._work(batch))
             telemetry.advance(position.epoch)
+            watch.lap("host")
+            jax.block_until_ready(unread[: 1 - STEPS_UNDER_WAY][-1:])
+            watch.lap("compute")
             if step % self.loop.log_every == 0 or step == last:
                 self._report(step, position.epoch, unread, telemetry)
                 unread = []
@@ -308,15 +337,29 @@ class Trainer:
                 if unread:  # A state is saved only if all that led to it was finite.
                     self._report(step, position.epoch, unread, telemetry)
                     unread = []
+                watch.lap("host")
                 there = dataclasses.replace(position, batches=batches.get_state())
                 self._save(state, clusters, there)
+                watch.lap("saving")
+        profiler.at(step, unread)
+        profiler.stop()  # What ends an epoch is no step.
         return state
+
+    def _work(self, batch: Batch) -> dict[str, Any]:
+        """What there is to do in a batch of the host, padding left out."""
+        return {
+            "queries": np.count_nonzero(batch.query_ids >= 0),
+            "labels": np.count_nonzero(batch.label_ids >= 0),
+            "tokens": np.count_nonzero(batch.items.segments >= 0),
+            "flops": step_flops(self.model.tower.config, self.model.combiner, batch),
+        }
 
     def _report(
         self, step: int, epoch: int, unread: list[dict[str, jax.Array]], telemetry: Telemetry
     ) -> None:
         """Reads the scalars of the steps since the last report; stops where they are not finite."""
         read = jax.device_get(unread)
+        telemetry.watch.lap("compute")
         first = step - len(read) + 1
         for offset, scalars in enumerate(read):
             # Of vectors that are not numbers every hinge is 0: the gradient tells where the loss

@@ -3,11 +3,12 @@
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from vixml_jax.training.watch import Profiler, Watch
 
 
 class Telemetry:
@@ -18,14 +19,32 @@ class Telemetry:
 
     Attributes:
       path: Of `metrics.jsonl`.
+      watch: Where the time goes; its means are written with the scalars, as `watch/...`.
+      profiler: Writes a window of steps to `profile` of the run directory.
+
+    Args:
+      workdir: The run directory.
+      step: Where the run stands,
+      total_steps: and where it ends.
+      peak_flops: See `Watch`.
+      profile: The window of the profiler.
     """
 
-    def __init__(self, workdir: str, *, step: int, total_steps: int, batch_size: int):
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        step: int,
+        total_steps: int,
+        peak_flops: float = 0.0,
+        profile: tuple[int, int] | None = None,
+    ):
         import tensorboardX
         import tqdm
 
         self.path = os.path.join(workdir, "metrics.jsonl")
-        self._batch_size = batch_size
+        self.watch = Watch(peak_flops=peak_flops)
+        self.profiler = Profiler(profile, os.path.join(workdir, "profile"), self.say)
         _keep_until(self.path, step)
         self._file = open(self.path, "a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(
@@ -39,7 +58,6 @@ class Telemetry:
             smoothing=0.05,
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
         )
-        self._last = (time.monotonic(), step)
 
     def advance(self, epoch: int) -> None:
         """One step done."""
@@ -48,17 +66,15 @@ class Telemetry:
 
     def scalars(self, step: int, values: Mapping[str, float], **more: Any) -> None:
         """Writes the values of a step, and shows loss, violators and speed on the bar."""
-        now, (then, before) = time.monotonic(), self._last
-        self._last = (now, step)
-        values = dict(values)
-        if step > before:
-            values["queries_per_s"] = (step - before) * self._batch_size / max(now - then, 1e-9)
-        self.write(step, values, **more)
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, violators {values['violators']:.2f}, "
-            f"{values.get('queries_per_s', 0.0):.0f} queries/s",
-            refresh=False,
-        )
+        watched = self.watch.report()
+        named = {f"watch/{name}": value for name, value in watched.items()}
+        self.write(step, {**values, **named}, **more)
+        shown = f"loss {values['loss']:.4f}, violators {values['violators']:.2f}"
+        if watched:
+            shown += f", {watched['queries_per_s']:.0f} queries/s"
+            if watched["data_share"] > 0.02:
+                shown += f", {100 * watched['data_share']:.0f} % waiting for data"
+        self._bar.set_postfix_str(shown, refresh=False)
 
     def write(self, step: int, values: Mapping[str, float], **more: Any) -> None:
         """Writes values without touching the bar."""
@@ -72,12 +88,9 @@ class Telemetry:
         """A line above the bar."""
         self._bar.write(text, file=sys.stderr)
 
-    def pause(self) -> None:
-        """What follows is not training: it does not count in the next items/s."""
-        self._last = (time.monotonic(), self._bar.n)
-
     def close(self) -> None:
-        """Ends bar and files."""
+        """Ends profile, bar and files."""
+        self.profiler.close()
         self._bar.close()
         self._board.close()
         self._file.close()
