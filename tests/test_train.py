@@ -320,7 +320,9 @@ def test_evaluate_without_pictures(whole_run, capsys):
     )
     params, labels, _ = runs.restore_model(config.workdir, model)
     hidden = evaluate.without_images(dataset, "test")
-    shown, bare = (model.encode_queries(params, data.test, block=32) for data in (dataset, hidden))
+    shown, bare = (
+        model.encode_queries(params, data.test, block=32).values for data in (dataset, hidden)
+    )
     moved = np.abs(shown - bare).max(axis=1)
     assert moved[::2].min() > 1e-3  # Every other query has a picture.
     np.testing.assert_allclose(moved[1::2], 0.0, atol=1e-6)

@@ -13,14 +13,15 @@ from jaxtyping import Float
 from scipy import sparse
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, memory, programs, runs
+from vixml_jax import errors, memory, processes, programs, runs
 from vixml_jax.config import Config, EvalConfig
 from vixml_jax.data import propensity
-from vixml_jax.data.store import PreparedDataset
+from vixml_jax.data.store import Items, PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation import metrics as metrics_lib
 from vixml_jax.evaluation import report, vote
+from vixml_jax.processes import Group
 from vixml_jax.search import augmented
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.exact import ExactIndex
@@ -68,6 +69,7 @@ def evaluate_model(
     memory: EvalConfig | None = None,
     index_dir: str | None = None,
     titles: bool = True,
+    group: Group = processes.ALONE,
 ) -> dict[str, Any]:
     """Metrics of a model on a split, with counts and seconds of each phase.
 
@@ -82,6 +84,7 @@ def evaluate_model(
         metrics with them stand under `with_memory`.
       index_dir: Where a ScaNN index is kept; needed for 'scann'.
       titles: Whether to show progress.
+      group: The processes of the model's mesh.
     """
     queries, _, pairs = dataset.split(split)
     seconds, clock = {}, time.perf_counter()
@@ -94,15 +97,18 @@ def evaluate_model(
         params, labels, dataset.labels, block=block, title="labels" if titles else ""
     )
     lap("encode_labels")
-    query_vectors = model.encode_queries(
-        params, queries, block=block, title=f"{split} queries" if titles else ""
-    )
+
+    def encode(items: Items, title: str) -> Float[np.ndarray, "n e"]:
+        share = model.encode_queries(params, items, block=block, title=title if titles else "")
+        return processes.whole(share, len(items), group)
+
+    query_vectors = encode(queries, f"{split} queries")
     lap("encode_queries")
     fetched = min(k + index_lib.over_fetch(pairs), dataset.num_labels)
-    exact = ExactIndex(label_vectors, mesh=model.mesh)
+    exact = ExactIndex(label_vectors, num_labels=dataset.num_labels, mesh=model.mesh)
     settings: dict[str, Any] = {"kind": search, "k": k, "fetched": fetched}
     if search == "scann":
-        index = open_scann(label_vectors, index_dir)
+        index = open_scann(label_vectors.values, index_dir)
         lap("build_index")
         result = index.search(query_vectors, fetched)
         lap("search")
@@ -120,13 +126,7 @@ def evaluate_model(
     lap("metrics")
     remembered = {}
     if memory is not None:
-        vectors = (
-            query_vectors
-            if split == "train"
-            else model.encode_queries(
-                params, dataset.train, block=block, title="training queries" if titles else ""
-            )
-        )
+        vectors = query_vectors if split == "train" else encode(dataset.train, "training queries")
         mixed = with_memory(
             result, query_vectors, vectors, dataset, memory, model, split == "train"
         )

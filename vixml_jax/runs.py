@@ -40,8 +40,13 @@ def write_text(path: str, text: str) -> None:
     os.replace(path + ".tmp", path)
 
 
-def open_run(config: Config, tower: TowerConfig, layout: Layout, content_hash: str) -> None:
+def open_run(
+    config: Config, tower: TowerConfig, layout: Layout, content_hash: str, mesh: Mesh
+) -> int:
     """Makes the run directory, or checks that the one found is of the same run.
+
+    Returns:
+      In how many shares its batches are packed (see `sharding.num_shares`).
 
     Raises:
       InputError: If the directory holds another configuration, or other data.
@@ -53,18 +58,26 @@ def open_run(config: Config, tower: TowerConfig, layout: Layout, content_hash: s
         "tower": dataclasses.asdict(tower),
         "layout": layout._asdict(),
         "content_hash": content_hash,
+        "shares": sharding.num_shares(mesh),
     }
     if os.path.exists(path):
         changed = config_lib.differences(config_lib.load(path), config)
-        changed = [line for line in changed if not line.startswith("--workdir:")]
-        if not changed and _read_tower(config.workdir)["content_hash"] != content_hash:
+        changed = [line for line in changed if not line.startswith(("--workdir:", "--mesh:"))]
+        recorded = _read_tower(config.workdir)
+        if not changed and recorded["content_hash"] != content_hash:
             changed = [f"--data={config.data} has other content than the run was started on"]
         if changed:
             raise InputError(
                 f"--workdir={config.workdir} holds a run of another configuration "
                 f"({'; '.join(changed)}): use the same flags to resume it, or another --workdir"
             )
-        return
+        shares = sharding.num_shares(mesh, recorded["shares"])
+        if shares != recorded["shares"]:
+            print(
+                f"batches are packed in {shares} shares instead of {recorded['shares']}, of which "
+                "this mesh divides no part: dropout is drawn differently from here on"
+            )
+        return shares
     if os.path.isdir(os.path.join(config.workdir, CHECKPOINTS)):
         raise InputError(
             f"{path}: not found, but there are checkpoints beside it; use another --workdir"
@@ -72,6 +85,7 @@ def open_run(config: Config, tower: TowerConfig, layout: Layout, content_hash: s
     os.makedirs(config.workdir, exist_ok=True)
     write_text(os.path.join(config.workdir, TOWER), json.dumps(about, indent=2) + "\n")
     write_text(path, config.to_json())
+    return about["shares"]
 
 
 def _read_tower(workdir: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Mesh and rules: the only place that knows both the logical axes and the mesh."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,10 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from vixml_jax import axes
+from vixml_jax.structs import Share
 
 MESH_AXES = ("replica", "fsdp", "tensor")  # Slowest link first.
 ROWS = ("replica", "fsdp")  # What rows of batches, banks and tables are spread over.
@@ -67,6 +70,19 @@ def create_mesh(
 def num_row_shards(mesh: Mesh) -> int:
     """Over how many devices rows are spread."""
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def num_shares(mesh: Mesh, recorded: int = 8) -> int:
+    """In how many shares a run packs its batches.
+
+    Dropout is drawn by places in packed rows. As many shares on any number of devices make it the
+    same run.
+
+    Args:
+      mesh: Its row shards divide the number.
+      recorded: What a run began with; a multiple of it where the mesh does not divide it.
+    """
+    return math.lcm(recorded, num_row_shards(mesh))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
@@ -199,18 +215,108 @@ def laid_out(mesh: Mesh) -> Iterator[None]:
         yield
 
 
+def row_shards(mesh: Mesh, process: int | None = None, *, kept: bool = False) -> list[int]:
+    """The row shards that lie on a process's devices, ascending.
+
+    Args:
+      mesh: Over the devices of all processes.
+      process: None: this one.
+      kept: Of shards that several processes hold (a tensor axis may span them), those alone that
+        are this one's to keep, so that all processes together keep each shard once.
+    """
+    process = jax.process_index() if process is None else process
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    owners = owners.reshape(num_row_shards(mesh), -1)  # [row shards, tensor]
+    mine = owners[:, 0] == process if kept else (owners == process).any(axis=1)
+    return np.flatnonzero(mine).tolist()
+
+
+def row_ids(
+    num_rows: int, mesh: Mesh, process: int | None = None, *, kept: bool = False
+) -> Int[np.ndarray, " m"]:
+    """The rows of a spread array of `num_rows`, without padding, of `row_shards`; ascending."""
+    each = pad_rows(num_rows, mesh) // num_row_shards(mesh)
+    shards = np.array(row_shards(mesh, process, kept=kept), np.int64)
+    ids = (shards[:, None] * each + np.arange(each)).reshape(-1)
+    return ids[ids < num_rows]
+
+
+def spread_rows(share: Share, num_rows: int, mesh: Mesh) -> jax.Array:
+    """An array spread over (replica, fsdp), zero rows at its end, from the rows of each process.
+
+    Args:
+      share: The rows of `row_ids(num_rows, mesh)` at least.
+      num_rows: Of all processes together.
+      mesh: Where to.
+    """
+    each = pad_rows(num_rows, mesh) // num_row_shards(mesh)
+    dtype, width = share.values.dtype, share.values.shape[1:]
+
+    def part(shard: int) -> np.ndarray:
+        start, stop = (min(at * each, num_rows) for at in (shard, shard + 1))
+        first = np.searchsorted(share.ids, start)
+        rows = share.values[first : first + stop - start]
+        missing = each - len(rows)
+        return np.concatenate([rows, np.zeros((missing, *width), dtype)]) if missing else rows
+
+    return _from_parts(part, each, width, mesh)
+
+
+def share_of(rows: jax.Array, num_rows: int, mesh: Mesh, *, kept: bool = False) -> Share:
+    """The rows of a spread array that this process holds (or keeps: see `row_shards`), on the host;
+    what is padding is left out."""
+    each = rows.shape[0] // num_row_shards(mesh)
+    parts = {shard.index[0].start or 0: shard.data for shard in rows.addressable_shards}
+    found = [np.asarray(parts[shard * each]) for shard in row_shards(mesh, kept=kept)]
+    ids = row_ids(num_rows, mesh, kept=kept)
+    values = np.concatenate(found) if len(found) != 1 else found[0]
+    return Share(ids, values[: len(ids)])
+
+
 def to_devices(batch: Any, mesh: Mesh) -> Any:
-    """Puts a host batch on the mesh: rows spread where they divide, else whole."""
-    return jax.tree.map(lambda x: jax.device_put(x, _of_batch(x, mesh)), batch)
+    """A batch on the mesh, rows spread, from the parts that this process's devices hold.
+
+    Args:
+      batch: Arrays whose rows belong, in equal parts, to `row_shards(mesh)`.
+      mesh: Where to.
+    """
+    here = row_shards(mesh)
+
+    def place(x: np.ndarray) -> jax.Array:
+        each = x.shape[0] // len(here)
+        if each * len(here) != x.shape[0]:
+            raise ValueError(f"{x.shape[0]} rows cannot be dealt out to {len(here)} devices")
+        return _from_parts(
+            lambda shard: x[here.index(shard) * each :][:each], each, x.shape[1:], mesh
+        )
+
+    return jax.tree.map(place, batch)
+
+
+def everywhere(x: Any, mesh: Mesh) -> jax.Array:
+    """An array that all processes have alike, whole on every device."""
+    return jax.jit(lambda: x, out_shardings=replicated(mesh))()
 
 
 def abstract_on_devices(batch: Any, mesh: Mesh) -> Any:
-    """What `to_devices` gives, of shapes and dtypes alone."""
+    """What `to_devices` gives, of whole shapes and dtypes alone."""
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_of_batch(x, mesh)), batch
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_sharding(mesh)), batch
     )
 
 
-def _of_batch(x: Any, mesh: Mesh) -> NamedSharding:
-    spread = x.ndim > 0 and x.shape[0] and x.shape[0] % num_row_shards(mesh) == 0
-    return rows_sharding(mesh) if spread else replicated(mesh)
+def _from_parts(
+    part: Callable[[int], np.ndarray], each: int, width: tuple[int, ...], mesh: Mesh
+) -> jax.Array:
+    """A spread array of which `part(shard)` is one device's `each` rows."""
+    shards = num_row_shards(mesh)
+    devices = mesh.devices.reshape(shards, -1)
+    parts = [
+        jax.device_put(part(shard), device)
+        for shard in row_shards(mesh)
+        for device in devices[shard]
+        if device.process_index == jax.process_index()
+    ]
+    return jax.make_array_from_single_device_arrays(
+        (each * shards, *width), rows_sharding(mesh), parts
+    )

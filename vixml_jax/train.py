@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import devices, errors, evaluate, memory, programs, runs, sharding, trees
+from vixml_jax import devices, errors, evaluate, memory, processes, programs, runs, sharding, trees
 from vixml_jax.config import Config
 from vixml_jax.data import tokenize
 from vixml_jax.data.packing import Layout
@@ -315,7 +315,7 @@ def train(config: Config, *, profile: tuple[int, int] | None = None) -> None:
     tower, layout = make_tower(config, dataset)
     parts = assemble(config, tower, layout, sizes_of(dataset), mesh)
     model, tx, like, _ = parts
-    runs.open_run(config, tower, layout, dataset.content_hash)
+    shares = runs.open_run(config, tower, layout, dataset.content_hash, mesh)
     steps_per_epoch = -(-len(dataset.train) // config.batch.size)
     total_steps = config.loop.epochs * steps_per_epoch
     checkpoints = Checkpoints(
@@ -333,6 +333,8 @@ def train(config: Config, *, profile: tuple[int, int] | None = None) -> None:
         loop=config.loop,
         block=config.eval.block,
         seed=config.seed,
+        shares=shares,
+        group=processes.ALONE,
         checkpoints=checkpoints,
         guard=CollapseGuard(margin=config.loss.margin_min, num_negatives=config.loss.num_negatives),
         evaluate=lambda params, labels: evaluate.evaluate_model(
@@ -362,6 +364,7 @@ def train(config: Config, *, profile: tuple[int, int] | None = None) -> None:
             labels=config.labels,
             block=config.eval.block,
             seed=config.seed,
+            group=processes.ALONE,
         )
     else:
         labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))

@@ -14,7 +14,7 @@ from vixml_jax import runs, sharding
 from vixml_jax.config import Config, LabelsConfig, LossConfig
 from vixml_jax.data.packing import Layout
 from vixml_jax.models.bert import BertConfig
-from vixml_jax.structs import Batch, PackedItems
+from vixml_jax.structs import Batch, PackedItems, Share
 from vixml_jax.training import collectives, loop, losses, optimizer, step
 
 NUM_LABELS, NUM_FREE, NUM_QUERIES, SIZE = 3000, 1000, 5000, 32
@@ -51,7 +51,8 @@ def made(mesh, *, num_free=NUM_FREE, sparse=False, dropout=0.0, clip_norm=0.1, m
     params = sharding.pad(params, like.params)
     labels = model.table.init_state(rng.integers(0, num_free, NUM_LABELS).astype(np.int32))
     labels = model.table.with_centroids(
-        labels, rng.normal(size=(NUM_LABELS, 16)).astype(np.float32)
+        labels,
+        Share(np.arange(NUM_LABELS), rng.normal(size=(NUM_LABELS, 16)).astype(np.float32)),
     )
     bank = loop.empty_bank(model, NUM_QUERIES)
     return train, loop.place_state(like, params, {}, tx, labels, bank), model

@@ -1,5 +1,7 @@
 """The label table: one row a label, spread over the mesh; gathered and scattered by id."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from vixml_jax import sharding
 from vixml_jax.sharding import ROWS
-from vixml_jax.structs import LabelState
+from vixml_jax.structs import LabelState, Share
 
 
 class LabelTable:
@@ -50,19 +52,18 @@ class LabelTable:
     def init_state(self, cluster_of: Int[np.ndarray, " n"]) -> LabelState:
         """Zero centroids and the given map from labels to free vectors, on the mesh."""
         rows = sharding.pad_rows(self.num_labels, self.mesh)
-        padded = np.zeros(rows, np.int32)
-        padded[: self.num_labels] = cluster_of
-        place = sharding.rows_sharding(self.mesh)
+        ids = sharding.row_ids(self.num_labels, self.mesh)
+        clusters = Share(ids, np.asarray(cluster_of, np.int32)[ids])
+        zeros = functools.partial(jnp.zeros, (rows, self.width), jnp.float32)
         return LabelState(
-            centroids=jax.device_put(np.zeros((rows, self.width), np.float32), place),
-            cluster_of=jax.device_put(padded, place),
+            centroids=jax.jit(zeros, out_shardings=sharding.rows_sharding(self.mesh))(),
+            cluster_of=sharding.spread_rows(clusters, self.num_labels, self.mesh),
         )
 
-    def with_centroids(self, state: LabelState, centroids: Float[np.ndarray, "n e"]) -> LabelState:
-        """The state with new centroids of the real labels."""
-        padded = np.zeros(state.centroids.shape, np.float32)
-        padded[: self.num_labels] = centroids
-        return state._replace(centroids=jax.device_put(padded, sharding.rows_sharding(self.mesh)))
+    def with_centroids(self, state: LabelState, centroids: Share) -> LabelState:
+        """The state with new centroids of the real labels, each process's rows from itself."""
+        spread = sharding.spread_rows(centroids, self.num_labels, self.mesh)
+        return state._replace(centroids=spread)
 
     def gather_free(
         self, free: Float[Array, "f e"], state: LabelState, label_ids: Int[Array, " c"]

@@ -22,13 +22,12 @@ ENCODERS = {BertConfig: Encoder, DecoderConfig: Decoder}
 class Shares(NamedTuple):
     """How a batch is dealt out to devices, so that each works on its own items alone.
 
-    The items are `sides` equal runs (queries, then labels), as are the pictures `image_sides`; the
-    n-th of equal parts of the rows holds the n-th part of each run.
+    The items are `sides` equal runs (queries, then labels); the n-th of equal parts of the rows
+    holds the n-th part of each run, and the n-th of equal parts of the pictures is theirs.
     """
 
     devices: int = 1
     sides: int = 1
-    image_sides: int = 1
 
 
 ALONE = Shares()
@@ -93,7 +92,7 @@ class Tower(nn.Module):
 
         devices = shares.devices
         if projected is not None:
-            projected = _deal(projected, devices, shares.image_sides)
+            projected = projected.reshape(devices, -1, c.width)
 
         def pooled(rows: _Rows, encode: Callable[..., Array]) -> tuple[Array, Array]:
             """Sum of the states of each device's items [x b d], and of how many [x b]."""
@@ -116,7 +115,7 @@ class Tower(nn.Module):
         rows = _Rows(*(x.reshape(devices, -1, x.shape[1]) for x in packed[:4]))
         rows = rows._replace(
             segments=_own(rows.segments, num_items, shares.sides),
-            image_at=_own(rows.image_at, images.shape[0], shares.image_sides),
+            image_at=_own(rows.image_at, images.shape[0], 1),
         )
         if not chunks or self.is_initializing():
             total, count = pooled(rows, ENCODERS[type(c)](c, name="encoder"))
@@ -153,12 +152,6 @@ class Tower(nn.Module):
         own = num_items // devices
         start = jnp.zeros((devices, own, c.width)), jnp.zeros((devices, own))
         return jax.lax.scan(step, start, (rows, keys))[0]
-
-
-def _deal(x: Float[Array, "i d"], devices: int, sides: int) -> Float[Array, "x j d"]:
-    """Rows of a batch by device: of each side its part."""
-    dealt = x.reshape(sides, devices, -1, x.shape[-1]).swapaxes(0, 1)
-    return dealt.reshape(devices, -1, x.shape[-1])
 
 
 def _own(ids: Int[Array, "x p s"], num: int, sides: int) -> Int[Array, "x p s"]:

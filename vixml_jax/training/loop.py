@@ -1,22 +1,27 @@
 """The training run: epochs of batches, then clusters, centroids, evaluation and saving."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Int
+from scipy import sparse
 
 from vixml_jax import sharding, trees
 from vixml_jax.config import BatchConfig, LabelsConfig, LoopConfig
-from vixml_jax.data import packing, pipeline, propensity, sampling
+from vixml_jax.data import pipeline, propensity, sampling
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.labels.centroids import exact_centroids
-from vixml_jax.structs import Batch, LabelState, TrainState
+from vixml_jax.processes import Group
+from vixml_jax.structs import Batch, LabelState, Share, TrainState
 from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.clustering import balanced_clusters, numbered_by_first_row
 from vixml_jax.training.flops import step_flops
@@ -102,7 +107,7 @@ def place_state(
     frozen: Any,
     optimizer: optax.GradientTransformation,
     labels: LabelState,
-    bank: np.ndarray,
+    bank: jax.Array,
 ) -> TrainState:
     """The first state, each array where it will stay.
 
@@ -112,7 +117,7 @@ def place_state(
       frozen: Those that are not.
       optimizer: Whose state to make.
       labels: The label state.
-      bank: Unit embeddings of the training queries, padded to the mesh.
+      bank: Unit embeddings of the training queries, spread over the mesh.
     """
     places = jax.tree.map(lambda x: x.sharding, like)
     params = jax.device_put(params, places.params)
@@ -126,10 +131,35 @@ def place_state(
     )
 
 
-def empty_bank(model: Model, num_queries: int) -> np.ndarray:
-    """Zero rows for all training queries, padded to the mesh."""
+def empty_bank(model: Model, num_queries: int) -> jax.Array:
+    """Zero rows for all training queries, spread over the mesh."""
     rows = sharding.pad_rows(num_queries, model.mesh)
-    return np.zeros((rows, model.table.width), np.float32)
+    zeros = functools.partial(jnp.zeros, (rows, model.table.width), jnp.float32)
+    return jax.jit(zeros, out_shardings=sharding.rows_sharding(model.mesh))()
+
+
+def mean_by_column(relevance: sparse.csr_matrix, share: Share, mesh: Mesh, group: Group) -> Share:
+    """Of each column (a label, or a free vector) the mean of the unit vectors of its rows: those
+    that this process holds of an array spread over the mesh.
+
+    Args:
+      relevance: [rows, columns] of ones.
+      share: The vectors that this process holds.
+      mesh: Over which both are spread.
+      group: The processes of the mesh.
+    """
+    num_rows, num_columns = relevance.shape
+    wanted = [sharding.row_ids(num_columns, mesh, process) for process in range(group.count)]
+    means = exact_centroids(relevance, keep(share, num_rows, mesh), wanted, group=group)
+    return Share(wanted[group.index], means)
+
+
+def keep(share: Share, num_rows: int, mesh: Mesh) -> Share:
+    """Of the rows that this process holds, those that it keeps: together each row once."""
+    kept = sharding.row_ids(num_rows, mesh, kept=True)
+    if len(kept) == len(share.ids):
+        return share
+    return Share(kept, share.values[np.isin(share.ids, kept, assume_unique=True)])
 
 
 def initial_labels(
@@ -140,7 +170,8 @@ def initial_labels(
     labels: LabelsConfig,
     block: int,
     seed: int,
-) -> tuple[Any, LabelState, np.ndarray]:
+    group: Group,
+) -> tuple[Any, LabelState, jax.Array]:
     """What training starts from: the label -> free vector map, centroids, the bank.
 
     The map clusters the labels' embeddings under the starting weights (paper, section 3); where
@@ -148,8 +179,9 @@ def initial_labels(
 
     Returns:
       The parameters (free vectors set where `labels.free_init` says so), the label state, and the
-      bank, padded to the mesh.
+      bank, spread over the mesh.
     """
+    mesh, num_queries = model.mesh, len(dataset.train)
     num_labels, num_free = model.table.num_labels, model.table.num_free
     cluster_of = np.arange(num_labels, dtype=np.int32)
     if model.combiner is not None and (num_free < num_labels or labels.free_init == "embedding"):
@@ -157,22 +189,22 @@ def initial_labels(
             params, dataset.labels, block=block, title="labels, before training"
         )
         if num_free < num_labels:
-            cluster_of = numbered_by_first_row(balanced_clusters(vectors, num_free, seed=seed))
+            kept = keep(vectors, num_labels, mesh)
+            found = balanced_clusters(kept, num_labels, num_free, seed=seed, group=group)
+            cluster_of = numbered_by_first_row(found)
         if labels.free_init == "embedding":
-            free = np.zeros(params["free"].shape, np.float32)
-            np.add.at(free, cluster_of, vectors)
-            counts = np.bincount(cluster_of, minlength=len(free))
-            params = {**params, "free": free / np.maximum(counts, 1)[:, None]}
-    bank = empty_bank(model, len(dataset.train))
-    bank[: len(dataset.train)] = model.encode_queries(
+            shared = (np.ones(num_labels, np.float32), cluster_of, np.arange(num_labels + 1))
+            shared = sparse.csr_matrix(shared, shape=(num_labels, num_free))
+            free = mean_by_column(shared, vectors, mesh, group)
+            params = {**params, "free": sharding.spread_rows(free, num_free, mesh)}
+    queries = model.encode_queries(
         params, dataset.train, block=block, title="training queries, before training"
     )
     state = model.table.init_state(cluster_of)
     if model.combiner is not None:
-        state = model.table.with_centroids(
-            state, exact_centroids(dataset.train_relevance, bank[: len(dataset.train)])
-        )
-    return params, state, bank
+        means = mean_by_column(dataset.train_relevance, queries, mesh, group)
+        state = model.table.with_centroids(state, means)
+    return params, state, sharding.spread_rows(queries, num_queries, mesh)
 
 
 class Trainer:
@@ -185,6 +217,8 @@ class Trainer:
       batch, labels, loop: The groups of flags.
       block: Items encoded at a time.
       seed: Of order, positives, dropout and clusters.
+      shares: That batches are packed in; a multiple of the row shards of the mesh.
+      group: The processes of the mesh.
       checkpoints: Where states go.
       guard: Watches for collapse.
       evaluate: (params, labels) -> metrics, called as `loop.eval_every` says.
@@ -202,6 +236,8 @@ class Trainer:
         loop: LoopConfig,
         block: int,
         seed: int,
+        shares: int,
+        group: Group,
         checkpoints: Checkpoints,
         guard: CollapseGuard,
         evaluate: Callable[[Any, LabelState], Mapping[str, float]],
@@ -209,13 +245,13 @@ class Trainer:
     ):
         self.model, self.dataset, self.train_step = model, dataset, train_step
         self.batch, self.labels, self.loop = batch, labels, loop
-        self.block, self.seed = block, seed
+        self.block, self.seed, self.group = block, seed, group
         self.checkpoints, self.guard = checkpoints, guard
         self.evaluate, self.split = evaluate, split
         self.num_queries = len(dataset.train)
         self.steps_per_epoch = math.ceil(self.num_queries / batch.size)
         # Where all devices have it: else every step would copy it to them.
-        self._key = jax.device_put(jax.random.key(seed), sharding.replicated(model.mesh))
+        self._key = sharding.everywhere(jax.random.key(seed), model.mesh)
         self._ahead: tuple[Position | None, Any] = None, None  # An iterator opened in advance.
         self._weights = None
         if batch.positives == "inverse_propensity":
@@ -223,20 +259,21 @@ class Trainer:
             self._weights = propensity.inverse_propensity(
                 counts, self.num_queries, dataset.propensity_a, dataset.propensity_b
             )
-        shards = sharding.num_row_shards(model.mesh)
+        here = sharding.row_shards(model.mesh)
+        each = shares // sharding.num_row_shards(model.mesh)
         self._packing = {
             "width": model.row_width,
             "layout": model.layout,
             "image_dropout": batch.image_dropout,
-            "blocks": shards,
-            "rows": packing.RowSizes.expected(
+            "shares": shares,
+            "read": [shard * each + at for shard in here for at in range(each)],
+            "rows": model.row_sizes(
                 model.mean_length(dataset.train) + model.mean_length(dataset.labels),
-                batch_size=batch.size,
-                width=model.row_width,
-                blocks=shards,
-                chunk=model.encode_chunk,
+                batch.size,
+                shares,
             ),
         }
+        self._parts = shares / len(self._packing["read"])  # Processes, where all have as much.
 
     def start(self) -> tuple[Int[np.ndarray, " n"], Position]:
         """Clusters (none yet) and position of a run that has not begun."""
@@ -347,12 +384,13 @@ class Trainer:
 
     def _work(self, batch: Batch) -> dict[str, Any]:
         """What there is to do in a batch of the host, padding left out."""
-        return {
+        own = {
             "queries": np.count_nonzero(batch.query_ids >= 0),
             "labels": np.count_nonzero(batch.label_ids >= 0),
             "tokens": np.count_nonzero(batch.items.segments >= 0),
             "flops": step_flops(self.model.tower.config, self.model.combiner, batch),
         }
+        return {name: count * self._parts for name, count in own.items()}
 
     def _report(
         self, step: int, epoch: int, unread: list[dict[str, jax.Array]], telemetry: Telemetry
@@ -394,10 +432,12 @@ class Trainer:
             and not is_last
             and since % self.batch.cluster_every == 0
         ):
-            bank = np.asarray(state.bank)[: self.num_queries]
+            bank = sharding.share_of(state.bank, self.num_queries, self.model.mesh, kept=True)
             num_clusters = max(1, math.ceil(self.num_queries / size))
             clusters = numbered_by_first_row(
-                balanced_clusters(bank, num_clusters, seed=self.seed + epoch)
+                balanced_clusters(
+                    bank, self.num_queries, num_clusters, seed=self.seed + epoch, group=self.group
+                )
             )
             clustered = True
         state = state._replace(labels=self._centroids(state, is_last))
@@ -449,7 +489,6 @@ class Trainer:
                 params, self.dataset.train, block=self.block, title="training queries"
             )
         else:
-            queries = np.asarray(state.bank)[: self.num_queries]
-        return self.model.table.with_centroids(
-            state.labels, exact_centroids(self.dataset.train_relevance, queries)
-        )
+            queries = sharding.share_of(state.bank, self.num_queries, self.model.mesh)
+        means = mean_by_column(self.dataset.train_relevance, queries, self.model.mesh, self.group)
+        return self.model.table.with_centroids(state.labels, means)

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from vixml_jax import chips, memory, sharding
-from vixml_jax.data.packing import RowSizes
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
 from vixml_jax.structs import Batch, PackedItems, TrainState
@@ -227,12 +226,11 @@ def abstract_batch(
       pictures: Whether queries, and whether labels, have pictures.
       width: Of a picture's embedding.
     """
-    shards = sharding.num_row_shards(model.mesh)
-    rows = RowSizes.expected(
-        length, batch_size=size, width=model.row_width, blocks=shards, chunk=model.encode_chunk
-    )
+    shares = sharding.num_shares(model.mesh)
+    rows = model.row_sizes(length, size, shares)
+    size = -(-size // shares) * shares
     num_images = size * model.layout.num_images * sum(pictures)
-    packed = jax.ShapeDtypeStruct((shards * rows.least, model.row_width), np.int32)
+    packed = jax.ShapeDtypeStruct((shares * rows.least, model.row_width), np.int32)
     ids = jax.ShapeDtypeStruct((size,), np.int32)
     batch = Batch(
         PackedItems(
@@ -247,4 +245,5 @@ def abstract_batch(
         relevance=jax.ShapeDtypeStruct((size, size), bool),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return sharding.abstract_on_devices((batch, key), model.mesh)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(model.mesh))
+    return sharding.abstract_on_devices(batch, model.mesh), key
