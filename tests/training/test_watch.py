@@ -60,7 +60,7 @@ def test_phases_sum_to_the_wall_and_rates_follow():
     watch.count(queries=8, labels=8, tokens=15, flops=0.0)
     watch.report()
     assert watch.closing().startswith(
-        "step 1e+03 ms: compute 58.3 %, host 25.0 %, waiting for data 16.7 %; "
+        "step 1,000 ms: compute 58.3 %, host 25.0 %, waiting for data 16.7 %; "
         "4 queries/s, 25 tokens/s; MFU 100.0 %; peak memory of the process "
     )
     assert watch.closing().endswith("; beside the steps: compiling 7.0 s, nothing of ours 2.0 s")

@@ -99,13 +99,14 @@ class Watch:
         found = self._all.means(self._peak_flops)
         if not found:
             return ""
+        step_ms = 1e3 * found["step_s"]
         shares = ", ".join(f"{said} {found[f'{x}_share']:.1%}" for x, said in PHASES.items())
         speed = f"{found['flops_per_s'] / 1e9:,.0f} GFLOP/s"
         if "mfu" in found:
             speed = f"MFU {found['mfu']:.1%}"
         whose = "of the process" if jax.default_backend() == "cpu" else "a device"
         parts = [
-            f"step {1e3 * found['step_s']:.3g} ms: {shares.replace('%', ' %')}",
+            f"step {step_ms:,.{0 if step_ms >= 100 else 1}f} ms: {shares.replace('%', ' %')}",
             f"{found['queries_per_s']:,.0f} queries/s, {found['tokens_per_s']:,.0f} tokens/s",
             speed.replace("%", " %"),
             f"peak memory {whose} {memory.peak_of_a_device() / 2**30:.2f} GiB",
