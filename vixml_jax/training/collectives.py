@@ -87,11 +87,12 @@ def read_collectives(text: str) -> list[Collective]:
             match = _COLLECTIVE.search(line)
             if not match or not times[name]:
                 continue
-            # One that runs beside other work stands in each fusion that it runs beside.
+            # On TPUs one that runs beside other work stands in each fusion that it runs beside.
             channel = re.search(r"channel_id=(\d+)", line)
-            if channel and channel[1] in channels:
-                continue
-            channels.add(channel and channel[1])
+            if "fused" in name and channel:
+                if channel[1] in channels:
+                    continue
+                channels.add(channel[1])
             if math.isinf(times[name]):
                 raise ValueError(f"how often does {name} run? It holds: {line.strip()[:200]}")
             found.append(_parse(line, match, int(times[name])))
