@@ -33,7 +33,9 @@ def vectors(mesh, packed):
     model = runs.build_model(Config(), TOWER, Layout(), 5, mesh)
     stored = sharding.stored_tree(model.abstract_params, mesh)
     params = nn.unbox(model.init_params(jax.random.key(0)))
-    params = jax.device_put(sharding.pad(params, stored), jax.tree.map(lambda x: x.sharding, stored))
+    params = jax.device_put(
+        sharding.pad(params, stored), jax.tree.map(lambda x: x.sharding, stored)
+    )
     encode = jax.jit(lambda params, packed: model.tower_vectors(params, packed, 16))
     lowered = encode.lower(params, sharding.to_devices(packed, mesh))
     return np.asarray(lowered.compile()(params, sharding.to_devices(packed, mesh))), lowered

@@ -56,7 +56,8 @@ def open_run(config: Config, tower: TowerConfig, layout: Layout, content_hash: s
     }
     if os.path.exists(path):
         changed = config_lib.differences(config_lib.load(path), config)
-        changed = [line for line in changed if not line.startswith("--workdir:")]
+        # Where a run lies, and on what devices it goes on, is not what it is.
+        changed = [line for line in changed if not line.startswith(("--workdir:", "--mesh:"))]
         if not changed and _read_tower(config.workdir)["content_hash"] != content_hash:
             changed = [f"--data={config.data} has other content than the run was started on"]
         if changed:
