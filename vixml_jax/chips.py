@@ -19,8 +19,8 @@ class Chip(NamedTuple):
     settings: dict[str, str]
 
 
-# "HBM capacity" and "peak compute per chip (bf16)" of https://cloud.google.com/tpu/docs/v4, /v5e, /v5p
-# and /v6e.
+# "HBM capacity" and "peak compute per chip (bf16)" of https://cloud.google.com/tpu/docs/v4, and of
+# v5e, v5p and v6e beside it.
 CHIPS = {
     "v4": Chip("TPU v4", 32, 275e12, {"chip_config_name": "megacore"}),
     "v5e": Chip("TPU v5 lite", 16, 197e12, {}),

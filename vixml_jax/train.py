@@ -16,8 +16,8 @@ from absl import flags
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from vixml_jax import chips, errors, evaluate, memory, runs, sharding, trees
 from vixml_jax import config as config_lib
-from vixml_jax import errors, evaluate, memory, runs, sharding, trees
 from vixml_jax.config import Config
 from vixml_jax.data import tokenize
 from vixml_jax.data.packing import Layout
@@ -278,10 +278,12 @@ def plan(config: Config, *, devices: str = "", sizes: str = "") -> None:
             parts.model, config.batch.size, length, pictures=pictures, width=dataset.image_width
         )
         rows, width = batch.items.tokens.shape
-        device = mesh.devices.flat[0]
+        kind = mesh.devices.flat[0].device_kind
+        chip = chips.by_kind(kind)
+        published = f" ({chip.memory} GiB, {chip.peak / 1e12:.0f} TFLOP/s each)" if chip else ""
         along = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
         print(
-            f"plan: {mesh.size} x {device.device_kind}, --mesh={along}; {found.queries} queries, "
+            f"plan: {mesh.size} x {kind}{published}, --mesh={along}; {found.queries} queries, "
             f"{found.labels} labels; a batch of {config.batch.size} in {rows} rows of {width}"
         )
         say_start(parts, found)

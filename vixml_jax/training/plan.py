@@ -29,7 +29,8 @@ class MemoryPlan(NamedTuple):
 
     Attributes:
       held: What stays there all the time, by what it is.
-      step: What a training step takes beside it, as its compiled program says.
+      step: What a training step takes beside it, as its compiled program says: temporaries, the
+        batch, the program itself, and what the device's layouts add to arrays.
       device: What the device has; 0: it does not say.
     """
 
@@ -43,10 +44,9 @@ class MemoryPlan(NamedTuple):
         return sum(self.held.values()) + self.step
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.held.items() if size)
         of = f" of {self.device / GIB:.1f}" if self.device else ""
         return (
-            f"memory a device, GiB: {parts}, a step {self.step / GIB:.2f}: "
+            f"memory a device, GiB: {_spell_sizes(self.held)}, a step {self.step / GIB:.2f}: "
             f"{self.total / GIB:.2f}{of}"
         )
 
@@ -54,6 +54,10 @@ class MemoryPlan(NamedTuple):
         """Raises an `InputError` if the run does not fit."""
         if self.device and self.total > self.device:
             raise InputError(f"{self}: it does not fit; {HELP}")
+
+
+def _spell_sizes(held: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items() if size)
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -79,13 +83,21 @@ def plan_memory(like: TrainState, compiled: Callable[[], jax.stages.Compiled]) -
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = re.search(r"Used \S+ of \S+ \w+", str(error))
+        said = re.search(
+            r"Used \S+ of \S+ hbm|memory required[^.]*\([^)]*\) exceeds available HBM \S+\)",
+            str(error),
+        )
         raise InputError(
-            f"{MemoryPlan(held, 0, _of_a_device(like))} before the step, whose compiler says "
+            f"memory a device, GiB: {_spell_sizes(held)}, and of the step its compiler says "
             f"'{said[0] if said else str(error)[:200]}': it does not fit; {HELP}"
         ) from error
-    kept = found.output_size_in_bytes - found.alias_size_in_bytes  # Beside the donated state.
-    return MemoryPlan(held, found.temp_size_in_bytes + max(0, kept), _of_a_device(like))
+    beside = (
+        found.argument_size_in_bytes - sum(held.values()),
+        found.output_size_in_bytes - found.alias_size_in_bytes,  # The donated state is in place.
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
+    )
+    return MemoryPlan(held, sum(max(0, size) for size in beside), _of_a_device(like))
 
 
 def _of_a_device(like: TrainState) -> int:
@@ -201,11 +213,15 @@ def slice_of(name: str) -> Sequence[jax.Device]:
         raise InputError(f"{flag}: the compiler of TPUs is missing: pip install libtpu") from None
     from jax.experimental import topologies
 
-    # Nothing is run, so no accelerator is taken; and libtpu need not ask what machine this is.
+    # Nothing is run, so no accelerator is taken; libtpu need not ask what machine this is, nor be
+    # the only one at work here.
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     try:
         found = topologies.get_topology_desc(
             name, platform="tpu", **chips.CHIPS[kind].settings
