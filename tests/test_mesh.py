@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -23,6 +26,7 @@ from vixml_jax.structs import Batch, PackedItems
 from vixml_jax.training import loop
 from vixml_jax.training.plan import DataSizes
 
+ROOT = pathlib.Path(__file__).parent.parent
 # Of eight devices none, two or four divide 31 words, width 20, 6 and 2 heads, or 30.
 ENCODER = BertConfig(
     vocab_size=31, num_layers=2, width=20, num_heads=2, mlp_width=30, max_positions=32,
@@ -285,3 +289,14 @@ def _leaves(params):
             node = node[name]
         found[path] = node
     return found
+
+
+def test_evaluate_on_fewer_devices_than_trained(run):
+    """One device: the mesh of the run is refused in a line, another one serves."""
+    command = [sys.executable, "-m", "vixml_jax.evaluate", f"--workdir={run.workdir}"]
+    alone = {**os.environ, "XLA_FLAGS": ""}
+    for flags, status in (([], 2), (["--mesh=fsdp:-1"], 0)):
+        done = subprocess.run([*command, *flags], env=alone, capture_output=True, text=True,
+                              cwd=ROOT, check=False)  # fmt: skip
+        assert done.returncode == status, done.stderr
+    assert "test: 30 queries, 20 labels" in done.stdout
