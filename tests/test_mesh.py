@@ -29,7 +29,7 @@ from vixml_jax.training.plan import DataSizes
 ROOT = pathlib.Path(__file__).parent.parent
 # Of eight devices none, two or four divide 31 words, width 20, 6 and 2 heads, or 30.
 ENCODER = BertConfig(
-    vocab_size=31, num_layers=2, width=20, num_heads=2, mlp_width=30, max_positions=32,
+    vocab_size=31, num_layers=1, width=20, num_heads=2, mlp_width=30, max_positions=32,
     image_width=5,
 )  # fmt: skip
 DECODER = DecoderConfig(
@@ -86,7 +86,7 @@ def random_batch(seed):
     )
 
 
-def trained(tower, sizes, chunk=0, steps=3):
+def trained(tower, sizes, chunk=0, steps=2):
     """(the state after some steps, its scalars, the padding that was told) on a mesh."""
     count = int(np.prod(sizes))
     mesh = sharding.create_mesh(*sizes, devices=jax.devices()[:count])
