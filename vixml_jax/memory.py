@@ -54,7 +54,6 @@ def peak_of_a_device() -> int:
     peak = max(one.get("peak_bytes_in_use", 0) for one in stats)
     if peak:
         return peak
-    unit = (
-        1 if sys.platform == "darwin" else 1024
-    )  # https://man7.org/linux/man-pages/man2/getrusage.2.html
+    # https://man7.org/linux/man-pages/man2/getrusage.2.html
+    unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

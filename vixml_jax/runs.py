@@ -62,6 +62,7 @@ def open_run(
     }
     if os.path.exists(path):
         changed = config_lib.differences(config_lib.load(path), config)
+        # Where a run lies, and on what devices it goes on, is not what it is.
         changed = [line for line in changed if not line.startswith(("--workdir:", "--mesh:"))]
         recorded = _read_tower(config.workdir)
         if not changed and recorded["content_hash"] != content_hash:

@@ -17,7 +17,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import devices, errors, evaluate, memory, processes, programs, runs, sharding, trees
+from vixml_jax import devices as device_kinds
+from vixml_jax import errors, evaluate, memory, processes, programs, runs, sharding, trees
 from vixml_jax.config import Config
 from vixml_jax.data import tokenize
 from vixml_jax.data.packing import Layout
@@ -285,10 +286,16 @@ def plan(config: Config, *, devices: str = "", sizes: str = "") -> None:
             parts.model, config.batch.size, length, pictures=pictures, width=dataset.image_width
         )
         rows, width = batch.items.tokens.shape
-        device = mesh.devices.flat[0]
+        kind = mesh.devices.flat[0].device_kind
+        chip = device_kinds.about(kind)
+        published = (
+            f" ({chip.memory / 2**30:.0f} GiB, {chip.peak_flops / 1e12:.0f} TFLOP/s each)"
+            if chip
+            else ""
+        )
         along = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
         print(
-            f"plan: {mesh.size} x {device.device_kind}, --mesh={along}; {found.queries} queries, "
+            f"plan: {mesh.size} x {kind}{published}, --mesh={along}; {found.queries} queries, "
             f"{found.labels} labels; a batch of {config.batch.size} in {rows} rows of {width}"
         )
         say_start(parts, found)
@@ -382,7 +389,7 @@ def train(config: Config, *, profile: tuple[int, int] | None = None) -> None:
         config.workdir,
         step=int(state.step),
         total_steps=total_steps,
-        peak_flops=devices.peak_flops(mesh.devices.flat),
+        peak_flops=device_kinds.peak_flops(mesh.devices.flat),
         profile=profile,
     )
     try:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vixml_jax import chips, memory, sharding
+from vixml_jax import devices, memory, sharding
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
 from vixml_jax.structs import Batch, PackedItems, TrainState
@@ -28,7 +28,8 @@ class MemoryPlan(NamedTuple):
 
     Attributes:
       held: What stays there all the time, by what it is.
-      step: What a training step takes beside it, as its compiled program says.
+      step: What a training step takes beside it, as its compiled program says: temporaries, the
+        batch, the program itself, and what the device's layouts add to arrays.
       device: What the device has; 0: it does not say.
     """
 
@@ -42,10 +43,9 @@ class MemoryPlan(NamedTuple):
         return sum(self.held.values()) + self.step
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.held.items() if size)
         of = f" of {self.device / GIB:.1f}" if self.device else ""
         return (
-            f"memory a device, GiB: {parts}, a step {self.step / GIB:.2f}: "
+            f"memory a device, GiB: {_spell_sizes(self.held)}, a step {self.step / GIB:.2f}: "
             f"{self.total / GIB:.2f}{of}"
         )
 
@@ -53,6 +53,10 @@ class MemoryPlan(NamedTuple):
         """Raises an `InputError` if the run does not fit."""
         if self.device and self.total > self.device:
             raise InputError(f"{self}: it does not fit; {HELP}")
+
+
+def _spell_sizes(held: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items() if size)
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -78,23 +82,31 @@ def plan_memory(like: TrainState, compiled: Callable[[], jax.stages.Compiled]) -
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = re.search(r"Used \S+ of \S+ \w+", str(error))
+        said = re.search(
+            r"Used \S+ of \S+ hbm|memory required[^.]*\([^)]*\) exceeds available HBM \S+\)",
+            str(error),
+        )
         raise InputError(
-            f"{MemoryPlan(held, 0, _of_a_device(like))} before the step, whose compiler says "
+            f"memory a device, GiB: {_spell_sizes(held)}, and of the step its compiler says "
             f"'{said[0] if said else str(error)[:200]}': it does not fit; {HELP}"
         ) from error
-    kept = found.output_size_in_bytes - found.alias_size_in_bytes  # Beside the donated state.
-    return MemoryPlan(held, found.temp_size_in_bytes + max(0, kept), _of_a_device(like))
+    beside = (
+        found.argument_size_in_bytes - sum(held.values()),
+        found.output_size_in_bytes - found.alias_size_in_bytes,  # The donated state is in place.
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
+    )
+    return MemoryPlan(held, sum(max(0, size) for size in beside), _of_a_device(like))
 
 
 def _of_a_device(like: TrainState) -> int:
     """Bytes of a device that the state lies on: its own count, or the published one."""
-    devices = like.step.sharding.device_set
-    here = [device for device in devices if device in set(jax.local_devices())]
+    found = like.step.sharding.device_set
+    here = [device for device in found if device in set(jax.local_devices())]
     if here:
         return memory.of_a_device(here[0])
-    chip = chips.by_kind(next(iter(devices)).device_kind)
-    return chip.memory * GIB if chip else 0
+    chip = devices.about(next(iter(found)).device_kind)
+    return chip.memory if chip else 0
 
 
 class _Array(NamedTuple):
@@ -190,9 +202,9 @@ def slice_of(name: str) -> Sequence[jax.Device]:
     """
     kind, _, topology = name.partition(":")
     flag = f"--plan_devices={name}"
-    if kind not in chips.CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", topology):
+    if kind not in devices.TPUS or not re.fullmatch(r"\d+x\d+(x\d+)?", topology):
         raise InputError(
-            f"{flag}: expected {' or '.join(chips.CHIPS)} and a topology, as v5e:16x16 or v5p:4x4x8"
+            f"{flag}: expected {' or '.join(devices.TPUS)} and a topology, as v5e:16x16 or v5p:4x4x8"
         )
     try:
         import libtpu  # noqa: F401
@@ -200,15 +212,17 @@ def slice_of(name: str) -> Sequence[jax.Device]:
         raise InputError(f"{flag}: the compiler of TPUs is missing: pip install libtpu") from None
     from jax.experimental import topologies
 
-    # Nothing is run, so no accelerator is taken; and libtpu need not ask what machine this is.
+    # Nothing is run, so no accelerator is taken; libtpu need not ask what machine this is, nor be
+    # the only one at work here.
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     try:
-        found = topologies.get_topology_desc(
-            name, platform="tpu", **chips.CHIPS[kind].settings
-        ).devices
+        found = topologies.get_topology_desc(name, platform="tpu", **devices.TPUS[kind][1]).devices
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
         raise InputError(f"{flag}: no such slice: {str(error).splitlines()[0]}") from None
     return found
