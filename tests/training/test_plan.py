@@ -12,7 +12,7 @@ from vixml_jax import devices, runs, sharding
 from vixml_jax import memory as memory_lib
 from vixml_jax.benchmarks import memory, towers
 from vixml_jax.data import pipeline
-from vixml_jax.data.packing import Layout, RowSizes
+from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 from vixml_jax.models.bert import BertConfig
@@ -150,7 +150,7 @@ def test_a_batch_in_the_abstract_is_as_the_first_one(num_images, tmp_path):
     found, _ = plan_lib.abstract_batch(
         model, 16, length, pictures=[True, False], width=dataset.image_width
     )
-    rows = RowSizes.expected(length, batch_size=16, width=model.row_width, blocks=4)
+    rows = model.row_sizes(length, 16, 8)
     batches = pipeline.epoch_batches(
         dataset, np.arange(90), epoch=0, seed=0, batch_size=16, width=model.row_width,
         layout=layout, weights=None, rows=rows, shares=sharding.num_shares(mesh),

@@ -16,14 +16,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
 
 from vixml_jax import config as config_lib
-from vixml_jax import devices, errors, runs, train, trees
+from vixml_jax import devices as device_kinds
+from vixml_jax import errors, runs, train, trees
 from vixml_jax.benchmarks import towers, train_step
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LoraConfig, ModelConfig
 from vixml_jax.models.decoder import DecoderConfig
-from vixml_jax.training import collectives, flops
+from vixml_jax.training import collectives
 from vixml_jax.training import plan as plan_lib
 
 
@@ -34,6 +36,7 @@ class Setting(NamedTuple):
       parts: Model, abstract state and step.
       size: Queries of a batch, and labels.
       length: Positions of a query and its label together.
+      sparse: Whether free vectors are updated by rows.
       batch: Abstract.
       key: Abstract.
     """
@@ -41,6 +44,7 @@ class Setting(NamedTuple):
     parts: train.Parts
     size: int
     length: float
+    sparse: bool
     batch: Any
     key: Any
 
@@ -70,58 +74,61 @@ def setting(values: Any) -> Setting:
     batch, key = plan_lib.abstract_batch(
         parts.model, values.batch, length, pictures=(False, False), width=1
     )
-    return Setting(parts, values.batch, length, batch, key)
+    return Setting(parts, values.batch, length, values.free_update == "sparse", batch, key)
 
 
-def on_paper(setting: Setting, *, scatters: bool) -> dict[str, float]:
+def on_paper(setting: Setting, *, tpu: bool) -> dict[str, float]:
     """Bytes that each device sends in a step, by what they are of.
 
     N devices share the rows of a batch, F of them (fsdp) the weights. A ring sends (N - 1) / N of
     an array to gather or to scatter it, twice that to sum it for all (arXiv 1802.05799).
 
-    Weights are gathered for the forward and for the backward pass, and their gradients summed and
-    scattered. Words are looked up by all who share the table, each in its part of the width, and
-    dealt out; their gradients come back the same way. Vectors of queries, labels and prototypes go
-    to every device, their gradients come back as sums, and the queries go into the bank. Of tables
-    travels a row a candidate, summed over the devices (all but one of them give zeros), and the
-    gradient of the free vectors.
+    Weights are gathered for each pass over them: forward, backward, and once more where chunks are
+    read again; XLA for CPUs keeps them from the first pass where nothing is computed again. Their
+    gradients are summed and scattered. Words are looked up by all who share the table, each in its
+    part of the width, and dealt out; their gradients come back the same way. Vectors of queries,
+    labels and prototypes go to every device, their gradients come back as sums, and the queries go
+    into the bank. Of tables travels a row a candidate, summed over the devices (all but one of them
+    give zeros), and the gradient of the free vectors; with sparse updates also two moments. Left
+    out is what is small: ids, masks, norms, the change from rows to sides.
 
     Args:
       setting: Of the step.
-      scatters: Whether the compiler sums gradients to where they are kept (TPUs, GPUs); else for
-        all, as XLA for CPUs does.
+      tpu: Whether the compiler is that of TPUs: products take bfloat16, and gradients are summed
+        where they are kept; else for all.
     """
     model, like = setting.parts.model, setting.parts.like
-    shape = dict(model.mesh.shape)
+    tower, shape = model.tower.config, dict(model.mesh.shape)
     fsdp, rows = shape["fsdp"], shape["replica"] * shape["fsdp"]
-    b, d = setting.size, model.table.width
+    vectors = 4.0 * setting.size * model.table.width
 
     def ring(devices: int) -> float:
         return (devices - 1) / devices
 
-    def weights(tree: Any) -> float:
-        """Bytes of what is spread over fsdp, in what it is computed in."""
-        width = 4 if model.tower.config.dtype == "float32" else 2
-        leaves = jax.tree.leaves(tree)
-        return sum(width * math.prod(x.shape) / shape["tensor"] for x in leaves)
+    def size(tree: Any) -> float:
+        """Numbers of the dense weights of a tower, a tensor-parallel share of them."""
+        dense, _ = trees.partition(tree, lambda path: path[-1] != "word_embeddings")
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(dense)) / shape["tensor"]
 
-    params = trees.merge(like.params, like.frozen)["tower"]
-    tables = ("word_embeddings",)
-    dense, _ = trees.partition(params, lambda path: path[-1] not in tables)
-    trained, _ = trees.partition(like.params, lambda path: path[-1] not in tables)
-    trained.pop("free", None)
-    summed = sum(4 * math.prod(x.shape) / shape["tensor"] for x in jax.tree.leaves(trained))
-    spread = "word_embeddings" in like.params.get("tower", {})
-    positions = math.prod(setting.batch.items.tokens.shape) / rows  # Of a device.
-    states = positions * d * 4
-    vectors = 4 * b * d
-    passes = 3 if model.tower.config.remat and not model.tower.config.scan else 2
+    base = size(like.frozen.get("tower", {}))
+    trained = size(like.params["tower"])
+    combiner = sum(math.prod(x.shape) for x in jax.tree.leaves(like.params["combiner"]))
+    passes = 3 if model.encode_chunk else 2 if tpu or tower.remat else 1
+    width = 2 if tpu or tower.dtype == "bfloat16" else 4
+    words = math.prod(setting.batch.items.tokens.shape) / rows * model.table.width
+    looked_up = 2 if "word_embeddings" in like.params["tower"] else 1
+    tables = 2 + 2 + 1 + (4 if setting.sparse else 0)
+    replicas = 2 * 4 * trained / fsdp * ring(shape["replica"])
     return {
-        "weights, gathered": passes * weights(dense) * ring(fsdp),
-        "gradients, summed": (1 if scatters else 2) * summed * ring(rows),
-        "words, dealt out": (2 if spread else 1) * states * ring(fsdp),
-        "vectors of the batch": (3 + 3 + 1) * vectors * ring(rows),
-        "rows of tables": (2 * 2 + 1) * vectors * ring(rows),
+        "weights, gathered": passes * width * (base + trained) * ring(fsdp),
+        "gradients, summed": (1 if tpu else 2) * 4 * trained * ring(fsdp) + replicas,
+        "combiner's gradients": 2 * 4 * combiner * ring(rows),
+        "words, dealt out": looked_up
+        * (2 if tower.dtype == "bfloat16" else 4)
+        * words
+        * ring(fsdp),
+        "vectors of the batch": 7 * vectors * ring(rows),
+        "rows of tables": tables * vectors * ring(rows),
     }
 
 
@@ -154,9 +161,47 @@ def main(argv: Sequence[str]) -> None:
         for one in sorted(found, key=lambda one: -one.sent):
             print(f"{one.sent / 1e6:10.3f} MB  {one.kind:18} {one.devices:4} x{one.times:<4} "
                   f"{sorted(set(one.shapes))} {one.of[-60:]}")  # fmt: skip
-    print(found and sum(one.sent for one in found) / 1e6)
-    for name, size in on_paper(made, scatters=bool(values.devices)).items():
-        print(f"{name:24} {size / 1e6:10.3f}")
+    counted = sum(one.sent for one in found)
+    paper = on_paper(made, tpu=bool(values.devices))
+    memory = plan_lib.plan_memory(made.parts.like, lambda: program)
+    mesh = made.parts.model.mesh
+    device = mesh.devices.flat[0]
+    along = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
+    print(f"{mesh.size} x {device.device_kind}, {along}; {values.tower}, {values.dtype}, a batch of "
+          f"{values.batch} in {made.batch.items.tokens.shape[0]} rows; {memory}")  # fmt: skip
+    print("MB that each device sends in a step")
+    for name, size in {**paper, "all, on paper": sum(paper.values())}.items():
+        print(f"  {name:24} {size / 1e6:12.2f}")
+    print(
+        f"  {'all, in the program':24} {counted / 1e6:12.2f}   {counted / sum(paper.values()):.3f}"
+    )
+    for kind in collectives.KINDS:
+        size = sum(one.sent for one in found if one.kind == kind)
+        if size:
+            print(f"    {kind:22} {size / 1e6:12.2f}")
+    chip = device_kinds.about(device.device_kind)
+    if chip:
+        work = operations(made) / mesh.size
+        compute = work / (chip.peak_flops * values.efficiency)
+        links = counted / (chip.links * chip.link_bandwidth)
+        print(
+            f"a step: {work / 1e12:.2f} TFLOP a device, {compute * 1e3:.0f} ms at "
+            f"{100 * values.efficiency:.0f} % of {chip.peak_flops / 1e12:.0f} TFLOP/s; "
+            f"{links * 1e3:.0f} ms over {chip.links} links of {chip.link_bandwidth / 1e9:.0f} GB/s: "
+            f"from {max(compute, links) * 1e3:.0f} ms, side by side, to "
+            f"{(compute + links) * 1e3:.0f} ms, one after the other"
+        )
+
+
+def operations(setting: Setting) -> float:
+    """Of a step of all devices: items of equal length."""
+    model, size = setting.parts.model, setting.size
+    tower = model.tower.config
+    lengths = np.full(2 * size, setting.length / 2)
+    total = flops.tower_flops(tower, lengths, 0)
+    total += flops.similarity_flops(size, size, tower.width, 2)
+    total += flops.combiner_flops(model.combiner, size, tower.width)
+    return total.step
 
 
 if __name__ == "__main__":

@@ -81,21 +81,26 @@ def read_collectives(text: str) -> list[Collective]:
             for other in called:
                 if other in times and times[name]:
                     times[other] += times[name] * rounds
-    found, channels = [], set()
+    found: list[Collective] = []
+    at: dict[str, int] = {}  # Channel -> where in `found`.
     for name, lines in bodies.items():
         for line in lines:
             match = _COLLECTIVE.search(line)
             if not match or not times[name]:
                 continue
-            # On TPUs one that runs beside other work stands in each fusion that it runs beside.
-            channel = re.search(r"channel_id=(\d+)", line)
-            if "fused" in name and channel:
-                if channel[1] in channels:
-                    continue
-                channels.add(channel[1])
             if math.isinf(times[name]):
                 raise ValueError(f"how often does {name} run? It holds: {line.strip()[:200]}")
-            found.append(_parse(line, match, int(times[name])))
+            one = _parse(line, match, int(times[name]))
+            # On TPUs one that runs beside other work stands in each fusion that it runs beside,
+            # loops of these among them.
+            channel = re.search(r"channel_id=(\d+)", line)
+            if channel and ("fused" in name or "fusion" in name):
+                if channel[1] in at:
+                    before = found[at[channel[1]]]
+                    found[at[channel[1]]] = before._replace(times=min(before.times, one.times))
+                    continue
+                at[channel[1]] = len(found)
+            found.append(one)
     return found
 
 
@@ -118,20 +123,40 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _rounds(line: str, bodies: dict[str, list[str]]) -> float:
     """How often a loop runs; infinity where its text does not say.
 
-    XLA for TPUs leaves it to the condition: a counter, from zero in all loops that JAX makes, below
-    a constant.
+    XLA for TPUs leaves it to the condition: a counter, from zero in all loops that JAX and XLA make,
+    below a constant. Loops by which it takes a product apart may count by more than one.
     """
     known = _TRIPS.search(line)
     if known:
         return int(known[1])
-    constants: dict[str, int] = {}
-    for inside in bodies.get(re.search(r"condition=%?([\w.\-]+)", line)[1], ()):
-        if made := re.search(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", inside):
-            constants[made[1]] = int(made[2])
-        below = re.search(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", inside)
-        if below and below[1] in constants:
-            return constants[below[1]]
+    condition, body = (
+        bodies.get(re.search(rf"{part}=%?([\w.\-]+)", line)[1], [])
+        for part in ("condition", "body")
+    )
+    values, counts = _scalars(condition), _scalars(body)
+    for inside in condition:
+        below = re.search(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", inside)
+        if below and below[2] in values:
+            index = next(
+                int(found[1])
+                for other in condition
+                if (found := re.search(rf"%?{re.escape(below[1])} = .*index=(\d+)", other))
+            )
+            step = 1
+            root = next(other for other in reversed(body) if other.lstrip().startswith("ROOT"))
+            names = re.findall(r"%?([\w.\-]+)", re.search(r" tuple\((.*?)\)", root)[1])
+            for other in body:
+                if re.match(rf"\s+%?{re.escape(names[index])} = .* add\(", other):
+                    added = re.findall(r"%?([\w.\-]+)", re.search(r" add\((.*?)\)", other)[1])
+                    step = next((counts[name] for name in added if name in counts), 1)
+            return -(-values[below[2]] // step)
     return math.inf
+
+
+def _scalars(lines: list[str]) -> dict[str, int]:
+    """Constants of a computation by name."""
+    found = (re.search(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", line) for line in lines)
+    return {one[1]: int(one[2]) for one in found if one}
 
 
 def _parse(line: str, match: re.Match[str], times: int) -> Collective:
