@@ -40,7 +40,7 @@ def test_the_run_learns_and_writes_what_it_says(whole_run):
     assert found["counts"] == {"queries": 30, "labels": 20, "filter_pairs": 0}
     assert found["R@10"] > 50.0 + 5.0  # Chance is 50.
     lines = [json.loads(line) for line in open(os.path.join(whole_run.workdir, "metrics.jsonl"))]
-    assert [line["step"] for line in lines] == [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16, 18]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 15, 18]
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
@@ -195,10 +195,10 @@ def test_a_run_that_is_ruined_keeps_what_it_was(divided, tmp_path, monkeypatch, 
     run_batches = loop.Trainer._run_batches
 
     def ruin(self, state, clusters, position, telemetry):
-        state = run_batches(self, state, clusters, position, telemetry)
+        state, done = run_batches(self, state, clusters, position, telemetry)
         if position.epoch == 1:
             state = state._replace(params=jax.tree.map(jax.numpy.zeros_like, state.params))
-        return state
+        return state, done
 
     monkeypatch.setattr(loop.Trainer, "_run_batches", ruin)
     train.train(config)

@@ -27,6 +27,7 @@ from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.tower import TowerConfig
 from vixml_jax.training import loop, losses, optimizer, step, warm_start
 from vixml_jax.training.checkpoints import Checkpoints
+from vixml_jax.training.stopping import Stop
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
 
 
@@ -177,10 +178,14 @@ def describe_choice(config: Config, position: loop.Position, steps_per_epoch: in
     return f"{text}, {position.best:.2f}; training ended with epoch {last}{early}"
 
 
-def train(config: Config) -> None:
+def train(config: Config, stop: Stop | None = None) -> None:
     """Trains as the flags say, from where the run directory stands, and evaluates.
 
     Where the data have a validation split, all that is evaluated here is evaluated on it.
+
+    Args:
+      config: The flags.
+      stop: Through which signals end the run; None: there are none to heed.
     """
     dataset = runs.open_dataset(config)
     k = min(config.eval.k, dataset.num_labels)
@@ -205,6 +210,8 @@ def train(config: Config) -> None:
     checkpoints = Checkpoints(
         os.path.join(config.workdir, runs.CHECKPOINTS),
         keep=config.loop.keep,
+        every=config.loop.save_every,
+        minutes=config.loop.save_minutes,
         best=os.path.join(config.workdir, runs.BEST) if config.loop.choose_by else None,
     )
     split = "valid" if dataset.valid else "test"
@@ -236,10 +243,12 @@ def train(config: Config) -> None:
             titles=False,
         )["metrics"],
         split=split,
+        stop=stop or Stop(),
     )
     plan = trainer.plan(like)
     plan.check()
     print(plan)
+    print(checkpoints.check_room(like))
 
     params = first_params(config, model, dataset, sharding.shardings_of(boxed, mesh))
     resumed = checkpoints.latest_step()
@@ -296,7 +305,8 @@ def main(argv: Sequence[str]) -> None:
     memory.keep_freed_pages()
     cache = os.path.join(os.path.expanduser("~"), ".cache", "vixml_jax", "programs")
     jax.config.update("jax_compilation_cache_dir", cache)
-    train(config)
+    with Stop().caught() as stop:
+        train(config, stop)
 
 
 if __name__ == "__main__":

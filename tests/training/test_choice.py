@@ -17,6 +17,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.structs import LabelState, TrainState
 from vixml_jax.training import loop
 from vixml_jax.training.checkpoints import Checkpoints
+from vixml_jax.training.stopping import Stop
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
 
 SCALARS = {"loss": 1.0, "loss_text": 1.0, "gradient_norm": 1.0, "violators": 0.0}
@@ -85,6 +86,7 @@ def run(parts, checkpoints, workdir, curve, tick=lambda name: None, **loop_flags
         guard=CollapseGuard(margin=0.1, num_negatives=4),
         evaluate=evaluate,
         split="valid",
+        stop=Stop(),
     )
     state, (clusters, position) = first_state(), trainer.start()
     if checkpoints.latest_step() is not None:
@@ -140,13 +142,18 @@ def test_the_first_of_the_best_is_chosen_and_patience_counts(parts, tmp_path, se
 def chosen_run(parts, workdir, tick=lambda name: None):
     """A run that keeps all of its checkpoints on disk, and how it ends."""
     checkpoints = Checkpoints(
-        os.path.join(workdir, runs.CHECKPOINTS), keep=2, best=os.path.join(workdir, runs.BEST)
+        os.path.join(workdir, runs.CHECKPOINTS),
+        keep=2,
+        every=1,
+        best=os.path.join(workdir, runs.BEST),
     )
 
     def around(name, call):
         def both(*args):
             tick(f"before {name}")
             call(*args)
+            if name == "save":
+                checkpoints.wait()  # The next is due, and taken, however slow the disk is.
             tick(f"after {name}")
 
         return both
