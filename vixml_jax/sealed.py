@@ -31,7 +31,7 @@ def seal(directory: str) -> None:
         digests = pool.map(lambda name: _digest(directory, name, True), files)
         found = dict(zip(files, digests, strict=True))
     path = epath.Path(directory) / NAME
-    path.write_text(json.dumps({"files": found}, indent=0))
+    path.write_text(json.dumps({"files": found, "check": _check(found)}, indent=0) + "\n")
     if is_local(directory):
         _keep(os.fspath(path))
         for folder in {os.path.dirname(name) for name in files} | {""}:
@@ -41,12 +41,14 @@ def seal(directory: str) -> None:
 def damage(directory: str) -> str | None:
     """What is wrong with a sealed directory: the first file that is, and how; None: nothing."""
     try:
-        files = json.loads((epath.Path(directory) / NAME).read_bytes())["files"]
-        items = sorted((str(name), int(size), str(check)) for name, (size, check) in files.items())
+        told = json.loads((epath.Path(directory) / NAME).read_bytes())
+        if told["check"] != _check(told["files"]):
+            return f"{NAME} has other bytes than were written"
+        items = [(name, *digest) for name, digest in told["files"].items()]
     except FileNotFoundError:
         return f"{NAME} is missing"
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return f"{NAME} is not what was written"
+    except (ValueError, TypeError, KeyError):
+        return f"{NAME} has other bytes than were written"
 
     def wrong(item: tuple[str, int, str]) -> str | None:
         name, size, check = item
@@ -180,6 +182,10 @@ def _digest(directory: str, name: str, keep: bool) -> tuple[int, str]:
     if keep:
         _keep(os.fspath(path))
     return size, f"{check:08x}"
+
+
+def _check(files: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(files).encode()):08x}"
 
 
 def is_local(directory: str) -> bool:
