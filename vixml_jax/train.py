@@ -281,6 +281,14 @@ def train(config: Config, stop: Stop | None = None) -> None:
     )
     try:
         state, position = trainer.run(state, clusters, position, telemetry)
+    except OSError as error:
+        said = errors.disk_fault(error)
+        if said is None:
+            raise
+        raise InputError(
+            f"--workdir={config.workdir}: {said} while training; checkpoints stand: make room and "
+            "start again with the same command"
+        ) from None
     finally:
         telemetry.close()
         checkpoints.close()

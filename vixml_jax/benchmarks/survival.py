@@ -267,7 +267,7 @@ def full_disk(make: Callable[[str], Run], whole: dict[str, np.ndarray], director
         fine = fine and run.finish()[0] == 0 and same(run.state(), whole)
         return Row(name, 1, int(fine), f"{process.returncode}: {line}")
     finally:
-        subprocess.run(["umount", directory], check=True)
+        subprocess.run(["umount", directory], check=True, capture_output=True)
 
 
 def survive(directory: str, *, num_kills: int, num_stops: int, seed: int) -> list[Row]:
