@@ -249,7 +249,7 @@ def full_disk(make: Callable[[str], Run], whole: dict[str, np.ndarray], director
     try:
         run = make(os.path.join(directory, "run"))
         process = run.start()
-        wait_for(process, lambda: len(run.saved()) > 1)
+        wait_for(process, lambda: len(run.saved()) > 0)
         filler = os.path.join(directory, "filler")
         with open(filler, "wb", buffering=0) as file:
             try:
