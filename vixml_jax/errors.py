@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -86,7 +87,18 @@ def launch(main: Callable[[Sequence[str]], None]) -> None:
         except flags.Error as error:
             _leave(f"error: {error}", 2)
 
+    sys.unraisablehook = _all_but_echoes
     app.run(guarded, flags_parser=parse)
+
+
+def _all_but_echoes(unraisable: Any) -> None:
+    """Prints what was raised where nobody can catch it.
+
+    Where one of many arrays cannot be written, Orbax leaves its loop of events with the first
+    error, which is raised; each of the others then fails to tell its own there.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _asks_help(argv: Sequence[str]) -> bool:

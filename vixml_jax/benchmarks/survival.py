@@ -4,8 +4,8 @@
 
 Trains a tiny run in processes of their own, does something bad to them, starts the same command
 again until it is done, and holds the last checkpoint bit for bit against that of a run that
-nothing happened to. Half of the kills come at moments drawn uniformly over the time of a run from
-the start of its process, half while a checkpoint is being written. The disk that fills is a small
+nothing happened to. Half of the kills, and of the signals, come at moments drawn uniformly over the
+time of a run from the start of its process, half while a checkpoint is being written. The disk that fills is a small
 tmpfs, which root alone may mount; without, that row says so.
 """
 
@@ -188,28 +188,34 @@ def kills(
 def stops(
     make: Callable[[], Run], whole: dict[str, np.ndarray], seconds: float, count: int, seed: int
 ) -> Row:
-    """Sends SIGTERM to a run of its own at each moment, and starts it again with its own words."""
+    """Sends SIGTERM to so many runs, half of them while they save, and starts them again."""
     rng = np.random.default_rng((seed, 1))
-    lived, told = 0, []
-    for _ in range(count):
+    lived, took = 0, []
+    ends = {"saved": 0, "nothing to save": 0, "not yet there": 0, "over": 0, "lost": 0}
+    for number in range(count):
         run = make()
         process = run.start()
         alive = wait_for(process, moment(rng, seconds))
+        if alive and number % 2:
+            wait_for(process, run.is_saving)
         then = time.monotonic()
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         said, _ = process.communicate()
-        took, status = time.monotonic() - then, process.returncode
-        line = said.strip().split("\n")[-1] if said.strip() else ""
+        status, line = process.returncode, said.strip().split("\n")[-1]
         saved = run.saved()
-        # Before the program is there to catch it, the signal does what it does to any process.
-        early = status == -signal.SIGTERM and not saved
-        kept = status == errors.PREEMPTED and "; to resume: " in line
-        if "saved at step" in line:
-            kept = kept and f"saved at step {saved[-1]};" in line
-        told.append(f"{status} {took:.1f}s" + (f" step {saved[-1]}" if saved else ""))
-        fine = early or kept or not alive
-        lived += fine and run.finish()[0] == 0 and same(run.state(), whole)
-    return Row("SIGTERM at a random moment", count, lived, ", ".join(told))
+        how = "lost"
+        if status == errors.PREEMPTED and "; to resume: " in line:
+            took.append(time.monotonic() - then)
+            stands = bool(saved) and f"saved at step {saved[-1]};" in line
+            how = "saved" if stands else "lost" if "saved at" in line else "nothing to save"
+        elif status == -signal.SIGTERM and not saved:
+            how = "not yet there"  # While Python imports, a signal does what it does to any.
+        elif status == 0:
+            how = "over"
+        ends[how] += 1
+        lived += how != "lost" and run.finish()[0] == 0 and same(run.state(), whole)
+    told = ", ".join(f"{name}: {times}" for name, times in ends.items() if times)
+    return Row("SIGTERM", count, lived, f"{told}; {max(took, default=0):.1f} s at most to leave")
 
 
 def damage(run: Run, whole: dict[str, np.ndarray]) -> Row:

@@ -40,14 +40,18 @@ class Stop:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator["Stop"]:
-        """Inside, signals come here; only the main thread of a program can ask for that."""
+        """Inside, signals come here; only the main thread of a program can ask for that.
+
+        After it they count for nothing: what is left is to end the process, and how is settled.
+        """
         numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, self._handle) for number in numbers]
+        for number in numbers:
+            signal.signal(number, self._handle)
         try:
             yield self
         finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+            for number in numbers:
+                signal.signal(number, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
