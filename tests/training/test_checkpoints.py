@@ -304,3 +304,25 @@ def test_an_error_of_the_disk_is_told_from_others(number):
     assert errors.disk_fault(OSError(number, "no")) == os.strerror(number)
     assert errors.disk_fault(ValueError("x [os_error_code='2']")) is None
     assert errors.disk_fault(OSError(errno.ENOENT, "no")) is None
+
+
+def test_what_is_saved_is_the_state_when_it_was_saved(tmp_path):
+    """The step after it takes over its arrays while they are still written."""
+    kept = open_checkpoints(tmp_path)
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    expected = np.random.default_rng().normal(size=2**24).astype(np.float32)
+    large = jax.numpy.array(expected)
+    state = make_state(1, 1)._replace(params={"large": large})
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    kept.save(state, np.zeros(QUERIES, np.int32), position(1))
+    for _ in range(3):
+        state = step(state)
+    assert not kept.due(1)  # It is under way, so that this can fail.
+    jax.block_until_ready(state)
+    kept.wait()
+    found, _, _ = kept.restore(like, np.zeros(QUERIES, np.int32))
+    np.testing.assert_array_equal(found.params["large"], expected)
+    assert int(found.step) == 1
+    kept.close()

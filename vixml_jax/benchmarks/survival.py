@@ -4,9 +4,9 @@
 
 Trains a tiny run in processes of their own, does something bad to them, starts the same command
 again until it is done, and holds the last checkpoint bit for bit against that of a run that
-nothing happened to. Half of the kills, and of the signals, come at moments drawn uniformly over the
-time of a run from the start of its process, half while a checkpoint is being written. The disk that fills is a small
-tmpfs, which root alone may mount; without, that row says so.
+nothing happened to. Half of the kills, and of the signals, come at moments drawn uniformly over
+the time of a run from the start of its process, half while a checkpoint is being written. The disk
+that fills is a small tmpfs, which root alone may mount; without, that row says so.
 """
 
 import json
