@@ -210,9 +210,16 @@ class LoopConfig:
         lower_bound=0,
     )
     save_every: int = _flag(
-        500, "Steps between checkpoints; one is always kept at each epoch.", lower_bound=1
+        500,
+        "Steps between checkpoints, written in the background; each epoch ends in one, too.",
+        lower_bound=1,
     )
-    keep: int = _flag(2, "Newest checkpoints kept.", lower_bound=1)
+    save_minutes: float = _flag(
+        0.0, "Minutes after which one is due whatever the step; 0: never.", lower_bound=0.0
+    )
+    keep: int = _flag(
+        2, "Newest checkpoints kept; while one is written there is one more.", lower_bound=1
+    )
     log_every: int = _flag(10, "Steps between lines of metrics.jsonl.", lower_bound=1)
 
 

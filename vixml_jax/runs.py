@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import sharding, trees
+from vixml_jax import sealed, sharding, trees
 from vixml_jax.config import Config
 from vixml_jax.data import preparation
 from vixml_jax.data.packing import Layout
@@ -30,6 +30,8 @@ TOWER = "tower.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FROZEN = "frozen"
+# Flags that a run may be resumed with other values of: it is the same run.
+FREE_FLAGS = ("workdir", "mesh", "loop.save_every", "loop.save_minutes", "loop.keep")
 FAMILIES = {"encoder": BertConfig, "decoder": DecoderConfig}
 
 
@@ -61,9 +63,9 @@ def open_run(
         "shares": sharding.num_shares(mesh),
     }
     if os.path.exists(path):
-        changed = config_lib.differences(config_lib.load(path), config)
-        # Where a run lies, and on what devices it goes on, is not what it is.
-        changed = [line for line in changed if not line.startswith(("--workdir:", "--mesh:"))]
+        found = config_lib.differences(config_lib.load(path), config)
+        free = tuple(f"--{name}:" for name in FREE_FLAGS)
+        changed = [line for line in found if not line.startswith(free)]
         recorded = _read_tower(config.workdir)
         if not changed and recorded["content_hash"] != content_hash:
             changed = [f"--data={config.data} has other content than the run was started on"]
@@ -72,6 +74,8 @@ def open_run(
                 f"--workdir={config.workdir} holds a run of another configuration "
                 f"({'; '.join(changed)}): use the same flags to resume it, or another --workdir"
             )
+        if found and jax.process_index() == 0:
+            write_text(path, config.to_json())
         shares = sharding.num_shares(mesh, recorded["shares"])
         if shares != recorded["shares"]:
             print(
@@ -182,36 +186,43 @@ def as_frozen(frozen: Any, dtype: str) -> Any:
 
 
 def save_frozen(workdir: str, frozen: Any) -> None:
-    """Writes the frozen parameters once, so that the run directory is complete by itself."""
+    """Writes the frozen parameters once, so that the run directory is complete by itself; again,
+    where what is there is damaged."""
     import orbax.checkpoint as ocp
 
-    path = os.path.abspath(os.path.join(workdir, FROZEN))
-    if frozen and not os.path.isdir(path):
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, frozen)
+    path = os.path.abspath(os.path.join(workdir, FROZEN, "0"))
+    if not frozen or sealed.first_says(sealed.damage(path) is None):
+        return
+    options = sealed.writer(os.path.dirname(path))
+    with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options) as saver:
+        saver.save(path, args=ocp.args.StandardSave(frozen), force=True)
 
 
 def find_model(workdir: str) -> tuple[str, int]:
     """Directory and step of what evaluation reads: the model chosen so far, else the newest.
 
-    Raises:
-      InputError: If there is no checkpoint.
-    """
-    import orbax.checkpoint as ocp
+    A damaged checkpoint is passed over, which is said; nothing is moved.
 
+    Raises:
+      InputError: If there is no checkpoint that is whole, or the model chosen is not.
+    """
     directory, best = (os.path.abspath(os.path.join(workdir, d)) for d in (CHECKPOINTS, BEST))
     if not os.path.isdir(directory):
         raise InputError(f"{directory}: not found; expected a run directory that train wrote")
-    with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise InputError(f"{directory}: holds no checkpoint yet")
-        position = manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
-    chosen = position["position"].get("best_step")
+    step, damaged = sealed.newest_whole(directory)
+    listed = "; ".join(f"the checkpoint of step {n} is damaged ({damaged[n]})" for n in damaged)
+    if step is None:
+        raise InputError(f"{directory}: {listed or 'holds no checkpoint yet'}")
+    if damaged:
+        print(f"{directory}: {listed}; reading that of step {step}")
+    chosen = sealed.read(os.path.join(directory, str(step)), position=None)["position"]["best_step"]
     if chosen is None:
         return directory, step
     if not os.path.isdir(os.path.join(best, str(chosen))):
         raise InputError(f"{best}: lacks step {chosen}, which training chose")
+    said = sealed.damage(os.path.join(best, str(chosen)))
+    if said:
+        raise InputError(f"{best}: step {chosen}, which training chose, is damaged ({said})")
     return best, chosen
 
 
@@ -221,24 +232,20 @@ def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
     Raises:
       InputError: If there is no checkpoint.
     """
-    import orbax.checkpoint as ocp
-
     directory, step = find_model(workdir)
     trained, frozen = split_params(model.abstract_params, model.tower.config)
     abstract = {
         "params": sharding.stored_tree(trained, model.mesh),
         "labels": sharding.stored_tree(model.table.abstract_state, model.mesh),
     }
-    with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
-        # Not strict: how many zeros stand at the ends of an array is a matter of the mesh.
-        restored = manager.restore(
-            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract, strict=False))
-        )["model"]
+    restored = sealed.read(os.path.join(directory, str(step)), model=abstract)["model"]
     params = restored["params"]
     if frozen:
         dtype = config_lib.load(os.path.join(workdir, CONFIG)).lora.base_dtype
         kept = sharding.stored_tree(as_frozen(frozen, dtype), model.mesh)
-        with ocp.StandardCheckpointer() as checkpointer:
-            path = os.path.abspath(os.path.join(workdir, FROZEN))
-            params = trees.merge(params, checkpointer.restore(path, kept, strict=False))
+        path = os.path.abspath(os.path.join(workdir, FROZEN))
+        said = sealed.damage(os.path.join(path, "0"))
+        if said:
+            raise InputError(f"{path}: damaged ({said}); train writes it again when it is started")
+        params = trees.merge(params, sealed.read(path, **{"0": kept})["0"])
     return params, LabelState(*restored["labels"]), step

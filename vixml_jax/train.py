@@ -33,6 +33,7 @@ from vixml_jax.structs import TrainState
 from vixml_jax.training import loop, losses, optimizer, step, warm_start, watch
 from vixml_jax.training import plan as plan_lib
 from vixml_jax.training.checkpoints import Checkpoints
+from vixml_jax.training.stopping import Stop
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
 
 
@@ -306,13 +307,16 @@ def plan(config: Config, *, devices: str = "", sizes: str = "") -> None:
         print(f"compiled in {time.perf_counter() - clock:.0f} s; it fits")
 
 
-def train(config: Config, *, profile: tuple[int, int] | None = None) -> None:
+def train(
+    config: Config, stop: Stop | None = None, *, profile: tuple[int, int] | None = None
+) -> None:
     """Trains as the flags say, from where the run directory stands, and evaluates.
 
     Where the data have a validation split, all that is evaluated here is evaluated on it.
 
     Args:
       config: All that makes the run what it is.
+      stop: Through which signals end the run; None: there are none to heed.
       profile: Steps to be profiled, as `watch.Profiler` takes them.
     """
     dataset = runs.open_dataset(config)
@@ -328,6 +332,8 @@ def train(config: Config, *, profile: tuple[int, int] | None = None) -> None:
     checkpoints = Checkpoints(
         os.path.join(config.workdir, runs.CHECKPOINTS),
         keep=config.loop.keep,
+        every=config.loop.save_every,
+        minutes=config.loop.save_minutes,
         best=os.path.join(config.workdir, runs.BEST) if config.loop.choose_by else None,
     )
     split = "valid" if dataset.valid else "test"
@@ -355,11 +361,13 @@ def train(config: Config, *, profile: tuple[int, int] | None = None) -> None:
             titles=False,
         )["metrics"],
         split=split,
+        stop=stop or Stop(),
     )
     say_start(parts, sizes_of(dataset))
     planned = trainer.plan(like)
     planned.check()
     print(planned)
+    print(checkpoints.check_room(like))
 
     params = first_params(config, model, dataset)
     resumed = checkpoints.latest_step()
@@ -394,6 +402,14 @@ def train(config: Config, *, profile: tuple[int, int] | None = None) -> None:
     )
     try:
         state, position = trainer.run(state, clusters, position, telemetry)
+    except OSError as error:
+        said = errors.disk_fault(error)
+        if said is None:
+            raise
+        raise InputError(
+            f"--workdir={config.workdir}: {said} while training; checkpoints stand: make room and "
+            "start again with the same command"
+        ) from None
     finally:
         telemetry.close()
         checkpoints.close()
@@ -426,7 +442,8 @@ def main(argv: Sequence[str]) -> None:
     if values.plan:
         plan(config, devices=values.plan_devices, sizes=values.plan_size)
     else:
-        train(config, profile=profile)
+        with Stop().caught() as stop:
+            train(config, stop, profile=profile)
 
 
 def define_flags() -> None:

@@ -25,7 +25,7 @@ from vixml_jax import errors, runs, train, trees
 from vixml_jax.benchmarks import towers, train_step
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LoraConfig, ModelConfig
 from vixml_jax.models.decoder import DecoderConfig
-from vixml_jax.training import collectives
+from vixml_jax.training import collectives, flops
 from vixml_jax.training import plan as plan_lib
 
 
@@ -167,8 +167,11 @@ def main(argv: Sequence[str]) -> None:
     mesh = made.parts.model.mesh
     device = mesh.devices.flat[0]
     along = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
-    print(f"{mesh.size} x {device.device_kind}, {along}; {values.tower}, {values.dtype}, a batch of "
-          f"{values.batch} in {made.batch.items.tokens.shape[0]} rows; {memory}")  # fmt: skip
+    num_rows = made.batch.items.tokens.shape[0]
+    print(
+        f"{mesh.size} x {device.device_kind}, {along}; {values.tower}, {values.dtype}, a batch of "
+        f"{values.batch} in {num_rows} rows; {memory}"
+    )
     print("MB that each device sends in a step")
     for name, size in {**paper, "all, on paper": sum(paper.values())}.items():
         print(f"  {name:24} {size / 1e6:12.2f}")
@@ -187,7 +190,8 @@ def main(argv: Sequence[str]) -> None:
         print(
             f"a step: {work / 1e12:.2f} TFLOP a device, {compute * 1e3:.0f} ms at "
             f"{100 * values.efficiency:.0f} % of {chip.peak_flops / 1e12:.0f} TFLOP/s; "
-            f"{links * 1e3:.0f} ms over {chip.links} links of {chip.link_bandwidth / 1e9:.0f} GB/s: "
+            f"{links * 1e3:.0f} ms over {chip.links} links of "
+            f"{chip.link_bandwidth / 1e9:.0f} GB/s: "
             f"from {max(compute, links) * 1e3:.0f} ms, side by side, to "
             f"{(compute + links) * 1e3:.0f} ms, one after the other"
         )

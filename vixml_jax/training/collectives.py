@@ -123,8 +123,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _rounds(line: str, bodies: dict[str, list[str]]) -> float:
     """How often a loop runs; infinity where its text does not say.
 
-    XLA for TPUs leaves it to the condition: a counter, from zero in all loops that JAX and XLA make,
-    below a constant. Loops by which it takes a product apart may count by more than one.
+    XLA for TPUs leaves it to the condition: a counter, from zero in all loops that JAX and XLA
+    make, below a constant. Loops by which it takes a product apart may count by more than one.
     """
     known = _TRIPS.search(line)
     if known:

@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Int
 from scipy import sparse
 
 from vixml_jax import sharding, trees
@@ -19,9 +19,11 @@ from vixml_jax.config import BatchConfig, LabelsConfig, LoopConfig
 from vixml_jax.data import pipeline, propensity, sampling
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.encoding import Model
+from vixml_jax.errors import NotFiniteError, Preempted
 from vixml_jax.labels.centroids import exact_centroids
 from vixml_jax.processes import Group
 from vixml_jax.structs import Batch, LabelState, Share, TrainState
+from vixml_jax.training import stopping
 from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.clustering import balanced_clusters, numbered_by_first_row
 from vixml_jax.training.flops import step_flops
@@ -207,6 +209,12 @@ def initial_labels(
     return params, state, sharding.spread_rows(queries, num_queries, mesh)
 
 
+@jax.jit
+def _all_finite(state: Any) -> Bool[Array, ""]:
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
 class Trainer:
     """Runs epochs from wherever the state stands; one call to `run` does it all.
 
@@ -223,6 +231,7 @@ class Trainer:
       guard: Watches for collapse.
       evaluate: (params, labels) -> metrics, called as `loop.eval_every` says.
       split: What it judges on; goes into the names of what is logged, but for 'test'.
+      stop: Whether a signal asks the run to end.
     """
 
     def __init__(
@@ -242,12 +251,13 @@ class Trainer:
         guard: CollapseGuard,
         evaluate: Callable[[Any, LabelState], Mapping[str, float]],
         split: str = "test",
+        stop: stopping.Stop,
     ):
         self.model, self.dataset, self.train_step = model, dataset, train_step
         self.batch, self.labels, self.loop = batch, labels, loop
         self.block, self.seed, self.group = block, seed, group
         self.checkpoints, self.guard = checkpoints, guard
-        self.evaluate, self.split = evaluate, split
+        self.evaluate, self.split, self.stop = evaluate, split, stop
         self.num_queries = len(dataset.train)
         self.steps_per_epoch = math.ceil(self.num_queries / batch.size)
         # Where all devices have it: else every step would copy it to them.
@@ -295,16 +305,33 @@ class Trainer:
         telemetry: Telemetry,
     ) -> tuple[TrainState, Position]:
         """Trains until the epochs are over, or patience is, and returns the last state and
-        position; every epoch ends in a checkpoint."""
-        while position.epoch < self.loop.epochs and not self.out_of_patience(position):
-            state = self._run_batches(state, clusters, position, telemetry)
-            state, clusters, position = self._end_epoch(state, clusters, position, telemetry)
-            if position.epoch < self.loop.epochs:  # Its first batches are made while it is saved.
-                self._ahead = position, self._open(clusters, position)
-            self._save(state, clusters, position)
-        self.checkpoints.wait()
-        self.checkpoints.drop_best_but(position.best_step)
+        position; every epoch ends in a checkpoint.
+
+        Raises:
+          Preempted: If a signal came; all steps that were done are saved.
+          NotFiniteError: If a loss or a state is not finite; what is saved is.
+          InputError: If the disk is full; what was saved before stands.
+        """
+        with self.stop.held():
+            while position.epoch < self.loop.epochs and not self.out_of_patience(position):
+                state, done = self._run_batches(state, clusters, position, telemetry)
+                try:
+                    ended = self._end_epoch(state, clusters, position, telemetry)
+                except Preempted:  # What was left is done again, from the end of the batches.
+                    self._leave(state, clusters, done)
+                state, clusters, position = ended
+                if position.epoch < self.loop.epochs:
+                    # Its first batches are made while it is saved.
+                    self._ahead = position, self._open(clusters, position)
+                self._save(state, clusters, position)
+            self.checkpoints.wait()
+            self.checkpoints.drop_best_but(position.best_step)
         return state, position
+
+    def _leave(self, state: TrainState, clusters: np.ndarray, position: Position) -> NoReturn:
+        self._save(state, clusters, position)
+        self.checkpoints.wait()
+        raise self.stop.preempted(f"saved at step {int(state.step)}")
 
     def out_of_patience(self, position: Position) -> bool:
         """Whether `loop.patience` evaluations brought nothing better."""
@@ -340,7 +367,8 @@ class Trainer:
 
     def _run_batches(
         self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
-    ) -> TrainState:
+    ) -> tuple[TrainState, Position]:
+        """The state after the epoch's batches, and the position there."""
         watch, profiler = telemetry.watch, telemetry.profiler
         watch.start()
         at, batches = self._ahead
@@ -349,6 +377,7 @@ class Trainer:
         self._ahead = None, None
         step, last = int(state.step), (position.epoch + 1) * self.steps_per_epoch
         unread: list[dict[str, jax.Array]] = []
+        agree = stopping.Agreement(self.model.mesh)
         watch.lap("host")
         for batch in batches:
             watch.lap("data")
@@ -370,17 +399,27 @@ class Trainer:
             if step % self.loop.log_every == 0 or step == last:
                 self._report(step, position.epoch, unread, telemetry)
                 unread = []
-            if step % self.loop.save_every == 0 and step < last:
-                if unread:  # A state is saved only if all that led to it was finite.
+            todo = agree(self._wish(step))
+            if todo == stopping.GO_ON or (todo == stopping.SAVE and step == last):
+                continue
+            # A state is saved only if all that led to it was finite.
+            unread = self._read(step, position.epoch, unread)
+            there = dataclasses.replace(position, batches=batches.get_state())
+            if todo == stopping.STOP:
+                if unread:
                     self._report(step, position.epoch, unread, telemetry)
-                    unread = []
-                watch.lap("host")
-                there = dataclasses.replace(position, batches=batches.get_state())
-                self._save(state, clusters, there)
-                watch.lap("saving")
+                self._leave(state, clusters, there)
+            watch.lap("host")
+            self._save(state, clusters, there)
+            watch.lap("saving")
         profiler.at(step, unread)
         profiler.stop()  # What ends an epoch is no step.
-        return state
+        return state, dataclasses.replace(position, batches=batches.get_state())
+
+    def _wish(self, step: int) -> int:
+        if self.stop.asked:
+            return stopping.STOP
+        return stopping.SAVE if self.checkpoints.due(step) else stopping.GO_ON
 
     def _work(self, batch: Batch) -> dict[str, Any]:
         """What there is to do in a batch of the host, padding left out."""
@@ -395,26 +434,49 @@ class Trainer:
     def _report(
         self, step: int, epoch: int, unread: list[dict[str, jax.Array]], telemetry: Telemetry
     ) -> None:
-        """Reads the scalars of the steps since the last report; stops where they are not finite."""
-        read = jax.device_get(unread)
+        """Writes the mean of the scalars since the last report."""
+        read = self._read(step, epoch, unread)
         telemetry.watch.lap("compute")
-        first = step - len(read) + 1
-        for offset, scalars in enumerate(read):
-            # Of vectors that are not numbers every hinge is 0: the gradient tells where the loss
-            # does not.
-            if not np.isfinite(scalars["loss"] + scalars["gradient_norm"]):
-                raise FloatingPointError(
-                    f"the loss is {scalars['loss']} and its gradient's norm "
-                    f"{scalars['gradient_norm']} at step {first + offset} (epoch {epoch}); the "
-                    "last checkpoint is kept; try a lower --optimizer.learning_rate"
-                )
+        for scalars in read:
             warning = self.guard.warning(scalars)
             if warning:
                 telemetry.say(warning)
         mean = {name: float(np.mean([scalars[name] for scalars in read])) for name in read[0]}
         telemetry.scalars(step, mean, epoch=epoch)
 
+    def _read(
+        self, step: int, epoch: int, unread: list[dict[str, jax.Array]]
+    ) -> list[dict[str, np.ndarray]]:
+        """The scalars of the last steps, on the host; stops where they are not finite."""
+        read = jax.device_get(unread)
+        first = step - len(read) + 1
+        for offset, scalars in enumerate(read):
+            # Of vectors that are not numbers every hinge is 0: the gradient tells where the loss
+            # does not.
+            if not np.isfinite(scalars["loss"] + scalars["gradient_norm"]):
+                raise self._not_finite(
+                    f"the loss is {scalars['loss']} and its gradient's norm "
+                    f"{scalars['gradient_norm']} at step {first + offset} (epoch {epoch}), the "
+                    "first that is not finite"
+                )
+        return read
+
+    def _not_finite(self, what: str) -> NotFiniteError:
+        self.checkpoints.wait()
+        kept = self.checkpoints.latest_step()
+        stands = "no checkpoint is saved yet" if kept is None else f"that of step {kept} is kept"
+        return NotFiniteError(
+            f"{what}; {stands}; the same flags lead there again: start in another --workdir with "
+            "a lower --optimizer.learning_rate, or with --optimizer.clip_norm=1"
+        )
+
     def _save(self, state: TrainState, clusters: np.ndarray, position: Position) -> None:
+        """Saves a state that is finite: the loss of a step says nothing of the update after it."""
+        if not bool(_all_finite(state._replace(frozen={}))):
+            raise self._not_finite(
+                f"the state after step {int(state.step)} (epoch {position.epoch}) is not finite, "
+                "though the loss before it was"
+            )
         self.checkpoints.save(state, clusters, dataclasses.asdict(position))
 
     def _end_epoch(
@@ -434,13 +496,19 @@ class Trainer:
         ):
             bank = sharding.share_of(state.bank, self.num_queries, self.model.mesh, kept=True)
             num_clusters = max(1, math.ceil(self.num_queries / size))
-            clusters = numbered_by_first_row(
-                balanced_clusters(
-                    bank, self.num_queries, num_clusters, seed=self.seed + epoch, group=self.group
+            with self.stop.at_once():
+                clusters = numbered_by_first_row(
+                    balanced_clusters(
+                        bank,
+                        self.num_queries,
+                        num_clusters,
+                        seed=self.seed + epoch,
+                        group=self.group,
+                    )
                 )
-            )
             clustered = True
-        state = state._replace(labels=self._centroids(state, is_last))
+        with self.stop.at_once():
+            state = state._replace(labels=self._centroids(state, is_last))
         due = self.loop.eval_every and (epoch + 1) % self.loop.eval_every == 0
         # The last epoch is judged once more after training; here only if it may be chosen.
         if self.loop.choose_by if is_last else due:
@@ -459,8 +527,10 @@ class Trainer:
         """
         chosen, labels = self.loop.choose_by, state.labels
         if chosen and position.epoch < self.loop.epochs - 1 and self.labels.centroids == "stale":
-            labels = self._centroids(state, is_last=True)
-        metrics = self.evaluate(trees.merge(state.params, state.frozen), labels)
+            with self.stop.at_once():
+                labels = self._centroids(state, is_last=True)
+        with self.stop.at_once():
+            metrics = self.evaluate(trees.merge(state.params, state.frozen), labels)
         prefix = "" if self.split == "test" else f"{self.split}/"
         telemetry.write(
             int(state.step),

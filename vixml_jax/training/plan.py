@@ -204,7 +204,8 @@ def slice_of(name: str) -> Sequence[jax.Device]:
     flag = f"--plan_devices={name}"
     if kind not in devices.TPUS or not re.fullmatch(r"\d+x\d+(x\d+)?", topology):
         raise InputError(
-            f"{flag}: expected {' or '.join(devices.TPUS)} and a topology, as v5e:16x16 or v5p:4x4x8"
+            f"{flag}: expected {' or '.join(devices.TPUS)} and a topology, as v5e:16x16 or "
+            "v5p:4x4x8"
         )
     try:
         import libtpu  # noqa: F401

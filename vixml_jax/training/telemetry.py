@@ -1,8 +1,12 @@
 """Scalars to TensorBoard and jsonl, a progress bar, and warnings worth reading."""
 
+import io
 import json
 import os
+import socket
+import struct
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,17 +43,14 @@ class Telemetry:
         peak_flops: float = 0.0,
         profile: tuple[int, int] | None = None,
     ):
-        import tensorboardX
         import tqdm
 
         self.path = os.path.join(workdir, "metrics.jsonl")
         self.watch = Watch(peak_flops=peak_flops)
         self.profiler = Profiler(profile, os.path.join(workdir, "profile"), self.say)
         _keep_until(self.path, step)
-        self._file = open(self.path, "a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(
-            os.path.join(workdir, "tensorboard"), purge_step=step + 1
-        )
+        self._file = open(self.path, "ab", buffering=0)
+        self._board = _Board(os.path.join(workdir, "tensorboard"), purge_step=step + 1)
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=step,
@@ -81,8 +82,7 @@ class Telemetry:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         line = {"step": step, **more, **{name: float(value) for name, value in values.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        _append(self._file, (json.dumps(line) + "\n").encode())
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -94,6 +94,50 @@ class Telemetry:
         self._bar.close()
         self._board.close()
         self._file.close()
+
+
+class _Board:
+    """Curves for TensorBoard, written when they are made.
+
+    tensorboardX's own `SummaryWriter` hands them to a thread. A full disk ends that thread, and
+    the run waits for it from then on.
+
+    Args:
+      directory: Of the event files.
+      purge_step: TensorBoard forgets what files before this one say from this step on.
+    """
+
+    def __init__(self, directory: str, *, purge_step: int):
+        from tensorboardX import record_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._checksum = record_writer.masked_crc32c
+        os.makedirs(directory, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        self._file = open(os.path.join(directory, name), "ab", buffering=0)
+        self._write(file_version="brain.Event:2")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=purge_step, session_log=start)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """One point of a curve."""
+        self._write(step=step, summary=self._scalar(name, value))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        data = self._event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checks = (struct.pack("<I", self._checksum(part)) for part in (length, data))
+        _append(self._file, length + next(checks) + data + next(checks))
+
+
+def _append(file: io.RawIOBase, data: bytes) -> None:
+    """Writes all of it, or raises: a disk that fills takes a part first."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def _keep_until(path: str, step: int) -> None:
