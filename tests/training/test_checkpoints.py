@@ -329,3 +329,19 @@ def test_what_is_saved_is_the_state_when_it_was_saved(tmp_path):
             break
     assert was_under_way
     kept.close()
+
+
+def test_frozen_weights_that_are_damaged_are_written_again(tmp_path):
+    frozen = {"tower": {"kernel": jax.numpy.arange(12.0).reshape(3, 4)}}
+    kept = tmp_path / runs.FROZEN / "0"
+    runs.save_frozen(str(tmp_path), frozen)
+    assert sealed.damage(str(kept)) is None
+    before = (kept / sealed.NAME).stat().st_mtime_ns
+    runs.save_frozen(str(tmp_path), frozen)
+    assert (kept / sealed.NAME).stat().st_mtime_ns == before  # Written once.
+    spoil(kept / "manifest.ocdbt", "cut", None)
+    assert "manifest.ocdbt" in sealed.damage(str(kept))
+    runs.save_frozen(str(tmp_path), frozen)
+    found = sealed.read(str(tmp_path / runs.FROZEN), **{"0": frozen})["0"]
+    assert sealed.damage(str(kept)) is None
+    np.testing.assert_array_equal(found["tower"]["kernel"], frozen["tower"]["kernel"])
