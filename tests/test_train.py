@@ -317,11 +317,11 @@ def test_how_often_to_save_is_no_part_of_what_a_run_is(whole_run, tmp_path):
     changed = dataclasses.replace(whole_run, workdir=str(workdir), loop=loop_flags)
     tower, layout = runs.read_tower(workdir)
     content = runs.open_dataset(changed).content_hash
-    runs.open_run(changed, tower, layout, content)
+    runs.open_run(changed, tower, layout, content, sharding.create_mesh())
     assert config_lib.load(str(workdir / runs.CONFIG)) == changed
     more = dataclasses.replace(changed, loop=dataclasses.replace(loop_flags, keep=1, epochs=9))
     with pytest.raises(InputError, match=r"configuration \(--loop.epochs: 3 there, 9 here\)"):
-        runs.open_run(more, tower, layout, content)
+        runs.open_run(more, tower, layout, content, sharding.create_mesh())
     assert config_lib.load(str(workdir / runs.CONFIG)) == changed
 
 
