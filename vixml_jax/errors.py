@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -65,6 +66,13 @@ def disk_fault(error: BaseException) -> str | None:
     return os.strerror(found[0]) if found else None
 
 
+def _nobody(line: str, status: int) -> None:
+    """There are no other processes to tell why this one fails."""
+
+
+tell_others: Callable[[str, int], None] = _nobody
+
+
 def launch(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags and runs `main`; whatever ends it early but a fault of ours is one line."""
 
@@ -80,6 +88,10 @@ def launch(main: Callable[[Sequence[str]], None]) -> None:
             _leave(f"error: {error}", 2 if isinstance(error, InputError) else 1)
         except Preempted as stop:
             _leave(f"{stop}; to resume: {shlex.join(sys.orig_argv)}", PREEMPTED)
+        except Exception as error:
+            traceback.print_exc()
+            tell_others(f"{type(error).__name__}: {error}", 1)
+            sys.exit(1)
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
@@ -106,5 +118,8 @@ def _asks_help(argv: Sequence[str]) -> bool:
 
 
 def _leave(line: str, status: int) -> None:
-    print(" ".join(line.split()), file=sys.stderr)
+    line = " ".join(line.split())
+    print(line, file=sys.stderr)
+    if status != PREEMPTED:  # At which all arrive by themselves.
+        tell_others(line, status)
     sys.exit(status)

@@ -230,6 +230,7 @@ def show(
     split: str,
     search: str,
     hide_images: bool = False,
+    group: Group = processes.ALONE,
 ) -> None:
     """Evaluates, writes the json, prints the table and where it lies."""
     if hide_images:
@@ -246,7 +247,10 @@ def show(
         block=config.eval.block,
         memory=config.eval if config.eval.memory_weight else None,
         index_dir=os.path.join(config.workdir, "evaluation", "scann"),
+        group=group,
     )
+    if group.index:  # The first process tells.
+        return
     rows = {}
     if config.eval.vote and split != "train" and not hide_images:
         rows = baseline_rows(dataset, k, split)
@@ -271,6 +275,12 @@ def main(argv: Sequence[str]) -> None:
     if not values.workdir:
         raise InputError("--workdir: missing; expected a run directory that train wrote")
     memory.keep_freed_pages()
+    processes.start(values.coordinator, values.num_processes, values.process_index)
+    group = processes.world()
+    if values.search == "scann" and group.count > 1:
+        raise InputError(
+            "--search=scann: an index is built and searched by one process; leave out --coordinator"
+        )
     programs.keep_in(values.compile_cache)
     config = config_lib.load(os.path.join(values.workdir, runs.CONFIG))
     config = dataclasses.replace(
@@ -299,6 +309,7 @@ def main(argv: Sequence[str]) -> None:
         split=values.split,
         search=values.search,
         hide_images=values.hide_images,
+        group=group,
     )
 
 
@@ -318,6 +329,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
     programs.define_flag()
+    processes.define_flags()
 
 
 if __name__ == "__main__":

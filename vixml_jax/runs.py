@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import sealed, sharding, trees
+from vixml_jax import processes, sealed, sharding, trees
 from vixml_jax.config import Config
 from vixml_jax.data import preparation
 from vixml_jax.data.packing import Layout
@@ -191,7 +191,7 @@ def save_frozen(workdir: str, frozen: Any) -> None:
     import orbax.checkpoint as ocp
 
     path = os.path.abspath(os.path.join(workdir, FROZEN, "0"))
-    if not frozen or sealed.first_says(sealed.damage(path) is None):
+    if not frozen or processes.first_says(sealed.damage(path) is None):
         return
     options = sealed.writer(os.path.dirname(path))
     with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options) as saver:

@@ -13,8 +13,9 @@ import zlib
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
+
+from vixml_jax import processes
 
 NAME = "digests.json"
 COMMITTED = "commit_success.txt"
@@ -88,7 +89,7 @@ def newest_whole(directory: str) -> tuple[int | None, dict[int, str]]:
                 step = candidate
                 break
             damaged[candidate] = said
-    step = first_says(step)
+    step = processes.first_says(step)
     return (None if step < 0 else step), damaged
 
 
@@ -129,23 +130,6 @@ def writer(directory: str) -> Any:
                 seal(os.fspath(path))
 
     return ocp.AsyncOptions(timeout_secs=_TIMEOUT_S, post_finalization_callback=seal_it)
-
-
-def first_says(value: int) -> int:
-    """What process 0 says, in all processes, which come here together."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def meet(where: str) -> None:
-    """Returns when all processes came here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(where)
 
 
 def _files(directory: str) -> list[str]:

@@ -298,6 +298,13 @@ def everywhere(x: Any, mesh: Mesh) -> jax.Array:
     return jax.jit(lambda: x, out_shardings=replicated(mesh))()
 
 
+def on_host(x: jax.Array) -> np.ndarray:
+    """An array that lies over the devices of all processes, whole in each of them."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x))
+
+
 def abstract_on_devices(batch: Any, mesh: Mesh) -> Any:
     """What `to_devices` gives, of whole shapes and dtypes alone."""
     return jax.tree.map(

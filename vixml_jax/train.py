@@ -161,7 +161,7 @@ def first_params(config: Config, model: Model, dataset: PreparedDataset) -> Any:
         words = sharding.unpad(
             params["tower"]["word_embeddings"], model.abstract_params["tower"]["word_embeddings"]
         )
-        words = np.asarray(words.astype(np.float32) * model.tower.config.word_scale)
+        words = sharding.on_host(words.astype(np.float32) * model.tower.config.word_scale)
         found = warm_start.regress_images(dataset, words)
         if found is not None:
             params["tower"]["image_projection"] = sharding.pad(
@@ -319,14 +319,17 @@ def train(
       stop: Through which signals end the run; None: there are none to heed.
       profile: Steps to be profiled, as `watch.Profiler` takes them.
     """
-    dataset = runs.open_dataset(config)
+    group = processes.world()
+    with processes.first_alone("data"):
+        dataset = runs.open_dataset(config)
     k = min(config.eval.k, dataset.num_labels)
     check_choice(config, dataset, k)
     mesh = runs.make_mesh(config)
     tower, layout = make_tower(config, dataset)
     parts = assemble(config, tower, layout, sizes_of(dataset), mesh)
     model, tx, like, _ = parts
-    shares = runs.open_run(config, tower, layout, dataset.content_hash, mesh)
+    with processes.first_alone("run directory"):
+        shares = runs.open_run(config, tower, layout, dataset.content_hash, mesh)
     steps_per_epoch = -(-len(dataset.train) // config.batch.size)
     total_steps = config.loop.epochs * steps_per_epoch
     checkpoints = Checkpoints(
@@ -347,7 +350,7 @@ def train(
         block=config.eval.block,
         seed=config.seed,
         shares=shares,
-        group=processes.ALONE,
+        group=group,
         checkpoints=checkpoints,
         guard=CollapseGuard(margin=config.loss.margin_min, num_negatives=config.loss.num_negatives),
         evaluate=lambda params, labels: evaluate.evaluate_model(
@@ -359,6 +362,7 @@ def train(
             k=k,
             block=config.eval.block,
             titles=False,
+            group=group,
         )["metrics"],
         split=split,
         stop=stop or Stop(),
@@ -379,7 +383,7 @@ def train(
             labels=config.labels,
             block=config.eval.block,
             seed=config.seed,
-            group=processes.ALONE,
+            group=group,
         )
     else:
         labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
@@ -421,7 +425,7 @@ def train(
         del state, params, labels
         params, labels, _ = runs.restore_model(config.workdir, model)
     print(describe_choice(config, position, steps_per_epoch))
-    evaluate.show(config, model, params, labels, dataset, split=split, search="exact")
+    evaluate.show(config, model, params, labels, dataset, split=split, search="exact", group=group)
     if split == "valid":
         print(f"to judge on test: python -m vixml_jax.evaluate --workdir={config.workdir}")
     print(
@@ -438,6 +442,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--plan_devices and --plan_size say what to plan for: add --plan")
     profile = watch.parse_window(values.profile_steps)
     memory.keep_freed_pages()
+    processes.start(values.coordinator, values.num_processes, values.process_index)
     programs.keep_in(values.compile_cache)
     if values.plan:
         plan(config, devices=values.plan_devices, sizes=values.plan_size)
@@ -450,6 +455,7 @@ def define_flags() -> None:
     """The flags of a run, and those that may differ each time it is started."""
     config_lib.define_flags()
     programs.define_flag()
+    processes.define_flags()
     flags.DEFINE_string(
         "profile_steps",
         "",

@@ -13,7 +13,7 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np  # noqa: E402
 import test_checkpoints  # noqa: E402
 
-from vixml_jax import runs, sealed, sharding  # noqa: E402
+from vixml_jax import processes, runs, sealed, sharding  # noqa: E402
 from vixml_jax.errors import InputError, Preempted  # noqa: E402
 from vixml_jax.training import stopping  # noqa: E402
 
@@ -41,10 +41,10 @@ with stopping.Stop().caught() as stop:
 test_checkpoints.write(root, [2, 4, 6], num_devices=4)
 test_checkpoints.write(root, [8], num_devices=4)
 assert test_checkpoints.sealed.steps(str(root / runs.CHECKPOINTS)) == [4, 6, 8]
-sealed.meet("written")
+processes.meet("written")
 if me == 0:
     (root / runs.CHECKPOINTS / "8" / "model" / "manifest.ocdbt").write_bytes(b"")
-sealed.meet("spoilt")
+processes.meet("spoilt")
 
 kept = test_checkpoints.open_checkpoints(root)
 assert kept.latest_step() == 6
@@ -62,12 +62,12 @@ kept.close()
 again = test_checkpoints.open_checkpoints(root)
 assert again.restore(found, clusters)[1][0] == 7
 again.close()
-sealed.meet("replaced")
+processes.meet("replaced")
 
 if me == 0:
     for path in (root / runs.CHECKPOINTS).iterdir():
         (path / sealed.NAME).unlink()
-sealed.meet("all spoilt")
+processes.meet("all spoilt")
 try:
     test_checkpoints.open_checkpoints(root)
     raise AssertionError("opened")

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from vixml_jax import errors, sealed
+from vixml_jax import errors, processes, sealed
 from vixml_jax.errors import InputError
 from vixml_jax.structs import LabelState, TrainState
 
@@ -202,7 +202,7 @@ class Checkpoints:
         said = None
         if jax.process_index() == 0:
             said = sealed.damage(os.path.join(self._best_directory, str(step)))
-        if sealed.first_says(said is None):
+        if processes.first_says(said is None):
             return position
         if jax.process_index() == 0:
             where = _move(self._best_directory, step) if step in self._best.all_steps() else None
@@ -211,7 +211,7 @@ class Checkpoints:
                 f"{where and f': moved to {where}'}; the best is chosen among what is judged from "
                 "here on"
             )
-        sealed.meet("checkpoints: best moved")
+        processes.meet("checkpoints: best moved")
         self._best.reload()
         return position | {"best": None, "best_step": None, "waited": 0}
 
@@ -308,7 +308,7 @@ def _bytes_in(directory: str) -> int:
 def _move_damaged(directory: str) -> None:
     """Moves checkpoints that are newer than the newest whole one, so damaged, out of the way."""
     step, damaged = sealed.newest_whole(directory)
-    if step is None and sealed.first_says(bool(damaged)):
+    if step is None and processes.first_says(bool(damaged)):
         listed = "; ".join(f"step {found}: {said}" for found, said in damaged.items())
         raise InputError(
             f"{directory}: no checkpoint is whole ({listed}); nothing was changed; put one back, "
@@ -320,7 +320,7 @@ def _move_damaged(directory: str) -> None:
             f"{directory}: the checkpoint of step {found} is damaged ({said}): moved to {where}; "
             f"going on from step {step}"
         )
-    sealed.meet("checkpoints: damaged moved")
+    processes.meet("checkpoints: damaged moved")
 
 
 def _move(directory: str, step: int) -> str:
@@ -341,7 +341,7 @@ def _set_aside(directory: str, step: int) -> None:
         aside = epath.Path(f"{directory}.replaced")
         aside.mkdir(parents=True, exist_ok=True)
         (epath.Path(directory) / str(step)).rename(aside / str(step))
-    sealed.meet("checkpoints: set aside")
+    processes.meet("checkpoints: set aside")
 
 
 def _put_back(directory: str) -> None:
@@ -354,4 +354,4 @@ def _put_back(directory: str) -> None:
             else:
                 path.rename(epath.Path(directory) / path.name)
         aside.rmdir()
-    sealed.meet("checkpoints: put back")
+    processes.meet("checkpoints: put back")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from vixml_jax.training.watch import Profiler, Watch
@@ -48,9 +49,11 @@ class Telemetry:
         self.path = os.path.join(workdir, "metrics.jsonl")
         self.watch = Watch(peak_flops=peak_flops)
         self.profiler = Profiler(profile, os.path.join(workdir, "profile"), self.say)
-        _keep_until(self.path, step)
-        self._file = open(self.path, "ab", buffering=0)
-        self._board = _Board(os.path.join(workdir, "tensorboard"), purge_step=step + 1)
+        self._file = self._board = None
+        if jax.process_index() == 0:
+            _keep_until(self.path, step)
+            self._file = open(self.path, "ab", buffering=0)
+            self._board = _Board(os.path.join(workdir, "tensorboard"), purge_step=step + 1)
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=step,
@@ -79,6 +82,8 @@ class Telemetry:
 
     def write(self, step: int, values: Mapping[str, float], **more: Any) -> None:
         """Writes values without touching the bar."""
+        if not self._file:
+            return
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         line = {"step": step, **more, **{name: float(value) for name, value in values.items()}}
@@ -92,8 +97,9 @@ class Telemetry:
         """Ends profile, bar and files."""
         self.profiler.close()
         self._bar.close()
-        self._board.close()
-        self._file.close()
+        if self._file:
+            self._board.close()
+            self._file.close()
 
 
 class _Board:
