@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import configuration, make_data
 
-from vixml_jax import runs, sealed, train
+from vixml_jax import processes, runs, sealed, sharding, train
 from vixml_jax.config import LoopConfig
 from vixml_jax.errors import InputError, NotFiniteError, Preempted
 from vixml_jax.structs import LabelState, TrainState
@@ -87,6 +87,8 @@ def run(parts, checkpoints, workdir, curve, tick=lambda name: None, stop=None, *
         loop=LoopConfig(**loop_flags),
         block=32,
         seed=0,
+        shares=sharding.num_shares(model.mesh),
+        group=processes.ALONE,
         checkpoints=checkpoints,
         guard=CollapseGuard(margin=0.1, num_negatives=4),
         evaluate=evaluate,
