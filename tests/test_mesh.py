@@ -15,7 +15,7 @@ from safetensors import numpy as safetensors
 from tiny import configuration, make_data
 
 from vixml_jax import config as config_lib
-from vixml_jax import runs, sharding, train, trees
+from vixml_jax import runs, sharding, train
 from vixml_jax.config import LoraConfig
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
@@ -27,20 +27,20 @@ from vixml_jax.training import loop
 from vixml_jax.training.plan import DataSizes
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Of eight devices none, two or four divide 31 words, width 20, 6 and 2 heads, or 30.
+# Neither two devices nor four divide 31 words or width 21; nor four 6 and 2 heads, or 30.
 ENCODER = BertConfig(
-    vocab_size=31, num_layers=1, width=20, num_heads=2, mlp_width=30, max_positions=32,
+    vocab_size=31, num_layers=1, width=21, num_heads=3, mlp_width=30, max_positions=32,
     image_width=5,
 )  # fmt: skip
 DECODER = DecoderConfig(
-    vocab_size=31, num_layers=2, width=20, num_heads=6, num_kv_heads=2, head_width=6, mlp_width=30,
-    qkv_bias=True, qk_norm=True, image_width=5,
+    vocab_size=31, num_layers=2, width=21, num_heads=6, num_kv_heads=2, head_width=6, mlp_width=30,
+    qkv_bias=True, qk_norm=True, image_width=5, remat=False,
 )  # fmt: skip
 TOWERS = {
     "encoder": ENCODER,
     "encoder, scan": dataclasses.replace(ENCODER, scan=True),
-    "decoder": dataclasses.replace(DECODER, scan=False, remat=False),
-    "decoder, scan": DECODER,
+    "decoder": dataclasses.replace(DECODER, scan=False),
+    "decoder, scan": dataclasses.replace(DECODER, remat=True),
     "adapters": dataclasses.replace(DECODER, lora_rank=3, lora_alpha=6.0),
 }
 SIZES = DataSizes(queries=27, labels=21)
@@ -51,7 +51,7 @@ def settings(chunk):
     return config_lib.from_dict(
         {
             "model": {"num_images": 1, "image_init": "random"},
-            "labels": {"num_free": 13, "num_heads": 2, "mlp_width": 30},
+            "labels": {"num_free": 13, "num_heads": 3, "mlp_width": 30},
             "loss": {"num_negatives": 4},
             "batch": {"size": BATCH, "row_width": WIDTH, "encode_chunk": chunk},
             "lora": {"base_dtype": "float32"},
@@ -95,7 +95,7 @@ def trained(tower, sizes, chunk=0, steps=2):
     params, frozen = runs.split_params(train.first_params(config, parts.model, None), tower)
     labels = parts.model.table.init_state(np.arange(SIZES.labels) % 13)
     rng = np.random.default_rng(1)
-    centroids = rng.normal(size=(SIZES.labels, 20)).astype(np.float32)
+    centroids = rng.normal(size=(SIZES.labels, 21)).astype(np.float32)
     labels = parts.model.table.with_centroids(labels, centroids)
     bank = loop.empty_bank(parts.model, SIZES.queries)
     state = loop.place_state(parts.like, params, frozen, parts.optimizer, labels, bank)
@@ -145,9 +145,7 @@ def assert_trains_alike(name, sizes, chunk=0):
 @pytest.mark.parametrize(
     "name,sizes,chunk",
     [
-        ("encoder", (1, 8, 1), 0),
-        ("encoder", (2, 1, 4), 0),
-        ("decoder, scan", (1, 2, 4), 0),
+        ("encoder", (1, 2, 4), 0),
         ("adapters", (1, 2, 4), 1),
     ],
 )
@@ -173,7 +171,8 @@ def test_every_padded_dimension_is_told_once():
     told = padding(DECODER, (1, 2, 4))
     short = [line.split(", in ")[0].removeprefix("padded: ") for line in told]
     assert sorted(short) == [
-        "heads from 2 to 4, a multiple of tensor:4",  # The combiner's.
+        "embed from 21 to 22, a multiple of fsdp:2",
+        "heads from 3 to 4, a multiple of tensor:4",  # The combiner's.
         "heads from 6 to 8, a multiple of tensor:4",
         "kv_heads from 2 to 4, a multiple of tensor:4",
         "label from 13 to 14, a multiple of replica:1 x fsdp:2",
@@ -190,7 +189,7 @@ def test_every_padded_dimension_is_told_once():
 
 def test_what_fits_is_not_cut():
     """Where nothing is padded the step has no slice that one device has not."""
-    even = dataclasses.replace(ENCODER, vocab_size=32, width=16, mlp_width=32)
+    even = dataclasses.replace(ENCODER, vocab_size=32, width=16, num_heads=2, mlp_width=32)
 
     def program(sizes):
         mesh = sharding.create_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
@@ -258,9 +257,7 @@ def test_pictures_start_alike_on_any_mesh(run):
 
 def test_a_run_is_read_back_on_another_mesh(run, tmp_path):
     dataset, vectors, names = PreparedDataset.open(run.data), [], []
-    meshes = [runs.make_mesh(run), sharding.create_mesh(), sharding.create_mesh(2, 2, 2),
-              sharding.create_mesh(devices=jax.devices()[:1])]  # fmt: skip
-    for mesh in meshes:
+    for mesh in (runs.make_mesh(run), sharding.create_mesh()):
         model = opened(run, mesh)
         params, labels, _ = runs.restore_model(run.workdir, model)
         vectors.append(model.encode_labels(params, labels, dataset.labels, block=32))
@@ -268,27 +265,13 @@ def test_a_run_is_read_back_on_another_mesh(run, tmp_path):
         hf.save_hf_tower(
             names[-1], params["tower"], config=model.tower.config, like=run.model.pretrained
         )
-    for name, found in zip(names[1:], vectors[1:], strict=True):
-        np.testing.assert_allclose(found, vectors[0], atol=1e-6)
-        one, other = (
-            safetensors.load_file(os.path.join(path, "model.safetensors"))
-            for path in (names[0], name)
-        )
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            np.testing.assert_array_equal(other[key], value)
-    shapes = {path: np.shape(x) for path, x in _leaves(params).items()}
-    assert shapes["tower", "encoder", "blocks", "key", "kernel"] == (2, 12, 1, 4)
-
-
-def _leaves(params):
-    found = {}
-    for path in trees.paths(params):
-        node = params
-        for name in path:
-            node = node[name]
-        found[path] = node
-    return found
+    np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-6)
+    one, other = (safetensors.load_file(os.path.join(x, "model.safetensors")) for x in names)
+    assert one.keys() == other.keys() and one["layers.0.self_attn.k_proj.weight"].shape == (4, 12)
+    for key, value in one.items():
+        np.testing.assert_array_equal(other[key], value)
+    # Of eight devices along fsdp each has two of sixteen, the real twelve and zeros.
+    assert params["tower"]["encoder"]["blocks"]["key"]["kernel"].shape == (2, 16, 1, 4)
 
 
 def test_evaluate_on_fewer_devices_than_trained(run):
