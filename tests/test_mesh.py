@@ -22,7 +22,7 @@ from vixml_jax.data.store import PreparedDataset
 from vixml_jax.models import hf
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
-from vixml_jax.structs import Batch, PackedItems
+from vixml_jax.structs import Batch, PackedItems, Share
 from vixml_jax.training import loop
 from vixml_jax.training.plan import DataSizes
 
@@ -64,10 +64,12 @@ def settings(chunk):
 
 
 def random_batch(seed):
-    """A picture, then three words an item; four items a row."""
+    """A picture, then three words an item; two queries and their labels a row."""
     rng = np.random.default_rng(seed)
     rows = 2 * BATCH * LENGTH // WIDTH
-    segments = np.repeat(np.arange(2 * BATCH, dtype=np.int32), LENGTH).reshape(rows, WIDTH)
+    places = np.repeat(np.arange(2 * BATCH, dtype=np.int32), LENGTH).reshape(rows, WIDTH)
+    items = np.arange(BATCH, dtype=np.int32).reshape(rows, 2)
+    segments = np.repeat(np.concatenate([items, BATCH + items], axis=1), LENGTH, axis=1)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (rows, WIDTH // LENGTH))
     query_ids = rng.permutation(SIZES.queries)[:BATCH].astype(np.int32)
     query_ids[-2:] = -1
@@ -77,7 +79,7 @@ def random_batch(seed):
             tokens=rng.integers(0, 31, (rows, WIDTH)).astype(np.int32),
             segments=segments,
             positions=positions,
-            image_at=np.where(positions == 0, segments, -1),
+            image_at=np.where(positions == 0, places, -1),
             images=rng.normal(size=(2 * BATCH, 5)).astype(np.float16),
         ),
         query_ids,
@@ -96,7 +98,7 @@ def trained(tower, sizes, chunk=0, steps=2):
     labels = parts.model.table.init_state(np.arange(SIZES.labels) % 13)
     rng = np.random.default_rng(1)
     centroids = rng.normal(size=(SIZES.labels, 21)).astype(np.float32)
-    labels = parts.model.table.with_centroids(labels, centroids)
+    labels = parts.model.table.with_centroids(labels, Share(np.arange(SIZES.labels), centroids))
     bank = loop.empty_bank(parts.model, SIZES.queries)
     state = loop.place_state(parts.like, params, frozen, parts.optimizer, labels, bank)
     assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, parts.like)

@@ -148,18 +148,18 @@ def test_a_batch_in_the_abstract_is_as_the_first_one(num_images, tmp_path):
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     length = model.mean_length(dataset.train) + model.mean_length(dataset.labels)
     found, _ = plan_lib.abstract_batch(
-        model, 16, length, pictures=[True, False], width=dataset.image_width
+        model, 64, length, pictures=[True, False], width=dataset.image_width
     )
-    rows = model.row_sizes(length, 16, 8)
+    rows = model.row_sizes(length, 64, 8)
     batches = pipeline.epoch_batches(
-        dataset, np.arange(90), epoch=0, seed=0, batch_size=16, width=model.row_width,
+        dataset, np.arange(90), epoch=0, seed=0, batch_size=64, width=model.row_width,
         layout=layout, weights=None, rows=rows, shares=sharding.num_shares(mesh),
     )  # fmt: skip
     real = sharding.to_devices(next(batches), mesh)
     same = jax.tree.map(lambda x: (x.shape[1:], x.dtype, x.sharding), (found, real))
     assert same[0] == same[1]
     assert found.items.images.shape == real.items.images.shape
-    assert found.relevance.shape == (16, 16) and found.query_ids.shape == (16,)
+    assert found.relevance.shape == (64, 64) and found.query_ids.shape == (64,)
     assert 0.5 < found.items.tokens.shape[0] / real.items.tokens.shape[0] <= 1
 
 

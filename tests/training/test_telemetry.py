@@ -63,7 +63,7 @@ def test_what_a_full_disk_takes_is_written_and_then_it_is_raised(tmp_path):
 def test_a_line_that_was_cut_is_dropped_and_what_follows_stands(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 7, "lo')
-    kept = telemetry.Telemetry(str(tmp_path), step=4, total_steps=9, batch_size=1)
+    kept = telemetry.Telemetry(str(tmp_path), step=4, total_steps=9)
     kept.write(5, {"loss": 2.0}, epoch=1)
     kept.close()
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]

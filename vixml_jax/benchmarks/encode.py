@@ -87,7 +87,7 @@ def _torch(program: str, items: Items, settings: dict[str, Any]) -> Callable[[],
                 ids = order[start : start + settings["batch"]]
                 vectors = tower(*torch_peer.pad([texts[i] for i in ids], length))
                 found[ids] = torch.nn.functional.normalize(vectors, dim=-1).numpy()
-        return {"sum": float(found.values.sum())}
+        return {"sum": float(found.sum())}
 
     return run
 

@@ -223,7 +223,7 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
     if isinstance(tower, DecoderConfig):
         changes["lora_rank"] = settings["rank"]
     tower = dataclasses.replace(tower, **changes)
-    mesh = sharding.create_mesh()
+    mesh = sharding.create_mesh(devices=jax.devices()[:1])
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
 

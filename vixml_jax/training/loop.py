@@ -403,7 +403,9 @@ class Trainer:
             if todo == stopping.GO_ON or (todo == stopping.SAVE and step == last):
                 continue
             # A state is saved only if all that led to it was finite.
+            watch.lap("host")
             unread = self._read(step, position.epoch, unread)
+            watch.lap("compute")
             there = dataclasses.replace(position, batches=batches.get_state())
             if todo == stopping.STOP:
                 if unread:
