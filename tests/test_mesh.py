@@ -102,6 +102,7 @@ def trained(tower, sizes, chunk=0, steps=2):
     bank = loop.empty_bank(parts.model, SIZES.queries)
     state = loop.place_state(parts.like, params, frozen, parts.optimizer, labels, bank)
     assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, parts.like)
+    jax.block_until_ready(state)
     scalars, key = [], jax.random.key(5)
     for seed in range(steps):
         batch = sharding.to_devices(random_batch(seed), mesh)
