@@ -263,7 +263,8 @@ def test_a_run_is_read_back_on_another_mesh(run, tmp_path):
     for mesh in (runs.make_mesh(run), sharding.create_mesh()):
         model = opened(run, mesh)
         params, labels, _ = runs.restore_model(run.workdir, model)
-        vectors.append(model.encode_labels(params, labels, dataset.labels, block=32))
+        share = model.encode_labels(params, labels, dataset.labels, block=32)
+        vectors.append(share.values)
         names.append(str(tmp_path / str(len(names))))
         hf.save_hf_tower(
             names[-1], params["tower"], config=model.tower.config, like=run.model.pretrained

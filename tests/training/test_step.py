@@ -166,8 +166,9 @@ def test_untouched_rows_cost_nothing():
     assert {"multiply", "add"} <= kinds
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("moving", [False, True], ids=["stale", "moving"])
+@pytest.mark.parametrize(
+    ("sparse", "moving"), [(False, False), (True, True)], ids=["dense, stale", "sparse, moving"]
+)
 def test_neither_the_label_table_nor_the_bank_travels(sparse, moving):
     mesh = mesh_of(2, 4)
     train, _, _ = made(mesh, sparse=sparse, moving=moving)
