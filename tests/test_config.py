@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from vixml_jax import config
+from vixml_jax import config, runs
 from vixml_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -51,7 +51,16 @@ def test_json_round_trip():
         ({"loop": {"patience": 2, "eval_every": 1}}, "--loop.patience=2: nothing to wait for; set"),
         ({"loop": {"choose_by": "P@1"}}, "--loop.choose_by=P@1: no epoch is evaluated; set"),
         ({"loop": {"patience": -1}}, "--loop.patience=-1: expected at least 0"),
-        ({"mesh": [2, -1, -1]}, "--mesh=2,-1,-1: expected three sizes"),
+        ({"mesh": "fsdp:-1,tensor:-1"}, "--mesh=fsdp:-1,tensor:-1: expected sizes as in"),
+        ({"mesh": "fsdp:2,tensor:-1,replica:-1"}, "replica and tensor cannot both be the rest"),
+        ({"mesh": "tensor:-1"}, "fsdp and tensor cannot both be the rest"),
+        ({"mesh": "data:2"}, "'data' is none of replica, fsdp, tensor"),
+        ({"mesh": "fsdp:2,fsdp:4"}, "fsdp is named twice"),
+        ({"mesh": "fsdp:0"}, "'0' is no number of devices for fsdp"),
+        ({"mesh": "fsdp:2.5"}, "'2.5' is no number of devices for fsdp"),
+        ({"mesh": "fsdp"}, "'' is no number of devices for fsdp"),
+        ({"mesh": "1,-1,1"}, "'1' is none of replica, fsdp, tensor"),
+        ({"mesh": [1, -1, 1]}, "--mesh=[1, -1, 1]: expected sizes as in"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(tree, found):
@@ -59,6 +68,29 @@ def test_bad_values_are_refused_in_one_line(tree, found):
         config.from_dict(tree)
     assert found in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "mesh,sizes",
+    [
+        ("", (1, -1, 1)),
+        ("tensor:4", (1, -1, 4)),
+        ("fsdp:2,replica:-1", (-1, 2, 1)),
+        ("tensor:3,fsdp:2,replica:5", (5, 2, 3)),
+    ],
+)
+def test_axes_of_the_mesh_by_name(mesh, sizes):
+    expected = dict(zip(("replica", "fsdp", "tensor"), sizes, strict=True))
+    assert config.mesh_sizes(mesh) == expected
+
+
+def test_a_mesh_of_other_devices_says_what_is_there():
+    with pytest.raises(InputError) as error:
+        runs.make_mesh(config.Config(mesh="replica:3,tensor:2"))
+    assert str(error.value) == (
+        "--mesh=replica:3,tensor:2: replica:3,fsdp:1,tensor:2 is for 6 devices, found 8 (cpu): "
+        "choose sizes whose product is 8, or -1 for one of them"
+    )
 
 
 @pytest.mark.parametrize(

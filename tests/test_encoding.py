@@ -31,9 +31,11 @@ def packed():
 
 def vectors(mesh, packed):
     model = runs.build_model(Config(), TOWER, Layout(), 5, mesh)
-    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
-    params = nn.unbox(runs.init_params(model, jax.random.key(0)))
-    params = jax.device_put(params, sharding.shardings_of(boxed, mesh))
+    stored = sharding.stored_tree(model.abstract_params, mesh)
+    params = nn.unbox(model.init_params(jax.random.key(0)))
+    params = jax.device_put(
+        sharding.pad(params, stored), jax.tree.map(lambda x: x.sharding, stored)
+    )
     encode = jax.jit(lambda params, packed: model.tower_vectors(params, packed, 16))
     lowered = encode.lower(params, sharding.to_devices(packed, mesh))
     return np.asarray(lowered.compile()(params, sharding.to_devices(packed, mesh))), lowered
@@ -43,10 +45,14 @@ def test_activations_are_laid_out_on_the_mesh(packed):
     found, lowered = vectors(sharding.create_mesh(2, 2, 2), packed)
     constraints = [line for line in lowered.as_text().splitlines() if "constraint" in line]
     states = [line for line in constraints if "tensor<8x16x32xf32>" in line]
-    # Rows over (replica, fsdp): what enters the blocks, and what leaves each of them.
-    assert len(states) == 1 + TOWER.num_layers
-    assert all('{"replica", "fsdp"}' in line for line in states)
+    # Rows over (replica, fsdp): words, what enters the blocks, and what leaves each of them. Words
+    # are looked up by the devices that share the table, each its part of the width.
+    looked_up = [line for line in states if '[{"replica"}, {}, {"fsdp"}]' in line]
+    rest = [line for line in states if line not in looked_up]
+    assert len(looked_up) == 1
+    assert len(rest) == 2 + TOWER.num_layers
+    assert all('[{"replica", "fsdp"}, {}, {}]' in line for line in rest)
     plain = runs.build_model(Config(), TOWER, Layout(), 5, sharding.create_mesh(1, 8, 1))
-    params = nn.unbox(runs.init_params(plain, jax.random.key(0)))
+    params = nn.unbox(plain.init_params(jax.random.key(0)))
     expected = plain.tower.apply({"params": params["tower"]}, packed, 16, deterministic=True)
     np.testing.assert_allclose(found, expected, atol=2e-6)

@@ -19,6 +19,7 @@ HEAVY = {
     "transformers",
 }
 LINEN = {
+    "benchmarks/scaling.py",
     "labels/combiner.py",
     "training/step.py",
     "training/loop.py",

@@ -12,7 +12,7 @@ import transformers
 from tiny import assert_same_state, configuration, final_state, make_data
 
 from vixml_jax import config as config_lib
-from vixml_jax import evaluate, runs, sharding, train, trees
+from vixml_jax import evaluate, runs, train, trees
 from vixml_jax.config import LoraConfig, PromptConfig
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
@@ -84,13 +84,13 @@ def test_what_was_read_is_never_copied(data, checkpoint, tmp_path, monkeypatch):
     dataset, mesh = runs.open_dataset(config), runs.make_mesh(config)
     tower, layout = train.make_tower(config, dataset)
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
-    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
     read, load = [], hf.load_hf_tower
     monkeypatch.setattr(hf, "load_hf_tower", lambda *a, **k: read.append(load(*a, **k)) or read[0])
-    params = train.first_params(config, model, dataset, sharding.shardings_of(boxed, mesh))
+    params = train.first_params(config, model, dataset)
     params, frozen = runs.split_params(params, tower)
     tx = optimizer.make_optimizer(total_steps=1, **dataclasses.asdict(config.optimizer))
-    like = loop.abstract_state(model, *runs.split_params(boxed, tower), tx, len(dataset.train))
+    split = runs.split_params(model.abstract_params, tower)
+    like = loop.abstract_state(model, *split, tx, len(dataset.train))
     labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
     bank = loop.empty_bank(model, len(dataset.train))
     state = loop.place_state(like, params, frozen, tx, labels, bank)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from vixml_jax import config as config_lib
-from vixml_jax import runs
+from vixml_jax import runs, sealed
 from vixml_jax.data import preparation
 
 
@@ -69,20 +69,19 @@ def configuration(data, workdir, **changes):
 
 
 def final_state(config):
-    """Everything of the newest checkpoint, as numpy arrays by path."""
+    """Everything of the newest checkpoint, as numpy arrays by path, whoever wrote it."""
     import orbax.checkpoint as ocp
 
     directory = os.path.join(config.workdir, runs.CHECKPOINTS)
-    with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
-        restored = manager.restore(
-            manager.latest_step(),
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(), training=ocp.args.StandardRestore()
-            ),
-        )
-    leaves = jax.tree_util.tree_leaves_with_path(
-        {"model": restored["model"], "training": restored["training"]}
-    )
+    newest = os.path.join(os.path.abspath(directory), str(sealed.steps(directory)[-1]))
+    found = {}
+    for item in ("model", "training"):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            path = os.path.join(newest, item)
+            tree = checkpointer.metadata(path).item_metadata.tree
+            on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            found[item] = checkpointer.restore(path, restore_args=on_host)
+    leaves = jax.tree_util.tree_leaves_with_path(found)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 

@@ -5,6 +5,10 @@ LETTERS = {
     "b": ("queries of a batch", "batch"),
     "c": ("candidate labels of a batch", "batch"),
     "p": ("packed rows", "batch"),
+    "o": (
+        "packed rows, while their width lies over the devices that share the weights",
+        "looked_up",
+    ),
     "s": ("positions of a row", None),
     "t": ("key positions of a row", None),
     "i": ("pictures of a batch", "batch"),
@@ -23,7 +27,7 @@ LETTERS = {
     "g": ("key and value heads", "kv_heads"),
     "a": ("width of a head", None),
     "e": ("embedding width", None),
-    "r": ("LoRA rank", None),
+    "r": ("LoRA rank", "rank"),
     "w": ("vocabulary", "vocab"),
 }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from typing import Any
 
 from absl import flags
@@ -99,6 +100,12 @@ class LabelsConfig:
         "uniform",
         "Start of the free vectors: small and 'uniform', or the mean 'embedding' of their labels.",
         choices=("uniform", "embedding"),
+    )
+    free_update: str = _flag(
+        "dense",
+        "Which free vectors a step moves: all by their momentum, 'dense' as published, or those of "
+        "the batch's labels alone, 'sparse', so that the others cost nothing.",
+        choices=("dense", "sparse"),
     )
     centroids: str = _flag(
         "stale",
@@ -203,9 +210,16 @@ class LoopConfig:
         lower_bound=0,
     )
     save_every: int = _flag(
-        500, "Steps between checkpoints; one is always kept at each epoch.", lower_bound=1
+        500,
+        "Steps between checkpoints, written in the background; each epoch ends in one, too.",
+        lower_bound=1,
     )
-    keep: int = _flag(2, "Newest checkpoints kept.", lower_bound=1)
+    save_minutes: float = _flag(
+        0.0, "Minutes after which one is due whatever the step; 0: never.", lower_bound=0.0
+    )
+    keep: int = _flag(
+        2, "Newest checkpoints kept; while one is written there is one more.", lower_bound=1
+    )
     log_every: int = _flag(10, "Steps between lines of metrics.jsonl.", lower_bound=1)
 
 
@@ -236,7 +250,11 @@ class Config:
     data: str = _flag("glyphs", "Directory written by prepare, or 'glyphs', the built-in data.")
     workdir: str = _flag("runs/default", "Run directory; an unfinished run in it is resumed.")
     seed: int = _flag(0, "One seed, one run.", lower_bound=0)
-    mesh: list[int] = _flag([1, -1, 1], "Devices along replica, fsdp and tensor; -1: the rest.")
+    mesh: str = _flag(
+        "replica:1,fsdp:-1,tensor:1",
+        "Devices along each axis of the mesh: copies of the weights (replica, the slowest links), "
+        "their rows and those of batches (fsdp), heads and wide layers (tensor); -1: the rest.",
+    )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -285,19 +303,39 @@ class Config:
                 f"--model.width={self.model.width} is not a multiple of "
                 f"--model.num_heads={self.model.num_heads}"
             )
-        if (
-            len(self.mesh) != 3
-            or self.mesh.count(-1) > 1
-            or any(n < 1 and n != -1 for n in self.mesh)
-        ):
-            raise InputError(
-                f"--mesh={','.join(map(str, self.mesh))}: expected three sizes (replica, fsdp, "
-                "tensor), at most one of them -1"
-            )
+        mesh_sizes(self.mesh)
 
     def to_json(self) -> str:
         """The flags as JSON text, sorted, so that equal runs have equal text."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def mesh_sizes(mesh: str) -> dict[str, int]:
+    """Devices along each axis that `--mesh` names, by the axis; at most one is -1, the rest.
+
+    Raises:
+      InputError: If it is not a mesh.
+    """
+    sizes = {"replica": 1, "fsdp": -1, "tensor": 1}
+    expected = (
+        f"--mesh={mesh}: expected sizes as in --mesh=replica:1,fsdp:-1,tensor:1 (an axis left out "
+        "is as there; -1 takes the devices that are left)"
+    )
+    named = set()
+    for part in str(mesh).split(",") if mesh else ():
+        name, _, size = part.partition(":")
+        if name not in sizes:
+            raise InputError(f"{expected}; {name!r} is none of {', '.join(sizes)}")
+        if name in named:
+            raise InputError(f"{expected}; {name} is named twice")
+        if not re.fullmatch("-1|[1-9][0-9]{0,8}", size):
+            raise InputError(f"{expected}; {size!r} is no number of devices for {name}")
+        named.add(name)
+        sizes[name] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        rest = [name for name, size in sizes.items() if size == -1]
+        raise InputError(f"{expected}; {' and '.join(rest)} cannot both be the rest")
+    return sizes
 
 
 def _leaves(config: Any, prefix: str = "") -> list[tuple[str, dataclasses.Field, Any]]:

@@ -3,6 +3,7 @@ combiner, image files through a frozen vision model."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from vixml_jax.data.store import Items
 from vixml_jax.labels.combiner import Combiner
 from vixml_jax.labels.table import LabelTable
 from vixml_jax.models.siglip import VisionTower
-from vixml_jax.models.tower import Tower
-from vixml_jax.structs import LabelState, PackedItems
+from vixml_jax.models.tower import Shares, Tower
+from vixml_jax.structs import LabelState, PackedItems, Share
 
 
 def unit(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
@@ -50,6 +51,52 @@ class Model:
     layout: packing.Layout
     encode_chunk: int = 0
 
+    def init_params(self, key: Array) -> Any:
+        """Fresh parameters of tower, combiner and free vectors, boxed with their logical axes."""
+        tower_key, combiner_key, free_key = jax.random.split(key, 3)
+        row = jnp.zeros((1, 8), jnp.int32)
+        packed = PackedItems(
+            tokens=row,
+            segments=row,
+            positions=row,
+            image_at=row - 1,
+            images=jnp.zeros((1, max(self.tower.config.image_width, 1)), jnp.float16),
+        )
+        params = {"tower": self.tower.init(tower_key, packed, 1, deterministic=True)["params"]}
+        if self.combiner is not None:
+            x = jnp.zeros((1, self.table.width))
+            params["combiner"] = self.combiner.init(combiner_key, x, x, x, deterministic=True)[
+                "params"
+            ]
+            params["free"] = sharding.boxed(self.table.init_free(free_key), "fe")
+        return params
+
+    @functools.cached_property
+    def abstract_params(self) -> Any:
+        """Logical shapes, dtypes and axes of all parameters.
+
+        On a mesh they are stored as `sharding.stored_tree` says, where need be with zeros at their
+        ends; here, where they are used, they are cut to these shapes.
+        """
+        return jax.eval_shape(lambda: self.init_params(jax.random.key(0)))
+
+    def row_sizes(self, length: float, batch_size: int, shares: int) -> packing.RowSizes:
+        """How many rows a share of a training batch may have.
+
+        Args:
+          length: Positions of a query and a label together, on average.
+          batch_size: Queries, and labels.
+          shares: Of a batch; a multiple of the row shards of the mesh.
+        """
+        each = shares // sharding.num_row_shards(self.mesh)  # Shares of a device.
+        return packing.RowSizes.expected(
+            length,
+            batch_size=batch_size,
+            width=self.row_width,
+            blocks=shares,
+            chunk=self.encode_chunk and self.encode_chunk // math.gcd(self.encode_chunk, each),
+        )
+
     def mean_length(self, items: Items) -> float:
         """Positions that an item takes in a packed row, on average."""
         lengths = packing.item_lengths(items, width=self.row_width, layout=self.layout)
@@ -61,20 +108,32 @@ class Model:
         packed: PackedItems,
         num_items: int,
         *,
+        sides: int = 1,
         dropout: Array | None = None,
     ) -> Float[Array, "b d"]:
-        """Pooled tower vectors, float32, not normalised; with a key, as in training."""
-        shards = sharding.num_row_shards(self.mesh)
-        chunks = None
+        """Pooled tower vectors, float32, not normalised; with a key, as in training.
+
+        Args:
+          params: Of the model.
+          packed: Packed in blocks, one a device or several.
+          num_items: Over all devices.
+          sides: 2 where they are queries, then as many labels.
+          dropout: A key.
+        """
+        devices = sharding.num_row_shards(self.mesh)
+        shares = Shares(devices, sides)
+        chunks = 0
         if dropout is not None and self.encode_chunk:
-            chunks = shards, packed.tokens.shape[0] // shards // self.encode_chunk
+            chunks = packed.tokens.shape[0] // devices // self.encode_chunk
+        tower = sharding.unpad(params["tower"], self.abstract_params["tower"])
         with sharding.laid_out(self.mesh):
             return self.tower.apply(
-                {"params": params["tower"]},
+                {"params": tower},
                 packed,
                 num_items,
                 deterministic=dropout is None,
                 rngs=None if dropout is None else {"dropout": dropout},
+                shares=shares,
                 chunks=chunks,
             )
 
@@ -85,14 +144,26 @@ class Model:
         vectors: Float[Array, "c d"],
         label_ids: Int[Array, " c"],
         *,
+        free: Float[Array, "c e"] | None = None,
         dropout: Array | None = None,
     ) -> Float[Array, "c e"]:
-        """What a label is searched by: the combiner's unit output, or its own unit vector."""
+        """What a label is searched by: the combiner's unit output, or its own unit vector.
+
+        Args:
+          params, labels: Of the model.
+          vectors: The tower's, not normalised.
+          label_ids: Whose they are.
+          free: Their free vectors, where the caller has them; None: looked up in `params`.
+          dropout: A key, in training.
+        """
         if self.combiner is None:
             return unit(vectors)
-        free, centroids = self.table.gather(params["free"], labels, label_ids)
+        if free is None:
+            free = self.table.gather_free(params["free"], labels, label_ids)
+        centroids = self.table.gather_centroids(labels, label_ids)
+        combiner = sharding.unpad(params["combiner"], self.abstract_params["combiner"])
         return self.combiner.apply(
-            {"params": params["combiner"]},
+            {"params": combiner},
             vectors,
             free,
             centroids,
@@ -100,20 +171,22 @@ class Model:
             rngs=None if dropout is None else {"dropout": dropout},
         )
 
-    def encode_queries(
-        self, params: Any, items: Items, *, block: int, title: str = ""
-    ) -> Float[np.ndarray, "n e"]:
-        """Unit vectors of all items, float32 on the host."""
+    def encode_queries(self, params: Any, items: Items, *, block: int, title: str = "") -> Share:
+        """Unit vectors of items, float32 on the host: those rows that this process would hold of an
+        array of them spread over the mesh (`sharding.row_ids`); alone, all."""
         return self._stream(
-            lambda packed, ids: self._encode_block(params, packed, len(ids)), items, block, title
+            lambda packed, ids: self._encode_block(params, packed, ids.shape[0]),
+            items,
+            block,
+            title,
         )
 
     def encode_labels(
         self, params: Any, labels: LabelState, items: Items, *, block: int, title: str = ""
-    ) -> Float[np.ndarray, "n e"]:
-        """Unit prototypes of all labels, float32 on the host."""
+    ) -> Share:
+        """Unit prototypes of labels, as `encode_queries` has them."""
         return self._stream(
-            lambda packed, ids: self._label_block(params, labels, packed, ids, len(ids)),
+            lambda packed, ids: self._label_block(params, labels, packed, ids, ids.shape[0]),
             items,
             block,
             title,
@@ -124,7 +197,7 @@ class Model:
         def encode(params: Any, packed: PackedItems, num_items: int) -> Float[Array, "b e"]:
             return unit(self.tower_vectors(params, packed, num_items))
 
-        return jax.jit(encode, static_argnums=2, out_shardings=sharding.replicated(self.mesh))
+        return jax.jit(encode, static_argnums=2, out_shardings=sharding.rows_sharding(self.mesh))
 
     @functools.cached_property
     def _label_block(self) -> Any:
@@ -138,48 +211,54 @@ class Model:
             vectors = self.tower_vectors(params, packed, num_items)
             return self.prototypes(params, labels, vectors, label_ids)
 
-        return jax.jit(encode, static_argnums=4, out_shardings=sharding.replicated(self.mesh))
+        return jax.jit(encode, static_argnums=4, out_shardings=sharding.rows_sharding(self.mesh))
 
-    def _stream(self, encode: Any, items: Items, block: int, title: str) -> np.ndarray:
-        """Runs `encode` over blocks of items; the device works while the host packs."""
+    def _stream(self, encode: Any, items: Items, block: int, title: str) -> Share:
+        """Runs `encode` over blocks of items; the device works while the host packs.
+
+        A device reads the items of its own rows, so that what it finds lies where it belongs.
+        """
         import tqdm
 
-        shards = sharding.num_row_shards(self.mesh)
-        block = -(-block // shards) * shards
+        mesh, num = self.mesh, len(items)
+        shards, here = sharding.num_row_shards(mesh), sharding.row_shards(mesh)
+        each = sharding.pad_rows(num, mesh) // shards  # Rows of a device.
+        size = min(-(-block // shards), each)  # Of these, so many at a time.
         rows = packing.RowSizes.expected(
-            self.mean_length(items),
-            batch_size=block,
-            width=self.row_width,
-            blocks=shards,
+            self.mean_length(items), batch_size=size * shards, width=self.row_width, blocks=shards
         )
-        vectors = np.empty((len(items), self.table.width), np.float32)
+        vectors = np.empty((len(here), each, self.table.width), np.float32)
         pending: tuple[int, Any] | None = None
 
         def store(pending: tuple[int, Any]) -> None:
             start, found = pending
-            count = min(block, len(items) - start)
-            vectors[start : start + count] = np.asarray(found)[:count]
+            count = min(size, each - start)
+            share = sharding.share_of(found, found.shape[0], mesh)
+            vectors[:, start : start + count] = share.values.reshape(len(here), size, -1)[:, :count]
 
-        starts = range(0, len(items), block)
+        starts = range(0, each, size)
         for start in tqdm.tqdm(starts, desc=title, unit="block", disable=not title, leave=False):
-            ids = np.arange(start, start + block)
-            ids[ids >= len(items)] = -1
+            at = start + np.arange(size)
+            ids = np.arange(shards)[:, None] * each + at  # [shards, size]
+            ids[(ids >= num) | (at >= each)] = -1
             packed = packing.pack(
                 items,
-                ids,
+                ids.reshape(-1),
                 width=self.row_width,
                 layout=self.layout,
                 rows=rows,
                 blocks=shards,
+                read=here,
             )
-            packed, label_ids = sharding.to_devices((packed, ids.astype(np.int32)), self.mesh)
-            found = encode(packed, label_ids)
+            ids = ids[here].reshape(-1).astype(np.int32)
+            found = encode(*sharding.to_devices((packed, ids), mesh))
             if pending is not None:
                 store(pending)
             pending = (start, found)
         if pending is not None:
             store(pending)
-        return vectors
+        ids = sharding.row_ids(num, mesh)
+        return Share(ids, vectors.reshape(-1, self.table.width)[: len(ids)])
 
 
 def embed_files(

@@ -13,14 +13,15 @@ from jaxtyping import Float
 from scipy import sparse
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, memory, runs
+from vixml_jax import errors, memory, processes, programs, runs
 from vixml_jax.config import Config, EvalConfig
 from vixml_jax.data import propensity
-from vixml_jax.data.store import PreparedDataset
+from vixml_jax.data.store import Items, PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation import metrics as metrics_lib
 from vixml_jax.evaluation import report, vote
+from vixml_jax.processes import Group
 from vixml_jax.search import augmented
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.exact import ExactIndex
@@ -68,6 +69,7 @@ def evaluate_model(
     memory: EvalConfig | None = None,
     index_dir: str | None = None,
     titles: bool = True,
+    group: Group = processes.ALONE,
 ) -> dict[str, Any]:
     """Metrics of a model on a split, with counts and seconds of each phase.
 
@@ -82,6 +84,7 @@ def evaluate_model(
         metrics with them stand under `with_memory`.
       index_dir: Where a ScaNN index is kept; needed for 'scann'.
       titles: Whether to show progress.
+      group: The processes of the model's mesh.
     """
     queries, _, pairs = dataset.split(split)
     seconds, clock = {}, time.perf_counter()
@@ -94,15 +97,18 @@ def evaluate_model(
         params, labels, dataset.labels, block=block, title="labels" if titles else ""
     )
     lap("encode_labels")
-    query_vectors = model.encode_queries(
-        params, queries, block=block, title=f"{split} queries" if titles else ""
-    )
+
+    def encode(items: Items, title: str) -> Float[np.ndarray, "n e"]:
+        share = model.encode_queries(params, items, block=block, title=title if titles else "")
+        return processes.whole(share, len(items), group)
+
+    query_vectors = encode(queries, f"{split} queries")
     lap("encode_queries")
     fetched = min(k + index_lib.over_fetch(pairs), dataset.num_labels)
-    exact = ExactIndex(label_vectors, mesh=model.mesh)
+    exact = ExactIndex(label_vectors, num_labels=dataset.num_labels, mesh=model.mesh)
     settings: dict[str, Any] = {"kind": search, "k": k, "fetched": fetched}
     if search == "scann":
-        index = open_scann(label_vectors, index_dir)
+        index = open_scann(label_vectors.values, index_dir)
         lap("build_index")
         result = index.search(query_vectors, fetched)
         lap("search")
@@ -120,13 +126,7 @@ def evaluate_model(
     lap("metrics")
     remembered = {}
     if memory is not None:
-        vectors = (
-            query_vectors
-            if split == "train"
-            else model.encode_queries(
-                params, dataset.train, block=block, title="training queries" if titles else ""
-            )
-        )
+        vectors = query_vectors if split == "train" else encode(dataset.train, "training queries")
         mixed = with_memory(
             result, query_vectors, vectors, dataset, memory, model, split == "train"
         )
@@ -230,6 +230,7 @@ def show(
     split: str,
     search: str,
     hide_images: bool = False,
+    group: Group = processes.ALONE,
 ) -> None:
     """Evaluates, writes the json, prints the table and where it lies."""
     if hide_images:
@@ -246,7 +247,10 @@ def show(
         block=config.eval.block,
         memory=config.eval if config.eval.memory_weight else None,
         index_dir=os.path.join(config.workdir, "evaluation", "scann"),
+        group=group,
     )
+    if group.index:  # The first process tells.
+        return
     rows = {}
     if config.eval.vote and split != "train" and not hide_images:
         rows = baseline_rows(dataset, k, split)
@@ -271,11 +275,19 @@ def main(argv: Sequence[str]) -> None:
     if not values.workdir:
         raise InputError("--workdir: missing; expected a run directory that train wrote")
     memory.keep_freed_pages()
+    processes.start(values.coordinator, values.num_processes, values.process_index)
+    group = processes.world()
+    if values.search == "scann" and group.count > 1:
+        raise InputError(
+            "--search=scann: an index is built and searched by one process; leave out --coordinator"
+        )
+    programs.keep_in(values.compile_cache)
     config = config_lib.load(os.path.join(values.workdir, runs.CONFIG))
     config = dataclasses.replace(
         config,
         workdir=values.workdir,
         data=values.data or config.data,
+        mesh=values.mesh or config.mesh,
     )
     if values.memory_weight is not None:
         judged = dataclasses.replace(config.eval, memory_weight=values.memory_weight)
@@ -297,6 +309,7 @@ def main(argv: Sequence[str]) -> None:
         split=values.split,
         search=values.search,
         hide_images=values.hide_images,
+        group=group,
     )
 
 
@@ -304,6 +317,9 @@ def define_flags() -> None:
     """The flags of this door; all else comes from the run directory."""
     flags.DEFINE_string("workdir", "", "Run directory that train wrote.")
     flags.DEFINE_string("data", "", "Prepared data, if it has moved since training.")
+    flags.DEFINE_string(
+        "mesh", "", "Mesh to judge on, if not as trained: fsdp:-1 fits any devices."
+    )
     flags.DEFINE_enum("split", "test", ["test", "valid", "train"], "Which queries to judge on.")
     flags.DEFINE_float(
         "memory_weight", None, "What the labels of near training queries count, if not as trained."
@@ -312,6 +328,8 @@ def define_flags() -> None:
         "hide_images", False, "Judge queries by their texts alone: what their pictures bring."
     )
     flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
+    programs.define_flag()
+    processes.define_flags()
 
 
 if __name__ == "__main__":

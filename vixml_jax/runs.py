@@ -3,16 +3,15 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import sharding, trees
+from vixml_jax import processes, sealed, sharding, trees
 from vixml_jax.config import Config
 from vixml_jax.data import preparation
 from vixml_jax.data.packing import Layout
@@ -24,13 +23,15 @@ from vixml_jax.labels.table import LabelTable
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig, Rope
 from vixml_jax.models.tower import Tower, TowerConfig
-from vixml_jax.structs import LabelState, PackedItems
+from vixml_jax.structs import LabelState
 
 CONFIG = "config.json"
 TOWER = "tower.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FROZEN = "frozen"
+# Flags that a run may be resumed with other values of: it is the same run.
+FREE_FLAGS = ("workdir", "mesh", "loop.save_every", "loop.save_minutes", "loop.keep")
 FAMILIES = {"encoder": BertConfig, "decoder": DecoderConfig}
 
 
@@ -41,8 +42,13 @@ def write_text(path: str, text: str) -> None:
     os.replace(path + ".tmp", path)
 
 
-def open_run(config: Config, tower: TowerConfig, layout: Layout, content_hash: str) -> None:
+def open_run(
+    config: Config, tower: TowerConfig, layout: Layout, content_hash: str, mesh: Mesh
+) -> int:
     """Makes the run directory, or checks that the one found is of the same run.
+
+    Returns:
+      In how many shares its batches are packed (see `sharding.num_shares`).
 
     Raises:
       InputError: If the directory holds another configuration, or other data.
@@ -54,18 +60,29 @@ def open_run(config: Config, tower: TowerConfig, layout: Layout, content_hash: s
         "tower": dataclasses.asdict(tower),
         "layout": layout._asdict(),
         "content_hash": content_hash,
+        "shares": sharding.num_shares(mesh),
     }
     if os.path.exists(path):
-        changed = config_lib.differences(config_lib.load(path), config)
-        changed = [line for line in changed if not line.startswith("--workdir:")]
-        if not changed and _read_tower(config.workdir)["content_hash"] != content_hash:
+        found = config_lib.differences(config_lib.load(path), config)
+        free = tuple(f"--{name}:" for name in FREE_FLAGS)
+        changed = [line for line in found if not line.startswith(free)]
+        recorded = _read_tower(config.workdir)
+        if not changed and recorded["content_hash"] != content_hash:
             changed = [f"--data={config.data} has other content than the run was started on"]
         if changed:
             raise InputError(
                 f"--workdir={config.workdir} holds a run of another configuration "
                 f"({'; '.join(changed)}): use the same flags to resume it, or another --workdir"
             )
-        return
+        if found and jax.process_index() == 0:
+            write_text(path, config.to_json())
+        shares = sharding.num_shares(mesh, recorded["shares"])
+        if shares != recorded["shares"]:
+            print(
+                f"batches are packed in {shares} shares instead of {recorded['shares']}, of which "
+                "this mesh divides no part: dropout is drawn differently from here on"
+            )
+        return shares
     if os.path.isdir(os.path.join(config.workdir, CHECKPOINTS)):
         raise InputError(
             f"{path}: not found, but there are checkpoints beside it; use another --workdir"
@@ -73,6 +90,7 @@ def open_run(config: Config, tower: TowerConfig, layout: Layout, content_hash: s
     os.makedirs(config.workdir, exist_ok=True)
     write_text(os.path.join(config.workdir, TOWER), json.dumps(about, indent=2) + "\n")
     write_text(path, config.to_json())
+    return about["shares"]
 
 
 def _read_tower(workdir: str) -> dict[str, Any]:
@@ -122,16 +140,16 @@ def open_dataset(config: Config) -> PreparedDataset:
     return PreparedDataset.open(path)
 
 
-def make_mesh(config: Config) -> Mesh:
-    """The mesh that `--mesh` names.
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that `--mesh` names, over these devices; None: over all that there are.
 
     Raises:
       InputError: If there are not that many devices.
     """
     try:
-        return sharding.create_mesh(*config.mesh)
+        return sharding.create_mesh(**config_lib.mesh_sizes(config.mesh), devices=devices)
     except ValueError as error:
-        raise InputError(f"--mesh={','.join(map(str, config.mesh))}: {error}") from None
+        raise InputError(f"--mesh={config.mesh}: {error}") from None
 
 
 def build_model(
@@ -152,27 +170,6 @@ def build_model(
     )
 
 
-def init_params(model: Model, key: jax.Array) -> Any:
-    """Fresh parameters of tower, combiner and free vectors, boxed with their logical axes."""
-    tower_key, combiner_key, free_key = jax.random.split(key, 3)
-    row = jnp.zeros((1, 8), jnp.int32)
-    packed = PackedItems(
-        tokens=row,
-        segments=row,
-        positions=row,
-        image_at=row - 1,
-        images=jnp.zeros((1, max(model.tower.config.image_width, 1)), jnp.float16),
-    )
-    params = {"tower": model.tower.init(tower_key, packed, 1, deterministic=True)["params"]}
-    if model.combiner is not None:
-        x = jnp.zeros((1, model.table.width))
-        params["combiner"] = model.combiner.init(combiner_key, x, x, x, deterministic=True)[
-            "params"
-        ]
-        params["free"] = nn.LogicallyPartitioned(model.table.init_free(free_key), ("label", None))
-    return params
-
-
 def split_params(params: Any, tower: TowerConfig) -> tuple[Any, Any]:
     """What is trained, and what is frozen: a tower under adapters, but for them and pictures."""
 
@@ -183,37 +180,49 @@ def split_params(params: Any, tower: TowerConfig) -> tuple[Any, Any]:
     return trees.partition(params, trained)
 
 
+def as_frozen(frozen: Any, dtype: str) -> Any:
+    """Abstract frozen parameters, in the dtype that they are kept in."""
+    return jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), frozen)
+
+
 def save_frozen(workdir: str, frozen: Any) -> None:
-    """Writes the frozen parameters once, so that the run directory is complete by itself."""
+    """Writes the frozen parameters once, so that the run directory is complete by itself; again,
+    where what is there is damaged."""
     import orbax.checkpoint as ocp
 
-    path = os.path.abspath(os.path.join(workdir, FROZEN))
-    if frozen and not os.path.isdir(path):
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, frozen)
+    path = os.path.abspath(os.path.join(workdir, FROZEN, "0"))
+    if not frozen or processes.first_says(sealed.damage(path) is None):
+        return
+    options = sealed.writer(os.path.dirname(path))
+    with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options) as saver:
+        saver.save(path, args=ocp.args.StandardSave(frozen), force=True)
 
 
 def find_model(workdir: str) -> tuple[str, int]:
     """Directory and step of what evaluation reads: the model chosen so far, else the newest.
 
-    Raises:
-      InputError: If there is no checkpoint.
-    """
-    import orbax.checkpoint as ocp
+    A damaged checkpoint is passed over, which is said; nothing is moved.
 
+    Raises:
+      InputError: If there is no checkpoint that is whole, or the model chosen is not.
+    """
     directory, best = (os.path.abspath(os.path.join(workdir, d)) for d in (CHECKPOINTS, BEST))
     if not os.path.isdir(directory):
         raise InputError(f"{directory}: not found; expected a run directory that train wrote")
-    with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise InputError(f"{directory}: holds no checkpoint yet")
-        position = manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
-    chosen = position["position"].get("best_step")
+    step, damaged = sealed.newest_whole(directory)
+    listed = "; ".join(f"the checkpoint of step {n} is damaged ({damaged[n]})" for n in damaged)
+    if step is None:
+        raise InputError(f"{directory}: {listed or 'holds no checkpoint yet'}")
+    if damaged:
+        print(f"{directory}: {listed}; reading that of step {step}")
+    chosen = sealed.read(os.path.join(directory, str(step)), position=None)["position"]["best_step"]
     if chosen is None:
         return directory, step
     if not os.path.isdir(os.path.join(best, str(chosen))):
         raise InputError(f"{best}: lacks step {chosen}, which training chose")
+    said = sealed.damage(os.path.join(best, str(chosen)))
+    if said:
+        raise InputError(f"{best}: step {chosen}, which training chose, is damaged ({said})")
     return best, chosen
 
 
@@ -223,38 +232,20 @@ def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
     Raises:
       InputError: If there is no checkpoint.
     """
-    import orbax.checkpoint as ocp
-
     directory, step = find_model(workdir)
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    labels = jax.eval_shape(
-        lambda: model.table.init_state(np.zeros(model.table.num_labels, np.int32))
-    )
-    rows = sharding.rows_sharding(model.mesh)
-
-    def placed(boxed: Any) -> Any:
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            nn.unbox(boxed),
-            sharding.shardings_of(boxed, model.mesh),
-        )
-
-    trained, frozen = split_params(boxed, model.tower.config)
+    trained, frozen = split_params(model.abstract_params, model.tower.config)
     abstract = {
-        "params": placed(trained),
-        "labels": jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), labels
-        ),
+        "params": sharding.stored_tree(trained, model.mesh),
+        "labels": sharding.stored_tree(model.table.abstract_state, model.mesh),
     }
-    with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
-        restored = manager.restore(
-            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
-        )["model"]
+    restored = sealed.read(os.path.join(directory, str(step)), model=abstract)["model"]
     params = restored["params"]
     if frozen:
-        with ocp.StandardCheckpointer() as checkpointer:
-            dtype = config_lib.load(os.path.join(workdir, CONFIG)).lora.base_dtype
-            kept = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), placed(frozen))
-            path = os.path.abspath(os.path.join(workdir, FROZEN))
-            params = trees.merge(params, checkpointer.restore(path, kept))
+        dtype = config_lib.load(os.path.join(workdir, CONFIG)).lora.base_dtype
+        kept = sharding.stored_tree(as_frozen(frozen, dtype), model.mesh)
+        path = os.path.abspath(os.path.join(workdir, FROZEN))
+        said = sealed.damage(os.path.join(path, "0"))
+        if said:
+            raise InputError(f"{path}: damaged ({said}); train writes it again when it is started")
+        params = trees.merge(params, sealed.read(path, **{"0": kept})["0"])
     return params, LabelState(*restored["labels"]), step

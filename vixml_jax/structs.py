@@ -53,6 +53,13 @@ class TrainState(NamedTuple):
     bank: Float[Any, "n e"]  # Unit embedding of each training query when last seen.
 
 
+class Share(NamedTuple):
+    """Those rows of an array that one process has, the array being spread over several."""
+
+    ids: Int[Any, " m"]  # Rows of the whole, ascending.
+    values: Float[Any, "m e"]
+
+
 class SearchResult(NamedTuple):
     """The best labels of each query, best first; absent = id -1 and score -inf."""
 

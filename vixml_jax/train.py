@@ -4,17 +4,21 @@ import dataclasses
 import functools
 import math
 import os
+import tempfile
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, evaluate, memory, runs, sharding, trees
+from vixml_jax import devices as device_kinds
+from vixml_jax import errors, evaluate, memory, processes, programs, runs, sharding, trees
 from vixml_jax.config import Config
 from vixml_jax.data import tokenize
 from vixml_jax.data.packing import Layout
@@ -25,8 +29,11 @@ from vixml_jax.models import hf
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.tower import TowerConfig
-from vixml_jax.training import loop, losses, optimizer, step, warm_start
+from vixml_jax.structs import TrainState
+from vixml_jax.training import loop, losses, optimizer, step, warm_start, watch
+from vixml_jax.training import plan as plan_lib
 from vixml_jax.training.checkpoints import Checkpoints
+from vixml_jax.training.stopping import Stop
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
 
 
@@ -77,7 +84,7 @@ def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, L
             f"--model.pretrained={flagged.pretrained} knows {tower.vocab_size}: prepare it again "
             "with --tokenizer set to the model"
         )
-    longest = layout.overhead + dataset.max_tokens - sum(layout.trim)
+    longest = longest_item(layout, dataset)
     takes = (
         f"an item of {config.data} takes up to {longest} positions ({dataset.max_tokens} tokens, "
         f"{num_images} pictures, prompt)"
@@ -87,6 +94,16 @@ def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, L
     if longest > config.batch.row_width:
         raise InputError(f"--batch.row_width={config.batch.row_width} is too narrow: {takes}")
     return tower, layout
+
+
+def longest_item(layout: Layout, dataset: PreparedDataset) -> int:
+    """Positions that an item takes at most."""
+    return layout.overhead + dataset.max_tokens - sum(layout.trim)
+
+
+def sizes_of(dataset: PreparedDataset) -> plan_lib.DataSizes:
+    """How large the data are."""
+    return plan_lib.DataSizes(len(dataset.train), dataset.num_labels)
 
 
 def _largest_token(dataset: PreparedDataset) -> int:
@@ -118,10 +135,10 @@ def fresh_tower(config: Config, dataset: PreparedDataset) -> TowerConfig:
     )
 
 
-def first_params(config: Config, model: Model, dataset: PreparedDataset, shardings: Any) -> Any:
+def first_params(config: Config, model: Model, dataset: PreparedDataset) -> Any:
     """The pretrained tower's parameters, fresh ones beside them, the image projection started.
 
-    All are read or made where `shardings` say.
+    All are read or made where, and as, they are stored.
     """
     given = {}
     if config.model.pretrained:
@@ -129,22 +146,28 @@ def first_params(config: Config, model: Model, dataset: PreparedDataset, shardin
         _, weights = hf.load_hf_tower(config.model.pretrained, dtype=dtype, mesh=model.mesh)
         given = {"tower": weights}
     known = trees.paths(given)
+    like = sharding.stored_tree(model.abstract_params, model.mesh)
+    missing, _ = trees.partition(like, lambda path: path not in known)
 
     def fresh(key: jax.Array) -> Any:
         """Those that are not given: the others are never made."""
-        params = nn.unbox(runs.init_params(model, key))
-        return trees.partition(params, lambda path: path not in known)[0]
+        params = nn.unbox(model.init_params(key))
+        return sharding.pad(trees.partition(params, lambda path: path not in known)[0], missing)
 
-    places, _ = trees.partition(shardings, lambda path: path not in known)
+    places = jax.tree.map(lambda x: x.sharding, missing)
     made = jax.jit(fresh, out_shardings=places)(jax.random.key(config.seed))
     params = trees.merge(made, given)
     if model.layout.num_images and config.model.image_init == "regression":
-        scale = model.tower.config.word_scale
-        words = np.asarray(params["tower"]["word_embeddings"].astype(np.float32) * scale)
+        words = sharding.unpad(
+            params["tower"]["word_embeddings"], model.abstract_params["tower"]["word_embeddings"]
+        )
+        words = sharding.on_host(words.astype(np.float32) * model.tower.config.word_scale)
         found = warm_start.regress_images(dataset, words)
         if found is not None:
-            params["tower"]["image_projection"] = {"kernel": found[0], "bias": found[1]}
-    return jax.device_put(params, shardings)
+            params["tower"]["image_projection"] = sharding.pad(
+                {"kernel": found[0], "bias": found[1]}, like["tower"]["image_projection"]
+            )
+    return jax.device_put(params, jax.tree.map(lambda x: x.sharding, like))
 
 
 def check_choice(config: Config, dataset: PreparedDataset, k: int) -> None:
@@ -177,52 +200,157 @@ def describe_choice(config: Config, position: loop.Position, steps_per_epoch: in
     return f"{text}, {position.best:.2f}; training ended with epoch {last}{early}"
 
 
-def train(config: Config) -> None:
+class Parts(NamedTuple):
+    """What a run is made of, before any of it is allocated.
+
+    Attributes:
+      model: Tower, combiner and table, without parameters.
+      optimizer: Of all that is trained.
+      like: Shapes, dtypes and shardings of the state.
+      step: The training step, not yet compiled.
+    """
+
+    model: Model
+    optimizer: optax.GradientTransformation
+    like: TrainState
+    step: step.TrainStep
+
+
+def assemble(
+    config: Config, tower: TowerConfig, layout: Layout, sizes: plan_lib.DataSizes, mesh: Mesh
+) -> Parts:
+    """The parts of a run on data of these sizes.
+
+    Raises:
+      InputError: If a batch is larger than the data.
+    """
+    if config.batch.size > sizes.queries:
+        raise InputError(
+            f"--batch.size={config.batch.size} is more than the {sizes.queries} training "
+            f"queries of {config.data}"
+        )
+    model = runs.build_model(config, tower, layout, sizes.labels, mesh)
+    total_steps = config.loop.epochs * -(-sizes.queries // config.batch.size)
+    tx = optimizer.make_optimizer(total_steps=total_steps, **dataclasses.asdict(config.optimizer))
+    trained, frozen = runs.split_params(model.abstract_params, tower)
+    frozen = runs.as_frozen(frozen, config.lora.base_dtype)
+    like = loop.abstract_state(model, trained, frozen, tx, sizes.queries)
+    loss = functools.partial(losses.total_loss, **dataclasses.asdict(config.loss))
+    momentum = 0.95 if config.labels.centroids == "moving" else None
+    made = step.make_train_step(
+        model,
+        loss,
+        tx,
+        like,
+        centroid_momentum=momentum,
+        sparse_free=config.labels.free_update == "sparse",
+    )
+    return Parts(model, tx, like, made)
+
+
+def say_start(parts: Parts, sizes: plan_lib.DataSizes) -> None:
+    """Prints what is stored padded, and every large array that a device will hold."""
+    tables = loop.abstract_tables(parts.model, sizes.queries)
+    for line in sharding.describe_padding(
+        {**parts.model.abstract_params, **tables}, parts.model.mesh
+    ):
+        print(line)
+    print(plan_lib.array_table(parts.like))
+
+
+def plan(config: Config, *, devices: str = "", sizes: str = "") -> None:
+    """Prints what a run takes of a device, and stops: nothing is allocated, read or written of it.
+
+    Of a pretrained tower the configuration is enough.
+
+    Args:
+      config: Of the run.
+      devices: A slice of TPUs, "v5e:16x16" say, that need not be there; empty: the devices here.
+      sizes: "queries:N,labels:N" in place of the data's own; items are then counted as long as
+        `--max_tokens` of the prepared data lets them be.
+
+    Raises:
+      InputError: If it does not fit, or if there is no such slice.
+    """
+    mesh = runs.make_mesh(config, plan_lib.slice_of(devices) if devices else None)
+    with tempfile.TemporaryDirectory() as scratch:  # Where the built-in data go.
+        dataset = runs.open_dataset(dataclasses.replace(config, workdir=scratch))
+        check_choice(config, dataset, min(config.eval.k, dataset.num_labels))
+        tower, layout = make_tower(config, dataset)
+        found = plan_lib.DataSizes.parse(sizes, sizes_of(dataset))
+        parts = assemble(config, tower, layout, found, mesh)
+        length = 2.0 * longest_item(layout, dataset)
+        if not sizes:
+            length = sum(map(parts.model.mean_length, (dataset.train, dataset.labels)))
+        pictures = [side.images is not None for side in (dataset.train, dataset.labels)]
+        batch, key = plan_lib.abstract_batch(
+            parts.model, config.batch.size, length, pictures=pictures, width=dataset.image_width
+        )
+        rows, width = batch.items.tokens.shape
+        kind = mesh.devices.flat[0].device_kind
+        chip = device_kinds.about(kind)
+        published = (
+            f" ({chip.memory / 2**30:.0f} GiB, {chip.peak_flops / 1e12:.0f} TFLOP/s each)"
+            if chip
+            else ""
+        )
+        along = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
+        print(
+            f"plan: {mesh.size} x {kind}{published}, --mesh={along}; {found.queries} queries, "
+            f"{found.labels} labels; a batch of {config.batch.size} in {rows} rows of {width}"
+        )
+        say_start(parts, found)
+        clock = time.perf_counter()
+        planned = plan_lib.plan_memory(parts.like, lambda: parts.step.program(batch, key))
+        planned.check()
+        print(planned)
+        print(f"compiled in {time.perf_counter() - clock:.0f} s; it fits")
+
+
+def train(
+    config: Config, stop: Stop | None = None, *, profile: tuple[int, int] | None = None
+) -> None:
     """Trains as the flags say, from where the run directory stands, and evaluates.
 
     Where the data have a validation split, all that is evaluated here is evaluated on it.
+
+    Args:
+      config: All that makes the run what it is.
+      stop: Through which signals end the run; None: there are none to heed.
+      profile: Steps to be profiled, as `watch.Profiler` takes them.
     """
-    dataset = runs.open_dataset(config)
+    group = processes.world()
+    with processes.first_alone("data"):
+        dataset = runs.open_dataset(config)
     k = min(config.eval.k, dataset.num_labels)
     check_choice(config, dataset, k)
     mesh = runs.make_mesh(config)
     tower, layout = make_tower(config, dataset)
-    model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
-    if config.batch.size > len(dataset.train):
-        raise InputError(
-            f"--batch.size={config.batch.size} is more than the {len(dataset.train)} training "
-            f"queries of {config.data}"
-        )
-    runs.open_run(config, tower, layout, dataset.content_hash)
-
+    parts = assemble(config, tower, layout, sizes_of(dataset), mesh)
+    model, tx, like, _ = parts
+    with processes.first_alone("run directory"):
+        shares = runs.open_run(config, tower, layout, dataset.content_hash, mesh)
     steps_per_epoch = -(-len(dataset.train) // config.batch.size)
     total_steps = config.loop.epochs * steps_per_epoch
-    tx = optimizer.make_optimizer(total_steps=total_steps, **dataclasses.asdict(config.optimizer))
-    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
-    trained, kept = runs.split_params(boxed, tower)
-    kept = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(config.lora.base_dtype)), kept)
-    like = loop.abstract_state(model, trained, kept, tx, len(dataset.train))
     checkpoints = Checkpoints(
         os.path.join(config.workdir, runs.CHECKPOINTS),
         keep=config.loop.keep,
+        every=config.loop.save_every,
+        minutes=config.loop.save_minutes,
         best=os.path.join(config.workdir, runs.BEST) if config.loop.choose_by else None,
     )
     split = "valid" if dataset.valid else "test"
     trainer = loop.Trainer(
         model,
         dataset,
-        step.make_train_step(
-            model,
-            functools.partial(losses.total_loss, **dataclasses.asdict(config.loss)),
-            tx,
-            like,
-            centroid_momentum=0.95 if config.labels.centroids == "moving" else None,
-        ),
+        parts.step,
         batch=config.batch,
         labels=config.labels,
         loop=config.loop,
         block=config.eval.block,
         seed=config.seed,
+        shares=shares,
+        group=group,
         checkpoints=checkpoints,
         guard=CollapseGuard(margin=config.loss.margin_min, num_negatives=config.loss.num_negatives),
         evaluate=lambda params, labels: evaluate.evaluate_model(
@@ -234,14 +362,18 @@ def train(config: Config) -> None:
             k=k,
             block=config.eval.block,
             titles=False,
+            group=group,
         )["metrics"],
         split=split,
+        stop=stop or Stop(),
     )
-    plan = trainer.plan(like)
-    plan.check()
-    print(plan)
+    say_start(parts, sizes_of(dataset))
+    planned = trainer.plan(like)
+    planned.check()
+    print(planned)
+    print(checkpoints.check_room(like))
 
-    params = first_params(config, model, dataset, sharding.shardings_of(boxed, mesh))
+    params = first_params(config, model, dataset)
     resumed = checkpoints.latest_step()
     if resumed is None:
         params, labels, bank = loop.initial_labels(
@@ -251,6 +383,7 @@ def train(config: Config) -> None:
             labels=config.labels,
             block=config.eval.block,
             seed=config.seed,
+            group=group,
         )
     else:
         labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
@@ -268,20 +401,31 @@ def train(config: Config) -> None:
         config.workdir,
         step=int(state.step),
         total_steps=total_steps,
-        batch_size=config.batch.size,
+        peak_flops=device_kinds.peak_flops(mesh.devices.flat),
+        profile=profile,
     )
     try:
         state, position = trainer.run(state, clusters, position, telemetry)
+    except OSError as error:
+        said = errors.disk_fault(error)
+        if said is None:
+            raise
+        raise InputError(
+            f"--workdir={config.workdir}: {said} while training; checkpoints stand: make room and "
+            "start again with the same command"
+        ) from None
     finally:
         telemetry.close()
         checkpoints.close()
+    if telemetry.watch.closing():
+        print(telemetry.watch.closing())
     params, labels = trees.merge(state.params, state.frozen), state.labels
     if position.best_step is not None:
         # Room first: a device may not hold two models beside an optimizer.
         del state, params, labels
         params, labels, _ = runs.restore_model(config.workdir, model)
     print(describe_choice(config, position, steps_per_epoch))
-    evaluate.show(config, model, params, labels, dataset, split=split, search="exact")
+    evaluate.show(config, model, params, labels, dataset, split=split, search="exact", group=group)
     if split == "valid":
         print(f"to judge on test: python -m vixml_jax.evaluate --workdir={config.workdir}")
     print(
@@ -292,13 +436,42 @@ def train(config: Config) -> None:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    config = config_lib.from_flags(flags.FLAGS)
+    values = flags.FLAGS
+    config = config_lib.from_flags(values)
+    if not values.plan and (values.plan_devices or values.plan_size):
+        raise InputError("--plan_devices and --plan_size say what to plan for: add --plan")
+    profile = watch.parse_window(values.profile_steps)
     memory.keep_freed_pages()
-    cache = os.path.join(os.path.expanduser("~"), ".cache", "vixml_jax", "programs")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    train(config)
+    processes.start(values.coordinator, values.num_processes, values.process_index)
+    programs.keep_in(values.compile_cache)
+    if values.plan:
+        plan(config, devices=values.plan_devices, sizes=values.plan_size)
+    else:
+        with Stop().caught() as stop:
+            train(config, stop, profile=profile)
+
+
+def define_flags() -> None:
+    """The flags of a run, and those that may differ each time it is started."""
+    config_lib.define_flags()
+    programs.define_flag()
+    processes.define_flags()
+    flags.DEFINE_string(
+        "profile_steps",
+        "",
+        "START:END: write a profile of the steps after START up to END to the run directory.",
+    )
+    flags.DEFINE_boolean(
+        "plan", False, "Print every large array and what the run takes of a device, and stop."
+    )
+    flags.DEFINE_string(
+        "plan_devices", "", "TPUs to plan for, not necessarily here: v5e:16x16, say; else those."
+    )
+    flags.DEFINE_string(
+        "plan_size", "", "Sizes of data to plan for: queries:2000000,labels:10000000, say."
+    )
 
 
 if __name__ == "__main__":
-    config_lib.define_flags()
+    define_flags()
     errors.launch(main)

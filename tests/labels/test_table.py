@@ -8,7 +8,7 @@ import pytest
 from vixml_jax import sharding
 from vixml_jax.labels import table
 from vixml_jax.labels.centroids import exact_centroids
-from vixml_jax.structs import LabelState
+from vixml_jax.structs import LabelState, Share
 from vixml_jax.training import step
 
 
@@ -50,7 +50,7 @@ def test_gradient_reaches_the_shared_free_vectors(mesh):
     ids = np.array([3, 3, 19, -1, 0], np.int32)
     weights = rng.normal(size=(5, 4)).astype(np.float32)
     gradient = jax.jit(
-        jax.grad(lambda free: jnp.sum(labels.gather(free, state, ids)[0] * weights))
+        jax.grad(lambda free: jnp.sum(labels.gather_free(free, state, ids) * weights))
     )(free)
     expected = np.zeros((8, 4))
     np.add.at(expected, cluster_of[ids[ids >= 0]], weights[ids >= 0])
@@ -64,7 +64,12 @@ def test_exact_centroids_are_means_of_unit_queries():
     dense = rng.random((30, 11)) < 0.2
     dense[:, 4] = False
     queries = rng.normal(size=(30, 6)).astype(np.float32)
-    found = exact_centroids(sparse.csr_matrix(dense, dtype=np.float32), queries, block=4)
+    found = exact_centroids(
+        sparse.csr_matrix(dense, dtype=np.float32),
+        Share(np.arange(30), queries),
+        [np.arange(11)],
+        block=4,
+    )
     for label in range(11):
         expected = queries[dense[:, label]].mean(axis=0) if dense[:, label].any() else 0
         np.testing.assert_allclose(found[label], np.broadcast_to(expected, 6), atol=1e-6)
@@ -74,7 +79,7 @@ def test_moving_centroids_take_one_step_towards_the_mean(mesh):
     rng = np.random.default_rng(2)
     labels = table.LabelTable(mesh, num_labels=10, num_free=10, width=4)
     old = rng.normal(size=(10, 4)).astype(np.float32)
-    state = labels.with_centroids(labels.init_state(np.arange(10)), old)
+    state = labels.with_centroids(labels.init_state(np.arange(10)), Share(np.arange(10), old))
     ids = np.array([7, 2, 7, -1], np.int32)
     queries = rng.normal(size=(4, 4)).astype(np.float32)
     moved = jax.jit(lambda s: step.move_centroids(labels, s, ids, queries, 0.95))(state)

@@ -206,7 +206,8 @@ def test_eight_devices_give_what_one_does(packed, params):
         lambda: Tower(TINY).init(jax.random.key(0), packed, 1, deterministic=True)
     )["params"]
     mesh = sharding.create_mesh(2, 2, 2)
-    spread = jax.device_put(params, sharding.shardings_of(boxed, mesh))
+    places = jax.tree.map(lambda x: x.sharding, sharding.stored_tree(boxed, mesh))
+    spread = jax.device_put(params, places)
     assert not spread["encoder"]["blocks"]["up"]["kernel"].is_fully_replicated
     rows = jax.device_put(packed, sharding.replicated(mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):

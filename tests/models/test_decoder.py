@@ -212,7 +212,7 @@ def test_in_chunks_the_vectors_and_slopes_are_the_same(pair, pack, draw_items):
 
         return jax.jit(jax.grad(objective, has_aux=True))(params)
 
-    (expected, vectors), *others = (slopes(chunks) for chunks in (None, (1, 3), (2, 3), (1, 1)))
+    (expected, vectors), *others = (slopes(chunks) for chunks in (0, 3, 2, 1))
     for found, same in others:
         np.testing.assert_allclose(same, vectors, atol=1e-5)
         jax.tree.map(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import types
 
 import jax.numpy as jnp
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from tiny import configuration, make_data
 
-from vixml_jax import runs, train
+from vixml_jax import processes, runs, sealed, sharding, train
 from vixml_jax.config import LoopConfig
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, NotFiniteError, Preempted
 from vixml_jax.structs import LabelState, TrainState
 from vixml_jax.training import loop
 from vixml_jax.training.checkpoints import Checkpoints
+from vixml_jax.training.stopping import Stop
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
 
 SCALARS = {"loss": 1.0, "loss_text": 1.0, "gradient_norm": 1.0, "violators": 0.0}
@@ -60,13 +62,17 @@ def train_step(state, batch, key):
     return state._replace(step=state.step + 1, params=params), SCALARS
 
 
-def run(parts, checkpoints, workdir, curve, tick=lambda name: None, **loop_flags):
+def run(parts, checkpoints, workdir, curve, tick=lambda name: None, stop=None, **loop_flags):
     """Runs the loop from where the checkpoints stand; evaluations are read from the curve."""
     config, dataset, model = parts
 
-    def step(state, batch, key):
-        tick("step")
-        return train_step(state, batch, key)
+    class Step:
+        def program(self, batch, key):
+            def step(state, batch, key):
+                tick("step")
+                return train_step(state, batch, key)
+
+            return step
 
     def evaluate(params, labels):
         tick("evaluate")
@@ -75,22 +81,25 @@ def run(parts, checkpoints, workdir, curve, tick=lambda name: None, **loop_flags
     trainer = loop.Trainer(
         model,
         dataset,
-        step,
+        Step(),
         batch=config.batch,
         labels=config.labels,
         loop=LoopConfig(**loop_flags),
         block=32,
         seed=0,
+        shares=sharding.num_shares(model.mesh),
+        group=processes.ALONE,
         checkpoints=checkpoints,
         guard=CollapseGuard(margin=0.1, num_negatives=4),
         evaluate=evaluate,
         split="valid",
+        stop=stop or Stop(),
     )
     state, (clusters, position) = first_state(), trainer.start()
     if checkpoints.latest_step() is not None:
         state, clusters, position = checkpoints.restore(state, clusters)
         position = loop.Position(**position)
-    telemetry = Telemetry(workdir, step=int(state.step), total_steps=20, batch_size=48)
+    telemetry = Telemetry(workdir, step=int(state.step), total_steps=20)
     try:
         state, position = trainer.run(state, clusters, position, telemetry)
     finally:
@@ -137,16 +146,21 @@ def test_the_first_of_the_best_is_chosen_and_patience_counts(parts, tmp_path, se
     assert ("--loop.patience" in said) == (judged[end] < epochs - 1)
 
 
-def chosen_run(parts, workdir, tick=lambda name: None):
+def chosen_run(parts, workdir, tick=lambda name: None, stop=None):
     """A run that keeps all of its checkpoints on disk, and how it ends."""
     checkpoints = Checkpoints(
-        os.path.join(workdir, runs.CHECKPOINTS), keep=2, best=os.path.join(workdir, runs.BEST)
+        os.path.join(workdir, runs.CHECKPOINTS),
+        keep=2,
+        every=1,
+        best=os.path.join(workdir, runs.BEST),
     )
 
     def around(name, call):
         def both(*args):
             tick(f"before {name}")
             call(*args)
+            if name == "save":
+                checkpoints.wait()  # The next is due, and taken, however slow the disk is.
             tick(f"after {name}")
 
         return both
@@ -155,14 +169,13 @@ def chosen_run(parts, workdir, tick=lambda name: None):
         setattr(checkpoints, name, around(name, getattr(checkpoints, name)))
     try:
         state, position = run(
-            parts, checkpoints, workdir, CURVE, tick,
+            parts, checkpoints, workdir, CURVE, tick, stop,
             epochs=5, eval_every=1, choose_by="P@1", patience=2, save_every=1, log_every=1,
         )  # fmt: skip
     finally:
         checkpoints.close()
     lines = [json.loads(line) for line in open(os.path.join(workdir, "metrics.jsonl"))]
-    for line in lines:
-        line.pop("queries_per_s", None)
+    lines = [{k: v for k, v in line.items() if not k.startswith("watch/")} for line in lines]
     return (float(state.params["mean"]), position, lines, kept_model(workdir))
 
 
@@ -214,6 +227,75 @@ def test_stopped_anywhere_it_chooses_the_same(parts, whole, tmp_path, at):
         assert kept_model(str(tmp_path))[3] > 0
     assert chosen_run(parts, str(tmp_path)) == expected
     assert os.listdir(tmp_path / runs.BEST) == ["4"]
+
+
+# A signal in a step, in each part of an epoch's end, in saving, and where the run is over.
+@pytest.mark.parametrize("at", [1, 4, 5, 7, 9, 10, 13, 20, 24, 33, 37])
+def test_a_signal_leaves_all_that_was_done(parts, whole, tmp_path, at):
+    """It saves, however often the signal comes within a second, and goes on bit for bit."""
+    expected, events, _ = whole
+    seen, stop = [], Stop()
+    signals = [signal.SIGINT, signal.SIGINT] if at % 2 else [signal.SIGTERM]
+
+    def tick(name):
+        seen.append(name)
+        if len(seen) == at:
+            for number in signals:
+                os.kill(os.getpid(), number)
+
+    steps = events[:at].count("step")
+    if at >= events.index("after save", len(events) - 3):
+        with stop.caught():
+            assert chosen_run(parts, str(tmp_path), tick, stop) == expected
+        return
+    with stop.caught(), pytest.raises(Preempted, match=r"stopped by SIG.*: saved at step") as told:
+        chosen_run(parts, str(tmp_path), tick, stop)
+    saved = int(str(told.value).rsplit(" ", 1)[1])
+    # The step under way is finished; one more only if it came after all that looks for it.
+    assert steps <= saved <= steps + 1
+    assert sealed.newest_whole(str(tmp_path / runs.CHECKPOINTS)) == (saved, {})
+    again = []
+    assert chosen_run(parts, str(tmp_path), again.append) == expected
+    assert again.count("step") == 8 - saved
+    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(whole[2]))
+
+
+def test_a_state_that_is_not_finite_is_never_saved(parts, tmp_path, monkeypatch):
+    """Not by steps, and not by a signal: a loss is that of the state before its step."""
+    as_before = train_step
+
+    def ruin(at, what):
+        def step(state, batch, key):
+            state, scalars = as_before(state, batch, key)
+            if int(state.step) == at and what == "state":
+                mean = state.params["mean"] * jnp.nan
+                state = state._replace(params={**state.params, "mean": mean})
+            if int(state.step) == at and what == "loss":
+                scalars = {**scalars, "loss": float("nan")}
+            return state, scalars
+
+        monkeypatch.setitem(globals(), "train_step", step)
+
+    cases = [(3, "loss", False), (3, "state", False), (3, "loss", True), (1, "state", True)]
+    for number, (at, what, signalled) in enumerate(cases):
+        stop, seen = Stop(), []
+
+        def tick(name, seen=seen, at=at, signalled=signalled):
+            seen.append(name)
+            if signalled and name == "step" and seen.count("step") == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        ruin(at, what)
+        root = tmp_path / str(number)
+        kept = rf"that of step {at - 1} is kept" if at > 1 else "no checkpoint is saved yet"
+        where = f"at step {at}" if what == "loss" else f"after step {at}"
+        with stop.caught(), pytest.raises(NotFiniteError, match=rf"{where} .*; {kept}; .*rate"):
+            chosen_run(parts, str(root), tick, stop)
+        step, damaged = sealed.newest_whole(str(root / runs.CHECKPOINTS))
+        assert (step, damaged) == ((at - 1) or None, {})
+        if step:
+            assert np.isfinite(kept_model(str(root))[2])
+        monkeypatch.undo()
 
 
 def test_what_is_run_again_replaces_what_was_kept(parts, tmp_path, monkeypatch):

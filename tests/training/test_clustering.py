@@ -9,7 +9,15 @@ import pytest
 from hypothesis import strategies
 
 from vixml_jax import errors
-from vixml_jax.training.clustering import balanced_clusters, numbered_by_first_row
+from vixml_jax.structs import Share
+from vixml_jax.training import clustering
+from vixml_jax.training.clustering import numbered_by_first_row
+
+
+def balanced_clusters(x, num_clusters, *, seed):
+    return clustering.balanced_clusters(
+        Share(np.arange(len(x)), x), len(x), num_clusters, seed=seed
+    )
 
 
 def normalised(x):

@@ -4,12 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny import configuration, make_data
 
+from vixml_jax import devices, runs, sharding
 from vixml_jax import memory as memory_lib
-from vixml_jax import sharding
 from vixml_jax.benchmarks import memory, towers
+from vixml_jax.data import pipeline
+from vixml_jax.data.packing import Layout
+from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
+from vixml_jax.models.bert import BertConfig
+from vixml_jax.structs import LabelState, TrainState
+from vixml_jax.training import plan as plan_lib
 from vixml_jax.training.plan import MemoryPlan, bytes_a_device
 
 SIZES = {
@@ -72,6 +80,93 @@ def test_gradients_of_the_frozen_base_are_never_made(one_device, monkeypatch):
         assert 0 <= moments < 100
     assert full.step > full.held["trained parameters"]
     assert adapted.step < 0.5 * base
+
+
+def state_of(mesh):
+    def array(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    kernel = array((1024, 1024), jnp.float32, "fsdp", "tensor")
+    return TrainState(
+        step=array((), jnp.int32),
+        params={"tower": {"kernel": kernel, "bias": array((8,), jnp.float32)}},
+        frozen={},
+        opt_state=({"mu": {"tower": {"kernel": kernel}}}, array((), jnp.int32)),
+        labels=LabelState(
+            array((2**20, 8), jnp.float32, sharding.ROWS, None), array((2**20,), jnp.int32)
+        ),
+        bank=array((4096, 512), jnp.bfloat16, sharding.ROWS, None),
+    )
+
+
+def test_every_large_array_has_a_line(monkeypatch):
+    monkeypatch.setattr(plan_lib, "NUM_SHOWN", 5)
+    like = state_of(sharding.create_mesh(2, 2, 2))
+    expected = [
+        "array                            shape      dtype     spread over     MiB a device",
+        "trained parameters: tower/kernel 1024x1024  float32   fsdp tensor     1.00",
+        "trained parameters: 1 smaller 0.00",
+        "optimizer: mu/tower/kernel       1024x1024  float32   fsdp tensor     1.00",
+        "optimizer: 1 smaller 0.00",
+        "labels: centroids                1048576x8  float32   replica+fsdp .  8.00",
+        "labels: cluster_of               1048576    int32     whole           4.00",
+        "embeddings of the queries: bank  4096x512   bfloat16  replica+fsdp .  1.00",
+    ]
+    found = plan_lib.array_table(like).splitlines()
+    assert [line.split() for line in found] == [line.split() for line in expected]
+    assert len({len(line) for line in found}) == 1  # Columns stand below each other.
+    monkeypatch.setattr(plan_lib, "NUM_SHOWN", 6)  # However small the largest are.
+    assert "tower/bias" in plan_lib.array_table(like)
+
+
+def test_what_the_compiler_refuses_is_said_with_what_is_held():
+    like = state_of(sharding.create_mesh(2, 2, 2))
+
+    def refused():
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.20G of 15.75G hbm. "
+            "Exceeded hbm capacity by 1.45G."
+        )
+
+    said = r"labels 0.01, .* compiler says 'Used 17.20G of 15.75G hbm': it does not fit; the step's"
+    with pytest.raises(InputError, match=said):
+        plan_lib.plan_memory(like, refused)
+
+    def broken():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a fault of ours")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a fault of ours"):
+        plan_lib.plan_memory(like, broken)
+
+
+@pytest.mark.parametrize("num_images", [0, 1])
+def test_a_batch_in_the_abstract_is_as_the_first_one(num_images, tmp_path):
+    config = configuration(make_data(tmp_path), tmp_path / "run")
+    dataset = PreparedDataset.open(config.data)
+    layout, mesh = Layout(num_images), sharding.create_mesh(2, 2, 2)
+    tower = BertConfig(vocab_size=99, num_layers=1, width=16, num_heads=2, mlp_width=16)
+    model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
+    length = model.mean_length(dataset.train) + model.mean_length(dataset.labels)
+    found, _ = plan_lib.abstract_batch(
+        model, 64, length, pictures=[True, False], width=dataset.image_width
+    )
+    rows = model.row_sizes(length, 64, 8)
+    batches = pipeline.epoch_batches(
+        dataset, np.arange(90), epoch=0, seed=0, batch_size=64, width=model.row_width,
+        layout=layout, weights=None, rows=rows, shares=sharding.num_shares(mesh),
+    )  # fmt: skip
+    real = sharding.to_devices(next(batches), mesh)
+    same = jax.tree.map(lambda x: (x.shape[1:], x.dtype, x.sharding), (found, real))
+    assert same[0] == same[1]
+    assert found.items.images.shape == real.items.images.shape
+    assert found.relevance.shape == (64, 64) and found.query_ids.shape == (64,)
+    assert 0.5 < found.items.tokens.shape[0] / real.items.tokens.shape[0] <= 1
+
+
+def test_tpus_are_known_by_what_jax_calls_them():
+    kinds = {kind for kind, _ in devices.TPUS.values()}
+    assert len(kinds) == len(devices.TPUS) == 4
+    assert all(devices.about(kind) for kind in kinds)
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

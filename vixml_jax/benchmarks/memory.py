@@ -49,9 +49,8 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, step.TrainStep]:
     layout = train_step.layout_of(settings["tower"], 0)
     model = runs.build_model(config, tower, layout, NUM_LABELS, sharding.create_mesh())
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
-    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
-    trained, frozen = runs.split_params(boxed, tower)
-    frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(settings["dtype"])), frozen)
+    trained, frozen = runs.split_params(model.abstract_params, tower)
+    frozen = runs.as_frozen(frozen, settings["dtype"])
     like = loop.abstract_state(model, trained, frozen, tx, settings["batch"])
     loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
     return model, tx, like, step.make_train_step(model, loss_fn, tx, like)
@@ -62,11 +61,16 @@ def random_batch(settings: dict[str, Any], shards: int) -> Batch:
     rng = np.random.default_rng(0)
     size, length = settings["batch"], settings["length"]
     a_row = WIDTH // length
-    unit = shards * max(1, settings["chunk"])
-    rows = math.ceil(math.ceil(2 * size / a_row) / unit) * unit
+    own = size // shards  # Of a device, queries and labels each.
+    rows = math.ceil(2 * own / a_row)
+    rows = math.ceil(rows / max(1, settings["chunk"])) * max(1, settings["chunk"])
+    items = np.full((shards, rows * a_row), -1, np.int32)
+    for side in range(2):
+        mine = side * size + np.arange(size, dtype=np.int32).reshape(shards, own)
+        items[:, side * own : (side + 1) * own] = mine
+    rows *= shards
+    items = items.reshape(rows, a_row)
     segments = np.full((rows, WIDTH), -1, np.int32)
-    items = np.arange(rows * a_row, dtype=np.int32).reshape(rows, a_row)
-    items[items >= 2 * size] = -1
     segments[:, : a_row * length] = np.repeat(items, length, axis=1)
     tokens = rng.integers(0, 1000, (rows, WIDTH), np.int32)
     positions = np.broadcast_to(np.arange(WIDTH, dtype=np.int32) % length, (rows, WIDTH)).copy()
@@ -82,7 +86,7 @@ def plan(settings: dict[str, Any]) -> MemoryPlan:
     model, _, like, train = build(settings)
     shards = sharding.num_row_shards(model.mesh)
     batch = sharding.to_devices(random_batch(settings, shards), model.mesh)
-    return plan_memory(like, train.program(batch, jax.random.key(0)))
+    return plan_memory(like, lambda: train.program(batch, jax.random.key(0)))
 
 
 def measure(settings: dict[str, Any]) -> int:
@@ -90,9 +94,10 @@ def measure(settings: dict[str, Any]) -> int:
     model, tx, like, train = build(settings)
 
     def fresh(key: jax.Array) -> Any:
-        params = nn.unbox(runs.init_params(model, key))
+        params = nn.unbox(model.init_params(key))
         params, frozen = runs.split_params(params, model.tower.config)
-        return params, jax.tree.map(lambda x: x.astype(jnp.dtype(settings["dtype"])), frozen)
+        frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(settings["dtype"])), frozen)
+        return sharding.pad((params, frozen), (like.params, like.frozen))
 
     labels = model.table.init_state(np.zeros(NUM_LABELS, np.int32))
     bank = loop.empty_bank(model, settings["batch"])

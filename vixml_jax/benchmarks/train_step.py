@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import devices, errors
 from vixml_jax.benchmarks import inputs, towers, workers
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, PreparedDataset, Ragged
@@ -34,8 +34,6 @@ PROGRAMS = (
     "torch, all of 32",
 )
 IMAGE_WIDTH = 1152  # SigLIP 2 so400m's.
-# Dense bfloat16 products, operations a second: the vendor's data sheets.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
 
 
 def layout_of(tower: str, num_images: int) -> Layout:
@@ -128,9 +126,25 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
         batches = batches_of(dataset, settings, layout=layout, width=width)
         run = step(dataset, batches, None if "longest" in program else 32)
         run()
-        positions = sum(int(np.count_nonzero(one.items.segments >= 0)) for one in batches)
-        prepared[program] = {"positions": positions, "device": _device(settings)}, run
+        about = {"flops": operations(settings, batches), "device": _device(settings)}
+        prepared[program] = about, run
     return prepared
+
+
+def operations(settings: dict[str, Any], batches: list[Any]) -> float:
+    """What a round of these batches needs, of every program the same."""
+    from vixml_jax.config import LabelsConfig
+    from vixml_jax.labels.combiner import Combiner
+    from vixml_jax.models.decoder import DecoderConfig
+    from vixml_jax.training import flops
+
+    tower = towers.config_of(settings["tower"])
+    sizes = {"image_width": IMAGE_WIDTH if settings["images"] else 0}
+    if isinstance(tower, DecoderConfig):
+        sizes["lora_rank"] = settings["rank"]
+    tower, labels = dataclasses.replace(tower, **sizes), LabelsConfig()
+    combiner = Combiner(labels.num_heads, labels.mlp_width, labels.dropout)
+    return sum(flops.step_flops(tower, combiner, one) for one in batches)
 
 
 def _device(settings: dict[str, Any]) -> str:
@@ -209,17 +223,17 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
     if isinstance(tower, DecoderConfig):
         changes["lora_rank"] = settings["rank"]
     tower = dataclasses.replace(tower, **changes)
-    mesh = sharding.create_mesh()
+    mesh = sharding.create_mesh(devices=jax.devices()[:1])
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
-    boxed = jax.eval_shape(lambda: runs.init_params(model, jax.random.key(0)))
 
     def fresh(key: jax.Array) -> Any:
-        params, frozen = runs.split_params(nn.unbox(runs.init_params(model, key)), tower)
-        return params, jax.tree.map(lambda x: x.astype(jnp.dtype(tower.dtype)), frozen)
+        params, frozen = runs.split_params(nn.unbox(model.init_params(key)), tower)
+        frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(tower.dtype)), frozen)
+        return sharding.pad((params, frozen), (like.params, like.frozen))
 
-    trained, frozen = runs.split_params(boxed, tower)
-    frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(tower.dtype)), frozen)
+    trained, frozen = runs.split_params(model.abstract_params, tower)
+    frozen = runs.as_frozen(frozen, tower.dtype)
     like = loop.abstract_state(model, trained, frozen, tx, len(dataset.train))
     state = loop.place_state(
         like,
@@ -244,26 +258,6 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
         return run
 
     return prepared
-
-
-def operations(tower: str, rank: int) -> float:
-    """Multiplications and additions that a step needs for a position, recomputation not counted.
-
-    Two a weight forwards, two backwards to the input, and two for the gradient of the weight where
-    it is trained: all of an encoder, the adapters alone of a decoder. Attention within items of 40
-    positions is under 1 % and left out.
-    """
-    from vixml_jax.models.decoder import DecoderConfig
-
-    c = towers.config_of(tower)
-    d, m = c.width, c.mlp_width
-    if not isinstance(c, DecoderConfig):
-        return 6.0 * c.num_layers * (4 * d * d + 2 * d * m)
-    q, kv = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
-    maps = [(d, q), (d, kv), (d, kv), (q, d), (d, m), (d, m), (m, d)]
-    base = c.num_layers * sum(one * other for one, other in maps)
-    adapters = c.num_layers * rank * sum(one + other for one, other in maps)
-    return 4.0 * base + 6.0 * adapters
 
 
 def on_gpu() -> bool:
@@ -313,10 +307,10 @@ def main(argv: Sequence[str]) -> None:
         return
     for name, found in rounds.items():
         kind = found[0]["device"]
-        peak = next((value for key, value in PEAK.items() if key in kind), None)
+        known = devices.about(kind)
         seconds = sorted(one["seconds"] for one in found)[len(found) // 2]
-        done = operations(values.tower, settings["rank"]) * found[0]["positions"] / seconds
-        share = f"{done / peak:.1%} of its peak" if peak else "peak unknown"
+        done = found[0]["flops"] / seconds
+        share = f"{done / known.peak_flops:.1%} of its peak" if known else "peak unknown"
         print(f"{name}: {done / 1e12:.0f} TFLOP/s on {kind} ({share}), "
               f"{max(one['bytes'] for one in found) / 2**30:.1f} GiB at most")  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Items to packed rows: prompt, text and pictures, several items to a row of fixed width."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -108,10 +109,33 @@ def _spans(
     return _Spans(text_at, text, images_at, images, prompt)
 
 
-def item_lengths(items: Items, *, width: int, layout: Layout) -> Int[np.ndarray, " n"]:
-    """Positions that each item takes in a packed row."""
-    spans = _spans(items, np.arange(len(items)), width, layout)
+def item_lengths(
+    items: Items,
+    ids: Int[np.ndarray, " n"] | None = None,
+    *,
+    width: int,
+    layout: Layout,
+    hidden: Bool[np.ndarray, " n"] | None = None,
+) -> Int[np.ndarray, " n"]:
+    """Positions that items take in a packed row, 0 for id -1; by default of all items."""
+    ids = np.arange(len(items)) if ids is None else ids
+    spans = _spans(items, ids, width, layout, hidden)
     return spans.text + spans.images + spans.prompt
+
+
+def deal(lengths: Int[np.ndarray, " n"], blocks: int) -> Int[np.ndarray, " n"]:
+    """An order in which equal runs of items are about equally long together.
+
+    Args:
+      lengths: Of the items.
+      blocks: How many runs; divides the number of items.
+
+    Returns:
+      The items, run after run.
+    """
+    rounds = np.argsort(-lengths, kind="stable").reshape(-1, blocks)
+    rounds[1::2] = rounds[1::2, ::-1]  # Who came last comes first.
+    return rounds.T.reshape(-1)
 
 
 def pack(
@@ -122,6 +146,7 @@ def pack(
     layout: Layout = Layout(),
     rows: RowSizes = RowSizes(),
     blocks: int = 1,
+    read: Sequence[int] | None = None,
     hidden: Bool[np.ndarray, " n"] | None = None,
 ) -> PackedItems:
     """Packs items, each unbroken in one row, as `layout` says.
@@ -134,30 +159,36 @@ def pack(
       rows: Of a block.
       blocks: The batch falls into this many equal runs, each packed into its own equal number of
         rows: the share of a device.
+      read: The blocks whose rows are wanted, ascending; None: all. Of the others only lengths are
+        read, so that all who pack parts of a batch agree.
       hidden: Items whose pictures are left out; None: none.
 
     Returns:
-      numpy arrays; picture j of item k in row `k * num_images + j` of `images`, float16, zero
-      where it is absent; no rows where there are no pictures at all.
+      numpy arrays, rows and pictures of the wanted blocks, numbered as in the whole: picture j of
+      item k is row `k * num_images + j` of all `images`, float16, zero where it is absent; no rows
+      where there are no pictures at all.
     """
     spans = _spans(items, ids, width, layout, hidden)
-    slots = np.arange(len(ids)) * layout.num_images  # Rows of `images` of each item.
+    sizes = spans.text + spans.images + spans.prompt
+    row, offset, used = _fill_blocks(sizes.reshape(blocks, -1), width, rows)
+    wanted = np.arange(blocks) if read is None else np.asarray(read)
+    numbers = np.arange(len(ids)).reshape(blocks, -1)[wanted].reshape(-1)
+    row = (row[wanted] + np.arange(len(wanted))[:, None] * used).reshape(-1)
+    begin = row * width + offset[wanted].reshape(-1)  # First position of each in the flat rows.
+    ids, sizes, spans = ids[numbers], sizes[numbers], _Spans(*(x[numbers] for x in spans))
+    slots = np.arange(len(ids)) * layout.num_images  # Rows of `images` of each item, here.
     if items.images is None or not layout.num_images:
         images = np.zeros((0, 1), np.float16)
     else:
         shape = (len(ids) * layout.num_images, items.images.values.shape[1])
         images = np.zeros(shape, np.float16)
         disk.copy_runs(items.images.values, spans.images_at, spans.images, images, slots)
-    sizes = spans.text + spans.images + spans.prompt
-    row, offset, used = _fill_blocks(sizes.reshape(blocks, -1), width, rows)
-    row = (row + np.arange(blocks)[:, None] * used).reshape(-1)
-    begin = row * width + offset.reshape(-1)  # First position of each item in the flat rows.
 
-    total = blocks * used * width
+    total = len(wanted) * used * width
     tokens, segments, positions, image_at = np.zeros((4, total), np.int32)
     segments[:] = image_at[:] = -1
     put = ranges(begin, sizes)
-    segments[put] = np.repeat(np.arange(len(ids)), sizes)
+    segments[put] = np.repeat(numbers, sizes)
     positions[put] = ranges(np.zeros(len(ids), np.int64), sizes)
     with_images = spans.images > 0
     for parts, chosen in ((layout.seen, with_images), (layout.unseen, ~with_images)):
@@ -172,7 +203,8 @@ def pack(
                     positions[put] += np.repeat(layout.num_images - spans.images[chosen], lengths)
             elif part == "images":
                 lengths = spans.images[chosen]
-                image_at[ranges(at, lengths)] = ranges(slots[chosen], lengths)
+                first = numbers[chosen] * layout.num_images
+                image_at[ranges(at, lengths)] = ranges(first, lengths)
             else:
                 lengths = np.where(here, len(part), 0)
                 tokens[ranges(at, lengths)] = np.tile(part, int(here.sum()))
@@ -197,14 +229,21 @@ def join(
       second: Its pictures, if both have some, are as wide.
       num_first: Items of the first.
       rows: Of a block; what is missing is empty.
-      blocks: A block of the whole is a block of the first, then one of the second.
+      blocks: That are here. A block of the whole is a block of the first, then one of the second;
+        so are its pictures.
     """
-    shift = len(first.images)
+    of_first, of_second = (len(side.images) // blocks for side in (first, second))
+
+    def shift(image_at: np.ndarray, own: int, before: int, other: int) -> np.ndarray:
+        moved = image_at + image_at // max(own, 1) * other + before
+        return np.where(image_at >= 0, moved, -1)
+
+    first = first._replace(image_at=shift(first.image_at, of_first, 0, of_second))
     second = second._replace(
         segments=np.where(second.segments >= 0, second.segments + num_first, -1),
-        image_at=np.where(second.image_at >= 0, second.image_at + shift, -1),
+        image_at=shift(second.image_at, of_second, of_first, of_first),
     )
-    images = [side.images for side in (first, second) if len(side.images)]
+    images = [x.reshape(blocks, -1, x.shape[1]) for x in (first.images, second.images) if len(x)]
     found = (len(first.tokens) + len(second.tokens)) // blocks
     missing = rows.fit(found) - found
 
@@ -218,7 +257,9 @@ def join(
         segments=concatenate(first.segments, second.segments, -1),
         positions=concatenate(first.positions, second.positions, 0),
         image_at=concatenate(first.image_at, second.image_at, -1),
-        images=np.concatenate(images) if images else first.images,
+        images=np.concatenate(images, axis=1).reshape(-1, images[0].shape[2])
+        if images
+        else first.images,
     )
 
 

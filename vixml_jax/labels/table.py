@@ -1,5 +1,7 @@
 """The label table: one row a label, spread over the mesh; gathered and scattered by id."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from vixml_jax import sharding
 from vixml_jax.sharding import ROWS
-from vixml_jax.structs import LabelState
+from vixml_jax.structs import LabelState, Share
 
 
 class LabelTable:
@@ -33,38 +35,59 @@ class LabelTable:
         self.width = width
 
     def init_free(self, key: Array) -> Float[Array, "f e"]:
-        """Xavier-uniform free vectors: bound sqrt(6 / (free vectors + width))."""
-        rows = sharding.pad_rows(self.num_free, self.mesh)
+        """Xavier-uniform free vectors: bound sqrt(6 / (free vectors + width)); not padded."""
         bound = (6.0 / (self.num_free + self.width)) ** 0.5
-        return jax.random.uniform(key, (rows, self.width), jnp.float32, -bound, bound)
+        return jax.random.uniform(key, (self.num_free, self.width), jnp.float32, -bound, bound)
+
+    @property
+    def abstract_state(self) -> LabelState:
+        """Logical shapes and axes of the state."""
+        return LabelState(
+            centroids=sharding.boxed(
+                jax.ShapeDtypeStruct((self.num_labels, self.width), np.float32), "ne"
+            ),
+            cluster_of=sharding.boxed(jax.ShapeDtypeStruct((self.num_labels,), np.int32), "n"),
+        )
 
     def init_state(self, cluster_of: Int[np.ndarray, " n"]) -> LabelState:
         """Zero centroids and the given map from labels to free vectors, on the mesh."""
         rows = sharding.pad_rows(self.num_labels, self.mesh)
-        padded = np.zeros(rows, np.int32)
-        padded[: self.num_labels] = cluster_of
-        place = sharding.rows_sharding(self.mesh)
+        ids = sharding.row_ids(self.num_labels, self.mesh)
+        clusters = Share(ids, np.asarray(cluster_of, np.int32)[ids])
+        zeros = functools.partial(jnp.zeros, (rows, self.width), jnp.float32)
         return LabelState(
-            centroids=jax.device_put(np.zeros((rows, self.width), np.float32), place),
-            cluster_of=jax.device_put(padded, place),
+            centroids=jax.jit(zeros, out_shardings=sharding.rows_sharding(self.mesh))(),
+            cluster_of=sharding.spread_rows(clusters, self.num_labels, self.mesh),
         )
 
-    def with_centroids(self, state: LabelState, centroids: Float[np.ndarray, "n e"]) -> LabelState:
-        """The state with new centroids of the real labels."""
-        padded = np.zeros(state.centroids.shape, np.float32)
-        padded[: self.num_labels] = centroids
-        return state._replace(centroids=jax.device_put(padded, sharding.rows_sharding(self.mesh)))
+    def with_centroids(self, state: LabelState, centroids: Share) -> LabelState:
+        """The state with new centroids of the real labels, each process's rows from itself."""
+        spread = sharding.spread_rows(centroids, self.num_labels, self.mesh)
+        return state._replace(centroids=spread)
 
-    def gather(
+    def gather_free(
         self, free: Float[Array, "f e"], state: LabelState, label_ids: Int[Array, " c"]
-    ) -> tuple[Float[Array, "c e"], Float[Array, "c e"]]:
-        """Free vector and centroid of each label; zeros for id -1. Differentiable in `free`."""
-        shared = gather_rows(self.mesh, state.cluster_of[:, None], label_ids)[:, 0]
-        shared = jnp.where(label_ids >= 0, shared, -1)
-        return (
-            gather_rows(self.mesh, free, shared),
-            gather_rows(self.mesh, state.centroids, label_ids),
-        )
+    ) -> Float[Array, "c e"]:
+        """The free vector of each label; zeros for id -1. Differentiable in `free`."""
+        return gather_rows(self.mesh, free, self._rows_of_free(state, label_ids))
+
+    def gather_centroids(
+        self, state: LabelState, label_ids: Int[Array, " c"]
+    ) -> Float[Array, "c e"]:
+        """The centroid of each label; zeros for id -1."""
+        return gather_rows(self.mesh, state.centroids, label_ids)
+
+    def distinct_free(
+        self, state: LabelState, label_ids: Int[Array, " c"]
+    ) -> tuple[Int[Array, " c"], Int[Array, " c"]]:
+        """The rows of the free vectors that labels share, each once, then -1; and where among
+        these each label's row stands."""
+        rows = self._rows_of_free(state, label_ids)
+        return jnp.unique(rows, return_inverse=True, size=rows.shape[0], fill_value=-1)
+
+    def _rows_of_free(self, state: LabelState, label_ids: Int[Array, " c"]) -> Int[Array, " c"]:
+        rows = gather_rows(self.mesh, state.cluster_of[:, None], label_ids)[:, 0]
+        return jnp.where(label_ids >= 0, rows, -1)
 
 
 def gather_rows(mesh: Mesh, rows: Array, ids: Int[Array, " c"]) -> Array:

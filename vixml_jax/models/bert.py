@@ -126,7 +126,7 @@ class Encoder(nn.Module):
           deterministic: Whether dropout is off; else rng "dropout" is needed.
         """
         c = self.config
-        x = x + layers.look_up(self._table("position_embeddings", c.max_positions), positions)
+        x = x + layers.look_up_small(self._table("position_embeddings", c.max_positions), positions)
         if c.type_vocab_size:
             x = x + self._table("type_embeddings", c.type_vocab_size)[0]
         x = c.norm("embeddings_norm")(x)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from vixml_jax import axes, sharding
 from vixml_jax.errors import InputError
@@ -32,7 +33,7 @@ def read_hf_config(directory_or_name: str) -> TowerConfig:
     Raises:
       InputError: If there is no such model, or if it is none of the families.
     """
-    path = os.path.join(resolve(directory_or_name), CONFIG)
+    path = os.path.join(resolve(directory_or_name, weights=False), CONFIG)
     return hf_names.read_config(path, _read_json(path), hf_names.TOWERS)[1]
 
 
@@ -122,26 +123,29 @@ def _parameter(
     mesh: Mesh,
 ) -> jax.Array:
     """A parameter, laid out, from its tensors by layer, or from the one that it is, under None."""
-    shape = tuple(sizes[i] for i in place.ours)
-    ours = sharding.sharding_of(shape, axes.logical(place.ours), mesh)
-    # Their dimensions are spread as the first letter of each is, so that a device reads no more
-    # than it keeps; what is spread by a letter within is cut when it is turned.
+    shape, ours = sharding.stored(
+        tuple(sizes[i] for i in place.ours), axes.logical(place.ours), mesh
+    )
+    # Their dimensions are spread, and padded, as the first letter of each is, so that a device
+    # reads no more than it keeps; what is spread by a letter within is cut when it is turned.
     spread = dict(zip(place.ours, ours.spec, strict=True))
     theirs = NamedSharding(mesh, P(*(spread.get(group[:1]) for group in place.theirs)))
-    letters = "".join(place.theirs)
-    split, order = tuple(sizes[i] for i in letters), tuple(letters.index(i) for i in place.ours)
-    turn = jax.jit(_turned, static_argnums=(1, 2, 3), out_shardings=ours)
+    first = {group[:1] for group in place.theirs}
+    longer = {i: size for i, size in zip(place.ours, shape, strict=True) if i in first}
+    padded, letters = {**sizes, **longer}, "".join(place.theirs)
+    split, order = tuple(padded[i] for i in letters), tuple(letters.index(i) for i in place.ours)
+    turn = jax.jit(_turned, static_argnums=(1, 2, 3, 4), out_shardings=ours)
 
     def read(tensor: Any, cast: str | None) -> jax.Array:
         parts: dict[str, np.ndarray] = {}  # What several devices keep is read once.
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             if str(index) not in parts:
-                parts[str(index)] = tensor[index]
+                parts[str(index)] = _part(tensor, index, place.shape(sizes))
             return parts[str(index)]
 
-        found = jax.make_array_from_callback(place.shape(sizes), theirs, part)
-        return turn(found, split, order, cast)
+        found = jax.make_array_from_callback(place.shape(padded), theirs, part)
+        return turn(found, split, order, shape, cast)
 
     if None in layers:
         return read(layers[None], dtype).block_until_ready()
@@ -155,11 +159,32 @@ def _parameter(
     return stack
 
 
+def _part(tensor: Any, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """What lies at `index` of a tensor of `shape`, read lazily; zeros beyond its ends."""
+    ends = [(at.start or 0, at.stop) for at in index]
+    if all(stop is None or stop <= size for (_, stop), size in zip(ends, shape, strict=True)):
+        return tensor[index]
+    wanted, there = [], []
+    for (start, stop), size in zip(ends, shape, strict=True):
+        wanted.append((size if stop is None else stop) - start)
+        # Of what lies wholly beyond an end, nothing: an empty slice must begin within.
+        there.append(slice(start, min(start + wanted[-1], size)) if start < size else slice(0, 0))
+    found = tensor[tuple(there)]
+    return np.pad(found, [(0, n - have) for n, have in zip(wanted, found.shape, strict=True)])
+
+
 def _turned(
-    tensor: jax.Array, split: tuple[int, ...], order: tuple[int, ...], dtype: str | None
+    tensor: jax.Array,
+    split: tuple[int, ...],
+    order: tuple[int, ...],
+    shape: tuple[int, ...],
+    dtype: str | None,
 ) -> jax.Array:
-    """A tensor of Hugging Face's as ours; its dtype kept where there is none to cast to."""
+    """A tensor of Hugging Face's as ours is stored; its dtype kept where there is none to cast
+    to."""
     turned = tensor.reshape(split).transpose(order)
+    if turned.shape != shape:
+        turned = jnp.pad(turned, [(0, b - a) for a, b in zip(turned.shape, shape, strict=True)])
     return turned if dtype is None else turned.astype(dtype)
 
 
@@ -170,7 +195,7 @@ def _put(stack: jax.Array, one: jax.Array, layer: jax.Array) -> jax.Array:
 
 def end_token(directory_or_name: str) -> int | None:
     """The token that ends a text, as the checkpoint's config.json says; None where it does not."""
-    about = _read_json(os.path.join(resolve(directory_or_name), CONFIG))
+    about = _read_json(os.path.join(resolve(directory_or_name, weights=False), CONFIG))
     about = {**about, **about.get("text_config", {})}
     end = about.get("eos_token_id")
     return end[0] if isinstance(end, list) else end
@@ -216,7 +241,7 @@ def save_hf_tower(
         raise InputError(f"{like}: {CONFIG} is of another family or size than the tower")
     tensors = {}
     for name, (place, layer) in hf_names.TENSORS[family].expected(config).items():
-        value = _merged(params, place.path, config, layer)
+        value = _merged(params, place, config, layer)
         letters = "".join(place.theirs)
         value = value.reshape([sizes[i] for i in place.ours])
         value = value.transpose([place.ours.index(i) for i in letters])
@@ -262,8 +287,7 @@ def save_hf_adapters(
             continue
         module = name.removesuffix(".weight")
         modules.add(module.rsplit(".", 1)[-1])
-        down = np.asarray(node["lora_a"][layer], np.float32).reshape(-1, config.lora_rank)
-        up = np.asarray(node["lora_b"][layer], np.float32).reshape(config.lora_rank, -1)
+        down, up = _adapter(node, place, config, layer)
         tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(down.T)
         tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(up.T)
     os.makedirs(directory, exist_ok=True)
@@ -290,25 +314,48 @@ def save_hf_adapters(
 
 
 def _merged(
-    params: Mapping[str, Any], path: str, config: TowerConfig, layer: int | None
+    params: Mapping[str, Any], place: hf_names.Place, config: TowerConfig, layer: int | None
 ) -> np.ndarray:
     """An array of the tower, of one layer where it is stacked, its adapter added in float32."""
-    *parents, leaf = path.split("/")
+    *parents, leaf = place.path.split("/")
     node: Any = params
     for name in parents:
         node = node[name]
-    at = ... if layer is None else layer
-    value = np.asarray(node[leaf][at])
+    value = _cut(node[leaf], place.ours, config, layer)
     if leaf != "kernel" or "lora_a" not in node:
         return value
-    down = np.asarray(node["lora_a"][at], np.float32).reshape(-1, config.lora_rank)
-    up = np.asarray(node["lora_b"][at], np.float32).reshape(config.lora_rank, -1)
+    down, up = _adapter(node, place, config, layer)
     added = (down @ up * config.lora_scale).reshape(value.shape)
     return (value.astype(np.float32) + added).astype(value.dtype)
 
 
-def resolve(directory_or_name: str) -> str:
+def _adapter(
+    node: Mapping[str, Any], place: hf_names.Place, config: TowerConfig, layer: int | None
+) -> tuple[Float[np.ndarray, "i r"], Float[np.ndarray, "r o"]]:
+    """Both halves of the adapter beside a weight, as matrices, float32."""
+    summed = node["lora_a"].ndim - 1 - (layer is not None)
+    down = _cut(node["lora_a"], place.ours[:summed] + "r", config, layer)
+    up = _cut(node["lora_b"], "r" + place.ours[summed:], config, layer)
+    rank = config.lora_rank
+    return (
+        down.astype(np.float32).reshape(-1, rank),
+        up.astype(np.float32).reshape(rank, -1),
+    )
+
+
+def _cut(stored: Any, letters: str, config: TowerConfig, layer: int | None) -> np.ndarray:
+    """A parameter, of one layer where it is stacked, without what it is padded with."""
+    sizes = sizes_of(config)
+    one = stored if layer is None else stored[layer]
+    return np.asarray(one[tuple(slice(sizes[letter]) for letter in letters)])
+
+
+def resolve(directory_or_name: str, *, weights: bool = True) -> str:
     """The directory itself, or where the hub's files lie after a download.
+
+    Args:
+      directory_or_name: On disk, or on the hub.
+      weights: Whether more is needed than its configuration.
 
     Raises:
       InputError: If there is neither.
@@ -325,7 +372,8 @@ def resolve(directory_or_name: str) -> str:
 
     try:
         return huggingface_hub.snapshot_download(
-            directory_or_name, allow_patterns=[CONFIG, PROCESSOR, INDEX, "model*.safetensors"]
+            directory_or_name,
+            allow_patterns=[CONFIG, PROCESSOR, *([INDEX, "model*.safetensors"] if weights else ())],
         )
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
         reason = " ".join(str(error).split())

@@ -237,7 +237,17 @@ def attend_grouped(
 
 def look_up(table: Float[Array, "w d"], ids: Int[Array, "p s"]) -> Float[Array, "p s d"]:
     """Rows of a table of embeddings; ids must be in range."""
-    return jnp.asarray(table).at[ids].get(mode="promise_in_bounds")
+    rows = jnp.asarray(table).at[ids].get(mode="promise_in_bounds")
+    # Each device looks up its part of the width for all that share the table, and they deal it
+    # out. Said here, so that the gradient comes back the same way: XLA would else gather the states
+    # of all rows.
+    return constrain(constrain(rows, "osd"), "psd")
+
+
+def look_up_small(table: Float[Array, "t d"], at: Int[Array, "p s"]) -> Float[Array, "p s d"]:
+    """As `look_up`, of a table so small that every device takes the whole of it."""
+    whole = nn.with_logical_constraint(jnp.asarray(table), (None, None))
+    return whole.at[at].get(mode="promise_in_bounds")
 
 
 def place_rows(

@@ -19,8 +19,22 @@ TowerConfig = BertConfig | DecoderConfig
 ENCODERS = {BertConfig: Encoder, DecoderConfig: Decoder}
 
 
+class Shares(NamedTuple):
+    """How a batch is dealt out to devices, so that each works on its own items alone.
+
+    The items are `sides` equal runs (queries, then labels); the n-th of equal parts of the rows
+    holds the n-th part of each run, and the n-th of equal parts of the pictures is theirs.
+    """
+
+    devices: int = 1
+    sides: int = 1
+
+
+ALONE = Shares()
+
+
 class _Rows(NamedTuple):
-    """Packed rows without their pictures."""
+    """Packed rows without their pictures; [x p s] of x devices."""
 
     tokens: Int[Array, "p s"]
     segments: Int[Array, "p s"]
@@ -44,7 +58,8 @@ class Tower(nn.Module):
         num_items: int,
         *,
         deterministic: bool,
-        chunks: tuple[int, int] | None = None,
+        shares: Shares = ALONE,
+        chunks: int = 0,
     ) -> Float[Array, "b d"]:
         """Mean of the states over the positions of each item, or the last; float32, no unit length.
 
@@ -53,9 +68,10 @@ class Tower(nn.Module):
             row, whatever its width; without `image_width` no position may name a picture.
           num_items: How many items there are; one that no position belongs to comes out zero.
           deterministic: Whether dropout is off; else rng "dropout" is needed.
-          chunks: (devices, n): the rows of each device are read in n equal parts, one after
-            another, each computed again in the backward pass, so that memory holds the activations
-            of one part alone; None: all at once.
+          shares: Of the devices. What is not dealt out so is lost.
+          chunks: The rows of each device are read in so many equal parts, one after another, each
+            computed again in the backward pass, so that memory holds the activations of one part
+            alone; 0: all at once.
         """
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
@@ -74,45 +90,55 @@ class Tower(nn.Module):
             )
             projected = project(images)
 
+        devices = shares.devices
+        if projected is not None:
+            projected = projected.reshape(devices, -1, c.width)
+
         def pooled(rows: _Rows, encode: Callable[..., Array]) -> tuple[Array, Array]:
-            """Sum of the states of each item [b, d], and of how many [b]."""
-            x = layers.look_up(words, rows.tokens)
+            """Sum of the states of each device's items [x b d], and of how many [x b]."""
+            flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
+            x = layers.look_up(words, flat.tokens)
             if c.word_scale != 1.0:  # Rounded as the tower was trained, to what it computes in.
                 x = x.astype(c.dtype) * jnp.asarray(c.word_scale, c.dtype)
             if images.shape[0] and projected is not None:
-                x = layers.place_rows(x, projected, rows.image_at)
-            x = encode(x, rows.positions, rows.segments, deterministic=deterministic)
+                placed = jax.vmap(layers.place_rows)(
+                    x.reshape(*rows.tokens.shape, -1), projected, rows.image_at
+                )
+                x = placed.reshape(x.shape)
+            x = encode(x, flat.positions, flat.segments, deterministic=deterministic)
             segments = rows.segments
             if c.pooling == "last":
-                segments = layers.last_of_segments(segments)
-            return layers.sum_by_segment(x, segments, num_items)
+                segments = layers.last_of_segments(flat.segments).reshape(segments.shape)
+            sums = functools.partial(layers.sum_by_segment, num_segments=num_items // devices)
+            return jax.vmap(sums)(x.reshape(*segments.shape, -1), segments)
 
-        rows = _Rows(*packed[:4])
-        if chunks is None or self.is_initializing():
+        rows = _Rows(*(x.reshape(devices, -1, x.shape[1]) for x in packed[:4]))
+        rows = rows._replace(
+            segments=_own(rows.segments, num_items, shares.sides),
+            image_at=_own(rows.image_at, images.shape[0], 1),
+        )
+        if not chunks or self.is_initializing():
             total, count = pooled(rows, ENCODERS[type(c)](c, name="encoder"))
         else:
             total, count = self._in_chunks(rows, chunks, pooled, num_items, deterministic)
-        return total / jnp.maximum(count, 1.0)[:, None]
+        means = total / jnp.maximum(count, 1.0)[..., None]
+        means = means.reshape(devices, shares.sides, -1, c.width).swapaxes(0, 1)
+        return means.reshape(num_items, c.width)
 
     def _in_chunks(
         self,
         rows: _Rows,
-        chunks: tuple[int, int],
+        chunks: int,
         pooled: Callable[..., tuple[Array, Array]],
         num_items: int,
         deterministic: bool,
     ) -> tuple[Array, Array]:
         c = self.config
-        devices, n = chunks
-        rows = jax.tree.map(
-            lambda x: (
-                x.reshape(devices, n, -1, x.shape[1]).swapaxes(0, 1).reshape(n, -1, x.shape[1])
-            ),
-            rows,
-        )
+        devices, _, width = rows.tokens.shape
+        rows = jax.tree.map(lambda x: x.reshape(devices, chunks, -1, width).swapaxes(0, 1), rows)
         encoder = ENCODERS[type(c)](c, parent=None)
         weights = nn.unbox(self.variables["params"]["encoder"])
-        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), n)
+        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), chunks)
 
         @jax.checkpoint
         def read(one: tuple[_Rows, Array | None]) -> tuple[Array, Array]:
@@ -123,5 +149,15 @@ class Tower(nn.Module):
         def step(sums: tuple[Array, Array], one: Any) -> tuple[tuple[Array, Array], None]:
             return jax.tree.map(jnp.add, sums, read(one)), None
 
-        start = jnp.zeros((num_items, c.width)), jnp.zeros(num_items)
+        own = num_items // devices
+        start = jnp.zeros((devices, own, c.width)), jnp.zeros((devices, own))
         return jax.lax.scan(step, start, (rows, keys))[0]
+
+
+def _own(ids: Int[Array, "x p s"], num: int, sides: int) -> Int[Array, "x p s"]:
+    """Numbers among a batch's `num` items (pictures), as each device counts its own; -1 stays."""
+    devices, a_side = ids.shape[0], max(num // sides, 1)
+    part = a_side // devices
+    side, at = ids // a_side, ids % a_side
+    mine = side * part + at - jnp.arange(devices)[:, None, None] * part
+    return jnp.where(ids >= 0, mine, -1)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from vixml_jax import sharding
 from vixml_jax.search import index
 from vixml_jax.sharding import ROWS
-from vixml_jax.structs import SearchResult
+from vixml_jax.structs import SearchResult, Share
 
 
 class ExactIndex:
@@ -25,8 +25,9 @@ class ExactIndex:
 
     def __init__(
         self,
-        vectors: Float[np.ndarray, "n e"],
+        vectors: Float[np.ndarray, "n e"] | Share,
         *,
+        num_labels: int | None = None,
         query_block: int = 1024,
         label_block: int = 32768,
         mesh: Mesh | None = None,
@@ -34,25 +35,27 @@ class ExactIndex:
         """Places the vectors.
 
         Args:
-          vectors: Of the labels; a label's id is its row.
+          vectors: Of the labels; a label's id is its row. Or, over a mesh, those that this process
+            holds.
+          num_labels: Of all processes together; None: `vectors` are all.
           query_block: Queries searched at a time.
           label_block: Labels scored at a time on each device: the scores of a block hold
             query_block * label_block float32.
           mesh: Whose (replica, fsdp) axes share the rows; None: the default device has them all.
         """
         self.settings: dict[str, Any] = {"query_block": query_block, "label_block": label_block}
-        self._num_labels, self._query_block, self._mesh = len(vectors), query_block, mesh
+        if not isinstance(vectors, Share):
+            vectors = Share(np.arange(len(vectors)), vectors)
+        values = np.asarray(vectors.values, np.float32)
+        self._num_labels = len(values) if num_labels is None else num_labels
+        self._query_block, self._mesh = query_block, mesh
+        if mesh is None:
+            self._vectors = jax.device_put(values)
+        else:
+            share = vectors._replace(values=values)
+            self._vectors = sharding.spread_rows(share, self._num_labels, mesh)
         devices = 1 if mesh is None else sharding.num_row_shards(mesh)
-        share = max(1, -(-len(vectors) // devices))
-        self._num_blocks = -(-share // label_block)
-        rows = -(-share // self._num_blocks) * self._num_blocks * devices
-        padded = np.asarray(vectors, np.float32)
-        if rows > len(vectors):
-            padded = np.concatenate(
-                [padded, np.zeros((rows - len(vectors), vectors.shape[1]), np.float32)]
-            )
-        placement = None if mesh is None else sharding.rows_sharding(mesh)
-        self._vectors = jax.device_put(padded, placement)
+        self._num_blocks = max(1, -(-(self._vectors.shape[0] // devices) // label_block))
 
     def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
         """Returns the k best labels of each query, best first, of equal scores the lower id first.
@@ -91,7 +94,7 @@ def _top_k(
     num_blocks: int,
     mesh: Mesh | None,
 ) -> SearchResult:
-    """The k best of the first `num_labels` rows; the rows of a device make `num_blocks` blocks."""
+    """The k best of the first `num_labels` rows, those of a device in `num_blocks` blocks."""
     local = functools.partial(_local_top_k, k=k, num_labels=num_labels, num_blocks=num_blocks)
     if mesh is None:
         return local(vectors, queries, 0)
@@ -119,10 +122,12 @@ def _local_top_k(
     num_blocks: int,
 ) -> SearchResult:
     """The k best rows of one device, whose first row is label `first`."""
-    size = rows.shape[0] // num_blocks
+    size = -(-rows.shape[0] // num_blocks)
 
-    def add_block(best: SearchResult, block: tuple[Array, Array]) -> tuple[SearchResult, None]:
-        start, vectors = block
+    def add_block(best: SearchResult, start: Array) -> tuple[SearchResult, None]:
+        # The last block ends with the rows: what it shares with the one before counts once.
+        at = jnp.minimum(start, rows.shape[0] - size) + jnp.arange(size, dtype=jnp.int32)
+        vectors = jax.lax.dynamic_slice_in_dim(rows, at[0], size)
         scores = jnp.einsum(
             "qe,ne->qn",
             queries,
@@ -130,11 +135,11 @@ def _local_top_k(
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
-        ids = start + jnp.arange(size, dtype=jnp.int32)
-        scores = jnp.where(ids < num_labels, scores, -jnp.inf)
-        scores, at = jax.lax.top_k(scores, min(k, size))
+        ids = jnp.asarray(first + at, jnp.int32)
+        scores = jnp.where((at >= start) & (ids < num_labels), scores, -jnp.inf)
+        scores, chosen = jax.lax.top_k(scores, min(k, size))
         both = jax.tree.map(
-            lambda a, b: jnp.concatenate([a, b], axis=1), best, SearchResult(scores, ids[at])
+            lambda a, b: jnp.concatenate([a, b], axis=1), best, SearchResult(scores, ids[chosen])
         )
         return _best(both, k), None
 
@@ -142,9 +147,7 @@ def _local_top_k(
         jnp.full((queries.shape[0], k), -jnp.inf, jnp.float32),
         jnp.full((queries.shape[0], k), -1, jnp.int32),
     )
-    starts = jnp.asarray(first + jnp.arange(num_blocks) * size, jnp.int32)
-    best, _ = jax.lax.scan(add_block, empty, (starts, rows.reshape(num_blocks, size, -1)))
-    return best
+    return jax.lax.scan(add_block, empty, jnp.arange(num_blocks, dtype=jnp.int32) * size)[0]
 
 
 def _best(found: SearchResult, k: int) -> SearchResult:

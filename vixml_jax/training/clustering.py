@@ -10,6 +10,8 @@ import threadpoolctl
 from jaxtyping import Bool, Float, Int
 
 from vixml_jax.errors import InputError
+from vixml_jax.processes import ALONE, Group, whole
+from vixml_jax.structs import Share
 
 _STARTS = 8  # Random starts of each split; the best after a few iterations goes on.
 _ROUGH_ITERATIONS = 8
@@ -41,7 +43,7 @@ def numbered_by_first_row(clusters: Int[np.ndarray, " n"]) -> Int[np.ndarray, " 
 
 
 def balanced_clusters(
-    x: Float[np.ndarray, "n d"], num_clusters: int, *, seed: int
+    share: Share, num_rows: int, num_clusters: int, *, seed: int, group: Group = ALONE
 ) -> Int[np.ndarray, " n"]:
     """The cluster of each row; clusters differ in size by at most one row.
 
@@ -52,10 +54,12 @@ def balanced_clusters(
     near in the tree.
 
     Args:
-      x: Vectors of any length; their directions are clustered. Zero rows and equal rows are
-        allowed.
+      share: Vectors of any length that this process keeps; their directions are clustered. Zero
+        rows and equal rows are allowed.
+      num_rows: Of all processes.
       num_clusters: From 1 to the number of rows.
       seed: Same seed, same clusters.
+      group: The processes.
 
     Returns:
       int32, from 0 to num_clusters - 1.
@@ -63,7 +67,7 @@ def balanced_clusters(
     Raises:
       InputError: If there are fewer rows than clusters, or a row is not finite.
     """
-    x = np.asarray(x, np.float32)
+    x = np.asarray(whole(share, num_rows, group), np.float32)
     num = len(x)
     if not 1 <= num_clusters <= num:
         raise InputError(

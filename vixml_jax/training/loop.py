@@ -1,28 +1,38 @@
 """The training run: epochs of batches, then clusters, centroids, evaluation and saving."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
-from jaxtyping import Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int
+from scipy import sparse
 
 from vixml_jax import sharding, trees
 from vixml_jax.config import BatchConfig, LabelsConfig, LoopConfig
-from vixml_jax.data import packing, pipeline, propensity, sampling
+from vixml_jax.data import pipeline, propensity, sampling
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.encoding import Model
+from vixml_jax.errors import NotFiniteError, Preempted
 from vixml_jax.labels.centroids import exact_centroids
-from vixml_jax.structs import LabelState, TrainState
+from vixml_jax.processes import Group
+from vixml_jax.structs import Batch, LabelState, Share, TrainState
+from vixml_jax.training import stopping
 from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.clustering import balanced_clusters, numbered_by_first_row
+from vixml_jax.training.flops import step_flops
 from vixml_jax.training.plan import MemoryPlan, plan_memory
 from vixml_jax.training.step import TrainStep
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
+
+# One that the devices work on, and one that waits for them. More would hold more batches there.
+STEPS_UNDER_WAY = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,35 +69,38 @@ def abstract_state(
 
     Args:
       model: Where to.
-      trained: Abstract parameters with their logical axes (of `jax.eval_shape`).
+      trained: Abstract parameters with their logical axes (of `Model.abstract_params`).
       frozen: Those that are not trained, alike.
       optimizer: Whose state it holds.
       num_queries: Training queries.
     """
-    mesh = model.mesh
-    whole, rows = sharding.replicated(mesh), sharding.rows_sharding(mesh)
-
-    def spread(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    places = sharding.shardings_of(trained, mesh)
-    params = jax.tree.map(spread, nn.unbox(trained), places)
+    mesh, whole = model.mesh, sharding.replicated(model.mesh)
+    params = sharding.stored_tree(trained, mesh)
     opt_state = jax.eval_shape(optimizer.init, params)
     opt_places = optax.tree.map_params(
-        optimizer, lambda _, place: place, opt_state, places, transform_non_params=lambda _: whole
+        optimizer,
+        lambda _, like: like.sharding,
+        opt_state,
+        params,
+        transform_non_params=lambda _: whole,
     )
-    labels = jax.eval_shape(lambda: model.table.init_state(np.zeros(model.table.num_labels)))
-    width = model.table.width
     return TrainState(
         step=jax.ShapeDtypeStruct((), np.int32, sharding=whole),
         params=params,
-        frozen=jax.tree.map(spread, nn.unbox(frozen), sharding.shardings_of(frozen, mesh)),
-        opt_state=jax.tree.map(spread, opt_state, opt_places),
-        labels=jax.tree.map(lambda x: spread(x, rows), labels),
-        bank=jax.ShapeDtypeStruct(
-            (sharding.pad_rows(num_queries, mesh), width), np.float32, sharding=rows
+        frozen=sharding.stored_tree(frozen, mesh),
+        opt_state=jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            opt_state,
+            opt_places,
         ),
+        **sharding.stored_tree(abstract_tables(model, num_queries), mesh),
     )
+
+
+def abstract_tables(model: Model, num_queries: int) -> dict[str, Any]:
+    """Logical shapes and axes of what a state holds a row a label, or a row a query, of."""
+    bank = jax.ShapeDtypeStruct((num_queries, model.table.width), np.float32)
+    return {"labels": model.table.abstract_state, "bank": sharding.boxed(bank, "ne")}
 
 
 def place_state(
@@ -96,7 +109,7 @@ def place_state(
     frozen: Any,
     optimizer: optax.GradientTransformation,
     labels: LabelState,
-    bank: np.ndarray,
+    bank: jax.Array,
 ) -> TrainState:
     """The first state, each array where it will stay.
 
@@ -106,7 +119,7 @@ def place_state(
       frozen: Those that are not.
       optimizer: Whose state to make.
       labels: The label state.
-      bank: Unit embeddings of the training queries, padded to the mesh.
+      bank: Unit embeddings of the training queries, spread over the mesh.
     """
     places = jax.tree.map(lambda x: x.sharding, like)
     params = jax.device_put(params, places.params)
@@ -120,10 +133,35 @@ def place_state(
     )
 
 
-def empty_bank(model: Model, num_queries: int) -> np.ndarray:
-    """Zero rows for all training queries, padded to the mesh."""
+def empty_bank(model: Model, num_queries: int) -> jax.Array:
+    """Zero rows for all training queries, spread over the mesh."""
     rows = sharding.pad_rows(num_queries, model.mesh)
-    return np.zeros((rows, model.table.width), np.float32)
+    zeros = functools.partial(jnp.zeros, (rows, model.table.width), jnp.float32)
+    return jax.jit(zeros, out_shardings=sharding.rows_sharding(model.mesh))()
+
+
+def mean_by_column(relevance: sparse.csr_matrix, share: Share, mesh: Mesh, group: Group) -> Share:
+    """Of each column (a label, or a free vector) the mean of the unit vectors of its rows: those
+    that this process holds of an array spread over the mesh.
+
+    Args:
+      relevance: [rows, columns] of ones.
+      share: The vectors that this process holds.
+      mesh: Over which both are spread.
+      group: The processes of the mesh.
+    """
+    num_rows, num_columns = relevance.shape
+    wanted = [sharding.row_ids(num_columns, mesh, process) for process in range(group.count)]
+    means = exact_centroids(relevance, keep(share, num_rows, mesh), wanted, group=group)
+    return Share(wanted[group.index], means)
+
+
+def keep(share: Share, num_rows: int, mesh: Mesh) -> Share:
+    """Of the rows that this process holds, those that it keeps: together each row once."""
+    kept = sharding.row_ids(num_rows, mesh, kept=True)
+    if len(kept) == len(share.ids):
+        return share
+    return Share(kept, share.values[np.isin(share.ids, kept, assume_unique=True)])
 
 
 def initial_labels(
@@ -134,7 +172,8 @@ def initial_labels(
     labels: LabelsConfig,
     block: int,
     seed: int,
-) -> tuple[Any, LabelState, np.ndarray]:
+    group: Group,
+) -> tuple[Any, LabelState, jax.Array]:
     """What training starts from: the label -> free vector map, centroids, the bank.
 
     The map clusters the labels' embeddings under the starting weights (paper, section 3); where
@@ -142,8 +181,9 @@ def initial_labels(
 
     Returns:
       The parameters (free vectors set where `labels.free_init` says so), the label state, and the
-      bank, padded to the mesh.
+      bank, spread over the mesh.
     """
+    mesh, num_queries = model.mesh, len(dataset.train)
     num_labels, num_free = model.table.num_labels, model.table.num_free
     cluster_of = np.arange(num_labels, dtype=np.int32)
     if model.combiner is not None and (num_free < num_labels or labels.free_init == "embedding"):
@@ -151,22 +191,28 @@ def initial_labels(
             params, dataset.labels, block=block, title="labels, before training"
         )
         if num_free < num_labels:
-            cluster_of = numbered_by_first_row(balanced_clusters(vectors, num_free, seed=seed))
+            kept = keep(vectors, num_labels, mesh)
+            found = balanced_clusters(kept, num_labels, num_free, seed=seed, group=group)
+            cluster_of = numbered_by_first_row(found)
         if labels.free_init == "embedding":
-            free = np.zeros(params["free"].shape, np.float32)
-            np.add.at(free, cluster_of, vectors)
-            counts = np.bincount(cluster_of, minlength=len(free))
-            params = {**params, "free": free / np.maximum(counts, 1)[:, None]}
-    bank = empty_bank(model, len(dataset.train))
-    bank[: len(dataset.train)] = model.encode_queries(
+            shared = (np.ones(num_labels, np.float32), cluster_of, np.arange(num_labels + 1))
+            shared = sparse.csr_matrix(shared, shape=(num_labels, num_free))
+            free = mean_by_column(shared, vectors, mesh, group)
+            params = {**params, "free": sharding.spread_rows(free, num_free, mesh)}
+    queries = model.encode_queries(
         params, dataset.train, block=block, title="training queries, before training"
     )
     state = model.table.init_state(cluster_of)
     if model.combiner is not None:
-        state = model.table.with_centroids(
-            state, exact_centroids(dataset.train_relevance, bank[: len(dataset.train)])
-        )
-    return params, state, bank
+        means = mean_by_column(dataset.train_relevance, queries, mesh, group)
+        state = model.table.with_centroids(state, means)
+    return params, state, sharding.spread_rows(queries, num_queries, mesh)
+
+
+@jax.jit
+def _all_finite(state: Any) -> Bool[Array, ""]:
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 class Trainer:
@@ -179,10 +225,13 @@ class Trainer:
       batch, labels, loop: The groups of flags.
       block: Items encoded at a time.
       seed: Of order, positives, dropout and clusters.
+      shares: That batches are packed in; a multiple of the row shards of the mesh.
+      group: The processes of the mesh.
       checkpoints: Where states go.
       guard: Watches for collapse.
       evaluate: (params, labels) -> metrics, called as `loop.eval_every` says.
       split: What it judges on; goes into the names of what is logged, but for 'test'.
+      stop: Whether a signal asks the run to end.
     """
 
     def __init__(
@@ -196,39 +245,45 @@ class Trainer:
         loop: LoopConfig,
         block: int,
         seed: int,
+        shares: int,
+        group: Group,
         checkpoints: Checkpoints,
         guard: CollapseGuard,
         evaluate: Callable[[Any, LabelState], Mapping[str, float]],
         split: str = "test",
+        stop: stopping.Stop,
     ):
         self.model, self.dataset, self.train_step = model, dataset, train_step
         self.batch, self.labels, self.loop = batch, labels, loop
-        self.block, self.seed = block, seed
+        self.block, self.seed, self.group = block, seed, group
         self.checkpoints, self.guard = checkpoints, guard
-        self.evaluate, self.split = evaluate, split
+        self.evaluate, self.split, self.stop = evaluate, split, stop
         self.num_queries = len(dataset.train)
         self.steps_per_epoch = math.ceil(self.num_queries / batch.size)
-        self._key = jax.random.key(seed)
+        # Where all devices have it: else every step would copy it to them.
+        self._key = sharding.everywhere(jax.random.key(seed), model.mesh)
+        self._ahead: tuple[Position | None, Any] = None, None  # An iterator opened in advance.
         self._weights = None
         if batch.positives == "inverse_propensity":
             counts = np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
             self._weights = propensity.inverse_propensity(
                 counts, self.num_queries, dataset.propensity_a, dataset.propensity_b
             )
-        shards = sharding.num_row_shards(model.mesh)
+        here = sharding.row_shards(model.mesh)
+        each = shares // sharding.num_row_shards(model.mesh)
         self._packing = {
             "width": model.row_width,
             "layout": model.layout,
             "image_dropout": batch.image_dropout,
-            "blocks": shards,
-            "rows": packing.RowSizes.expected(
+            "shares": shares,
+            "read": [shard * each + at for shard in here for at in range(each)],
+            "rows": model.row_sizes(
                 model.mean_length(dataset.train) + model.mean_length(dataset.labels),
-                batch_size=batch.size,
-                width=model.row_width,
-                blocks=shards,
-                chunk=model.encode_chunk,
+                batch.size,
+                shares,
             ),
         }
+        self._parts = shares / len(self._packing["read"])  # Processes, where all have as much.
 
     def start(self) -> tuple[Int[np.ndarray, " n"], Position]:
         """Clusters (none yet) and position of a run that has not begun."""
@@ -240,7 +295,7 @@ class Trainer:
     def plan(self, like: TrainState) -> MemoryPlan:
         """What memory the run needs, from the program of its first batch."""
         batch = sharding.to_devices(next(self._batches(*self.start())), self.model.mesh)
-        return plan_memory(like, self.train_step.program(batch, self._key))
+        return plan_memory(like, lambda: self.train_step.program(batch, self._key))
 
     def run(
         self,
@@ -250,15 +305,33 @@ class Trainer:
         telemetry: Telemetry,
     ) -> tuple[TrainState, Position]:
         """Trains until the epochs are over, or patience is, and returns the last state and
-        position; every epoch ends in a checkpoint."""
-        while position.epoch < self.loop.epochs and not self.out_of_patience(position):
-            state = self._run_batches(state, clusters, position, telemetry)
-            state, clusters, position = self._end_epoch(state, clusters, position, telemetry)
-            self._save(state, clusters, position)
-            telemetry.pause()
-        self.checkpoints.wait()
-        self.checkpoints.drop_best_but(position.best_step)
+        position; every epoch ends in a checkpoint.
+
+        Raises:
+          Preempted: If a signal came; all steps that were done are saved.
+          NotFiniteError: If a loss or a state is not finite; what is saved is.
+          InputError: If the disk is full; what was saved before stands.
+        """
+        with self.stop.held():
+            while position.epoch < self.loop.epochs and not self.out_of_patience(position):
+                state, done = self._run_batches(state, clusters, position, telemetry)
+                try:
+                    ended = self._end_epoch(state, clusters, position, telemetry)
+                except Preempted:  # What was left is done again, from the end of the batches.
+                    self._leave(state, clusters, done)
+                state, clusters, position = ended
+                if position.epoch < self.loop.epochs:
+                    # Its first batches are made while it is saved.
+                    self._ahead = position, self._open(clusters, position)
+                self._save(state, clusters, position)
+            self.checkpoints.wait()
+            self.checkpoints.drop_best_but(position.best_step)
         return state, position
+
+    def _leave(self, state: TrainState, clusters: np.ndarray, position: Position) -> NoReturn:
+        self._save(state, clusters, position)
+        self.checkpoints.wait()
+        raise self.stop.preempted(f"saved at step {int(state.step)}")
 
     def out_of_patience(self, position: Position) -> bool:
         """Whether `loop.patience` evaluations brought nothing better."""
@@ -284,54 +357,128 @@ class Trainer:
             **self._packing,
         )
 
-    def _run_batches(
-        self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
-    ) -> TrainState:
+    def _open(self, clusters: np.ndarray, position: Position) -> Any:
+        """The iterator over what is left of an epoch; it begins to make batches at once."""
         batches = self._batches(clusters, position)
         if position.batches is not None:
             batches.set_state(position.batches)
+        batches.start_prefetch()
+        return batches
+
+    def _run_batches(
+        self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
+    ) -> tuple[TrainState, Position]:
+        """The state after the epoch's batches, and the position there."""
+        watch, profiler = telemetry.watch, telemetry.profiler
+        watch.start()
+        at, batches = self._ahead
+        if at != position:
+            batches = self._open(clusters, position)
+        self._ahead = None, None
         step, last = int(state.step), (position.epoch + 1) * self.steps_per_epoch
         unread: list[dict[str, jax.Array]] = []
+        agree = stopping.Agreement(self.model.mesh)
+        watch.lap("host")
         for batch in batches:
-            state, scalars = self.train_step(
-                state, sharding.to_devices(batch, self.model.mesh), self._key
-            )
+            watch.lap("data")
+            profiler.at(step, unread)
+            watch.lap("profiling")
+            placed = sharding.to_devices(batch, self.model.mesh)
+            watch.lap("host")
+            program = self.train_step.program(placed, self._key)
+            watch.lap("compiling")
+            with jax.profiler.StepTraceAnnotation("step", step_num=step + 1):
+                state, scalars = program(state, placed, self._key)
             step += 1
             unread.append(scalars)
+            watch.count(**self._work(batch))
             telemetry.advance(position.epoch)
+            watch.lap("host")
+            jax.block_until_ready(unread[: 1 - STEPS_UNDER_WAY][-1:])
+            watch.lap("compute")
             if step % self.loop.log_every == 0 or step == last:
                 self._report(step, position.epoch, unread, telemetry)
                 unread = []
-            if step % self.loop.save_every == 0 and step < last:
-                if unread:  # A state is saved only if all that led to it was finite.
+            todo = agree(self._wish(step))
+            if todo == stopping.GO_ON or (todo == stopping.SAVE and step == last):
+                continue
+            # A state is saved only if all that led to it was finite.
+            watch.lap("host")
+            unread = self._read(step, position.epoch, unread)
+            watch.lap("compute")
+            there = dataclasses.replace(position, batches=batches.get_state())
+            if todo == stopping.STOP:
+                if unread:
                     self._report(step, position.epoch, unread, telemetry)
-                    unread = []
-                there = dataclasses.replace(position, batches=batches.get_state())
-                self._save(state, clusters, there)
-        return state
+                self._leave(state, clusters, there)
+            watch.lap("host")
+            self._save(state, clusters, there)
+            watch.lap("saving")
+        profiler.at(step, unread)
+        profiler.stop()  # What ends an epoch is no step.
+        return state, dataclasses.replace(position, batches=batches.get_state())
+
+    def _wish(self, step: int) -> int:
+        if self.stop.asked:
+            return stopping.STOP
+        return stopping.SAVE if self.checkpoints.due(step) else stopping.GO_ON
+
+    def _work(self, batch: Batch) -> dict[str, Any]:
+        """What there is to do in a batch of the host, padding left out."""
+        own = {
+            "queries": np.count_nonzero(batch.query_ids >= 0),
+            "labels": np.count_nonzero(batch.label_ids >= 0),
+            "tokens": np.count_nonzero(batch.items.segments >= 0),
+            "flops": step_flops(self.model.tower.config, self.model.combiner, batch),
+        }
+        return {name: count * self._parts for name, count in own.items()}
 
     def _report(
         self, step: int, epoch: int, unread: list[dict[str, jax.Array]], telemetry: Telemetry
     ) -> None:
-        """Reads the scalars of the steps since the last report; stops where they are not finite."""
-        read = jax.device_get(unread)
-        first = step - len(read) + 1
-        for offset, scalars in enumerate(read):
-            # Of vectors that are not numbers every hinge is 0: the gradient tells where the loss
-            # does not.
-            if not np.isfinite(scalars["loss"] + scalars["gradient_norm"]):
-                raise FloatingPointError(
-                    f"the loss is {scalars['loss']} and its gradient's norm "
-                    f"{scalars['gradient_norm']} at step {first + offset} (epoch {epoch}); the "
-                    "last checkpoint is kept; try a lower --optimizer.learning_rate"
-                )
+        """Writes the mean of the scalars since the last report."""
+        read = self._read(step, epoch, unread)
+        telemetry.watch.lap("compute")
+        for scalars in read:
             warning = self.guard.warning(scalars)
             if warning:
                 telemetry.say(warning)
         mean = {name: float(np.mean([scalars[name] for scalars in read])) for name in read[0]}
         telemetry.scalars(step, mean, epoch=epoch)
 
+    def _read(
+        self, step: int, epoch: int, unread: list[dict[str, jax.Array]]
+    ) -> list[dict[str, np.ndarray]]:
+        """The scalars of the last steps, on the host; stops where they are not finite."""
+        read = jax.device_get(unread)
+        first = step - len(read) + 1
+        for offset, scalars in enumerate(read):
+            # Of vectors that are not numbers every hinge is 0: the gradient tells where the loss
+            # does not.
+            if not np.isfinite(scalars["loss"] + scalars["gradient_norm"]):
+                raise self._not_finite(
+                    f"the loss is {scalars['loss']} and its gradient's norm "
+                    f"{scalars['gradient_norm']} at step {first + offset} (epoch {epoch}), the "
+                    "first that is not finite"
+                )
+        return read
+
+    def _not_finite(self, what: str) -> NotFiniteError:
+        self.checkpoints.wait()
+        kept = self.checkpoints.latest_step()
+        stands = "no checkpoint is saved yet" if kept is None else f"that of step {kept} is kept"
+        return NotFiniteError(
+            f"{what}; {stands}; the same flags lead there again: start in another --workdir with "
+            "a lower --optimizer.learning_rate, or with --optimizer.clip_norm=1"
+        )
+
     def _save(self, state: TrainState, clusters: np.ndarray, position: Position) -> None:
+        """Saves a state that is finite: the loss of a step says nothing of the update after it."""
+        if not bool(_all_finite(state._replace(frozen={}))):
+            raise self._not_finite(
+                f"the state after step {int(state.step)} (epoch {position.epoch}) is not finite, "
+                "though the loss before it was"
+            )
         self.checkpoints.save(state, clusters, dataclasses.asdict(position))
 
     def _end_epoch(
@@ -349,13 +496,21 @@ class Trainer:
             and not is_last
             and since % self.batch.cluster_every == 0
         ):
-            bank = np.asarray(state.bank)[: self.num_queries]
+            bank = sharding.share_of(state.bank, self.num_queries, self.model.mesh, kept=True)
             num_clusters = max(1, math.ceil(self.num_queries / size))
-            clusters = numbered_by_first_row(
-                balanced_clusters(bank, num_clusters, seed=self.seed + epoch)
-            )
+            with self.stop.at_once():
+                clusters = numbered_by_first_row(
+                    balanced_clusters(
+                        bank,
+                        self.num_queries,
+                        num_clusters,
+                        seed=self.seed + epoch,
+                        group=self.group,
+                    )
+                )
             clustered = True
-        state = state._replace(labels=self._centroids(state, is_last))
+        with self.stop.at_once():
+            state = state._replace(labels=self._centroids(state, is_last))
         due = self.loop.eval_every and (epoch + 1) % self.loop.eval_every == 0
         # The last epoch is judged once more after training; here only if it may be chosen.
         if self.loop.choose_by if is_last else due:
@@ -374,8 +529,10 @@ class Trainer:
         """
         chosen, labels = self.loop.choose_by, state.labels
         if chosen and position.epoch < self.loop.epochs - 1 and self.labels.centroids == "stale":
-            labels = self._centroids(state, is_last=True)
-        metrics = self.evaluate(trees.merge(state.params, state.frozen), labels)
+            with self.stop.at_once():
+                labels = self._centroids(state, is_last=True)
+        with self.stop.at_once():
+            metrics = self.evaluate(trees.merge(state.params, state.frozen), labels)
         prefix = "" if self.split == "test" else f"{self.split}/"
         telemetry.write(
             int(state.step),
@@ -404,7 +561,6 @@ class Trainer:
                 params, self.dataset.train, block=self.block, title="training queries"
             )
         else:
-            queries = np.asarray(state.bank)[: self.num_queries]
-        return self.model.table.with_centroids(
-            state.labels, exact_centroids(self.dataset.train_relevance, queries)
-        )
+            queries = sharding.share_of(state.bank, self.num_queries, self.model.mesh)
+        means = mean_by_column(self.dataset.train_relevance, queries, self.model.mesh, self.group)
+        return self.model.table.with_centroids(state.labels, means)

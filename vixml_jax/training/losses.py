@@ -2,16 +2,30 @@
 
 All of it is float32. Masks say which rows and columns are real; the finite numbers that padding
 holds change neither the loss nor a gradient.
+
+Over a mesh each device scores its own rows against all columns: what travels is vectors of the
+width of an embedding, never scores. `over` names the axes of the mesh that share the rows; empty
+where there is nobody to share with.
 """
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+
+from vixml_jax import sharding
+from vixml_jax.sharding import ROWS
 
 # The score that replaces that of a satisfied negative before the softmax, as published. It leaves
 # such a negative without weight, unless all negatives of the row are satisfied: then all are alike.
 _SATISFIED = -50.0
 _NEVER = -1e9  # Below every satisfied one, at any temperature.
+
+Axes = tuple[str, ...]
 
 
 def total_loss(
@@ -29,6 +43,7 @@ def total_loss(
     temperature: float,
     regulariser: float = 0.1,
     tie_gradient: bool = True,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The sum of the four terms, or the query -> label term alone where there are no prototypes.
 
@@ -44,45 +59,93 @@ def total_loss(
       margin_min: See `triplet_loss`; so with `margin_max` and `temperature`.
       regulariser: Weight of the prototype margin term.
       tie_gradient: See `triplet_loss`.
+      mesh: Whose (replica, fsdp) devices share the rows, which changes the result by rounding
+        alone; None: one device has them all.
 
     Returns:
       The loss, and scalars: each term by name, and the violators of the query -> label term.
     """
+    terms = functools.partial(
+        _terms,
+        regulariser=regulariser,
+        triplet={
+            "num_negatives": num_negatives,
+            "margin_min": margin_min,
+            "margin_max": margin_max,
+            "temperature": temperature,
+            "tie_gradient": tie_gradient,
+        },
+    )
+    if mesh is None or sharding.num_row_shards(mesh) == 1:
+        arrays = (queries, labels, prototypes, relevance, relevance.T, row_mask, column_mask)
+        return terms(*arrays, key)
+    b, c = (sharding.pad_rows(size, mesh) for size in relevance.shape)
+    shared = jax.shard_map(
+        functools.partial(terms, over=ROWS),
+        mesh=mesh,
+        in_specs=(*[P(ROWS)] * 7, P()),
+        out_specs=P(),
+    )
+    return shared(
+        _pad(queries, b),
+        _pad(labels, c),
+        None if prototypes is None else _pad(prototypes, c),
+        _pad(relevance, b, c),
+        _pad(relevance.T, c, b),
+        _pad(row_mask, b),
+        _pad(column_mask, c),
+        key,
+    )
 
-    def triplet(scores, positive, row_mask, column_mask, key):
-        return triplet_loss(
-            scores,
-            positive,
-            row_mask,
-            column_mask,
-            key,
-            num_negatives=num_negatives,
-            margin_min=margin_min,
-            margin_max=margin_max,
-            temperature=temperature,
-            tie_gradient=tie_gradient,
-        )
 
+def _terms(
+    queries: Float[Array, "b e"],
+    labels: Float[Array, "c e"],
+    prototypes: Float[Array, "c e"] | None,
+    relevance: Bool[Array, "b all_c"],
+    relevance_of_labels: Bool[Array, "c all_b"],
+    row_mask: Bool[Array, " b"],
+    column_mask: Bool[Array, " c"],
+    key: Array,
+    *,
+    regulariser: float,
+    triplet: dict[str, Any],
+    over: Axes = (),
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """What `total_loss` returns, from this device's queries and labels."""
     text_key, prototype_key, label_key, margin_key = jax.random.split(key, 4)
-    scores = _similarity(queries, labels)
-    loss, violators = triplet(scores, relevance, row_mask, column_mask, text_key)
+    all_columns = _everyone(column_mask, over)
+    scores = _similarity(queries, _everyone(labels, over))
+    loss, violators = triplet_loss(
+        scores, relevance, row_mask, all_columns, text_key, over=over, **triplet
+    )
     zero = jnp.zeros_like(loss)
     scalars = {"loss_text": loss, "loss_prototype": zero, "loss_label": zero, "loss_margin": zero}
     if prototypes is not None:
-        prototype_scores = _similarity(queries, prototypes)
-        scalars["loss_prototype"], _ = triplet(
-            prototype_scores, relevance, row_mask, column_mask, prototype_key
+        prototype_scores = _similarity(queries, _everyone(prototypes, over))
+        scalars["loss_prototype"], _ = triplet_loss(
+            prototype_scores, relevance, row_mask, all_columns, prototype_key, over=over, **triplet
         )
-        scalars["loss_label"], _ = triplet(scores.T, relevance.T, column_mask, row_mask, label_key)
+        # The product once more, rather than scores that would have to be dealt out anew.
+        scalars["loss_label"], _ = triplet_loss(
+            _similarity(labels, _everyone(queries, over)),
+            relevance_of_labels,
+            column_mask,
+            _everyone(row_mask, over),
+            label_key,
+            over=over,
+            **triplet,
+        )
         scalars["loss_margin"] = prototype_margin_loss(
             scores,
             prototype_scores,
             relevance,
             row_mask,
-            column_mask,
+            all_columns,
             margin_key,
-            num_negatives=num_negatives,
-            tie_gradient=tie_gradient,
+            num_negatives=triplet["num_negatives"],
+            tie_gradient=triplet["tie_gradient"],
+            over=over,
         )
         loss += scalars["loss_prototype"] + scalars["loss_label"]
         loss += regulariser * scalars["loss_margin"]
@@ -101,6 +164,7 @@ def triplet_loss(
     margin_max: float,
     temperature: float = 0.1,
     tie_gradient: bool = True,
+    over: Axes = (),
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Hinges of one positive a row against its hardest negatives, weighted towards the hardest.
 
@@ -124,12 +188,13 @@ def triplet_loss(
       tie_gradient: The hinge is exactly zero for every gap in [margin_min, margin_max]. True
         gives it half a slope there, as published, which is felt in rows where all hinges are zero;
         False gives none.
+      over: Axes of the mesh whose devices share the rows; the result is of all rows.
 
     Returns:
       The mean over real rows of the weighted sum of hinges (0 for a row without a positive or
       without a negative), and the mean number of negatives of a row that contribute.
     """
-    chosen, has_positive = _draw_positive(positive & column_mask, key)
+    chosen, has_positive = _draw_positive(positive & column_mask, key, over)
     hardest, is_negative = _hardest_negatives(scores, positive, column_mask, num_negatives)
     counts = is_negative & (has_positive & row_mask)[:, None]  # [b, k]
 
@@ -142,8 +207,8 @@ def triplet_loss(
     logits = jnp.where(hinge > 0, s_negative, _SATISFIED) / temperature
     weights = jax.nn.softmax(jnp.where(counts, logits, _NEVER), axis=1)
     weighted = weights * hinge
-    num_rows = jnp.maximum(jnp.sum(row_mask), 1)
-    return jnp.sum(weighted) / num_rows, jnp.sum(weighted > 0) / num_rows
+    num_rows = jnp.maximum(_sum(row_mask, over), 1)
+    return _sum(weighted, over) / num_rows, _sum(weighted > 0, over) / num_rows
 
 
 def prototype_margin_loss(
@@ -157,6 +222,7 @@ def prototype_margin_loss(
     num_negatives: int,
     margin: float = 0.1,
     tie_gradient: bool = True,
+    over: Axes = (),
 ) -> Float[Array, ""]:
     """Asks prototypes to separate better than the labels' own embeddings, by a margin.
 
@@ -174,8 +240,9 @@ def prototype_margin_loss(
       num_negatives: Hardest negatives of each row.
       margin: Lead asked of the prototype.
       tie_gradient: Whether a hinge of exactly zero has half a slope.
+      over: See `triplet_loss`.
     """
-    chosen, has_positive = _draw_positive(positive & column_mask, key)
+    chosen, has_positive = _draw_positive(positive & column_mask, key, over)
     hardest, is_negative = _hardest_negatives(
         prototype_scores, positive, column_mask, num_negatives
     )
@@ -183,9 +250,11 @@ def prototype_margin_loss(
     at_positive = jnp.take_along_axis(lead, chosen[:, None], axis=1)  # [b, 1]
     at_negative = jnp.take_along_axis(lead, hardest, axis=1)  # [b, k]
     real = row_mask[:, None]
+    above = _hinge(margin - at_positive, tie_gradient)
+    below = _hinge(margin + at_negative, tie_gradient)
     return 0.5 * (
-        _active_mean(_hinge(margin - at_positive, tie_gradient), has_positive[:, None] & real)
-        + _active_mean(_hinge(margin + at_negative, tie_gradient), is_negative & real)
+        _active_mean(above, has_positive[:, None] & real, over)
+        + _active_mean(below, is_negative & real, over)
     )
 
 
@@ -197,13 +266,18 @@ def _similarity(rows: Float[Array, "b e"], columns: Float[Array, "c e"]) -> Floa
 
 
 def _draw_positive(
-    positive: Bool[Array, "b c"], key: Array
+    positive: Bool[Array, "b c"], key: Array, over: Axes
 ) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
     """A column drawn uniformly from each row's positives, and whether there is one."""
     # One number a row, not one a score: cheaper, and padding columns leave the draw alone.
     rank = jnp.cumsum(positive, axis=1, dtype=jnp.int32)
     count = rank[:, -1]
-    uniform = jax.random.uniform(key, (positive.shape[0],))
+    num_rows = positive.shape[0]
+    uniform = jax.random.uniform(key, (num_rows * jax.lax.axis_size(over),))  # Of all rows.
+    if over:
+        uniform = jax.lax.dynamic_slice_in_dim(
+            uniform, jax.lax.axis_index(over) * num_rows, num_rows
+        )
     wanted = 1 + jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
     return jnp.argmax(rank >= wanted[:, None], axis=1), count > 0
 
@@ -224,6 +298,25 @@ def _hinge(x: Float[Array, "..."], tie_gradient: bool) -> Float[Array, "..."]:
     return jnp.maximum(x, 0.0) if tie_gradient else jax.nn.relu(x)
 
 
-def _active_mean(hinge: Float[Array, "b k"], where: Bool[Array, "b k"]) -> Float[Array, ""]:
+def _active_mean(
+    hinge: Float[Array, "b k"], where: Bool[Array, "b k"], over: Axes
+) -> Float[Array, ""]:
     active = where & (hinge > 0)
-    return jnp.sum(hinge, where=active) / jnp.maximum(jnp.sum(active), 1)
+    return _sum(jnp.where(active, hinge, 0.0), over) / jnp.maximum(_sum(active, over), 1)
+
+
+def _sum(x: Array, over: Axes) -> Float[Array, ""] | Int[Array, ""]:
+    """Of all entries, those of the other devices too."""
+    total = jnp.sum(x)
+    return jax.lax.psum(total, over) if over else total
+
+
+def _everyone(x: Array, over: Axes) -> Array:
+    """The rows of all devices."""
+    return jax.lax.all_gather(x, over, tiled=True) if over else x
+
+
+def _pad(x: Array, *sizes: int) -> Array:
+    """`x` with zeros behind its first dimensions, up to these sizes."""
+    added = [(0, size - old) for size, old in zip(sizes, x.shape, strict=False)]
+    return jnp.pad(x, added + [(0, 0)] * (x.ndim - len(sizes)))

@@ -1,5 +1,6 @@
 """One training step: both sides through the tower, the four-term loss, one update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from vixml_jax.encoding import Model, unit
 from vixml_jax.labels import table
 from vixml_jax.structs import Batch, LabelState, TrainState
 
-# (queries, labels, prototypes, relevance, row_mask, column_mask, key) -> loss, scalars
+# (queries, labels, prototypes, relevance, row_mask, column_mask, key, mesh=) -> loss, scalars
 LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
@@ -51,6 +52,7 @@ def make_train_step(
     like: TrainState,
     *,
     centroid_momentum: float | None = None,
+    sparse_free: bool = False,
 ) -> TrainStep:
     """The step of a model under a loss and an optimizer.
 
@@ -62,23 +64,37 @@ def make_train_step(
         next call finds what it was compiled for.
       centroid_momentum: What a moving centroid keeps at each update (0.95); None: centroids are
         left alone.
+      sparse_free: Whether the optimizer sees, of the free vectors and their moments, the rows of
+        the batch's labels alone, and the others stay as they are (as `torch.optim.SparseAdam`
+        does); False: all rows move by their momentum, as published.
     """
+    sparse_free &= model.combiner is not None
 
     def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
         tower_key, combiner_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+        params, opt_state = state.params, state.opt_state
+        if sparse_free:
+            free_ids, place = model.table.distinct_free(state.labels, batch.label_ids)
+            look_up = functools.partial(table.gather_rows, model.mesh, ids=free_ids)
+            params, opt_state = (_map_free(look_up, tree) for tree in (params, opt_state))
 
         def objective(trained: Any) -> tuple[Array, tuple[dict[str, Array], Array]]:
             params = trees.merge(trained, state.frozen)
             num_queries, num_labels = batch.query_ids.shape[0], batch.label_ids.shape[0]
             vectors = model.tower_vectors(
-                params, batch.items, num_queries + num_labels, dropout=tower_key
+                params, batch.items, num_queries + num_labels, sides=2, dropout=tower_key
             )
             queries = unit(vectors[:num_queries])
             labels = vectors[num_queries:]
             prototypes = None
             if model.combiner is not None:
                 prototypes = model.prototypes(
-                    params, state.labels, labels, batch.label_ids, dropout=combiner_key
+                    params,
+                    state.labels,
+                    labels,
+                    batch.label_ids,
+                    free=params["free"][place] if sparse_free else None,
+                    dropout=combiner_key,
                 )
             loss, scalars = loss_fn(
                 queries,
@@ -88,13 +104,17 @@ def make_train_step(
                 batch.query_ids >= 0,
                 batch.label_ids >= 0,
                 loss_key,
+                mesh=model.mesh,
             )
             return loss, (scalars, queries)
 
-        (loss, (scalars, queries)), gradient = jax.value_and_grad(objective, has_aux=True)(
-            state.params
-        )
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        (loss, (scalars, queries)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if sparse_free:
+            write = functools.partial(table.scatter_rows, model.mesh, ids=free_ids)
+            params = _map_free(write, state.params, params)
+            opt_state = _map_free(write, state.opt_state, opt_state)
         labels = state.labels
         if centroid_momentum is not None:
             labels = move_centroids(
@@ -104,7 +124,7 @@ def make_train_step(
         return (
             TrainState(
                 step=state.step + 1,
-                params=optax.apply_updates(state.params, updates),
+                params=params,
                 frozen=state.frozen,
                 opt_state=opt_state,
                 labels=labels,
@@ -118,6 +138,23 @@ def make_train_step(
         step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(model.mesh))
     )
     return TrainStep(jitted, like)
+
+
+def _map_free(change: Callable[..., Array], whole: Any, rows: Any = None) -> Any:
+    """Changes what belongs to the free vectors (themselves, their moments) in a tree.
+
+    Args:
+      change: (rows=leaf of `whole`) -> leaf, or with `values=leaf of rows` beside it.
+      whole: Parameters or the optimizer's state.
+      rows: A tree of the same structure, which gives all the other leaves; None: `whole` does.
+    """
+
+    def at(path: tuple[Any, ...], leaf: Array, other: Array) -> Array:
+        if not any(getattr(key, "key", None) == "free" for key in path):
+            return other
+        return change(rows=leaf) if rows is None else change(rows=leaf, values=other)
+
+    return jax.tree_util.tree_map_with_path(at, whole, whole if rows is None else rows)
 
 
 def move_centroids(

@@ -1,13 +1,19 @@
 """Scalars to TensorBoard and jsonl, a progress bar, and warnings worth reading."""
 
+import io
 import json
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+
+from vixml_jax.training.watch import Profiler, Watch
 
 
 class Telemetry:
@@ -18,19 +24,36 @@ class Telemetry:
 
     Attributes:
       path: Of `metrics.jsonl`.
+      watch: Where the time goes; its means are written with the scalars, as `watch/...`.
+      profiler: Writes a window of steps to `profile` of the run directory.
+
+    Args:
+      workdir: The run directory.
+      step: Where the run stands,
+      total_steps: and where it ends.
+      peak_flops: See `Watch`.
+      profile: The window of the profiler.
     """
 
-    def __init__(self, workdir: str, *, step: int, total_steps: int, batch_size: int):
-        import tensorboardX
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        step: int,
+        total_steps: int,
+        peak_flops: float = 0.0,
+        profile: tuple[int, int] | None = None,
+    ):
         import tqdm
 
         self.path = os.path.join(workdir, "metrics.jsonl")
-        self._batch_size = batch_size
-        _keep_until(self.path, step)
-        self._file = open(self.path, "a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(
-            os.path.join(workdir, "tensorboard"), purge_step=step + 1
-        )
+        self.watch = Watch(peak_flops=peak_flops)
+        self.profiler = Profiler(profile, os.path.join(workdir, "profile"), self.say)
+        self._file = self._board = None
+        if jax.process_index() == 0:
+            _keep_until(self.path, step)
+            self._file = open(self.path, "ab", buffering=0)
+            self._board = _Board(os.path.join(workdir, "tensorboard"), purge_step=step + 1)
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=step,
@@ -39,7 +62,6 @@ class Telemetry:
             smoothing=0.05,
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
         )
-        self._last = (time.monotonic(), step)
 
     def advance(self, epoch: int) -> None:
         """One step done."""
@@ -48,39 +70,80 @@ class Telemetry:
 
     def scalars(self, step: int, values: Mapping[str, float], **more: Any) -> None:
         """Writes the values of a step, and shows loss, violators and speed on the bar."""
-        now, (then, before) = time.monotonic(), self._last
-        self._last = (now, step)
-        values = dict(values)
-        if step > before:
-            values["queries_per_s"] = (step - before) * self._batch_size / max(now - then, 1e-9)
-        self.write(step, values, **more)
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, violators {values['violators']:.2f}, "
-            f"{values.get('queries_per_s', 0.0):.0f} queries/s",
-            refresh=False,
-        )
+        watched = self.watch.report()
+        named = {f"watch/{name}": value for name, value in watched.items()}
+        self.write(step, {**values, **named}, **more)
+        shown = f"loss {values['loss']:.4f}, violators {values['violators']:.2f}"
+        if watched:
+            shown += f", {watched['queries_per_s']:.0f} queries/s"
+            if watched["data_share"] > 0.02:
+                shown += f", {100 * watched['data_share']:.0f} % waiting for data"
+        self._bar.set_postfix_str(shown, refresh=False)
 
     def write(self, step: int, values: Mapping[str, float], **more: Any) -> None:
         """Writes values without touching the bar."""
+        if not self._file:
+            return
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         line = {"step": step, **more, **{name: float(value) for name, value in values.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        _append(self._file, (json.dumps(line) + "\n").encode())
 
     def say(self, text: str) -> None:
         """A line above the bar."""
         self._bar.write(text, file=sys.stderr)
 
-    def pause(self) -> None:
-        """What follows is not training: it does not count in the next items/s."""
-        self._last = (time.monotonic(), self._bar.n)
+    def close(self) -> None:
+        """Ends profile, bar and files."""
+        self.profiler.close()
+        self._bar.close()
+        if self._file:
+            self._board.close()
+            self._file.close()
+
+
+class _Board:
+    """Curves for TensorBoard, written when they are made.
+
+    tensorboardX's own `SummaryWriter` hands them to a thread. A full disk ends that thread, and
+    the run waits for it from then on.
+
+    Args:
+      directory: Of the event files.
+      purge_step: TensorBoard forgets what files before this one say from this step on.
+    """
+
+    def __init__(self, directory: str, *, purge_step: int):
+        from tensorboardX import record_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._checksum = record_writer.masked_crc32c
+        os.makedirs(directory, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        self._file = open(os.path.join(directory, name), "ab", buffering=0)
+        self._write(file_version="brain.Event:2")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=purge_step, session_log=start)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """One point of a curve."""
+        self._write(step=step, summary=self._scalar(name, value))
 
     def close(self) -> None:
-        """Ends bar and files."""
-        self._bar.close()
-        self._board.close()
         self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        data = self._event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checks = (struct.pack("<I", self._checksum(part)) for part in (length, data))
+        _append(self._file, length + next(checks) + data + next(checks))
+
+
+def _append(file: io.RawIOBase, data: bytes) -> None:
+    """Writes all of it, or raises: a disk that fills takes a part first."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def _keep_until(path: str, step: int) -> None:

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Trains on a TPU slice of a GKE cluster: fills gke_jobset.yaml, applies it, shows the first host's log.
+#
+#   NAME=mine IMAGE=REGISTRY/vixml_jax launch/gke.sh [--dry_run] -- --flagfile=experiments/lf_wiki.flags
+#   NAME=mine launch/gke.sh --delete
+#
+# --dry_run  prints what would be applied and the commands, and runs none.
+# --delete   deletes the JobSet, and does nothing else.
+#
+# The image has the project installed ('.[tpu]') and its experiments in the working directory.
+set -euo pipefail
+# ---- What to change -----------------------------------------------------------------------------
+: "${NAME:=vixml-jax}"
+: "${IMAGE:=vixml_jax}"
+: "${ACCELERATOR:=tpu-v5-lite-podslice}"   # https://cloud.google.com/kubernetes-engine/docs/concepts/tpus
+: "${TOPOLOGY:=4x4}"
+: "${HOSTS:=4}"                            # Chips of the topology over those of a host.
+: "${CHIPS:=4}"                            # Of a host.
+: "${RESTARTS:=100}"                       # After preemptions and lost nodes.
+# -------------------------------------------------------------------------------------------------
+HERE=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=launch/lib.sh
+source "$HERE/lib.sh"
+DELETE=0
+parse delete -- "$@"
+
+if ((DELETE)); then
+  run kubectl delete jobset "$NAME"
+  exit
+fi
+
+as_json() { # Words as a JSON list, which is YAML too.
+  local word list=""
+  for word in "$@"; do
+    word=${word//\\/\\\\}
+    list+="${list:+, }\"${word//\"/\\\"}\""
+  done
+  echo "[$list]"
+}
+
+filled=$(cat "$HERE/gke_jobset.yaml")
+# shellcheck disable=SC2034 # Read by name.
+COMMAND=$(as_json python -m vixml_jax.train --coordinator=auto "${TRAIN_FLAGS[@]}")
+for name in NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS RESTARTS COMMAND; do
+  filled=${filled//"@$name@"/"${!name}"}
+done
+
+show kubectl apply -f -
+if ((DRY_RUN)); then
+  echo "$filled"
+else
+  kubectl apply -f - <<< "$filled"
+fi
+run kubectl wait --for=condition=Ready --timeout=30m pod -l "jobset.sigs.k8s.io/jobset-name=$NAME"
+run kubectl logs --follow -l "jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0"

@@ -1,0 +1,45 @@
+"""Ten million labels on eight host devices: 15.4 GB of centroids, touched where a batch asks."""
+
+import functools
+import resource
+
+import jax
+import numpy as np
+import pytest
+
+from vixml_jax import sharding
+from vixml_jax.labels import table
+from vixml_jax.training import step
+from vixml_jax.training.plan import bytes_a_device
+
+NUM_LABELS, WIDTH, BATCH = 10_000_000, 384, 4096
+
+
+@pytest.mark.slow
+def test_ten_million_labels():
+    mesh = sharding.create_mesh(2, 4, 1)
+    labels = table.LabelTable(mesh, NUM_LABELS, 65536, WIDTH)
+    planned = bytes_a_device(sharding.stored_tree(labels.abstract_state, mesh))
+    assert planned == NUM_LABELS // 8 * (WIDTH + 1) * 4
+    rng = np.random.default_rng(0)
+    state = labels.init_state(rng.integers(0, 65536, NUM_LABELS))
+    held = {}
+    for x in state:
+        for shard in x.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    assert set(held.values()) == {planned} and len(held) == 8
+
+    move = jax.jit(functools.partial(step.move_centroids, labels, momentum=0.5), donate_argnums=0)
+    gather = jax.jit(functools.partial(table.gather_rows, mesh))
+    ids = rng.choice(NUM_LABELS, BATCH, replace=False).astype(np.int32)
+    queries = rng.normal(size=(BATCH, WIDTH)).astype(np.float32)
+    where = state.centroids.addressable_shards[0].data.unsafe_buffer_pointer()
+    for times in (1, 2):
+        state = move(state, ids, queries)
+        found = gather(state.centroids, ids)
+        np.testing.assert_allclose(found, (1 - 0.5**times) * queries, rtol=1e-6)
+    assert state.centroids.addressable_shards[0].data.unsafe_buffer_pointer() == where
+    others = np.setdiff1d(rng.integers(0, NUM_LABELS, BATCH), ids).astype(np.int32)
+    assert not np.asarray(gather(state.centroids, others)).any()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert peak < 8 * planned + 2e9  # One table, and no copy of it.

@@ -1,0 +1,59 @@
+"""Real runs of several processes on this machine against one process with as many devices."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import spawn
+from tiny import assert_same_state, configuration, final_state, make_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("raw"))
+
+
+def trained(data, workdir, *, num_processes, devices):
+    config = configuration(data, workdir)
+    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=2))
+    done = spawn.finish(
+        spawn.start(
+            "vixml_jax.train",
+            spawn.flags_of(config),
+            num_processes=num_processes,
+            devices=devices,
+        )
+    )
+    assert [status for status, *_ in done] == [0] * num_processes, done
+    for _, words, _ in done[1:]:
+        assert spawn.printed(words) == []
+    return config, done
+
+
+@pytest.fixture(scope="module")
+def one_process(data, tmp_path_factory):
+    return trained(data, tmp_path_factory.mktemp("one") / "run", num_processes=1, devices=4)[0]
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
+def test_several_processes_train_the_same_run(data, one_process, tmp_path, num_processes, devices):
+    config, done = trained(data, tmp_path / "run", num_processes=num_processes, devices=devices)
+    assert f"run: {config.workdir}" in done[0][1]
+    tolerance = {"rtol": 1e-3, "atol": 2e-4}
+    assert_same_state(final_state(one_process), final_state(config), **tolerance)
+    for name in ("config.json", "tower.json", "metrics.jsonl"):
+        assert os.path.exists(os.path.join(config.workdir, name))
+    found, expected = (
+        json.load(open(os.path.join(run.workdir, "evaluation", "test-exact.json")))
+        for run in (config, one_process)
+    )
+    assert found["counts"] == expected["counts"]
+    assert found["R@10"] == pytest.approx(expected["R@10"], abs=4.0)
+    lines = [
+        [json.loads(line)["step"] for line in open(os.path.join(run.workdir, "metrics.jsonl"))]
+        for run in (config, one_process)
+    ]
+    assert lines[0] == lines[1]

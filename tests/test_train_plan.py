@@ -1,0 +1,192 @@
+"""`train --plan`: what a run would take, of devices here and of TPUs elsewhere."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from tiny import configuration, make_data
+
+from vixml_jax import memory, runs, train
+from vixml_jax.benchmarks import towers
+from vixml_jax.config import LoraConfig
+from vixml_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 301,
+}  # fmt: skip
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu cannot be imported"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("raw"))
+
+
+def tower(path, name, **changes):
+    """A directory with nothing but the configuration of a published tower."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({**towers.about(name), **changes}))
+    return str(path)
+
+
+def door(*arguments):
+    command = [sys.executable, "-m", "vixml_jax.train", "--plan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def totals(said):
+    """GiB of each group, of a step, of all, and of the device, from the last lines."""
+    (line,) = re.findall(r"^memory a device, GiB: (.*)$", said, re.M)
+    *groups, step = line.split(", ")
+    step, rest = step.removeprefix("a step ").split(": ")
+    found = {name: float(size) for name, size in (part.rsplit(" ", 1) for part in groups)}
+    return found, float(step), *map(float, rest.split(" of "))
+
+
+def test_what_is_planned_is_what_train_plans(data, tmp_path, capsys, monkeypatch):
+    config = configuration(data, tmp_path / "run")
+    planned = []
+    plan_memory = train.plan_lib.plan_memory
+    for room in (train.plan_lib, train.loop):
+        monkeypatch.setattr(
+            room, "plan_memory", lambda *a: planned.append(plan_memory(*a)) or planned[-1]
+        )
+    train.plan(config)
+    assert not os.path.exists(config.workdir)
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "plan: 8 x cpu, --mesh=replica:1,fsdp:8,tensor:1; 90 queries, 20 labels; a batch of 16 in "
+    )
+    assert "padded: label from 90 to 96, a multiple of replica:1 x fsdp:8, in bank" in said
+    assert said.splitlines()[-1].endswith("it fits")
+    train.train(dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=0)))
+    again = capsys.readouterr().out
+    of_plan, of_train = (text[text.index("\narray ") :] for text in (said, again))
+    table = of_plan[: of_plan.index("\nmemory a device")]
+    assert of_train.startswith(table)  # The same arrays, in the same places.
+    one, other = planned
+    assert one.held == other.held and one.device == other.device
+    assert 0.5 < one.step / other.step < 2  # A batch of the expected size, and the first one.
+
+
+def test_what_does_not_fit_ends_after_the_table(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "of_a_device", lambda device: 1000)
+    config = configuration(data, tmp_path / "run")
+    with pytest.raises(InputError, match=r"^memory a device, GiB: .* it does not fit; the step's"):
+        train.plan(config)
+    assert "optimizer: mu/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "devices,sizes,found",
+    [
+        ("v5e", "", "--plan_devices=v5e: expected v4 or v5e or v5p or v6e and a topology"),
+        ("v9:2x2", "", "--plan_devices=v9:2x2: expected v4 or v5e or v5p or v6e and a topology"),
+        ("", "labels:-3", "--plan_size=labels:-3: expected queries:NUMBER,labels:NUMBER"),
+        ("", "tokens:3", "found 'tokens:3'"),
+        ("", "queries:10", "--batch.size=16 is more than the 10 training queries"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(devices, sizes, found, data, tmp_path):
+    with pytest.raises(InputError) as error:
+        train.plan(configuration(data, tmp_path / "run"), devices=devices, sizes=sizes)
+    assert found in str(error.value)
+
+
+def test_sizes_without_a_plan_are_refused(tmp_path):
+    command = [sys.executable, "-m", "vixml_jax.train", "--plan_size=labels:3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2 and "add --plan" in done.stderr
+
+
+def test_without_the_compiler_of_tpus_it_says_how_to_get_it(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(InputError, match="pip install libtpu"):
+        train.plan(configuration(data, tmp_path / "run"), devices="v5e:2x2")
+
+
+@needs_libtpu
+def test_a_slice_that_is_not_here(data, tmp_path):
+    """Eight TPUs, 100,001 labels: neither they nor the weights nor such data exist."""
+    checkpoint = tower(tmp_path / "qwen", "qwen2.5-0.5b", **TINY)
+    workdir = tmp_path / "run"
+    done = door(
+        f"--data={data}", f"--workdir={workdir}", f"--model.pretrained={checkpoint}",
+        "--lora.rank=4", "--model.scan", "--model.remat", "--model.dtype=bfloat16",
+        "--model.num_images=1", "--batch.size=16", "--loss.num_negatives=4",
+        "--labels.num_free=100001", "--mesh=tensor:4", "--plan_devices=v5e:2x4",
+        "--plan_size=queries:20000,labels:100001",
+    )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert not workdir.exists()
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(
+        "plan: 8 x TPU v5 lite (16 GiB, 197 TFLOP/s each), --mesh=replica:1,fsdp:2,tensor:4; "
+        "20000 queries, 100001 labels; a batch of 16 in "
+    )
+    assert any(line.startswith("padded: vocab from 301 to 304, a multiple of") for line in lines)
+    assert any(line.startswith("padded: kv_heads from 2 to 4") for line in lines)
+    (row,) = (line.split() for line in lines if line.startswith("labels: centroids"))
+    size = 100002 // 2 * 48 * 4 / 2**20
+    assert row[2:] == ["100002x48", "float32", "replica+fsdp", ".", f"{size:.2f}"]
+    groups, step, total, device = totals(done.stdout)
+    assert groups["labels"] == pytest.approx((size + 100002 / 2 * 4 / 2**20) / 1024, abs=0.006)
+    assert groups["optimizer"] >= groups["trained parameters"] and step > 0
+    assert device == 16.0 and total == pytest.approx(sum(groups.values()) + step, abs=0.03)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["", "replica:4,fsdp:64"])
+def test_a_language_model_of_seven_billion_with_ten_million_labels(mesh, data, tmp_path):
+    checkpoint = tower(tmp_path / "qwen", "qwen2.5-7b")
+    done = door(
+        f"--data={data}", f"--workdir={tmp_path / 'run'}", f"--model.pretrained={checkpoint}",
+        "--lora.rank=64", "--model.scan", "--model.remat", "--model.dtype=bfloat16",
+        "--model.num_images=1", "--batch.size=16384", "--batch.row_width=128",
+        "--batch.encode_chunk=8", "--labels.num_free=10000000", f"--mesh={mesh}",
+        "--plan_devices=v5e:16x16", "--plan_size=queries:2000000,labels:10000000",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    groups, _, total, device = totals(done.stdout)
+    assert total < device == 16.0
+    table = 10_000_128 * 3584 * 4 / 256 / 2**30
+    assert groups["labels"] == pytest.approx(table, abs=0.01)
+    assert groups["trained parameters"] > table and groups["optimizer"] > 2 * table
+    shards = 64 if mesh else 256
+    base = 7_070_619_136 * 2 / shards / 2**30
+    assert groups["frozen parameters"] == pytest.approx(base, rel=0.05, abs=0.01)
+
+
+def test_weights_are_not_needed_here_either(data, tmp_path, capsys):
+    checkpoint = tower(tmp_path / "qwen", "qwen2.5-0.5b", **TINY)
+    config = configuration(data, tmp_path / "run")
+    config = dataclasses.replace(
+        config,
+        mesh="tensor:4",
+        model=dataclasses.replace(config.model, pretrained=checkpoint, scan=True),
+        lora=LoraConfig(rank=2, alpha=4.0),
+        batch=dataclasses.replace(config.batch, row_width=32),
+    )
+    train.plan(config, sizes="queries:5000")
+    said = capsys.readouterr().out
+    assert "; 5000 queries, 20 labels; " in said
+    found = train.make_tower(config, runs.open_dataset(config))
+    model = runs.build_model(config, *found, 20, runs.make_mesh(config))
+    base = model.abstract_params["tower"]["encoder"]["blocks"]["gate"]["kernel"].value
+    assert base.shape == (2, 48, 96)
+    size = math.prod(base.shape) * 2 / len(jax.devices()) / 2**20
+    (row,) = (line for line in said.splitlines() if "blocks/gate/kernel" in line)
+    assert row.split()[3:] == ["2x48x96", "bfloat16", ".", "fsdp", "tensor", f"{size:.2f}"]

@@ -1,0 +1,112 @@
+"""Weak scaling on host devices: as much work a device, one to eight devices that share the cores.
+
+    python -m vixml_jax.benchmarks.scaling [--tower=all-minilm-l6] [--batch=32] [--rounds=5]
+
+Cores are shared, so N devices have N times the work to do with as much to do it with: a step that
+took N times as long as that of one device would have added nothing. What it takes beyond that, the
+program adds: collectives, weights that are gathered, smaller products, the host's work for each
+device. Each number of devices runs in a process of its own, in turns, round after round.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from vixml_jax import errors
+from vixml_jax.benchmarks import workers
+
+
+def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
+    """The step on all devices of this process, compiled and run once."""
+    import jax
+    import numpy as np
+    from flax import linen as nn
+
+    from vixml_jax import runs, sharding
+    from vixml_jax.benchmarks import memory
+    from vixml_jax.training import collectives, loop
+
+    devices = jax.device_count()
+    settings = {**settings, "batch": settings["batch"] * devices}
+    model, tx, like, train = memory.build(settings)
+
+    def fresh(key: jax.Array) -> Any:
+        params, frozen = runs.split_params(nn.unbox(model.init_params(key)), model.tower.config)
+        return sharding.pad((params, frozen), (like.params, like.frozen))
+
+    labels = model.table.init_state(np.zeros(memory.NUM_LABELS, np.int32))
+    bank = loop.empty_bank(model, settings["batch"])
+    state = loop.place_state(like, *jax.jit(fresh)(jax.random.key(0)), tx, labels, bank)
+    batch = memory.random_batch(settings, devices)
+    key = sharding.everywhere(jax.random.key(0), model.mesh)
+    program = train.program(sharding.to_devices(batch, model.mesh), key)
+    sent = sum(one.sent for one in collectives.collectives(program))
+
+    def run() -> dict[str, Any]:
+        nonlocal state
+        begin = time.perf_counter()
+        placed = sharding.to_devices(batch, model.mesh)
+        host = time.perf_counter() - begin
+        state, scalars = program(state, placed, key)
+        jax.block_until_ready((state, scalars))
+        return {"seconds": time.perf_counter() - begin, "host": host}
+
+    run()
+    return {programs[0]: ({"sent": sent}, run)}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints a line a number of devices."""
+    del argv
+    values = flags.FLAGS
+    settings = {
+        "tower": values.tower, "dtype": "float32", "length": 32, "batch": values.batch, "chunk": 0,
+        "rank": 16,
+    }  # fmt: skip
+    running = {}
+    for count in map(int, values.devices):
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        running[count] = workers.Worker(
+            "vixml_jax.benchmarks.scaling", ["step"], settings, os.cpu_count()
+        )
+    seconds: dict[int, list[float]] = {count: [] for count in running}
+    host: dict[int, list[float]] = {count: [] for count in running}
+    for _ in range(values.rounds):
+        for count, worker in running.items():
+            found = worker.time("step")
+            seconds[count].append(found["seconds"])
+            host[count].append(found["host"])
+    print(f"{values.tower}, {values.batch} queries and labels of 32 positions a device; "
+          f"{os.cpu_count()} processors, median of {values.rounds} rounds")  # fmt: skip
+    print("devices  s a step  x one device's work (least to most)   host, ms   sent a device, MB")
+    first = next(iter(running))
+    for count, worker in running.items():
+        ratios = [
+            a / (b * count / first) for a, b in zip(seconds[count], seconds[first], strict=True)
+        ]
+        about = worker.about["step"]
+        typical, work = statistics.median(seconds[count]), statistics.median(ratios)
+        print(
+            f"{count:7d} {typical:9.2f} {work:16.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+            f"{1e3 * statistics.median(host[count]):18.1f} {about['sent'] / 1e6:14.1f}"
+        )
+        worker.close()
+
+
+def define_flags() -> None:
+    """The flags of this benchmark."""
+    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by (the start of) its name.")
+    flags.DEFINE_integer("batch", 32, "Queries of a device, and labels.", lower_bound=8)
+    flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Numbers of devices, the first to compare.")
+    flags.DEFINE_integer("rounds", 5, "Of all numbers in turn.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    if not workers.serve(prepare):
+        define_flags()
+        errors.launch(main)
