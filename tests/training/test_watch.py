@@ -5,6 +5,8 @@ import dataclasses
 import glob
 import json
 import os
+import subprocess
+import sys
 import time
 
 import jax
@@ -262,18 +264,29 @@ def test_a_step_reads_nothing_and_compiles_nothing(data, tmp_path, monkeypatch):
     assert len(compiled) == len(programs) - 1  # The first is compiled for the memory plan.
 
 
-def test_a_window_of_steps_is_profiled(data, tmp_path, capsys):
+def train_profiled(config, path, window):
+    """What a run says, in a process of its own: where the compiler of TPUs has been loaded, as by
+    other tests, JAX's profiler ends the process."""
+    path.write_text(config.to_json())
+    program = (
+        "import sys; from vixml_jax import config, train; "
+        f"train.train(config.load(sys.argv[1]), profile={window})"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def test_a_window_of_steps_is_profiled(data, tmp_path):
     """It is no part of what a run is resumed by; a trace that the end of an epoch cuts is kept."""
     config = configuration(data, tmp_path / "run")
     where = os.path.join(config.workdir, "profile")
-    train.train(config, profile=(4, 9))
-    said = capsys.readouterr().err
+    said = train_profiled(config, tmp_path / "config.json", (4, 9))
     assert f"profile of steps 5 to 6: {where}; to look at it: pip install xprof" in said
     for kind in ("*.xplane.pb", "perfetto_trace.json.gz"):
         (path,) = glob.glob(os.path.join(where, "plugins", "profile", "*", kind))
         assert os.path.getsize(path) > 1000
-    train.train(config, profile=(2, 3))  # Over: no step is left.
-    assert "--profile_steps=2:3: none of these steps was run" in capsys.readouterr().err
+    said = train_profiled(config, tmp_path / "config.json", (2, 3))  # Over: no step is left.
+    assert "--profile_steps=2:3: none of these steps was run" in said
 
 
 def test_a_trace_begins_and_ends_where_it_should(tmp_path, monkeypatch):
