@@ -1,6 +1,7 @@
 """Mesh and rules: the only place that knows both the logical axes and the mesh."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -225,10 +226,16 @@ def row_shards(mesh: Mesh, process: int | None = None, *, kept: bool = False) ->
         are this one's to keep, so that all processes together keep each shard once.
     """
     process = jax.process_index() if process is None else process
-    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    owners = owners.reshape(num_row_shards(mesh), -1)  # [row shards, tensor]
+    owners = _owners(mesh)
     mine = owners[:, 0] == process if kept else (owners == process).any(axis=1)
     return np.flatnonzero(mine).tolist()
+
+
+@functools.cache  # Every array of every batch asks.
+def _owners(mesh: Mesh) -> Int[np.ndarray, "shards tensor"]:
+    """The process of each device, by row shard."""
+    owners = [device.process_index for device in mesh.devices.flat]
+    return np.array(owners).reshape(num_row_shards(mesh), -1)
 
 
 def row_ids(
