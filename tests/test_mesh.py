@@ -9,10 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors import numpy as safetensors
-from tiny import configuration, make_data
+from tiny import configuration, make_data, make_qwen
 
 from vixml_jax import config as config_lib
 from vixml_jax import runs, sharding, train
@@ -213,16 +211,13 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(data, tmp_path_factory):
     """A Qwen2.5 that eight devices share unevenly."""
-    path = tmp_path_factory.mktemp("qwen")
-    torch.manual_seed(0)
-    transformers.Qwen2Model(
-        transformers.Qwen2Config(
-            vocab_size=PreparedDataset.open(data).vocab_size + 4, hidden_size=12,
-            intermediate_size=18, num_hidden_layers=2, num_attention_heads=3,
-            num_key_value_heads=1, max_position_embeddings=64, eos_token_id=2,
-        )
-    ).save_pretrained(path)  # fmt: skip
-    return str(path)
+    return make_qwen(
+        tmp_path_factory.mktemp("qwen"),
+        vocab_size=PreparedDataset.open(data).vocab_size + 4,
+        hidden_size=12,
+        intermediate_size=18,
+        num_attention_heads=3,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,7 @@ import os
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
-from tiny import assert_same_state, configuration, final_state, make_data
+from tiny import assert_same_state, configuration, final_state, make_data, make_qwen
 
 from vixml_jax import config as config_lib
 from vixml_jax import evaluate, runs, train, trees
@@ -28,16 +26,13 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(data, tmp_path_factory):
     """A tiny Qwen2.5 that knows the data's tokens."""
-    path = tmp_path_factory.mktemp("qwen")
-    torch.manual_seed(0)
-    transformers.Qwen2Model(
-        transformers.Qwen2Config(
-            vocab_size=PreparedDataset.open(data).vocab_size + 3, hidden_size=16,
-            intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=64, eos_token_id=2,
-        )
-    ).save_pretrained(path)  # fmt: skip
-    return str(path)
+    return make_qwen(
+        tmp_path_factory.mktemp("qwen"),
+        vocab_size=PreparedDataset.open(data).vocab_size + 3,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+    )
 
 
 def decoder_run(data, checkpoint, workdir, **changes):

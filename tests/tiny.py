@@ -33,6 +33,24 @@ def make_data(root, *, train=90, **settings):
     return str(out)
 
 
+def make_qwen(path, **sizes):
+    """A Qwen2.5 of two layers with random weights, written by `transformers`; where it lies."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    transformers.Qwen2Model(
+        transformers.Qwen2Config(
+            num_hidden_layers=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            eos_token_id=2,
+            **sizes,
+        )
+    ).save_pretrained(path)
+    return str(path)
+
+
 def configuration(data, workdir, **changes):
     made = config_lib.from_dict(
         {

@@ -77,7 +77,9 @@ def start(coordinator: str, num_processes: int | None, process_index: int | None
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--coordinator={coordinator}: {error}") from None
     if jax.process_index():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        # The file itself, not Python's name for it: Gloo prints too.
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         os.environ["TQDM_DISABLE"] = "1"
     errors.tell_others = _tell
     over = threading.Event()

@@ -4,14 +4,14 @@ import os
 
 from absl import flags
 
-DEFAULT = os.path.join("~", ".cache", "vixml_jax", "programs")
+_HOME = os.path.join("~", ".cache", "vixml_jax", "programs")
 
 
 def define_flag(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines `--compile_cache`. It is no part of a run: each start may have another."""
     flags.DEFINE_string(
         "compile_cache",
-        DEFAULT,
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", _HOME),
         "Directory (gs:// too) where compiled programs are kept, so that the next start does not "
         "compile them again; empty: nowhere.",
         flag_values=values,

@@ -443,7 +443,8 @@ def main(argv: Sequence[str]) -> None:
     profile = watch.parse_window(values.profile_steps)
     memory.keep_freed_pages()
     processes.start(values.coordinator, values.num_processes, values.process_index)
-    programs.keep_in(values.compile_cache)
+    # A program for devices that are not here can be written there, but not be read again.
+    programs.keep_in("" if values.plan_devices else values.compile_cache)
     if values.plan:
         plan(config, devices=values.plan_devices, sizes=values.plan_size)
     else:

@@ -1,6 +1,7 @@
 """Starts the processes of one run by hand, each with host devices of its own."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -63,5 +64,6 @@ def finish(children, timeout=240):
 
 
 def printed(words):
-    """The lines of standard output that are Python's: Gloo prints some of its own."""
-    return [line for line in words.splitlines() if not line.startswith("[Gloo]")]
+    """The lines of standard output that are Python's: Gloo prints some of its own, several threads
+    at once."""
+    return [line for line in words.splitlines() if not re.search(r"\[Gloo\]|peer ranks|^$", line)]
