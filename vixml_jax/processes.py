@@ -5,11 +5,12 @@ import atexit
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import jax
@@ -26,6 +27,7 @@ from vixml_jax.structs import Share
 _FAILED = "vixml_jax/failed"  # Key under which the first to fail says why.
 _GONE_S = 30  # A process not heard of for so long is taken for dead, and ends the others.
 _LISTEN_MS = 1000  # For word of a failure, at a time.
+_UNDER_WAY = 64 << 20  # Bytes that a process gets from the others at a time.
 _FAREWELL_S = 2.0  # What the others have to hear why, before the first process hangs up.
 
 
@@ -165,8 +167,13 @@ class Group(Protocol):
     index: int
     count: int
 
-    def gather(self, x: np.ndarray) -> list[np.ndarray]:
-        """The array of each process, in order; their first dimensions may differ."""
+    def gather(self, x: np.ndarray, rows: Sequence[int] | None = None) -> list[np.ndarray]:
+        """The array of each process, in order; their first dimensions may differ.
+
+        Args:
+          x: What this process gives.
+          rows: The length of each array where all know it: that saves asking.
+        """
 
     def exchange(self, parts: list[np.ndarray]) -> list[np.ndarray]:
         """Sends `parts[p]` to process p; returns what each process sent to this one."""
@@ -177,7 +184,8 @@ class _Alone:
 
     index, count = 0, 1
 
-    def gather(self, x: np.ndarray) -> list[np.ndarray]:
+    def gather(self, x: np.ndarray, rows: Sequence[int] | None = None) -> list[np.ndarray]:
+        del rows
         return [x]
 
     def exchange(self, parts: list[np.ndarray]) -> list[np.ndarray]:
@@ -185,7 +193,8 @@ class _Alone:
 
 
 class _World:
-    """All processes of `jax.distributed`: arrays travel as bytes, from device to device."""
+    """All processes of `jax.distributed`: arrays travel as bytes, from device to device, so many at
+    a time that what is on its way stays small."""
 
     def __init__(self) -> None:
         self.index, self.count = jax.process_index(), jax.process_count()
@@ -195,33 +204,34 @@ class _World:
         self._mesh = Mesh(np.array([firsts[p] for p in range(self.count)]), ("process",))
         self._place = NamedSharding(self._mesh, P("process"))
 
-    def gather(self, x: np.ndarray) -> list[np.ndarray]:
-        heads = self._gather(np.array([len(x)], np.int32))[:, 0]
-        sizes = heads * (x.itemsize * int(np.prod(x.shape[1:])))
-        found = self._gather(_padded(_as_bytes(x), sizes.max()))
-        return [
-            _from_bytes(row[:size], x, head)
-            for row, size, head in zip(found, sizes, heads, strict=True)
-        ]
+    def gather(self, x: np.ndarray, rows: Sequence[int] | None = None) -> list[np.ndarray]:
+        if rows is None:
+            rows = self._run(np.array([len(x)], np.int32), "gather")[:, 0]
+        mine, width = _as_bytes(x), _row_bytes(x)
+        found = [np.empty(int(num) * width, np.uint8) for num in rows]
+        longest = max(map(len, found))
+        for start, size in _pieces(longest, _UNDER_WAY // self.count):
+            got = self._run(_padded(mine[start : start + size], size), "gather")
+            for whole, piece in zip(found, got, strict=True):
+                whole[start : start + size] = piece[: max(0, len(whole) - start)]
+        return [_from_bytes(whole, x) for whole in found]
 
     def exchange(self, parts: list[np.ndarray]) -> list[np.ndarray]:
-        heads = self._gather(np.array([len(part) for part in parts], np.int32))  # [from, to]
-        width = parts[0].itemsize * int(np.prod(parts[0].shape[1:]))
-        longest = int(heads.max()) * width
-        sent = np.stack([_padded(_as_bytes(part), longest) for part in parts])
-        swapped = self._run(sent[None], "exchange")[0]  # [from, bytes]
-        return [
-            _from_bytes(row[: head * width], parts[0], head)
-            for row, head in zip(swapped, heads[:, self.index], strict=True)
-        ]
-
-    def _gather(self, x: np.ndarray) -> np.ndarray:
-        return self._run(x[None], "gather")
+        given = np.array([len(part) for part in parts], np.int32)
+        rows, width = self._run(given, "gather"), _row_bytes(parts[0])  # [from, to]
+        mine = [_as_bytes(part) for part in parts]
+        found = [np.empty(int(num) * width, np.uint8) for num in rows[:, self.index]]
+        for start, size in _pieces(int(rows.max()) * width, _UNDER_WAY // self.count):
+            sent = np.stack([_padded(part[start : start + size], size) for part in mine])
+            for whole, piece in zip(found, self._run(sent, "exchange")[0], strict=True):
+                whole[start : start + size] = piece[: max(0, len(whole) - start)]
+        return [_from_bytes(whole, parts[0]) for whole in found]
 
     def _run(self, x: np.ndarray, what: str) -> np.ndarray:
         """A row of each process in; all of them, or a column, out."""
-        shape = (self.count, *x.shape[1:])
-        spread = jax.make_array_from_callback(shape, self._place, lambda at: x)
+        spread = jax.make_array_from_callback(
+            (self.count, *x.shape), self._place, lambda at: x[None]
+        )
         found = self._programs[what](spread)
         return np.asarray(found.addressable_shards[0].data)
 
@@ -238,12 +248,23 @@ def _as_bytes(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
+def _row_bytes(x: np.ndarray) -> int:
+    return x.itemsize * math.prod(x.shape[1:])
+
+
+def _pieces(size: int, at_most: int) -> Iterator[tuple[int, int]]:
+    """Start and length of pieces that cover `size` bytes. Lengths are powers of two: for each there
+    is a program to compile."""
+    length = min(1 << max(10, (size - 1).bit_length()), 1 << at_most.bit_length() - 1)
+    return ((start, length) for start in range(0, size, length))
+
+
 def _padded(x: np.ndarray, size: int) -> np.ndarray:
-    return np.pad(x, (0, int(size) - len(x)))
+    return np.pad(x, (0, size - len(x)))
 
 
-def _from_bytes(x: np.ndarray, like: np.ndarray, rows: int) -> np.ndarray:
-    return np.ascontiguousarray(x).view(like.dtype).reshape(int(rows), *like.shape[1:])
+def _from_bytes(x: np.ndarray, like: np.ndarray) -> np.ndarray:
+    return x.view(like.dtype).reshape(-1, *like.shape[1:])
 
 
 ALONE: Group = _Alone()

@@ -7,7 +7,6 @@ import pytest
 
 from vixml_jax import sharding
 from vixml_jax.labels import table
-from vixml_jax.labels.centroids import exact_centroids
 from vixml_jax.structs import LabelState, Share
 from vixml_jax.training import step
 
@@ -55,24 +54,6 @@ def test_gradient_reaches_the_shared_free_vectors(mesh):
     expected = np.zeros((8, 4))
     np.add.at(expected, cluster_of[ids[ids >= 0]], weights[ids >= 0])
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
-
-
-def test_exact_centroids_are_means_of_unit_queries():
-    from scipy import sparse
-
-    rng = np.random.default_rng(1)
-    dense = rng.random((30, 11)) < 0.2
-    dense[:, 4] = False
-    queries = rng.normal(size=(30, 6)).astype(np.float32)
-    found = exact_centroids(
-        sparse.csr_matrix(dense, dtype=np.float32),
-        Share(np.arange(30), queries),
-        [np.arange(11)],
-        block=4,
-    )
-    for label in range(11):
-        expected = queries[dense[:, label]].mean(axis=0) if dense[:, label].any() else 0
-        np.testing.assert_allclose(found[label], np.broadcast_to(expected, 6), atol=1e-6)
 
 
 def test_moving_centroids_take_one_step_towards_the_mean(mesh):

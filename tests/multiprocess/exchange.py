@@ -19,14 +19,19 @@ def main(argv):
     processes.start(values.coordinator, values.num_processes, values.process_index)
     group = processes.world()
     assert group.count == values.num_processes and group.index == values.process_index
+    processes._UNDER_WAY = 1 << 13  # Long arrays in pieces.
     for dtype in (np.int64, np.float32, np.float64, np.uint8):
         found = group.gather(given(group.index, 4 * group.index, dtype))  # None of the first.
         for index, x in enumerate(found):
             assert x.dtype == dtype
             np.testing.assert_array_equal(x, given(index, 4 * index, dtype))
 
+        same = group.gather(given(group.index, 3000, dtype), [3000] * group.count)
+        for index, x in enumerate(same):
+            np.testing.assert_array_equal(x, given(index, 3000, dtype))
+
         def part(sender, receiver, dtype=dtype):
-            return given(10 * sender + receiver, (sender * receiver) % 3, dtype)
+            return given(10 * sender + receiver, 700 * ((sender * receiver) % 3), dtype)
 
         found = group.exchange([part(group.index, to) for to in range(group.count)])
         for sender, x in enumerate(found):

@@ -2,15 +2,18 @@
 
 import itertools
 import threading
+from concurrent import futures
 
 import hypothesis
 import numpy as np
 import pytest
+import threadpoolctl
 from hypothesis import strategies
+from thread_group import together
 
 from vixml_jax import errors
 from vixml_jax.structs import Share
-from vixml_jax.training import clustering
+from vixml_jax.training import clustering, halving
 from vixml_jax.training.clustering import numbered_by_first_row
 
 
@@ -188,6 +191,62 @@ def test_same_seed_same_clusters_whatever_else_runs():
             thread.join()
     np.testing.assert_array_equal(x, kept)
     assert np.any(balanced_clusters(x, 300, seed=6) != alone)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("kept", ["at random", "one after another", "by one alone"])
+def test_any_number_of_processes_finds_the_same(count, kept, monkeypatch):
+    num, rng = 6000, np.random.default_rng()
+    x = topics(num, 16, 300, 0.8, seed=int(rng.integers(1 << 30)))
+    x[::50] = x[0]
+    monkeypatch.setattr(clustering, "_STEM", 900)
+    monkeypatch.setattr(halving, "_SAMPLE", 500)
+    monkeypatch.setattr(halving, "_BLOCK", 16 * 700)
+    expected = balanced_clusters(x, 350, seed=5)
+    holders = {
+        "at random": rng.integers(count, size=num),
+        "one after another": np.arange(num) * count // num,
+        "by one alone": np.full(num, count - 1),
+    }[kept]
+
+    def work(group):
+        ids = np.flatnonzero(holders == group.index)
+        return clustering.balanced_clusters(Share(ids, x[ids]), num, 350, seed=5, group=group)
+
+    # Its limit on BLAS is the program's, not a thread's: here threads are processes.
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        for found in together(count, work):
+            np.testing.assert_array_equal(found, expected)
+    check_even(expected, num, 350)
+
+
+def test_spread_rows_are_exact():
+    """Products and sums: those of numbers on the grid, in any order."""
+    rng = np.random.default_rng()
+    x, parts = rng.normal(size=(50, 12)).astype(np.float32), rng.random((4, 3, 50)) < 0.5
+    inverse = (1 / np.linalg.norm(x, axis=1)).astype(np.float32)
+    directions = rng.normal(size=(3, 12)) / 4
+    holders = rng.integers(3, size=40)
+    on_grid = np.rint(x.astype(np.float64) * inverse[:, None] * 2**24)[10:]
+
+    def work(group):
+        here = 10 + np.flatnonzero(holders == group.index)
+        rows = halving.SpreadRows(x, inverse, here, holders, group, futures.ThreadPoolExecutor(2))
+        picked = rows.take(np.array([3, 7, 31]))
+        units = picked.unit(np.array([2, 0]))
+        return rows.scores(directions), [rows.sums(part[:, :40]) for part in parts], units
+
+    for scores, sums, units in together(3, work):
+        exact = [[fractions(row, np.rint(d * 2**24)) for row in on_grid] for d in directions]
+        np.testing.assert_array_equal(scores, exact)
+        for part, found in zip(parts, sums, strict=True):
+            np.testing.assert_array_equal(found, part[:, :40] @ on_grid / 2**24)
+        np.testing.assert_array_equal(units, on_grid[[31, 3]] / 2**24)
+
+
+def fractions(one, two):
+    """The product of vectors of whole numbers over 2^48, by integers of any length."""
+    return sum(int(a) * int(b) for a, b in zip(one, two, strict=True)) / 2**48
 
 
 def test_float16_rows_are_read_as_float32():

@@ -4,8 +4,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from vixml_jax.processes import ALONE, Group, whole
+from vixml_jax.processes import ALONE, Group
 from vixml_jax.structs import Share
+
+# Entries are rounded to multiples of 1 / _GRID, far below the last digit of a centroid's: a sum of
+# them is exact in a float64, so that who adds what, and in which order, makes no difference.
+_GRID = 2.0**30
+_SUMS = 1 << 23  # Entries of sums held at a time, for all processes.
+_PAIRS = 1 << 14  # Pairs of a query and a label taken at a time.
 
 
 def exact_centroids(
@@ -14,27 +20,47 @@ def exact_centroids(
     wanted: list[Int[np.ndarray, " m"]],
     *,
     group: Group = ALONE,
-    block: int = 65536,
 ) -> Float[np.ndarray, "m e"]:
     """The mean of the embeddings of each label's queries, not re-normalised (paper, section 3).
 
+    Each process sums over the queries that it keeps and sends the sums to those who want them; the
+    same bits come out however many there are.
+
     Args:
       relevance: [n, l] of ones.
-      share: Unit embeddings of the queries that this process keeps, float32.
+      share: Unit embeddings of the queries that this process keeps, float32; each is kept by one.
       wanted: The labels that each process asks for.
       group: The processes.
-      block: Labels taken at a time; bounds the transposed copy in memory.
 
     Returns:
       float32, the labels of `wanted[group.index]`; zero for a label without queries.
     """
-    queries = whole(share, relevance.shape[0], group)
-    num_labels = relevance.shape[1]
-    by_label = relevance.T.tocsr().astype(np.float32)
-    counts = np.diff(by_label.indptr)
-    centroids = np.zeros((num_labels, queries.shape[1]), np.float32)
-    for start in range(0, num_labels, block):
-        rows = slice(start, min(start + block, num_labels))
-        centroids[rows] = by_label[rows] @ queries
-        centroids[rows] /= np.maximum(counts[rows, None], 1)
-    return centroids[wanted[group.index]]
+    counts = np.bincount(relevance.indices, minlength=relevance.shape[1])
+    by_label = relevance[share.ids].T.tocsr()
+    mine, width = wanted[group.index], share.values.shape[1]
+    centroids = np.empty((len(mine), width), np.float32)
+    step = max(1, _SUMS // (width * group.count))
+    # As many of each process's labels at a time, so that all send and get alike.
+    for start in range(0, max(map(len, wanted)), step):
+        at = slice(start, start + step)
+        sums = sum(group.exchange([_sums(by_label[labels[at]], share.values) for labels in wanted]))
+        centroids[at] = sums / _GRID / np.maximum(counts[mine[at]], 1)[:, None]
+    return centroids
+
+
+def _sums(
+    by_label: sparse.csr_matrix, queries: Float[np.ndarray, "n e"]
+) -> Float[np.ndarray, "l e"]:
+    """Of the queries of each label, in multiples of 1 / _GRID, float64."""
+    sums = np.zeros((by_label.shape[0], queries.shape[1]))
+    for start in range(0, by_label.nnz, _PAIRS):
+        stop = min(start + _PAIRS, by_label.nnz)
+        first = np.searchsorted(by_label.indptr, start, side="right") - 1
+        last = np.searchsorted(by_label.indptr, stop)
+        ends = np.clip(by_label.indptr[first : last + 1], start, stop) - start
+        rows, columns = np.unique(by_label.indices[start:stop], return_inverse=True)
+        pairs = sparse.csr_matrix(
+            (np.ones(stop - start), columns, ends), shape=(last - first, len(rows))
+        )
+        sums[first:last] += pairs @ np.rint(queries[rows] * np.float64(_GRID))
+    return sums

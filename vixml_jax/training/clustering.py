@@ -1,4 +1,4 @@
-"""Balanced clusters of embeddings, by recursive spherical 2-means: numpy alone."""
+"""Balanced clusters of embeddings, by recursive spherical 2-means, on all processes of a run."""
 
 import collections
 import os
@@ -7,27 +7,34 @@ from typing import NamedTuple
 
 import numpy as np
 import threadpoolctl
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from vixml_jax.errors import InputError
-from vixml_jax.processes import ALONE, Group, whole
+from vixml_jax.processes import ALONE, Group
 from vixml_jax.structs import Share
+from vixml_jax.training import halving
 
-_STARTS = 8  # Random starts of each split; the best after a few iterations goes on.
-_ROUGH_ITERATIONS = 8
-_MAX_ITERATIONS = 30
-_MIN_GAIN = 2e-5  # Mean similarity that an iteration must add to be followed by another.
-_SAMPLE = 4096  # Rows on which the starts of a large group are compared.
+_STEM = 1 << 16  # Groups of more rows than that are halved by all processes, the rest by one each.
 _SMALL = 256  # Up to so many rows, a group is split by its rows' similarities, many groups at once.
 _SIMILARITIES = 1 << 22  # As many as are held at a time.
 
 
-class _Group(NamedTuple):
+class _Rows(NamedTuple):
     """Rows that are to become `count` clusters, numbered from `first`."""
 
     ids: Int[np.ndarray, " m"]
     count: int
     first: int
+
+    def halves(self, rows: halving.Rows, seed: int) -> tuple["_Rows", "_Rows"]:
+        """The two groups that make up this one."""
+        size, count = halving.share_out(len(self.ids), self.count)
+        rng = np.random.default_rng((seed, self.first, self.count))
+        part = halving.bisect(rows, size, rng)
+        return (
+            _Rows(self.ids[part], count, self.first),
+            _Rows(self.ids[~part], self.count - count, self.first + count),
+        )
 
 
 def numbered_by_first_row(clusters: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
@@ -53,57 +60,38 @@ def balanced_clusters(
     become k of them is split in proportion ceil(k/2) : floor(k/2). Clusters near in number are
     near in the tree.
 
+    Rows stay where they are until a group has 65,536 at most: up to then a process gives the
+    products and sums of its rows, which are exact, so that nothing depends on who has which. Then
+    each process is brought some of the groups and divides them alone.
+
     Args:
       share: Vectors of any length that this process keeps; their directions are clustered. Zero
         rows and equal rows are allowed.
-      num_rows: Of all processes.
+      num_rows: Of all processes, 2^28 at most.
       num_clusters: From 1 to the number of rows.
-      seed: Same seed, same clusters.
-      group: The processes.
+      seed: Same seed, same clusters, whatever the number of processes.
+      group: The processes; each row is kept by one of them.
 
     Returns:
-      int32, from 0 to num_clusters - 1.
+      int32, from 0 to num_clusters - 1, the same on all processes.
 
     Raises:
       InputError: If there are fewer rows than clusters, or a row is not finite.
     """
-    x = np.asarray(whole(share, num_rows, group), np.float32)
-    num = len(x)
-    if not 1 <= num_clusters <= num:
+    if not 1 <= num_clusters <= num_rows:
         raise InputError(
-            f"{num_clusters} clusters asked of {num} vectors: expected from 1 to {num}"
+            f"{num_clusters} clusters asked of {num_rows} vectors: expected from 1 to {num_rows}"
         )
+    x = np.asarray(share.values, np.float32)
     lengths = np.sqrt(np.einsum("nd,nd->n", x, x))
     if not np.all(np.isfinite(lengths)):
         row = np.flatnonzero(~np.isfinite(lengths))[0]
         raise InputError(
-            f"vector {row} of {num} to cluster has length {lengths[row]}: expected finite numbers; "
-            "look for what made it so, a diverged run or a bad file"
+            f"vector {share.ids[row]} of {num_rows} to cluster has length {lengths[row]}: expected "
+            "finite numbers; look for what made it so, a diverged run or a bad file"
         )
     # The rows are never copied to be normalised: `inverse` goes wherever they go.
     inverse = 1.0 / np.maximum(lengths, 1e-12)
-
-    clusters = np.zeros(num, np.int32)
-    small: dict[tuple[int, int], list[_Group]] = {}
-
-    def split(group: _Group) -> tuple[_Group, _Group]:
-        ids, count, first = group
-        size, count_one = _shares(len(ids), count)
-        rng = np.random.default_rng((seed, first, count))
-        part = _bisect(x if len(ids) == num else x[ids], inverse[ids], size, rng)
-        return (
-            _Group(ids[part], count_one, first),
-            _Group(ids[~part], count - count_one, first + count_one),
-        )
-
-    def place(batch: list[_Group]) -> None:
-        ids = np.stack([group.ids for group in batch])  # [g, m]
-        firsts = np.array([group.first for group in batch])
-        rows = x[ids] * inverse[ids][:, :, None]
-        similarities = np.matmul(rows, rows.transpose(0, 2, 1))
-        rng = np.random.default_rng((seed, firsts[0], batch[0].count))
-        clusters[ids] = firsts[:, None] + _divide(similarities, batch[0].count, rng)
-
     # Our threads take groups, so those of BLAS would only be in the way: on a busy machine they
     # wait for each other at every product, and took ten times as long. It also makes the result
     # independent of the number of cores.
@@ -111,167 +99,106 @@ def balanced_clusters(
         threadpoolctl.threadpool_limits(1, user_api="blas"),
         futures.ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        groups = [_Group(np.arange(num), num_clusters, 0)]
-        while groups:
-            large = []
-            for group in groups:
-                if group.count == 1:
-                    clusters[group.ids] = group.first
-                elif len(group.ids) <= _SMALL:
-                    small.setdefault((len(group.ids), group.count), []).append(group)
-                else:
-                    large.append(group)
-            groups = [half for halves in pool.map(split, large) for half in halves]
-        batches = []
-        for (size, _), found in small.items():
-            step = max(1, _SIMILARITIES // size**2)
-            batches += [found[start : start + step] for start in range(0, len(found), step)]
-        collections.deque(pool.map(place, batches), maxlen=0)
+        root = _Rows(np.arange(num_rows), num_clusters, 0)
+        stems = _halve_together(root, Share(share.ids, x), inverse, seed, group, pool)
+        ids, x, inverse, stems = _bring(stems, Share(share.ids, x), inverse, group)
+        found = _divide_alone(stems, x, inverse, seed, pool)
+    clusters = np.empty(num_rows, np.int32)
+    for rows, numbers in zip(group.gather(ids), group.gather(found), strict=True):
+        clusters[rows] = numbers
     return clusters
 
 
-def _shares(num_rows: int, num_clusters: int) -> tuple[int, int]:
-    """Rows and clusters of the first part of a group, such that all clusters come out even."""
-    count = (num_clusters + 1) // 2
-    size, larger = divmod(num_rows, num_clusters)
-    larger_here = -(-larger * count // num_clusters)
-    return size * count + larger_here, count
+def _halve_together(
+    root: _Rows,
+    share: Share,
+    inverse: Float[np.ndarray, " n"],
+    seed: int,
+    group: Group,
+    pool: futures.Executor,
+) -> list[_Rows]:
+    """The groups that are small enough for one process, in the order of their clusters."""
+    num_rows = len(root.ids)
+    holders, place = np.zeros(num_rows, np.intp), np.zeros(num_rows, np.intp)
+    for process, ids in enumerate(group.gather(share.ids)):
+        holders[ids] = process
+    place[share.ids] = np.arange(len(share.ids))
+
+    def stems(rows: _Rows) -> list[_Rows]:
+        if rows.count == 1 or len(rows.ids) <= _STEM:
+            return [rows]
+        of = holders[rows.ids]
+        here = place[rows.ids[of == group.index]]
+        spread = halving.SpreadRows(share.values, inverse, here, of, group, pool)
+        return [stem for half in rows.halves(spread, seed) for stem in stems(half)]
+
+    return stems(root)
 
 
-def _bisect(
-    rows: Float[np.ndarray, "m d"],
-    inverse: Float[np.ndarray, " m"],
-    size: int,
-    rng: np.random.Generator,
-) -> Bool[np.ndarray, " m"]:
-    """Which `size` rows make the first part of a large group."""
-    num = len(rows)
-    few, few_inverse = rows, inverse
-    if num > _SAMPLE:
-        sample = np.sort(rng.choice(num, _SAMPLE, replace=False))
-        few, few_inverse = rows[sample], inverse[sample]
-    ends = np.stack([rng.choice(len(few), 2, replace=False) for _ in range(_STARTS)])
-    one, two = (few[end] * few_inverse[end][:, None] for end in ends.T)
-    _, directions, means = _improve(
-        few, few_inverse, round(len(few) * size / num), one - two, _ROUGH_ITERATIONS
+def _bring(
+    stems: list[_Rows], share: Share, inverse: Float[np.ndarray, " n"], group: Group
+) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, "m d"], Float[np.ndarray, " m"], list[_Rows]]:
+    """Ids, vectors and inverse lengths of the groups that fall to this process, and those groups,
+    their rows now counted here."""
+    if group.count == 1:
+        return share.ids, share.values, inverse, stems
+    owners = np.arange(len(stems)) * group.count // len(stems)
+    nobody = [np.zeros(0, np.intp)]
+
+    def ids_of(process: int) -> Int[np.ndarray, " m"]:
+        of = np.flatnonzero(owners == process)
+        return np.sort(np.concatenate(nobody + [stems[stem].ids for stem in of]))
+
+    places = [np.flatnonzero(np.isin(share.ids, ids_of(to))) for to in range(group.count)]
+    ids, x, inverse = (
+        np.concatenate(group.exchange([rows[at] for at in places]))
+        for rows in (share.ids, share.values, inverse)
     )
-    best = np.argmax(means)
-    part, _, _ = _improve(rows, inverse, size, directions[best : best + 1], _MAX_ITERATIONS)
-    return part[0]
+    order = np.argsort(ids)
+    ids, x, inverse = ids[order], x[order], inverse[order]
+    mine = [stem for stem, owner in zip(stems, owners, strict=True) if owner == group.index]
+    return ids, x, inverse, [stem._replace(ids=np.searchsorted(ids, stem.ids)) for stem in mine]
 
 
-def _improve(
-    rows: Float[np.ndarray, "m d"],
+def _divide_alone(
+    stems: list[_Rows],
+    x: Float[np.ndarray, "m d"],
     inverse: Float[np.ndarray, " m"],
-    size: int,
-    directions: Float[np.ndarray, "r d"],
-    max_iterations: int,
-) -> tuple[Bool[np.ndarray, "r m"], Float[np.ndarray, "r d"], Float[np.ndarray, " r"]]:
-    """Iterates 2-means from r starts side by side.
+    seed: int,
+    pool: futures.Executor,
+) -> Int[np.ndarray, " m"]:
+    """The clusters of rows that this process has all of."""
+    clusters = np.zeros(len(x), np.int32)
+    # Of one stem: which small groups meet must not depend on who else is here.
+    small: dict[tuple[int, int, int], list[_Rows]] = {}
 
-    All that a split takes of two centres is their difference, the direction.
+    def split(found: tuple[int, _Rows]) -> list[tuple[int, _Rows]]:
+        stem, rows = found
+        held = halving.HeldRows(x[rows.ids], inverse[rows.ids])
+        return [(stem, half) for half in rows.halves(held, seed)]
 
-    Returns:
-      The first part, the direction and the mean similarity of each start.
-    """
-    total = inverse @ rows
-    before = -np.inf
-    for _ in range(max_iterations):
-        part = _largest((directions @ rows.T) * inverse, size)
-        one = np.where(part, inverse, np.float32(0.0)) @ rows
-        two = total - one
-        one_length = np.linalg.norm(one, axis=1, keepdims=True)
-        two_length = np.linalg.norm(two, axis=1, keepdims=True)
-        directions = _over(one, one_length) - _over(two, two_length)
-        # The similarities of a part's rows to its centre add up to the length of their sum.
-        means = (one_length + two_length)[:, 0] / len(rows)
-        if np.max(means - before) < _MIN_GAIN:
-            break
-        before = means
-    return part, directions, means
+    def place(batch: list[_Rows]) -> None:
+        ids = np.stack([rows.ids for rows in batch])  # [g, m]
+        firsts = np.array([rows.first for rows in batch])
+        units = x[ids] * inverse[ids][:, :, None]
+        similarities = np.matmul(units, units.transpose(0, 2, 1))
+        rng = np.random.default_rng((seed, firsts[0], batch[0].count))
+        clusters[ids] = firsts[:, None] + halving.divide(similarities, batch[0].count, rng)
 
-
-def _divide(
-    similarities: Float[np.ndarray, "g m m"], num_clusters: int, rng: np.random.Generator
-) -> Int[np.ndarray, "g m"]:
-    """The clusters, from 0, of g groups of m rows each."""
-    num_groups, num_rows, _ = similarities.shape
-    clusters = np.zeros((num_groups, num_rows), np.int32)
-    if num_clusters == 1:
-        return clusters
-    size, count = _shares(num_rows, num_clusters)
-    part = _bisect_small(similarities, size, rng)
-    order = np.argsort(~part, axis=1, kind="stable")  # The first part's rows, then the second's.
-    one, two = order[:, :size], order[:, size:]
-    group = np.arange(num_groups)[:, None, None]
-    halves = [similarities[group, rows[:, :, None], rows[:, None, :]] for rows in (one, two)]
-    if 2 * size == num_rows and 2 * count == num_clusters:
-        in_one, in_two = np.split(_divide(np.concatenate(halves), count, rng), 2)
-    else:
-        in_one = _divide(halves[0], count, rng)
-        in_two = _divide(halves[1], num_clusters - count, rng)
-    np.put_along_axis(clusters, one, in_one, axis=1)
-    np.put_along_axis(clusters, two, in_two + count, axis=1)
+    groups = list(enumerate(stems))
+    while groups:
+        large = []
+        for stem, rows in groups:
+            if rows.count == 1:
+                clusters[rows.ids] = rows.first
+            elif len(rows.ids) <= _SMALL:
+                small.setdefault((stem, len(rows.ids), rows.count), []).append(rows)
+            else:
+                large.append((stem, rows))
+        groups = [half for halves in pool.map(split, large) for half in halves]
+    batches = []
+    for (_, size, _), found in small.items():
+        step = max(1, _SIMILARITIES // size**2)
+        batches += [found[start : start + step] for start in range(0, len(found), step)]
+    collections.deque(pool.map(place, batches), maxlen=0)
     return clusters
-
-
-def _bisect_small(
-    similarities: Float[np.ndarray, "g m m"], size: int, rng: np.random.Generator
-) -> Bool[np.ndarray, "g m"]:
-    """Which `size` rows make the first part of each group."""
-    num_groups, num_rows, _ = similarities.shape
-    group = np.arange(num_groups)[:, None]
-    one = rng.integers(num_rows, size=(num_groups, _STARTS))
-    two = (one + rng.integers(1, num_rows, size=one.shape)) % num_rows
-    scores = similarities[group, one] - similarities[group, two]  # [g, r, m]
-    _, scores, means = _improve_small(similarities, size, scores, _ROUGH_ITERATIONS)
-    best = np.argmax(means, axis=1)[:, None]
-    part, _, _ = _improve_small(similarities, size, scores[group, best], _MAX_ITERATIONS)
-    return part[:, 0]
-
-
-def _improve_small(
-    similarities: Float[np.ndarray, "g m m"],
-    size: int,
-    scores: Float[np.ndarray, "g r m"],
-    max_iterations: int,
-) -> tuple[Bool[np.ndarray, "g r m"], Float[np.ndarray, "g r m"], Float[np.ndarray, "g r"]]:
-    """`_improve` in terms of similarities alone; `scores` are those to the directions.
-
-    Iterates until the groups gain little on average.
-    """
-    total = np.sum(similarities, axis=2)[:, None]  # Of each row to the sum of all rows.
-    before = -np.inf
-    for _ in range(max_iterations):
-        part = _largest(scores, size)
-        to_one = np.matmul(part.astype(np.float32), similarities)
-        to_two = total - to_one
-        one_length = _length(to_one, part)
-        two_length = _length(to_two, ~part)
-        scores = _over(to_one, one_length) - _over(to_two, two_length)
-        means = (one_length + two_length)[:, :, 0] / part.shape[2]
-        if np.max(np.mean(means - before, axis=0)) < _MIN_GAIN:
-            break
-        before = means
-    return part, scores, means
-
-
-def _largest(scores: Float[np.ndarray, "... m"], size: int) -> Bool[np.ndarray, "... m"]:
-    part = np.zeros(scores.shape, bool)
-    first = np.argpartition(-scores, size - 1, axis=-1)[..., :size]
-    np.put_along_axis(part, first, True, axis=-1)
-    return part
-
-
-def _length(
-    to_sum: Float[np.ndarray, "g r m"], part: Bool[np.ndarray, "g r m"]
-) -> Float[np.ndarray, "g r 1"]:
-    """The length of the sum of a part's rows, from each row's similarity to that sum."""
-    square = np.sum(to_sum, axis=2, keepdims=True, where=part)
-    return np.sqrt(np.maximum(square, 0.0))
-
-
-def _over(
-    x: Float[np.ndarray, "... m"], length: Float[np.ndarray, "... 1"]
-) -> Float[np.ndarray, "... m"]:
-    return x / np.maximum(length, 1e-12)
