@@ -27,7 +27,7 @@ from vixml_jax.structs import Share
 _FAILED = "vixml_jax/failed"  # Key under which the first to fail says why.
 _GONE_S = 30  # A process not heard of for so long is taken for dead, and ends the others.
 _LISTEN_MS = 1000  # For word of a failure, at a time.
-_UNDER_WAY = 64 << 20  # Bytes that a process gets from the others at a time.
+_UNDER_WAY = 16 << 20  # Bytes that a process gets from the others at a time.
 _FAREWELL_S = 2.0  # What the others have to hear why, before the first process hangs up.
 
 

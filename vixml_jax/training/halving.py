@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vixml_jax.processes import ALONE, Group
+from vixml_jax.processes import Group
 
 _STARTS = 8  # Random starts of each split; the best after a few iterations goes on.
 _ROUGH_ITERATIONS = 8
@@ -27,11 +27,8 @@ class Rows(Protocol):
 
     num: int
 
-    def take(self, at: Int[np.ndarray, " k"]) -> "Rows":
-        """Some of them, on this process alone."""
-
-    def unit(self, at: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k d"]:
-        """Some of them at length one; of rows that this process has alone."""
+    def take(self, at: Int[np.ndarray, " k"]) -> "HeldRows":
+        """Some of them, on this process."""
 
     def scores(self, directions: Float[np.ndarray, "r d"]) -> Float[np.ndarray, "r m"]:
         """Products of the unit vectors with r others."""
@@ -41,7 +38,7 @@ class Rows(Protocol):
 
 
 class HeldRows:
-    """Rows that this process has alone, in float32: BLAS adds as it likes.
+    """Rows that this process has, in float32: BLAS adds as it likes.
 
     Args:
       x: The vectors, [m, d]. They are never copied to be normalised.
@@ -55,6 +52,7 @@ class HeldRows:
         return HeldRows(self._x[at], self._inverse[at])
 
     def unit(self, at: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k d"]:
+        """Some of them at length one."""
         return self._x[at] * self._inverse[at][:, None]
 
     def scores(self, directions: Float[np.ndarray, "r d"]) -> Float[np.ndarray, "r m"]:
@@ -106,15 +104,10 @@ class SpreadRows:
         found[self._order] = given
         return found
 
-    def take(self, at: Int[np.ndarray, " k"]) -> "SpreadRows":
+    def take(self, at: Int[np.ndarray, " k"]) -> HeldRows:
         here = self._here[np.cumsum(self._mine)[at[self._mine[at]]] - 1]
         some = SpreadRows(self._x, self._inverse, here, self._holders[at], self._group, self._pool)
-        x, inverse = some._from_all(self._x[here]), some._from_all(self._inverse[here])
-        alone = np.zeros(len(at), np.intp)
-        return SpreadRows(x, inverse, np.arange(len(at)), alone, ALONE, self._pool)
-
-    def unit(self, at: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k d"]:
-        return self._fixed(self._here[at]) / _GRID
+        return HeldRows(some._from_all(self._x[here]), some._from_all(self._inverse[here]))
 
     def _fixed(self, at: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k d"]:
         """Rows in multiples of 1 / _GRID."""
@@ -127,6 +120,9 @@ class SpreadRows:
         return [slice(start, start + step) for start in range(0, len(at), step)]
 
     def scores(self, directions: Float[np.ndarray, "r d"]) -> Float[np.ndarray, "r m"]:
+        # Those of the first process, should the last bits differ: not all processors are of a kind.
+        each = [len(directions)] * self._group.count
+        directions = self._group.gather(directions.astype(np.float64), each)[0]
         directions = np.rint(directions * _GRID).T / _GRID**2
 
         def score(block: slice) -> Float[np.ndarray, "k r"]:
@@ -153,9 +149,10 @@ class SpreadRows:
 
 def bisect(rows: Rows, size: int, rng: np.random.Generator) -> Bool[np.ndarray, " m"]:
     """Which `size` rows make the first part of a large group."""
-    few = rows
+    few = np.arange(rows.num)
     if rows.num > _SAMPLE:
-        few = rows.take(np.sort(rng.choice(rows.num, _SAMPLE, replace=False)))
+        few = np.sort(rng.choice(rows.num, _SAMPLE, replace=False))
+    few = rows.take(few)
     ends = np.stack([rng.choice(few.num, 2, replace=False) for _ in range(_STARTS)])
     one, two = (few.unit(end) for end in ends.T)
     few_size = round(few.num * size / rows.num)
