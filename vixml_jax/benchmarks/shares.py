@@ -4,8 +4,9 @@
 
 Processes share this machine's cores, so processor time is told, of the process that needs most:
 what it does of all the work falls with the number of processes, what each does of every row does
-not. A line W / P + S is laid through those of several processes (one exchanges nothing), and scaled from there to other sizes: W
-grows with rows, width and the depth of the tree, S with rows and the depth that is halved together.
+not. A line W / P + S is laid through those of several processes (one alone exchanges nothing), and
+scaled from there to other sizes: W grows with rows, width and the depth of the tree, S with rows
+and the depth that is halved together.
 """
 
 import json
