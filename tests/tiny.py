@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from vixml_jax import config as config_lib
-from vixml_jax import runs, sealed
+from vixml_jax import remote, runs, sealed
 from vixml_jax.data import preparation
 
 
@@ -91,7 +91,7 @@ def final_state(config):
     import orbax.checkpoint as ocp
 
     directory = os.path.join(config.workdir, runs.CHECKPOINTS)
-    newest = os.path.join(os.path.abspath(directory), str(sealed.steps(directory)[-1]))
+    newest = os.path.join(remote.absolute(directory), str(sealed.steps(directory)[-1]))
     found = {}
     for item in ("model", "training"):
         with ocp.PyTreeCheckpointer() as checkpointer:

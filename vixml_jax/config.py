@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 import re
 from typing import Any
 
 from absl import flags
+from etils import epath
 
 from vixml_jax.errors import InputError
 
@@ -421,11 +421,10 @@ def load(path: str) -> Config:
     Raises:
       InputError: If there is no such file or it is not a configuration of this version.
     """
-    if not os.path.exists(path):
+    if not epath.Path(path).exists():
         raise InputError(f"{path}: not found; expected a run directory that train wrote")
     try:
-        with open(path, encoding="utf-8") as file:
-            return from_dict(json.load(file))
+        return from_dict(json.loads(epath.Path(path).read_text()))
     except (json.JSONDecodeError, TypeError) as error:
         raise InputError(f"{path}: not a configuration of this version: {error}") from None
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from etils import epath
 from jaxtyping import Float
 from scipy import sparse
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, memory, processes, programs, runs
+from vixml_jax import errors, memory, processes, programs, remote, runs
 from vixml_jax.config import Config, EvalConfig
 from vixml_jax.data import propensity
 from vixml_jax.data.store import Items, PreparedDataset
@@ -200,7 +201,6 @@ def without_images(dataset: PreparedDataset, split: str) -> PreparedDataset:
 def write_results(workdir: str, name: str, results: dict[str, Any]) -> str:
     """Writes the contract's json, metrics at its top level; returns its path."""
     path = os.path.join(workdir, "evaluation", f"{name}.json")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     flat = {**results["metrics"], **{k: v for k, v in results.items() if k != "metrics"}}
     report.write_json(path, flat)
     return path
@@ -277,11 +277,17 @@ def main(argv: Sequence[str]) -> None:
     memory.keep_freed_pages()
     processes.start(values.coordinator, values.num_processes, values.process_index)
     group = processes.world()
+    if values.search == "scann" and not remote.is_local(values.workdir):
+        raise InputError(
+            f"--search=scann: an index is kept beside the run, and ScaNN writes no "
+            f"{values.workdir}: copy the run to this machine first"
+        )
     if values.search == "scann" and group.count > 1:
         raise InputError(
             "--search=scann: an index is built and searched by one process; leave out --coordinator"
         )
     programs.keep_in(values.compile_cache)
+    remote.check(values.workdir, "workdir")
     config = config_lib.load(os.path.join(values.workdir, runs.CONFIG))
     config = dataclasses.replace(
         config,
@@ -292,12 +298,12 @@ def main(argv: Sequence[str]) -> None:
     if values.memory_weight is not None:
         judged = dataclasses.replace(config.eval, memory_weight=values.memory_weight)
         config = dataclasses.replace(config, eval=judged)
-    dataset = runs.open_dataset(config)
+    dataset = runs.open_dataset(config, values.data_cache)
     mesh = runs.make_mesh(config)
     tower, layout = runs.read_tower(config.workdir)
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
     params, labels, step = runs.restore_model(config.workdir, model)
-    chosen = os.path.isdir(os.path.join(config.workdir, runs.BEST, str(step)))
+    chosen = (epath.Path(config.workdir) / runs.BEST / str(step)).is_dir()
     why = f", the best in {config.loop.choose_by} on valid" if chosen else ""
     print(f"{config.workdir}: checkpoint of step {step}{why}")
     show(
@@ -329,6 +335,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
     programs.define_flag()
+    remote.define_flag()
     processes.define_flags()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import errors, remote
 from vixml_jax.data import catalog, columns, download, images, preparation
 from vixml_jax.errors import InputError
 
@@ -41,6 +41,11 @@ def run(values: flags.FlagValues) -> None:
         if not values[name].value:
             raise InputError(f"--{name}: missing")
     settings = preparation.Settings(**_with_propensity(_told(preparation.Settings, values), values))
+    if not remote.is_local(values.out):
+        raise InputError(
+            f"--out={values.out}: expected a directory of this machine; copy it there afterwards: "
+            "gcloud storage cp -r"
+        )
     preparation.check(values.out, settings, overwrite=values.overwrite or values.dry_run)
     finder = None
     if values.images and not values.dry_run:

@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import processes, sealed, sharding, trees
+from vixml_jax import processes, remote, sealed, sharding, trees
 from vixml_jax.config import Config
-from vixml_jax.data import preparation
+from vixml_jax.data import preparation, store
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.encoding import Model
@@ -37,6 +38,9 @@ FAMILIES = {"encoder": BertConfig, "decoder": DecoderConfig}
 
 def write_text(path: str, text: str) -> None:
     """Writes a whole file or nothing."""
+    if not remote.is_local(path):  # Objects appear when they are whole.
+        epath.Path(path).write_text(text)
+        return
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(path + ".tmp", path)
@@ -62,7 +66,7 @@ def open_run(
         "content_hash": content_hash,
         "shares": sharding.num_shares(mesh),
     }
-    if os.path.exists(path):
+    if epath.Path(path).exists():
         found = config_lib.differences(config_lib.load(path), config)
         free = tuple(f"--{name}:" for name in FREE_FLAGS)
         changed = [line for line in found if not line.startswith(free)]
@@ -83,11 +87,11 @@ def open_run(
                 "this mesh divides no part: dropout is drawn differently from here on"
             )
         return shares
-    if os.path.isdir(os.path.join(config.workdir, CHECKPOINTS)):
+    if (epath.Path(config.workdir) / CHECKPOINTS).is_dir():
         raise InputError(
             f"{path}: not found, but there are checkpoints beside it; use another --workdir"
         )
-    os.makedirs(config.workdir, exist_ok=True)
+    epath.Path(config.workdir).mkdir(parents=True, exist_ok=True)
     write_text(os.path.join(config.workdir, TOWER), json.dumps(about, indent=2) + "\n")
     write_text(path, config.to_json())
     return about["shares"]
@@ -96,8 +100,7 @@ def open_run(
 def _read_tower(workdir: str) -> dict[str, Any]:
     path = os.path.join(workdir, TOWER)
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(epath.Path(path).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: {error}; expected a run directory that train wrote") from None
 
@@ -126,11 +129,25 @@ def read_tower(workdir: str) -> tuple[TowerConfig, Layout]:
     return FAMILIES[about["family"]](**tower), Layout(**layout)
 
 
-def open_dataset(config: Config) -> PreparedDataset:
-    """The prepared data of a run; the built-in data are prepared in the run directory first."""
+def open_dataset(config: Config, cache: str = remote.CACHE) -> PreparedDataset:
+    """The prepared data of a run; the built-in data are prepared in the run directory first.
+
+    Args:
+      config: Names them.
+      cache: Where copies of data from a store of objects are kept; for a run directory there, the
+        built-in data too.
+    """
+    remote.check(config.workdir, "workdir")
+    remote.check(config.data, "data")
+    if not remote.is_local(config.data):
+        content = store.read_info(config.data)["content_hash"]
+        name = f"{os.path.basename(config.data.rstrip('/'))}-{content}"
+        return PreparedDataset.open(remote.copied(config.data, name, cache))
     if config.data != "glyphs":
         return PreparedDataset.open(config.data)
     path = os.path.join(config.workdir, "data")
+    if not remote.is_local(path):
+        path = os.path.join(os.path.expanduser(cache), f"glyphs-{store.FORMAT}")
     if not os.path.exists(path):
         return preparation.prepare(
             preparation.read_source(preparation.GLYPHS),
@@ -190,7 +207,7 @@ def save_frozen(workdir: str, frozen: Any) -> None:
     where what is there is damaged."""
     import orbax.checkpoint as ocp
 
-    path = os.path.abspath(os.path.join(workdir, FROZEN, "0"))
+    path = remote.absolute(os.path.join(workdir, FROZEN, "0"))
     if not frozen or processes.first_says(sealed.damage(path) is None):
         return
     options = sealed.writer(os.path.dirname(path))
@@ -206,8 +223,8 @@ def find_model(workdir: str) -> tuple[str, int]:
     Raises:
       InputError: If there is no checkpoint that is whole, or the model chosen is not.
     """
-    directory, best = (os.path.abspath(os.path.join(workdir, d)) for d in (CHECKPOINTS, BEST))
-    if not os.path.isdir(directory):
+    directory, best = (remote.absolute(os.path.join(workdir, d)) for d in (CHECKPOINTS, BEST))
+    if not epath.Path(directory).is_dir():
         raise InputError(f"{directory}: not found; expected a run directory that train wrote")
     step, damaged = sealed.newest_whole(directory)
     listed = "; ".join(f"the checkpoint of step {n} is damaged ({damaged[n]})" for n in damaged)
@@ -218,7 +235,7 @@ def find_model(workdir: str) -> tuple[str, int]:
     chosen = sealed.read(os.path.join(directory, str(step)), position=None)["position"]["best_step"]
     if chosen is None:
         return directory, step
-    if not os.path.isdir(os.path.join(best, str(chosen))):
+    if not (epath.Path(best) / str(chosen)).is_dir():
         raise InputError(f"{best}: lacks step {chosen}, which training chose")
     said = sealed.damage(os.path.join(best, str(chosen)))
     if said:
@@ -243,7 +260,7 @@ def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
     if frozen:
         dtype = config_lib.load(os.path.join(workdir, CONFIG)).lora.base_dtype
         kept = sharding.stored_tree(as_frozen(frozen, dtype), model.mesh)
-        path = os.path.abspath(os.path.join(workdir, FROZEN))
+        path = remote.absolute(os.path.join(workdir, FROZEN))
         said = sealed.damage(os.path.join(path, "0"))
         if said:
             raise InputError(f"{path}: damaged ({said}); train writes it again when it is started")

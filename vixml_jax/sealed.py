@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from vixml_jax import processes
+from vixml_jax import processes, remote
 
 NAME = "digests.json"
 COMMITTED = "commit_success.txt"
@@ -33,7 +33,7 @@ def seal(directory: str) -> None:
         found = dict(zip(files, digests, strict=True))
     path = epath.Path(directory) / NAME
     path.write_text(json.dumps({"files": found, "check": _check(found)}, indent=0) + "\n")
-    if is_local(directory):
+    if remote.is_local(directory):
         _keep(os.fspath(path))
         for folder in {os.path.dirname(name) for name in files} | {""}:
             _keep(os.path.join(directory, folder))
@@ -72,7 +72,7 @@ def steps(directory: str) -> list[int]:
         return []
     found = [path for path in root.iterdir() if path.name.isdigit() and path.is_dir()]
     # In a store of objects nothing is renamed: what is there may be under way.
-    done = [path for path in found if is_local(directory) or (path / COMMITTED).exists()]
+    done = [path for path in found if remote.is_local(directory) or (path / COMMITTED).exists()]
     return sorted(int(path.name) for path in done)
 
 
@@ -122,7 +122,7 @@ def writer(directory: str) -> Any:
         # Process 0 comes here when the files of all are written, before the directory gets its
         # name (on a disk) or the file that says that it is complete (in a store of objects).
         for path in epath.Path(directory).iterdir():
-            if is_local(directory):
+            if remote.is_local(directory):
                 is_new = ocp.utils.TMP_DIR_SUFFIX in path.name
             else:
                 is_new = path.is_dir() and not (path / COMMITTED).exists()
@@ -156,7 +156,7 @@ def _digest(directory: str, name: str, keep: bool) -> tuple[int, str]:
       keep: Whether the disk shall have it for good before this returns.
     """
     path = epath.Path(directory) / name
-    if not is_local(directory):
+    if not remote.is_local(directory):
         return path.stat().length, ""
     check = 0
     with open(path, "rb") as file:
@@ -170,11 +170,6 @@ def _digest(directory: str, name: str, keep: bool) -> tuple[int, str]:
 
 def _check(files: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(files).encode()):08x}"
-
-
-def is_local(directory: str) -> bool:
-    """Whether a directory is on a file system, not in a store of objects."""
-    return "://" not in os.fspath(directory)
 
 
 def _keep(path: str) -> None:

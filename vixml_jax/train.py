@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
 from vixml_jax import devices as device_kinds
-from vixml_jax import errors, evaluate, memory, processes, programs, runs, sharding, trees
+from vixml_jax import errors, evaluate, memory, processes, programs, remote, runs, sharding, trees
 from vixml_jax.config import Config
 from vixml_jax.data import tokenize
 from vixml_jax.data.packing import Layout
@@ -258,7 +258,9 @@ def say_start(parts: Parts, sizes: plan_lib.DataSizes) -> None:
     print(plan_lib.array_table(parts.like))
 
 
-def plan(config: Config, *, devices: str = "", sizes: str = "") -> None:
+def plan(
+    config: Config, *, devices: str = "", sizes: str = "", data_cache: str = remote.CACHE
+) -> None:
     """Prints what a run takes of a device, and stops: nothing is allocated, read or written of it.
 
     Of a pretrained tower the configuration is enough.
@@ -274,7 +276,7 @@ def plan(config: Config, *, devices: str = "", sizes: str = "") -> None:
     """
     mesh = runs.make_mesh(config, plan_lib.slice_of(devices) if devices else None)
     with tempfile.TemporaryDirectory() as scratch:  # Where the built-in data go.
-        dataset = runs.open_dataset(dataclasses.replace(config, workdir=scratch))
+        dataset = runs.open_dataset(dataclasses.replace(config, workdir=scratch), data_cache)
         check_choice(config, dataset, min(config.eval.k, dataset.num_labels))
         tower, layout = make_tower(config, dataset)
         found = plan_lib.DataSizes.parse(sizes, sizes_of(dataset))
@@ -308,7 +310,11 @@ def plan(config: Config, *, devices: str = "", sizes: str = "") -> None:
 
 
 def train(
-    config: Config, stop: Stop | None = None, *, profile: tuple[int, int] | None = None
+    config: Config,
+    stop: Stop | None = None,
+    *,
+    profile: tuple[int, int] | None = None,
+    data_cache: str = remote.CACHE,
 ) -> None:
     """Trains as the flags say, from where the run directory stands, and evaluates.
 
@@ -318,10 +324,11 @@ def train(
       config: All that makes the run what it is.
       stop: Through which signals end the run; None: there are none to heed.
       profile: Steps to be profiled, as `watch.Profiler` takes them.
+      data_cache: Where data from a store of objects are copied to.
     """
     group = processes.world()
     with processes.first_alone("data"):
-        dataset = runs.open_dataset(config)
+        dataset = runs.open_dataset(config, data_cache)
     k = min(config.eval.k, dataset.num_labels)
     check_choice(config, dataset, k)
     mesh = runs.make_mesh(config)
@@ -429,7 +436,7 @@ def train(
     if split == "valid":
         print(f"to judge on test: python -m vixml_jax.evaluate --workdir={config.workdir}")
     print(
-        f"run: {os.path.abspath(config.workdir)} (config.json, checkpoints/, metrics.jsonl, "
+        f"run: {remote.absolute(config.workdir)} (config.json, checkpoints/, metrics.jsonl, "
         "tensorboard/, evaluation/)"
     )
 
@@ -446,16 +453,22 @@ def main(argv: Sequence[str]) -> None:
     # A program for devices that are not here can be written there, but not be read again.
     programs.keep_in("" if values.plan_devices else values.compile_cache)
     if values.plan:
-        plan(config, devices=values.plan_devices, sizes=values.plan_size)
+        plan(
+            config,
+            devices=values.plan_devices,
+            sizes=values.plan_size,
+            data_cache=values.data_cache,
+        )
     else:
         with Stop().caught() as stop:
-            train(config, stop, profile=profile)
+            train(config, stop, profile=profile, data_cache=values.data_cache)
 
 
 def define_flags() -> None:
     """The flags of a run, and those that may differ each time it is started."""
     config_lib.define_flags()
     programs.define_flag()
+    remote.define_flag()
     processes.define_flags()
     flags.DEFINE_string(
         "profile_steps",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float32, Int, Shaped, UInt8
 from scipy import sparse
 
@@ -230,8 +231,7 @@ def read_info(path: str) -> dict[str, Any]:
     """
     file_name = os.path.join(path, INFO)
     try:
-        with open(file_name, encoding="utf-8") as file:
-            info = json.load(file)
+        info = json.loads(epath.Path(file_name).read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{file_name}: not found; expected a directory that python -m vixml_jax.prepare wrote"

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from vixml_jax import errors, processes, sealed
+from vixml_jax import errors, processes, remote, sealed
 from vixml_jax.errors import InputError
 from vixml_jax.structs import LabelState, TrainState
 
@@ -53,12 +53,12 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        self._directory = _absolute(directory)
+        self._directory = remote.absolute(directory)
         self._keep, self._every, self._minutes = keep, every, minutes
         _put_back(self._directory)
         _move_damaged(self._directory)
         self._manager = self._open(self._directory, ("model", "training", "position"), keep)
-        self._best_directory = best and _absolute(best)
+        self._best_directory = best and remote.absolute(best)
         self._best = best and self._open(self._best_directory, ("model",), None)
         self._due, self._saved_at = False, time.monotonic()
         self._under_way: tuple[int, int] | None = None  # Step and bytes.
@@ -94,7 +94,7 @@ class Checkpoints:
         told = f"checkpoints: up to {_amount(size)} each, {count} at a time"
         if self._best:
             told += f", and the best model, up to {_amount(model)}, twice"
-        if not sealed.is_local(self._directory) or jax.process_index():
+        if not remote.is_local(self._directory) or jax.process_index():
             return told
         free = shutil.disk_usage(self._directory).free
         held = _bytes_in(self._directory) + (_bytes_in(self._best_directory) if self._best else 0)
@@ -267,7 +267,7 @@ class Checkpoints:
             if said is None:
                 raise
             directories = [d for d in (self._directory, self._best_directory) if d]
-            free = [shutil.disk_usage(d).free for d in directories if sealed.is_local(d)]
+            free = [shutil.disk_usage(d).free for d in directories if remote.is_local(d)]
             if jax.process_index() == 0:
                 for path in (p for d in directories for p in epath.Path(d).iterdir()):
                     if not path.name.isdigit():
@@ -291,10 +291,6 @@ def nbytes(tree: Any) -> int:
 
 def _amount(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
-
-
-def _absolute(directory: str) -> str:
-    return os.path.abspath(directory) if sealed.is_local(directory) else directory
 
 
 def _bytes_in(directory: str) -> int:

@@ -13,7 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from vixml_jax import remote
 from vixml_jax.training.watch import Profiler, Watch
+
+METRICS = "metrics.jsonl"
 
 
 class Telemetry:
@@ -46,7 +49,9 @@ class Telemetry:
     ):
         import tqdm
 
-        self.path = os.path.join(workdir, "metrics.jsonl")
+        self._mirror = remote.Mirror(workdir, [METRICS])
+        workdir = self._mirror.here
+        self.path = os.path.join(workdir, METRICS)
         self.watch = Watch(peak_flops=peak_flops)
         self.profiler = Profiler(profile, os.path.join(workdir, "profile"), self.say)
         self._file = self._board = None
@@ -79,6 +84,7 @@ class Telemetry:
             if watched["data_share"] > 0.02:
                 shown += f", {100 * watched['data_share']:.0f} % waiting for data"
         self._bar.set_postfix_str(shown, refresh=False)
+        self._mirror.copy()
 
     def write(self, step: int, values: Mapping[str, float], **more: Any) -> None:
         """Writes values without touching the bar."""
@@ -100,6 +106,7 @@ class Telemetry:
         if self._file:
             self._board.close()
             self._file.close()
+        self._mirror.close()
 
 
 class _Board:
