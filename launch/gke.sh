@@ -7,7 +7,7 @@
 # --dry_run  prints what would be applied and the commands, and runs none.
 # --delete   deletes the JobSet, and does nothing else.
 #
-# The image has the project installed ('.[tpu]') and its experiments in the working directory.
+# The image has the project installed ('.[tpu,gcs]') and its experiments in the working directory.
 set -euo pipefail
 # ---- What to change -----------------------------------------------------------------------------
 : "${NAME:=vixml-jax}"

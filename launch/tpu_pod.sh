@@ -66,7 +66,7 @@ install() {
   archive=$(mktemp -d)/source.tar.gz
   run git -C "$HERE/.." archive --format=tar.gz -o "$archive" HEAD
   tpu scp "$archive" "$NAME:source.tar.gz" "${WHERE[@]:1}" --worker=all
-  on all "mkdir -p $DIRECTORY && tar -xzf source.tar.gz -C $DIRECTORY && cd $DIRECTORY && { [ -d .venv ] || $PYTHON -m venv .venv; } && .venv/bin/pip install -q '.[tpu]' -f https://storage.googleapis.com/jax-releases/libtpu_releases.html"
+  on all "mkdir -p $DIRECTORY && tar -xzf source.tar.gz -C $DIRECTORY && cd $DIRECTORY && { [ -d .venv ] || $PYTHON -m venv .venv; } && .venv/bin/pip install -q '.[tpu,gcs]' -f https://storage.googleapis.com/jax-releases/libtpu_releases.html"
 }
 
 begin() { # On all hosts, in the background, so that a lost connection loses nothing.

@@ -1,7 +1,7 @@
 """A store of objects that answers as Google Cloud Storage does, in this process's memory.
 
 As much of https://cloud.google.com/storage/docs/json_api as gcsfs and tensorstore ask for: objects
-with generations, preconditions, ranges, listings by folder, copies, and uploads in one piece or in several.
+with generations, preconditions, ranges, listings by folder, copies, and uploads whole or in pieces.
 """
 
 import base64
