@@ -135,6 +135,16 @@ def test_a_mirror_copies_what_changed(store):
     again.close()
 
 
+def test_a_mirror_leaves_what_it_did_not_change(store):
+    """Of several processes one writes; the others have older copies."""
+    file = epath.Path(f"{store}/older/curve")
+    file.write_text("one\n")
+    idle = remote.Mirror(f"{store}/older", ["curve"])
+    file.write_text("one\ntwo\n")
+    idle.close()
+    assert file.read_text() == "one\ntwo\n"
+
+
 def test_a_local_directory_is_its_own_mirror(tmp_path):
     mirror = remote.Mirror(str(tmp_path), ["curve"])
     assert mirror.here == str(tmp_path)

@@ -129,6 +129,11 @@ def _alone(lock: str) -> Iterator[None]:
         yield
 
 
+def _about(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
 class Mirror:
     """A directory that files are appended to: a store has no such files, so they are written on
     this machine and copied there, in the background once a minute, and when all is done.
@@ -150,11 +155,11 @@ class Mirror:
             return
         self._scratch = tempfile.TemporaryDirectory(prefix="vixml_jax-")
         self.here = self._scratch.name
+        self._known: dict[str, tuple[int, int]] = {}  # Size and time of what is there.
         for name in names:
             if (self._there / name).exists():
-                with open(os.path.join(self.here, name), "wb") as file:
-                    file.write((self._there / name).read_bytes())
-        self._known: dict[str, tuple[int, int]] = {}
+                _download(os.fspath(self._there), name, self.here)
+                self._known[name] = _about(os.path.join(self.here, name))
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._under_way: concurrent.futures.Future | None = None
 
@@ -182,8 +187,7 @@ class Mirror:
             for name in names:
                 path = os.path.join(folder, name)
                 file = os.path.relpath(path, self.here)
-                about = os.stat(path)
-                seen = about.st_size, about.st_mtime_ns
+                seen = _about(path)
                 if self._known.get(file) != seen:
                     to = self._there / file
                     to.parent.mkdir(parents=True, exist_ok=True)

@@ -50,10 +50,10 @@ class Telemetry:
         import tqdm
 
         self._mirror = remote.Mirror(workdir, [METRICS])
-        workdir = self._mirror.here
+        shown, workdir = os.path.join(workdir, "profile"), self._mirror.here
         self.path = os.path.join(workdir, METRICS)
         self.watch = Watch(peak_flops=peak_flops)
-        self.profiler = Profiler(profile, os.path.join(workdir, "profile"), self.say)
+        self.profiler = Profiler(profile, os.path.join(workdir, "profile"), self.say, shown)
         self._file = self._board = None
         if jax.process_index() == 0:
             _keep_until(self.path, step)

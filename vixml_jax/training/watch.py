@@ -143,11 +143,18 @@ class Profiler:
         their epoch; None: none.
       directory: Where to.
       say: Shows a line to the user.
+      shown: Where the user will find it, if not there.
     """
 
-    def __init__(self, window: tuple[int, int] | None, directory: str, say: Callable[[str], None]):
+    def __init__(
+        self,
+        window: tuple[int, int] | None,
+        directory: str,
+        say: Callable[[str], None],
+        shown: str = "",
+    ):
         self._window = window if jax.process_index() == 0 else None
-        self._directory, self._say = directory, say
+        self._directory, self._say, self._shown = directory, say, shown or directory
         self._first: int | None = None  # Of the trace under way.
         self._step = 0
 
@@ -181,8 +188,8 @@ class Profiler:
             return
         jax.profiler.stop_trace()
         self._say(
-            f"profile of steps {self._first} to {self._step}: {self._directory}; to look at it: "
-            f"pip install xprof && xprof --logdir={self._directory}; or open its "
+            f"profile of steps {self._first} to {self._step}: {self._shown}; to look at it: "
+            f"pip install xprof && xprof --logdir={self._shown}; or open its "
             "perfetto_trace.json.gz at https://ui.perfetto.dev"
         )
         self._first = self._window = None
