@@ -90,7 +90,7 @@ def choosing(config, **changes):
     return dataclasses.replace(config, loop=dataclasses.replace(config.loop, **changes))
 
 
-def open_sealed(config, cache):
+def open_sealed(config, *_):
     dataset = PreparedDataset.open(config.data)
     return Sealed(**{f.name: getattr(dataset, f.name) for f in dataclasses.fields(dataset)})
 
