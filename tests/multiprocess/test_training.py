@@ -36,11 +36,11 @@ def trained(data, workdir, *, num_processes, devices):
 
 @pytest.fixture(scope="module")
 def one_process(data, tmp_path_factory):
-    return trained(data, tmp_path_factory.mktemp("one") / "run", num_processes=1, devices=4)[0]
+    return trained(data, tmp_path_factory.mktemp("one") / "run", num_processes=1, devices=8)[0]
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+    ("num_processes", "devices"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)]
 )
 def test_several_processes_train_the_same_run(data, one_process, tmp_path, num_processes, devices):
     config, done = trained(data, tmp_path / "run", num_processes=num_processes, devices=devices)
@@ -63,6 +63,6 @@ def test_several_processes_train_the_same_run(data, one_process, tmp_path, num_p
     # Killed, and gone on with by other processes: from an epoch before the last, by one alone.
     newest = sealed.steps(os.path.join(config.workdir, runs.CHECKPOINTS))[-1]
     shutil.rmtree(os.path.join(config.workdir, runs.CHECKPOINTS, str(newest)))
-    _, done = trained(data, tmp_path / "run", num_processes=1, devices=4)
+    _, done = trained(data, tmp_path / "run", num_processes=1, devices=8)
     assert "resumed at step" in done[0][1]
     assert_same_state(final_state(one_process), final_state(config), **tolerance)
