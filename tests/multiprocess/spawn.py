@@ -2,11 +2,11 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 
 from vixml_jax import config as config_lib
+from vixml_jax.benchmarks import workers
 
 
 def flags_of(config):
@@ -27,30 +27,20 @@ def flags_of(config):
 def start(module, arguments, *, num_processes, devices):
     """Processes of `python -m module`, or of a file, that have `devices` each; one does without a
     coordinator."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
     program = [module] if module.endswith(".py") else ["-m", module]
-    children = []
-    for index in range(num_processes):
-        together = [
-            f"--coordinator=localhost:{port}",
-            f"--num_processes={num_processes}",
-            f"--process_index={index}",
-        ]
-        children.append(
-            subprocess.Popen(
-                [sys.executable, *program, *arguments, *(together if num_processes > 1 else [])],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={
-                    **os.environ,
-                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                },
-            )
+    return [
+        subprocess.Popen(
+            [sys.executable, *program, *arguments, *together],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            },
         )
-    return children
+        for together in workers.together(num_processes)
+    ]
 
 
 def finish(children, timeout=240):

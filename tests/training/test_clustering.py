@@ -199,7 +199,7 @@ def test_any_number_of_processes_finds_the_same(count, kept, monkeypatch):
     num, rng = 6000, np.random.default_rng()
     x = topics(num, 16, 300, 0.8, seed=int(rng.integers(1 << 30)))
     x[::50] = x[0]
-    monkeypatch.setattr(clustering, "_STEM", 900)
+    monkeypatch.setattr(clustering, "STEM", 900)
     monkeypatch.setattr(halving, "_SAMPLE", 500)
     monkeypatch.setattr(halving, "_BLOCK", 16 * 700)
     expected = balanced_clusters(x, 350, seed=5)

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,11 +25,11 @@ from jaxtyping import Float
 from scipy import optimize, sparse
 
 from vixml_jax import errors, memory, processes
+from vixml_jax.benchmarks import workers
 from vixml_jax.labels.centroids import exact_centroids
 from vixml_jax.structs import Share
-from vixml_jax.training.clustering import balanced_clusters
+from vixml_jax.training.clustering import STEM, balanced_clusters
 
-_STEM = 1 << 16  # Rows of a group that one process divides alone.
 _BLOCK = 4096  # Rows made at a time, by seed: each process makes its own.
 
 
@@ -98,24 +97,15 @@ def work() -> None:
 
 def measure(count: int, scratch: str) -> dict[str, float]:
     """The most that any of `count` processes needed of each thing."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
     command = [sys.executable, "-m", "vixml_jax.benchmarks.shares", *sys.argv[1:]]
-    children = []
-    for index in range(count):
-        together = [
-            f"--coordinator=localhost:{port}",
-            f"--num_processes={count}",
-            f"--process_index={index}",
-        ]
-        children.append(
-            subprocess.Popen(
-                [*command, f"--out={scratch}", *(together if count > 1 else [])],
-                env={**os.environ, "JAX_PLATFORMS": "cpu"},
-                stdout=subprocess.DEVNULL,
-            )
+    children = [
+        subprocess.Popen(
+            [*command, f"--out={scratch}", *together],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.DEVNULL,
         )
+        for together in workers.together(count)
+    ]
     if any([child.wait() for child in children]):
         raise RuntimeError(f"one of {count} processes failed")
     said = []
@@ -157,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
         )
     grown, spread = values.to_n / values.n, values.to_processes * values.to_cores
     depth = math.log2(values.to_n / values.leaf) / math.log2(values.n / values.leaf)
-    together = math.log2(max(2, values.to_n / _STEM)) / math.log2(max(2, values.n / _STEM))
+    together = math.log2(max(2, values.to_n / STEM)) / math.log2(max(2, values.n / STEM))
     for what, by_depth, own_by_depth in (("clusters", depth, together), ("centroids", 1, 1)):
         several = [(count, one) for count, one in zip(counts, said, strict=True) if count > 1]
         shared, own = fit([count for count, _ in several], [one[f"{what}_s"] for _, one in several])

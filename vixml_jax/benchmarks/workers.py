@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -56,6 +57,19 @@ class Worker:
             if line.startswith("{"):
                 return json.loads(line)
         raise RuntimeError(f"a benchmark's program ended with status {self._process.wait()}")
+
+
+def together(count: int) -> list[list[str]]:
+    """The flags by which each of `count` processes here finds the others; one alone needs none."""
+    if count == 1:
+        return [[]]
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    return [
+        [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_index={index}"]
+        for index in range(count)
+    ]
 
 
 def serve(prepare: Callable[[list[str], dict[str, Any]], dict[str, Prepared]]) -> bool:

@@ -14,7 +14,7 @@ from vixml_jax.processes import ALONE, Group
 from vixml_jax.structs import Share
 from vixml_jax.training import halving
 
-_STEM = 1 << 16  # Groups of more rows than that are halved by all processes, the rest by one each.
+STEM = 1 << 16  # Groups of more rows than that are halved by all processes, the rest by one each.
 _SMALL = 256  # Up to so many rows, a group is split by its rows' similarities, many groups at once.
 _SIMILARITIES = 1 << 22  # As many as are held at a time.
 
@@ -125,7 +125,7 @@ def _halve_together(
     place[share.ids] = np.arange(len(share.ids))
 
     def stems(rows: _Rows) -> list[_Rows]:
-        if rows.count == 1 or len(rows.ids) <= _STEM:
+        if rows.count == 1 or len(rows.ids) <= STEM:
             return [rows]
         of = holders[rows.ids]
         here = place[rows.ids[of == group.index]]
