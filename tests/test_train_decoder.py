@@ -10,7 +10,7 @@ import pytest
 from tiny import assert_same_state, configuration, final_state, make_data, make_qwen
 
 from vixml_jax import config as config_lib
-from vixml_jax import evaluate, runs, train, trees
+from vixml_jax import evaluate, retrieval, runs, train, trees
 from vixml_jax.config import LoraConfig, PromptConfig
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
@@ -127,7 +127,16 @@ def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
         config, *runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
     )
     params, labels, _ = runs.restore_model(config.workdir, model)
-    evaluate.show(config, model, params, labels, dataset, split="test", search="exact")
+    evaluate.show(
+        config,
+        model,
+        params,
+        labels,
+        dataset,
+        split="test",
+        search="exact",
+        mixing=retrieval.as_trained(config.eval),
+    )
     with open(path) as file:
         again = json.load(file)
     assert again["with_memory"] == trained["with_memory"] != again["P@1"]

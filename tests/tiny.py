@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -84,6 +86,14 @@ def configuration(data, workdir, **changes):
         }
     )
     return dataclasses.replace(made, **changes)
+
+
+def door(name, *arguments, status=0):
+    """What a door prints, where it must leave with this status; on standard error if not 0."""
+    command = [sys.executable, "-m", f"vixml_jax.{name}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done.stderr if status else done.stdout
 
 
 def final_state(config):

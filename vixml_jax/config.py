@@ -240,6 +240,11 @@ class EvalConfig:
     memory_temperature: float = _flag(
         0.05, "What scores are divided by before labels and memory share.", lower_bound=1e-4
     )
+    memory_joint: bool = _flag(
+        False,
+        "Labels and training queries are searched as one set, of which the best count, as many as "
+        "there would be labels; off: each by itself.",
+    )
     vote: bool = _flag(False, "Set the learning-free nearest-neighbour vote beside the result.")
 
 

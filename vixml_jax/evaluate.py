@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import sparse
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, memory, processes, programs, remote, runs
-from vixml_jax.config import Config, EvalConfig
+from vixml_jax import errors, memory, processes, programs, remote, retrieval, runs
+from vixml_jax.config import Config
 from vixml_jax.data import propensity
 from vixml_jax.data.store import Items, PreparedDataset
 from vixml_jax.encoding import Model
@@ -25,9 +25,13 @@ from vixml_jax.evaluation import report, vote
 from vixml_jax.processes import Group
 from vixml_jax.search import augmented
 from vixml_jax.search import index as index_lib
+from vixml_jax.search.augmented import Mixing
 from vixml_jax.search.exact import ExactIndex
+from vixml_jax.search.index import Index
 from vixml_jax.search.scann import ScannIndex
 from vixml_jax.structs import LabelState, SearchResult
+
+TUNED_ON = 5000  # Validation queries at most.
 
 
 def inverse_propensity(dataset: PreparedDataset) -> Float[np.ndarray, " l"]:
@@ -38,9 +42,25 @@ def inverse_propensity(dataset: PreparedDataset) -> Float[np.ndarray, " l"]:
     )
 
 
-def measure(result: SearchResult, dataset: PreparedDataset, split: str, k: int) -> dict[str, float]:
-    """The metrics of search results, filter pairs taken out."""
+def measure(
+    result: SearchResult,
+    dataset: PreparedDataset,
+    split: str,
+    k: int,
+    rows: Int[np.ndarray, " r"] | None = None,
+) -> dict[str, float]:
+    """The metrics of search results, filter pairs taken out.
+
+    Args:
+      result: Of the queries of a split.
+      dataset: Which has it.
+      split: 'test', 'valid' or 'train'.
+      k: Labels kept of each query.
+      rows: Which of its queries these are, ascending; None: all.
+    """
     _, relevance, pairs = dataset.split(split)
+    if rows is not None:
+        relevance, pairs = relevance[rows], index_lib.pairs_of(pairs, rows)
     kept = index_lib.drop_filtered(result, pairs, k)
     return metrics_lib.compute_metrics(
         kept.ids, relevance, inverse_propensity(dataset), recall_ks=_recall_ks(k)
@@ -67,7 +87,8 @@ def evaluate_model(
     search: str = "exact",
     k: int,
     block: int,
-    memory: EvalConfig | None = None,
+    mixing: Mixing | None = None,
+    tune: Sequence[str] = (),
     index_dir: str | None = None,
     titles: bool = True,
     group: Group = processes.ALONE,
@@ -81,9 +102,10 @@ def evaluate_model(
       search: 'exact' or 'scann'.
       k: Labels kept of each query after filtering.
       block: Items encoded at a time.
-      memory: Its `memory_...` flags, where the labels of near training queries shall count; the
-        metrics with them stand under `with_memory`.
-      index_dir: Where a ScaNN index is kept; needed for 'scann'.
+      mixing: How the labels of near training queries shall count; the metrics with them stand under
+        `with_memory`. None: they do not.
+      tune: Metrics whose mean on the validation split chooses another mixing first; none: it stays.
+      index_dir: Where ScaNN indexes are kept; needed for 'scann'.
       titles: Whether to show progress.
       group: The processes of the model's mesh.
     """
@@ -108,31 +130,44 @@ def evaluate_model(
     fetched = min(k + index_lib.over_fetch(pairs), dataset.num_labels)
     exact = ExactIndex(label_vectors, num_labels=dataset.num_labels, mesh=model.mesh)
     settings: dict[str, Any] = {"kind": search, "k": k, "fetched": fetched}
+    index: Index = exact
     if search == "scann":
-        index = open_scann(label_vectors.values, index_dir)
+        index = open_scann(label_vectors.values, os.path.join(index_dir, "labels"))
         lap("build_index")
-        result = index.search(query_vectors, fetched)
-        lap("search")
+    result = index.search(query_vectors, fetched)
+    lap("search")
+    settings[f"recall@{k}"] = 1.0
+    if search == "scann":
         settings |= index.settings
         sample = np.random.default_rng(0).permutation(len(query_vectors))[:1000]
         truth = exact.search(query_vectors[sample], k)
         found = SearchResult(result.scores[sample], result.ids[sample])
         settings[f"recall@{k}"] = float(index_lib.recall_against(truth, found, min(k, fetched)))
         lap("recall")
-    else:
-        result = exact.search(query_vectors, fetched)
-        lap("search")
-        settings[f"recall@{k}"] = 1.0
     results = measure(result, dataset, split, k)
     lap("metrics")
     remembered = {}
-    if memory is not None:
+    if mixing is not None or tune:
         vectors = query_vectors if split == "train" else encode(dataset.train, "training queries")
-        mixed = with_memory(
-            result, query_vectors, vectors, dataset, memory, model, split == "train"
-        )
-        remembered = {"with_memory": measure(mixed, dataset, split, k)}
+        memory: Index = ExactIndex(vectors, mesh=model.mesh)
+        if search == "scann":
+            memory = open_scann(vectors, os.path.join(index_dir, "memory"))
         lap("memory")
+        if tune:
+            vectors = encode(dataset.valid, "valid queries")
+            mixing, remembered["tuning"] = tune_mixing(
+                index, memory, vectors, dataset, tune, k, titles
+            )
+            lap("tuning")
+        few = max(mixing.k, result.ids.shape[1])
+        itself = np.arange(len(query_vectors)) if split == "train" else None
+        near = retrieval.nearest(memory, query_vectors, few, itself)
+        mixed = augmented.mix_in_memory(
+            result, near, dataset.train_relevance, mixing, result.ids.shape[1]
+        )
+        remembered["with_memory"] = measure(mixed, dataset, split, k)
+        remembered["mixing"] = mixing._asdict()
+        lap("mixing")
     return {
         "metrics": results,
         **remembered,
@@ -147,37 +182,43 @@ def evaluate_model(
     }
 
 
-def with_memory(
-    result: SearchResult,
-    queries: Float[np.ndarray, "q e"],
-    vectors: Float[np.ndarray, "n e"],
+def tune_mixing(
+    index: Index,
+    memory: Index,
+    vectors: Float[np.ndarray, "v e"],
     dataset: PreparedDataset,
-    memory: EvalConfig,
-    model: Model,
-    same: bool,
-) -> SearchResult:
-    """The results, with the labels of near training queries; as many columns.
+    names: Sequence[str],
+    k: int,
+    titles: bool = True,
+) -> tuple[Mixing, list[dict[str, Any]]]:
+    """The mixing with the best mean of some metrics on the validation split.
 
     Args:
-      result: Labels of the queries.
-      queries: Unit vectors of the queries,
-      vectors: of the training queries.
-      dataset: Whose training relevance is remembered.
-      memory: How many training queries, and what they count.
-      model: On whose mesh to search.
-      same: Whether the queries are the training queries: none remembers itself.
+      index, memory: Of the labels and of the training queries.
+      vectors: Of all validation queries; at most TUNED_ON of them, drawn at random, are used.
+      dataset: With a validation split.
+      names: Metrics that `measure` measures.
+      k: Labels kept of each query.
+      titles: Whether to show progress.
+
+    Returns:
+      The mixing, and all that were tried with their values, best first.
     """
-    itself = np.repeat(np.arange(len(queries))[:, None], 2, axis=1)[: len(queries) * same]
-    k = min(memory.memory_k, len(vectors) - same)
-    near = ExactIndex(vectors, mesh=model.mesh).search(queries, k + same)
-    return augmented.mix_in_memory(
-        result,
-        index_lib.drop_filtered(near, itself, k),
+    rows = np.sort(np.random.default_rng(0).permutation(len(vectors))[:TUNED_ON])
+    pairs = index_lib.pairs_of(dataset.split("valid")[2], rows)
+    fetched = min(k + index_lib.over_fetch(pairs), dataset.num_labels)
+    most = min(max(augmented.KS), len(dataset.train))
+    tried = augmented.tune(
+        index.search(vectors[rows], fetched),
+        retrieval.nearest(memory, vectors[rows], max(most, fetched)),
         dataset.train_relevance,
-        weight=memory.memory_weight,
-        temperature=memory.memory_temperature,
-        k=result.ids.shape[1],
+        lambda result: np.mean(
+            [measure(result, dataset, "valid", k, rows)[name] for name in names]
+        ),
+        augmented.grid(most),
+        "memory tuned" if titles else "",
     )
+    return tried[0][0], [{**mixing._asdict(), "value": float(value)} for mixing, value in tried]
 
 
 def open_scann(label_vectors: np.ndarray, directory: str) -> ScannIndex:
@@ -229,10 +270,12 @@ def show(
     *,
     split: str,
     search: str,
+    mixing: Mixing | None = None,
+    tune: Sequence[str] = (),
     hide_images: bool = False,
     group: Group = processes.ALONE,
-) -> None:
-    """Evaluates, writes the json, prints the table and where it lies."""
+) -> dict[str, Any]:
+    """Evaluates, writes the json, prints the table and where it lies; returns the results."""
     if hide_images:
         dataset = without_images(dataset, split)
     k = min(config.eval.k, dataset.num_labels)
@@ -245,12 +288,13 @@ def show(
         search=search,
         k=k,
         block=config.eval.block,
-        memory=config.eval if config.eval.memory_weight else None,
+        mixing=mixing,
+        tune=tune,
         index_dir=os.path.join(config.workdir, "evaluation", "scann"),
         group=group,
     )
     if group.index:  # The first process tells.
-        return
+        return results
     rows = {}
     if config.eval.vote and split != "train" and not hide_images:
         rows = baseline_rows(dataset, k, split)
@@ -267,6 +311,7 @@ def show(
         f"{dataset.name}, {split}: {results['counts']['queries']} queries, "
         f"{results['counts']['labels']} labels, {search} search; written to {path}"
     )
+    return results
 
 
 def main(argv: Sequence[str]) -> None:
@@ -295,10 +340,8 @@ def main(argv: Sequence[str]) -> None:
         data=values.data or config.data,
         mesh=values.mesh or config.mesh,
     )
-    if values.memory_weight is not None:
-        judged = dataclasses.replace(config.eval, memory_weight=values.memory_weight)
-        config = dataclasses.replace(config, eval=judged)
     dataset = runs.open_dataset(config, values.data_cache)
+    _check_tuning(values.tune_memory, dataset, config)
     mesh = runs.make_mesh(config)
     tower, layout = runs.read_tower(config.workdir)
     model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
@@ -306,7 +349,7 @@ def main(argv: Sequence[str]) -> None:
     chosen = (epath.Path(config.workdir) / runs.BEST / str(step)).is_dir()
     why = f", the best in {config.loop.choose_by} on valid" if chosen else ""
     print(f"{config.workdir}: checkpoint of step {step}{why}")
-    show(
+    results = show(
         config,
         model,
         params,
@@ -314,9 +357,29 @@ def main(argv: Sequence[str]) -> None:
         dataset,
         split=values.split,
         search=values.search,
+        mixing=retrieval.as_told(config.eval, values, config.workdir, step),
+        tune=values.tune_memory,
         hide_images=values.hide_images,
         group=group,
     )
+    if values.tune_memory and not group.index:
+        tried = results["tuning"]
+        print(f"memory tuned on valid by {', '.join(values.tune_memory)}, of {len(tried)} tried:")
+        for row in tried[:3]:
+            print(f"  {row['value']:.2f}  {retrieval.describe(retrieval.mixing(row))}")
+        path = retrieval.keep_tuned(config.workdir, step, values.tune_memory, tried)
+        print(f"kept in {path}, which evaluate and predict follow from now on")
+
+
+def _check_tuning(names: Sequence[str], dataset: PreparedDataset, config: Config) -> None:
+    """Refuses a `--tune_memory` that the data do not allow, before anything is done."""
+    if not names:
+        return
+    dataset.split("valid")
+    known = metric_names(min(config.eval.k, dataset.num_labels))
+    for name in names:
+        if name not in known:
+            raise InputError(f"--tune_memory={name}: expected some of {', '.join(known)}")
 
 
 def define_flags() -> None:
@@ -327,8 +390,12 @@ def define_flags() -> None:
         "mesh", "", "Mesh to judge on, if not as trained: fsdp:-1 fits any devices."
     )
     flags.DEFINE_enum("split", "test", ["test", "valid", "train"], "Which queries to judge on.")
-    flags.DEFINE_float(
-        "memory_weight", None, "What the labels of near training queries count, if not as trained."
+    retrieval.define_flags()
+    flags.DEFINE_list(
+        "tune_memory",
+        [],
+        "Metrics, P@1,PSP@5 say, whose mean on the validation split first chooses how the labels "
+        "of near training queries count; kept with the run.",
     )
     flags.DEFINE_boolean(
         "hide_images", False, "Judge queries by their texts alone: what their pictures bring."

@@ -18,7 +18,18 @@ from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
 from vixml_jax import devices as device_kinds
-from vixml_jax import errors, evaluate, memory, processes, programs, remote, runs, sharding, trees
+from vixml_jax import (
+    errors,
+    evaluate,
+    memory,
+    processes,
+    programs,
+    remote,
+    retrieval,
+    runs,
+    sharding,
+    trees,
+)
 from vixml_jax.config import Config
 from vixml_jax.data import tokenize
 from vixml_jax.data.packing import Layout
@@ -432,7 +443,17 @@ def train(
         del state, params, labels
         params, labels, _ = runs.restore_model(config.workdir, model)
     print(describe_choice(config, position, steps_per_epoch))
-    evaluate.show(config, model, params, labels, dataset, split=split, search="exact", group=group)
+    evaluate.show(
+        config,
+        model,
+        params,
+        labels,
+        dataset,
+        split=split,
+        search="exact",
+        mixing=retrieval.as_trained(config.eval),
+        group=group,
+    )
     if split == "valid":
         print(f"to judge on test: python -m vixml_jax.evaluate --workdir={config.workdir}")
     print(

@@ -1,52 +1,71 @@
 """Retrieval-augmented inference: training queries remember their labels (paper, supplement)."""
 
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
 from vixml_jax.structs import SearchResult
 
+PUBLISHED = (0.1, 100, 0.05)
+WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+KS = (10, 20, 50, 100, 200)
+TEMPERATURES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.2)
 _BLOCK = 4096  # Queries mixed at a time.
+
+
+class Mixing(NamedTuple):
+    """How labels found by their own vectors and those of near training queries become one ranking.
+
+    As published: `Mixing(*PUBLISHED)`.
+    """
+
+    weight: float  # What memory counts, in [0, 1].
+    k: int  # Training queries remembered.
+    temperature: float  # Scores are divided by it before the softmax.
+    joint: bool = False  # As many of labels and training queries together as there are labels.
 
 
 def mix_in_memory(
     labels: SearchResult,
     memory: SearchResult,
     relevance: sparse.csr_matrix,
-    *,
-    weight: float,
-    temperature: float,
+    mixing: Mixing,
     k: int,
 ) -> SearchResult:
     """Labels found by their own vectors and by those of training queries, as one ranking.
 
     The scores of both go through one softmax; a label's final score is
     `(1 - weight) * (its own share) + weight * (shares of the training queries that have it)`.
+    Joint mixing takes of both together only the best, as many as there are columns of `labels`, the
+    labels first among equals: what a search of one index that holds both would find.
 
     Args:
-      labels: The best labels of each query.
-      memory: The best training queries of each query, by the same kind of score.
+      labels: The best labels of each query, best first.
+      memory: The best training queries of each query, by the same kind of score, best first; the
+        first `mixing.k` count, in joint mixing as many as `labels` has.
       relevance: [training queries, labels], ones.
-      weight: What memory counts, in [0, 1].
-      temperature: Scores are divided by it before the softmax.
+      mixing: See there.
       k: Columns of what is returned.
 
     Returns:
       Best first, of equal scores the lower id first; short rows end in id -1, score -inf.
     """
-    logits = np.concatenate([labels.scores, memory.scores], axis=1).astype(np.float64)
-    logits = (logits - logits.max(axis=1, keepdims=True)) / temperature
-    shares = np.exp(logits)
-    shares /= shares.sum(axis=1, keepdims=True)
-    own, remembered = np.split(shares, [labels.ids.shape[1]], axis=1)
-    ids = np.full((len(own), k), -1, np.int32)
-    scores = np.full((len(own), k), -np.inf, np.float32)
+    few = labels.ids.shape[1] if mixing.joint else mixing.k
+    memory = SearchResult(memory.scores[:, :few], memory.ids[:, :few])
+    ids = np.full((len(labels.ids), k), -1, np.int32)
+    scores = np.full((len(labels.ids), k), -np.inf, np.float32)
     num_queries, num_labels = relevance.shape
-    for start in range(0, len(own), _BLOCK):
+    for start in range(0, len(ids), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        mixed = (1.0 - weight) * _as_rows(own[rows], labels.ids[rows], num_labels)
-        mixed += weight * (_as_rows(remembered[rows], memory.ids[rows], num_queries) @ relevance)
-        mixed = mixed.tocsr()
+        shares = _shares(labels.scores[rows], memory.scores[rows], mixing)
+        own, remembered = np.split(shares, [labels.ids.shape[1]], axis=1)
+        mixed = (1.0 - mixing.weight) * _as_rows(own, labels.ids[rows], num_labels)
+        votes = _as_rows(remembered, memory.ids[rows], num_queries) @ relevance
+        mixed = (mixed + mixing.weight * votes).tocsr()
         row = np.repeat(np.arange(mixed.shape[0]), np.diff(mixed.indptr))
         order = np.lexsort((mixed.indices, -mixed.data, row))
         rank = np.arange(len(order)) - mixed.indptr[row]
@@ -56,10 +75,65 @@ def mix_in_memory(
     return SearchResult(scores, ids)
 
 
+def _shares(
+    labels: Float[np.ndarray, "q j"], memory: Float[np.ndarray, "q m"], mixing: Mixing
+) -> Float[np.ndarray, "q j+m"]:
+    """The softmax over labels and training queries of each query, float64."""
+    logits = np.concatenate([labels, memory], axis=1).astype(np.float64)
+    if mixing.joint:
+        worse = np.argsort(-logits, axis=1, kind="stable")[:, labels.shape[1] :]
+        np.put_along_axis(logits, worse, -np.inf, axis=1)
+    shares = np.exp((logits - logits.max(axis=1, keepdims=True)) / mixing.temperature)
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
 def _as_rows(
     shares: Float[np.ndarray, "q j"], ids: Int[np.ndarray, "q j"], width: int
 ) -> sparse.csr_matrix:
     """[q, width], the share of an id in its column; absent ids nowhere."""
-    row, column = np.nonzero(ids >= 0)
+    row, column = np.nonzero((ids >= 0) & (shares > 0))
     found = shares[row, column], (row, ids[row, column])
     return sparse.csr_matrix(found, shape=(len(ids), width))
+
+
+def grid(most: int) -> list[Mixing]:
+    """What `tune` tries, the published mixing first, of at most so many training queries.
+
+    Joint mixing knows no k: each of its weights and temperatures is tried once.
+    """
+    ks = sorted({min(k, most) for k in KS})
+    apart = (
+        Mixing(weight, k, temperature)
+        for weight, k, temperature in itertools.product(WEIGHTS, ks, TEMPERATURES)
+    )
+    joint = (
+        Mixing(weight, most, temperature, joint=True)
+        for weight, temperature in itertools.product(WEIGHTS, TEMPERATURES)
+    )
+    first = Mixing(*PUBLISHED)._replace(k=min(PUBLISHED[1], most))
+    return list(dict.fromkeys([first, *apart, *joint]))
+
+
+def tune(
+    labels: SearchResult,
+    memory: SearchResult,
+    relevance: sparse.csr_matrix,
+    judge: Callable[[SearchResult], float],
+    mixings: Sequence[Mixing],
+    title: str = "",
+) -> list[tuple[Mixing, float]]:
+    """Each mixing and what `judge` says of its result, best first, of equals the first given.
+
+    Args:
+      labels, memory, relevance: As of `mix_in_memory`, of queries held out of training.
+      judge: Of as many columns as `labels` has; larger is better.
+      mixings: To be tried.
+      title: Of the bar that shows progress; empty: none.
+    """
+    import tqdm
+
+    found = []
+    for mixing in tqdm.tqdm(mixings, desc=title, disable=not title, leave=False):
+        mixed = mix_in_memory(labels, memory, relevance, mixing, labels.ids.shape[1])
+        found.append((mixing, judge(mixed)))
+    return sorted(found, key=lambda pair: -pair[1])

@@ -29,6 +29,19 @@ def over_fetch(pairs: Int[np.ndarray, "f 2"]) -> int:
     return int(np.unique(pairs[:, 0], return_counts=True)[1].max(initial=0))
 
 
+def pairs_of(pairs: Int[np.ndarray, "f 2"], rows: Int[np.ndarray, " r"]) -> Int[np.ndarray, "g 2"]:
+    """The filter pairs of some queries, numbered among these.
+
+    Args:
+      pairs: (query, label), in any order.
+      rows: Queries, ascending, each once.
+    """
+    at = np.searchsorted(rows, pairs[:, 0])
+    there = at < len(rows)
+    there[there] = rows[at[there]] == pairs[there, 0]
+    return np.stack([at, pairs[:, 1]], axis=1)[there]
+
+
 def drop_filtered(result: SearchResult, pairs: Int[np.ndarray, "f 2"], k: int) -> SearchResult:
     """Returns the k best results of each query that are not filter pairs.
 
