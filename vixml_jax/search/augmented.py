@@ -11,8 +11,8 @@ from scipy import sparse
 from vixml_jax.structs import SearchResult
 
 PUBLISHED = (0.1, 100, 0.05)
-WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-KS = (10, 20, 50, 100, 200)
+WEIGHTS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+KS = (3, 5, 10, 20, 50, 100, 200)
 TEMPERATURES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.2)
 _BLOCK = 4096  # Queries mixed at a time.
 
