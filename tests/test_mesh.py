@@ -21,7 +21,7 @@ from vixml_jax.models import hf
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.structs import Batch, PackedItems, Share
-from vixml_jax.training import loop
+from vixml_jax.training import state as state_lib
 from vixml_jax.training.plan import DataSizes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -97,8 +97,8 @@ def trained(tower, sizes, chunk=0, steps=2):
     rng = np.random.default_rng(1)
     centroids = rng.normal(size=(SIZES.labels, 21)).astype(np.float32)
     labels = parts.model.table.with_centroids(labels, Share(np.arange(SIZES.labels), centroids))
-    bank = loop.empty_bank(parts.model, SIZES.queries)
-    state = loop.place_state(parts.like, params, frozen, parts.optimizer, labels, bank)
+    bank = state_lib.empty_bank(parts.model, SIZES.queries)
+    state = state_lib.place_state(parts.like, params, frozen, parts.optimizer, labels, bank)
     assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, parts.like)
     jax.block_until_ready(state)
     scalars, key = [], jax.random.key(5)
@@ -106,7 +106,7 @@ def trained(tower, sizes, chunk=0, steps=2):
         batch = sharding.to_devices(random_batch(seed), mesh)
         state, found = parts.step(state, batch, key)
         scalars.append(jax.device_get(found))
-    tables = loop.abstract_tables(parts.model, SIZES.queries)
+    tables = state_lib.abstract_tables(parts.model, SIZES.queries)
     said = sharding.describe_padding({**parts.model.abstract_params, **tables}, mesh)
     return jax.device_get(state), scalars, said
 
@@ -164,7 +164,7 @@ def test_uneven_sizes_train_as_on_one_device_everywhere(name, sizes):
 def padding(tower, sizes):
     mesh = sharding.create_mesh(*sizes)
     model = train.assemble(settings(0), tower, Layout(1), SIZES, mesh).model
-    tables = loop.abstract_tables(model, SIZES.queries)
+    tables = state_lib.abstract_tables(model, SIZES.queries)
     return sharding.describe_padding({**model.abstract_params, **tables}, mesh)
 
 

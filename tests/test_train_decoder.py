@@ -15,7 +15,8 @@ from vixml_jax.config import LoraConfig, PromptConfig
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf
-from vixml_jax.training import loop, optimizer
+from vixml_jax.training import optimizer
+from vixml_jax.training import state as state_lib
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +86,10 @@ def test_what_was_read_is_never_copied(data, checkpoint, tmp_path, monkeypatch):
     params, frozen = runs.split_params(params, tower)
     tx = optimizer.make_optimizer(total_steps=1, **dataclasses.asdict(config.optimizer))
     split = runs.split_params(model.abstract_params, tower)
-    like = loop.abstract_state(model, *split, tx, len(dataset.train))
+    like = state_lib.abstract_state(model, *split, tx, len(dataset.train))
     labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
-    bank = loop.empty_bank(model, len(dataset.train))
-    state = loop.place_state(like, params, frozen, tx, labels, bank)
+    bank = state_lib.empty_bank(model, len(dataset.train))
+    state = state_lib.place_state(like, params, frozen, tx, labels, bank)
 
     def addresses(x):
         return [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards]

@@ -43,6 +43,7 @@ from vixml_jax.models.tower import TowerConfig
 from vixml_jax.structs import TrainState
 from vixml_jax.training import loop, losses, optimizer, step, warm_start, watch
 from vixml_jax.training import plan as plan_lib
+from vixml_jax.training import state as state_lib
 from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.stopping import Stop
 from vixml_jax.training.telemetry import CollapseGuard, Telemetry
@@ -245,7 +246,7 @@ def assemble(
     tx = optimizer.make_optimizer(total_steps=total_steps, **dataclasses.asdict(config.optimizer))
     trained, frozen = runs.split_params(model.abstract_params, tower)
     frozen = runs.as_frozen(frozen, config.lora.base_dtype)
-    like = loop.abstract_state(model, trained, frozen, tx, sizes.queries)
+    like = state_lib.abstract_state(model, trained, frozen, tx, sizes.queries)
     loss = functools.partial(losses.total_loss, **dataclasses.asdict(config.loss))
     momentum = 0.95 if config.labels.centroids == "moving" else None
     made = step.make_train_step(
@@ -261,7 +262,7 @@ def assemble(
 
 def say_start(parts: Parts, sizes: plan_lib.DataSizes) -> None:
     """Prints what is stored padded, and every large array that a device will hold."""
-    tables = loop.abstract_tables(parts.model, sizes.queries)
+    tables = state_lib.abstract_tables(parts.model, sizes.queries)
     for line in sharding.describe_padding(
         {**parts.model.abstract_params, **tables}, parts.model.mesh
     ):
@@ -394,7 +395,7 @@ def train(
     params = first_params(config, model, dataset)
     resumed = checkpoints.latest_step()
     if resumed is None:
-        params, labels, bank = loop.initial_labels(
+        params, labels, bank = state_lib.initial_labels(
             model,
             params,
             dataset,
@@ -405,10 +406,10 @@ def train(
         )
     else:
         labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
-        bank = loop.empty_bank(model, len(dataset.train))
+        bank = state_lib.empty_bank(model, len(dataset.train))
     params, frozen = runs.split_params(params, tower)
     runs.save_frozen(config.workdir, frozen)
-    state = loop.place_state(like, params, frozen, tx, labels, bank)
+    state = state_lib.place_state(like, params, frozen, tx, labels, bank)
     del params, frozen, bank, labels
     clusters, position = trainer.start()
     if resumed is not None:

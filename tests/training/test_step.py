@@ -15,7 +15,8 @@ from vixml_jax.config import Config, LabelsConfig, LossConfig
 from vixml_jax.data.packing import Layout
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.structs import Batch, PackedItems, Share
-from vixml_jax.training import collectives, loop, losses, optimizer, step
+from vixml_jax.training import collectives, losses, optimizer, step
+from vixml_jax.training import state as state_lib
 
 NUM_LABELS, NUM_FREE, NUM_QUERIES, SIZE = 3000, 1000, 5000, 32
 
@@ -40,7 +41,7 @@ def made(mesh, *, num_free=NUM_FREE, sparse=False, dropout=0.0, clip_norm=0.1, m
         warmup_steps=1, clip_norm=clip_norm, total_steps=100,
     )  # fmt: skip
     trained, frozen = runs.split_params(model.abstract_params, tower)
-    like = loop.abstract_state(model, trained, frozen, tx, NUM_QUERIES)
+    like = state_lib.abstract_state(model, trained, frozen, tx, NUM_QUERIES)
     loss = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig(num_negatives=4)))
     train = step.make_train_step(
         model, loss, tx, like, sparse_free=sparse, centroid_momentum=0.9 if moving else None
@@ -54,8 +55,8 @@ def made(mesh, *, num_free=NUM_FREE, sparse=False, dropout=0.0, clip_norm=0.1, m
         labels,
         Share(np.arange(NUM_LABELS), rng.normal(size=(NUM_LABELS, 16)).astype(np.float32)),
     )
-    bank = loop.empty_bank(model, NUM_QUERIES)
-    return train, loop.place_state(like, params, {}, tx, labels, bank), model
+    bank = state_lib.empty_bank(model, NUM_QUERIES)
+    return train, state_lib.place_state(like, params, {}, tx, labels, bank), model
 
 
 def a_batch(rng):

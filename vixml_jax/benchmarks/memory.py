@@ -28,7 +28,8 @@ from vixml_jax.benchmarks import towers, train_step
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.structs import Batch, PackedItems
-from vixml_jax.training import loop, losses, optimizer, step
+from vixml_jax.training import losses, optimizer, step
+from vixml_jax.training import state as state_lib
 from vixml_jax.training.plan import GIB, MemoryPlan, plan_memory
 
 WIDTH = 128  # Positions of a row.
@@ -51,7 +52,7 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, step.TrainStep]:
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
     trained, frozen = runs.split_params(model.abstract_params, tower)
     frozen = runs.as_frozen(frozen, settings["dtype"])
-    like = loop.abstract_state(model, trained, frozen, tx, settings["batch"])
+    like = state_lib.abstract_state(model, trained, frozen, tx, settings["batch"])
     loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
     return model, tx, like, step.make_train_step(model, loss_fn, tx, like)
 
@@ -100,8 +101,8 @@ def measure(settings: dict[str, Any]) -> int:
         return sharding.pad((params, frozen), (like.params, like.frozen))
 
     labels = model.table.init_state(np.zeros(NUM_LABELS, np.int32))
-    bank = loop.empty_bank(model, settings["batch"])
-    state = loop.place_state(like, *jax.jit(fresh)(jax.random.key(0)), tx, labels, bank)
+    bank = state_lib.empty_bank(model, settings["batch"])
+    state = state_lib.place_state(like, *jax.jit(fresh)(jax.random.key(0)), tx, labels, bank)
     shards = sharding.num_row_shards(model.mesh)
     batch = sharding.to_devices(random_batch(settings, shards), model.mesh)
     program = train.program(batch, jax.random.key(0))

@@ -28,7 +28,8 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
 
     from vixml_jax import runs, sharding
     from vixml_jax.benchmarks import memory
-    from vixml_jax.training import collectives, loop
+    from vixml_jax.training import collectives
+    from vixml_jax.training import state as state_lib
 
     devices = jax.device_count()
     settings = {**settings, "batch": settings["batch"] * devices}
@@ -39,8 +40,8 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
         return sharding.pad((params, frozen), (like.params, like.frozen))
 
     labels = model.table.init_state(np.zeros(memory.NUM_LABELS, np.int32))
-    bank = loop.empty_bank(model, settings["batch"])
-    state = loop.place_state(like, *jax.jit(fresh)(jax.random.key(0)), tx, labels, bank)
+    bank = state_lib.empty_bank(model, settings["batch"])
+    state = state_lib.place_state(like, *jax.jit(fresh)(jax.random.key(0)), tx, labels, bank)
     batch = memory.random_batch(settings, devices)
     key = sharding.everywhere(jax.random.key(0), model.mesh)
     program = train.program(sharding.to_devices(batch, model.mesh), key)

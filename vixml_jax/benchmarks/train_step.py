@@ -206,7 +206,8 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
     from vixml_jax import runs, sharding
     from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
     from vixml_jax.models.decoder import DecoderConfig
-    from vixml_jax.training import loop, losses, optimizer, step
+    from vixml_jax.training import losses, optimizer, step
+    from vixml_jax.training import state as state_lib
 
     gpu = settings["device"] == "gpu"
     config = Config(
@@ -234,13 +235,13 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
 
     trained, frozen = runs.split_params(model.abstract_params, tower)
     frozen = runs.as_frozen(frozen, tower.dtype)
-    like = loop.abstract_state(model, trained, frozen, tx, len(dataset.train))
-    state = loop.place_state(
+    like = state_lib.abstract_state(model, trained, frozen, tx, len(dataset.train))
+    state = state_lib.place_state(
         like,
         *jax.jit(fresh)(jax.random.key(0)),
         tx,
         model.table.init_state(np.arange(dataset.num_labels, dtype=np.int32)),
-        loop.empty_bank(model, len(dataset.train)),
+        state_lib.empty_bank(model, len(dataset.train)),
     )
     loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
     train_step = step.make_train_step(model, loss_fn, tx, like)
