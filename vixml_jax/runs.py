@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import processes, remote, sealed, sharding, trees
+from vixml_jax import processes, remote, sealed, sharding, trees, whole
 from vixml_jax.config import Config
 from vixml_jax.data import preparation, store
 from vixml_jax.data.packing import Layout
@@ -34,16 +34,6 @@ FROZEN = "frozen"
 # Flags that a run may be resumed with other values of: it is the same run.
 FREE_FLAGS = ("workdir", "mesh", "loop.save_every", "loop.save_minutes", "loop.keep")
 FAMILIES = {"encoder": BertConfig, "decoder": DecoderConfig}
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a whole file or nothing."""
-    if not remote.is_local(path):  # Objects appear when they are whole.
-        epath.Path(path).write_text(text)
-        return
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
 
 
 def open_run(
@@ -79,7 +69,7 @@ def open_run(
                 f"({'; '.join(changed)}): use the same flags to resume it, or another --workdir"
             )
         if found and jax.process_index() == 0:
-            write_text(path, config.to_json())
+            whole.write_text(path, config.to_json())
         shares = sharding.num_shares(mesh, recorded["shares"])
         if shares != recorded["shares"]:
             print(
@@ -92,8 +82,8 @@ def open_run(
             f"{path}: not found, but there are checkpoints beside it; use another --workdir"
         )
     epath.Path(config.workdir).mkdir(parents=True, exist_ok=True)
-    write_text(os.path.join(config.workdir, TOWER), json.dumps(about, indent=2) + "\n")
-    write_text(path, config.to_json())
+    whole.write_text(os.path.join(config.workdir, TOWER), json.dumps(about, indent=2) + "\n")
+    whole.write_text(path, config.to_json())
     return about["shares"]
 
 

@@ -79,10 +79,27 @@ class Roles(NamedTuple):
 
 
 def assign(
-    path: str, columns: Columns, encoding: str, *, of_labels: bool = False, key: str = ""
+    path: str,
+    columns: Columns,
+    encoding: str,
+    *,
+    of_labels: bool = False,
+    key: str = "",
+    names: Sequence[str] = (),
+    labelled: bool = True,
 ) -> Roles:
-    """What each column of a table is for: as told, else by its name."""
-    names = tables.column_names(path, encoding=encoding)
+    """What each column of a table is for: as told, else by its name.
+
+    Args:
+      path: Of the table.
+      columns: As told.
+      encoding: Of its texts.
+      of_labels: Whether it is a table of labels.
+      key: Column by which the rows are split.
+      names: Its columns, where they are known.
+      labelled: Whether queries must have labels.
+    """
+    names = list(names) or tables.column_names(path, encoding=encoding)
     lower = {name.lower().strip(): name for name in reversed(names)}
 
     def find(role: str, told: str, flag: str) -> str | None:
@@ -112,7 +129,7 @@ def assign(
         "image": find("image", columns.image, "image_column"),
         "embedding": find("embedding", columns.embedding, "embedding_column"),
     }
-    if of_labels:
+    if of_labels or not labelled:
         return Roles(**mine, text=text, labels=None, weights=None, split=None, key=None)
     labels = find(LABELS, columns.labels, "labels_column")
     if labels is None:

@@ -8,7 +8,6 @@ import itertools
 import json
 import mmap
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,6 +16,7 @@ from etils import epath
 from jaxtyping import Float32, Int, Shaped, UInt8
 from scipy import sparse
 
+from vixml_jax import whole
 from vixml_jax.errors import InputError
 
 FORMAT = 2  # Of the files; raised when older sets can no longer be read.
@@ -187,7 +187,7 @@ class PreparedDataset:
             )
 
         def array(name: str) -> np.ndarray:
-            return _open_array(path, name, info)
+            return open_array(path, name, info, INFO, _AGAIN)
 
         def items(split: str) -> Items:
             texts = Texts(array(f"{split}_texts"), array(f"{split}_texts_offsets"))
@@ -244,24 +244,37 @@ def read_info(path: str) -> dict[str, Any]:
     return info
 
 
-def _open_array(path: str, name: str, info: dict[str, Any]) -> np.ndarray:
-    """The array memory-mapped (an empty one cannot be), its header held against `info`."""
+def open_array(
+    path: str, name: str, info: dict[str, Any], said_in: str, again: str
+) -> Shaped[np.ndarray, "..."]:
+    """An array of a `Writer`, memory-mapped (an empty one cannot be), its header checked.
+
+    Args:
+      path: The directory.
+      name: Of the array.
+      info: Has `arrays` as the writer had them.
+      said_in: The file that `info` was read from.
+      again: What to do where the array is not what it was.
+
+    Raises:
+      InputError: If it is missing, truncated or another.
+    """
     file_name = os.path.join(path, f"{name}.npy")
     expected = info["arrays"].get(name)
     if expected is None:
-        raise InputError(f"{os.path.join(path, INFO)}: says nothing of {name}; {_AGAIN}")
+        raise InputError(f"{os.path.join(path, said_in)}: says nothing of {name}; {again}")
     dtype, shape = np.dtype(expected["dtype"]), tuple(expected["shape"])
     empty = 0 in shape
     try:
         array = np.load(file_name, mmap_mode=None if empty else "r", allow_pickle=False)
     except FileNotFoundError:
-        raise InputError(f"{file_name}: not found; {_AGAIN}") from None
+        raise InputError(f"{file_name}: not found; {again}") from None
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{file_name}: truncated or damaged ({error}); {_AGAIN}") from None
+        raise InputError(f"{file_name}: truncated or damaged ({error}); {again}") from None
     if (array.dtype, array.shape) != (dtype, shape):
         raise InputError(
             f"{file_name}: found {array.dtype} {array.shape}, expected {dtype} {shape} as in "
-            f"{INFO}; {_AGAIN}"
+            f"{said_in}; {again}"
         )
     return np.asarray(array)
 
@@ -319,6 +332,11 @@ class Writer:
     def directory(self) -> str:
         """Where the files are until they are named."""
         return self._directory
+
+    @property
+    def arrays(self) -> dict[str, dict[str, Any]]:
+        """Dtype, shape and digest of each array so far, by name."""
+        return dict(self._arrays)
 
     @contextlib.contextmanager
     def array(self, name: str, dtype: Any, row_shape: tuple[int, ...] = ()) -> Iterator[ArrayFile]:
@@ -391,32 +409,10 @@ def write(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Write
     Raises:
       InputError: If `path` may not be replaced.
     """
-    path = os.path.abspath(path)
     check_free(path, overwrite)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)  # Of a process that was killed.
-    os.mkdir(temporary)
-    try:
+    with whole.directory(path) as temporary:
         yield Writer(temporary)
         check_free(path, overwrite)  # Another process may have been faster.
-        _replace(path, temporary, f"{path}.old-{os.getpid()}")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(path: str, temporary: str, retired: str) -> None:
-    """Renames `temporary` to `path`; what was there is removed only afterwards."""
-    if not os.path.isdir(path):
-        os.rename(temporary, path)
-        return
-    os.rename(path, retired)
-    try:
-        os.rename(temporary, path)
-    except OSError:
-        os.rename(retired, path)
-        raise
-    shutil.rmtree(retired)
 
 
 def check_free(path: str, overwrite: bool) -> None:

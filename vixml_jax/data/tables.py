@@ -6,10 +6,11 @@ import csv
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from vixml_jax.errors import InputError
@@ -78,21 +79,73 @@ def read(
     Raises:
       InputError: If the file cannot be read, with the line at fault.
     """
-    kind = kind_of(path)
-    if kind is None:
-        raise InputError(
-            f"{path}: expected a name that ends in {', '.join(KINDS)}, or one of these in .gz or "
-            ".zst (not parquet)"
-        )
-    try:
-        if not os.path.getsize(path):
-            raise InputError(f"{path}: empty, zero bytes; expected a table")
+    kind = _kind(path)
+    with _faults_of(path):
         if kind == "parquet":
             yield from _read_parquet(path, columns)
         elif kind == "jsonl":
             yield from _read_jsonl(path, columns, encoding)
         else:
             yield from _read_csv(path, columns, encoding, "," if kind == "csv" else "\t")
+
+
+def read_rows(
+    path: str, *, encoding: str = "utf-8"
+) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
+    """Line and values of each row in order, or what is wrong with it: the next may be fine.
+
+    Raises:
+      InputError: If the file cannot be read at all, or any further.
+    """
+    kind = _kind(path)
+    with _faults_of(path):
+        if kind == "parquet":
+            for chunk in _read_parquet(path, None):
+                for row, line in enumerate(chunk.lines):
+                    yield line, {name: values[row] for name, values in chunk.columns.items()}
+        elif kind == "jsonl":
+            for number, text in _lines(path, encoding):
+                if isinstance(text, InputError):
+                    yield number, text
+                elif not text.isspace():
+                    yield number, _try(_parse_json, path, number, text)
+        else:
+            rows = _CsvRows(path, encoding, "," if kind == "csv" else "\t")
+            for line, row in rows:
+                yield (
+                    line,
+                    row
+                    if isinstance(row, InputError)
+                    else dict(zip(rows.header, row, strict=True)),
+                )
+
+
+def _try(parse: Callable[..., Any], *arguments: Any) -> Any:
+    """What `parse` returns, or the InputError that it raises."""
+    try:
+        return parse(*arguments)
+    except InputError as error:
+        return error
+
+
+def _kind(path: str) -> str:
+    """As `kind_of`; a file of no kind is refused."""
+    kind = kind_of(path)
+    if kind is None:
+        raise InputError(
+            f"{path}: expected a name that ends in {', '.join(KINDS)}, or one of these in .gz or "
+            ".zst (not parquet)"
+        )
+    return kind
+
+
+@contextlib.contextmanager
+def _faults_of(path: str) -> Iterator[None]:
+    """What may be wrong with a file as a whole, in a line."""
+    try:
+        if not os.path.getsize(path):
+            raise InputError(f"{path}: empty, zero bytes; expected a table")
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: truncated or damaged ({error})") from None
     except OSError as error:
@@ -117,72 +170,116 @@ def _open(path: str) -> Iterator[BinaryIO]:
 
 def read_lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
     """Number and text of each line, its end included."""
+    for number, text in _lines(path, encoding):
+        if isinstance(text, InputError):
+            raise text
+        yield number, text
+
+
+def _lines(path: str, encoding: str) -> Iterator[tuple[int, str | InputError]]:
+    """Number and text of each line, its end included, or what is wrong with it."""
     with _open(path) as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
             number += 1
             if len(line) > MAX_LINE:
-                raise InputError(
-                    f"{path}, line {number}: longer than {MAX_LINE >> 20} MiB; expected one row a "
-                    "line"
+                yield (
+                    number,
+                    InputError(
+                        f"{path}, line {number}: longer than {MAX_LINE >> 20} MiB; expected one row a "
+                        "line"
+                    ),
                 )
+                while not line.endswith(b"\n") and (line := file.readline(MAX_LINE + 1)):
+                    pass
+                continue
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             try:
-                yield number, line.decode(encoding)
+                text = line.decode(encoding)
             except UnicodeDecodeError as error:
                 hint = "" if encoding == "latin-1" else "; if it is latin-1, say --encoding=latin-1"
-                raise InputError(
-                    f"{path}, line {number}: byte 0x{line[error.start]:02x} at column "
-                    f"{error.start + 1} is not {encoding}{hint}"
-                ) from None
+                yield (
+                    number,
+                    InputError(
+                        f"{path}, line {number}: byte 0x{line[error.start]:02x} at column "
+                        f"{error.start + 1} is not {encoding}{hint}"
+                    ),
+                )
+                continue
+            yield number, text
+
+
+class _CsvRows:
+    """Rows of a file of separated text, each with the line where it begins.
+
+    A row that has a wrong number of fields, wrong quotes or a bad line among its own is given as
+    what is wrong with it.
+    """
+
+    def __init__(self, path: str, encoding: str, delimiter: str):
+        csv.field_size_limit(MAX_LINE)
+        self._path, self._delimiter = path, delimiter
+        self._fault: InputError | None = None  # Of a line, which takes no part in any row.
+        self._rows = csv.reader(self._texts(encoding), delimiter=delimiter, strict=True)
+        header = self._next()
+        if isinstance(header, InputError):
+            raise header
+        if not header or not any(header):
+            raise InputError(f"{path}, line 1: no column names; expected a header")
+        if len(set(header)) < len(header):
+            twice = next(name for name in header if header.count(name) > 1)
+            raise InputError(
+                f"{path}, line 1: column {twice!r} is there twice; expected each name once"
+            )
+        self.header = header
+
+    def _texts(self, encoding: str) -> Iterator[str]:
+        for _, text in _lines(self._path, encoding):
+            if isinstance(text, InputError):
+                self._fault, text = text, "\n"
+            yield text
+
+    def _next(self) -> list[str] | InputError | None:
+        """The next row; None at the end."""
+        try:
+            row = next(self._rows, None)
+        except csv.Error as error:
+            row = InputError(
+                f"{self._path}, line {self._rows.line_num}: not {self._delimiter!r}-separated text "
+                f"({error}); check the quotes"
+            )
+        fault, self._fault = self._fault, None
+        return fault or row
+
+    def __iter__(self) -> Iterator[tuple[int, list[str] | InputError]]:
+        while True:
+            line = self._rows.line_num + 1
+            row = self._next()
+            if row is None:
+                return
+            if not isinstance(row, InputError) and row and len(row) != len(self.header):
+                row = InputError(
+                    f"{self._path}, line {line}: {len(row)} fields, expected {len(self.header)} as "
+                    "in the header"
+                )
+            if isinstance(row, InputError) or row:  # Else a blank line.
+                yield line, row
 
 
 def _read_csv(
     path: str, wanted: Sequence[str] | None, encoding: str, delimiter: str
 ) -> Iterator[Chunk]:
-    csv.field_size_limit(MAX_LINE)
-    texts = (text for _, text in read_lines(path, encoding))
-    rows = csv.reader(texts, delimiter=delimiter, strict=True)
-
-    def next_row() -> list[str] | None:
-        try:
-            return next(rows, None)
-        except csv.Error as error:
-            raise InputError(
-                f"{path}, line {rows.line_num}: not {delimiter!r}-separated text ({error}); check "
-                "the quotes"
-            ) from None
-
-    header = next_row()
-    if not header or not any(header):
-        raise InputError(f"{path}, line 1: no column names; expected a header")
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise InputError(
-            f"{path}, line 1: column {twice!r} is there twice; expected each name once"
-        )
-    at = {name: place for place, name in enumerate(header) if wanted is None or name in wanted}
-    while True:
-        found, lines = [], []
-        while len(found) < _ROWS:
-            line = rows.line_num + 1
-            row = next_row()
-            if row is None:
-                break
-            if not row:
-                continue  # A blank line.
-            if len(row) != len(header):
-                raise InputError(
-                    f"{path}, line {line}: {len(row)} fields, expected {len(header)} as in the "
-                    "header"
-                )
-            found.append(row)
-            lines.append(line)
-        if not found:
-            return
+    rows = _CsvRows(path, encoding, delimiter)
+    at = {name: place for place, name in enumerate(rows.header) if wanted is None or name in wanted}
+    numbered = iter(rows)
+    while found := list(itertools.islice(numbered, _ROWS)):
+        for _, row in found:
+            if isinstance(row, InputError):
+                raise row
+        lines = [line for line, _ in found]
         yield Chunk(
-            path, lines, {name: [row[place] for row in found] for name, place in at.items()}
+            path, lines, {name: [row[place] for _, row in found] for name, place in at.items()}
         )
 
 
@@ -196,21 +293,26 @@ def _read_jsonl(path: str, wanted: Sequence[str] | None, encoding: str) -> Itera
     for number, text in read_lines(path, encoding):
         if text.isspace():
             continue
-        try:
-            row = json.loads(text, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise InputError(
-                f"{path}, line {number}: {text.strip()[:40]!r}, expected an object {{...}} a line"
-            )
-        found.append(row)
+        found.append(_parse_json(path, number, text))
         lines.append(number)
         if len(found) == _ROWS:
             yield chunk()
             found, lines = [], []
     if found:
         yield chunk()
+
+
+def _parse_json(path: str, number: int, text: str) -> dict[str, Any]:
+    """The object that a line holds."""
+    try:
+        row = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise InputError(
+            f"{path}, line {number}: {text.strip()[:40]!r}, expected an object {{...}} a line"
+        )
+    return row
 
 
 def _refuse_constant(name: str) -> None:

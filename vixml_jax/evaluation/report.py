@@ -5,9 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
-from vixml_jax import remote
+from vixml_jax import whole
 
 COLUMNS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5", "R@10", "R@100", "MRR")
 
@@ -39,16 +37,4 @@ def write_json(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
       TypeError: If a value is not json's. Either way what lay at `path` stays.
     """
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-    if not remote.is_local(path):  # Objects appear when they are whole.
-        epath.Path(path).write_text(text + "\n")
-        return
-    path = os.path.abspath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.tmp-{os.getpid()}"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    whole.write_text(path, text + "\n")
