@@ -45,7 +45,11 @@ class ExactIndex:
             query_block * label_block float32.
           mesh: Whose (replica, fsdp) axes share the rows; None: the default device has them all.
         """
-        self.settings: dict[str, Any] = {"query_block": query_block, "label_block": label_block}
+        self.settings: dict[str, Any] = {
+            "kind": "exact",
+            "query_block": query_block,
+            "label_block": label_block,
+        }
         if not isinstance(vectors, Share):
             vectors = Share(np.arange(len(vectors)), vectors)
         vectors = vectors._replace(values=np.asarray(vectors.values, np.float32))
@@ -64,7 +68,7 @@ class ExactIndex:
         Where k exceeds the number of labels, rows end in id -1, score -inf.
         """
         few = min(k, self._num_labels)
-        result = selecting.nothing(len(queries), few)
+        result = index.nothing(len(queries), few)
         # One program for all blocks; of few queries, one of the next power of two.
         size = min(self._query_block, 1 << max(3, (len(queries) - 1).bit_length()))
         block = np.zeros((size, queries.shape[1]), np.float32)
@@ -97,7 +101,7 @@ class _OnHost:
         """The k best rows of each of the first `count` queries; more are there for their number."""
         each = -(-count // self._num_threads)
         parts = [slice(start, min(start + each, count)) for start in range(0, count, each)]
-        best = [selecting.nothing(part.stop - part.start, k) for part in parts]
+        best = [index.nothing(part.stop - part.start, k) for part in parts]
         group = selecting.group_size(k, self._size)
         for i, block in enumerate(self._blocks):
             scores, maxima = map(np.asarray, _score(queries, block, group=group))

@@ -8,6 +8,7 @@ k best at all, and only those are looked at.
 import numpy as np
 from jaxtyping import Bool, Float
 
+from vixml_jax.search import index
 from vixml_jax.structs import SearchResult
 
 GROUP = 32  # Columns at most of which one maximum is taken; a power of two.
@@ -16,12 +17,6 @@ GROUP = 32  # Columns at most of which one maximum is taken; a power of two.
 def group_size(k: int, columns: int) -> int:
     """Columns of a group, a power of two: so few that groups are many beside the k looked for."""
     return 1 << max(1, min(GROUP, columns // (4 * k))).bit_length() - 1
-
-
-def nothing(num_queries: int, k: int) -> SearchResult:
-    """The k best of no scores."""
-    shape = num_queries, k
-    return SearchResult(np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32))
 
 
 def add_block(
@@ -60,7 +55,7 @@ def add_block(
     # Rows are ragged. Ids ascend behind the best so far, so a stable sort keeps ties in order.
     count = np.bincount(row, minlength=len(scores))
     place = k + np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    both = nothing(len(scores), k + count.max())
+    both = index.nothing(len(scores), k + count.max())
     both.scores[:, :k], both.ids[:, :k] = best
     both.scores[row, place], both.ids[row, place] = found, first + column
     order = np.argsort(-both.scores, axis=1, kind="stable")[:, :k]
