@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from vixml_jax import config, runs
 from vixml_jax.errors import InputError
@@ -115,3 +116,26 @@ def test_doors_leave_with_status_2_and_one_line(arguments, found, tmp_path):
     assert found in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def parsed(*argv):
+    values = flags.FlagValues()
+    flags.DEFINE_enum("search", "exact", ["exact", "scann"], "A door's.", flag_values=values)
+    config.define_group("search", config.SearchConfig, values)
+    values(["door", *argv])
+    return values
+
+
+def test_a_group_of_its_own():
+    values = parsed("--search=scann", "--search.recall=0.95", "--search.query_block=64")
+    assert values.search == "scann"
+    made = config.group_from_flags("search", config.SearchConfig, values)
+    assert made == config.SearchConfig(recall=0.95, query_block=64)
+    for _, field, _ in config._leaves(made):
+        assert field.metadata["help"].endswith(".")
+
+
+@pytest.mark.parametrize("flag", ["recall=0", "recall=1.5", "query_block=0", "memory_gb=-1"])
+def test_a_group_of_its_own_keeps_its_bounds(flag):
+    with pytest.raises(InputError, match=rf"--search.{flag}(\.0)?: expected "):
+        config.group_from_flags("search", config.SearchConfig, parsed(f"--search.{flag}"))

@@ -249,6 +249,32 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How labels are searched. No part of a run: it may differ each time."""
+
+    recall: float = _flag(
+        0.99,
+        "Share of the exact best labels that --search=scann is tuned to find.",
+        lower_bound=0.01,
+        upper_bound=1.0,
+    )
+    sample: int = _flag(1000, "Queries that it is tuned on at most.", lower_bound=1)
+    query_block: int = _flag(1024, "Queries searched exactly at a time.", lower_bound=1)
+    label_block: int = _flag(
+        65536,
+        "Labels scored exactly at a time on each device: the scores of a block take "
+        "4 * query_block * label_block bytes.",
+        lower_bound=1,
+    )
+    memory_gb: float = _flag(
+        0.0, "Memory of the host that search may take; 0: what is left.", lower_bound=0.0
+    )
+
+
+SEARCH = SearchConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that defines a run."""
 
@@ -377,7 +403,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     Bounds and choices are checked when the `Config` is made, so that flags and saved files are
     held to the same.
     """
-    for prefix, field, value in _leaves(Config()):
+    _define(_leaves(Config()), values)
+
+
+def define_group(name: str, group: type, values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of a group that is no part of a run's configuration: `--name.field`."""
+    _define(_leaves(group(), f"{name}."), values)
+
+
+def _define(leaves: list[tuple[str, dataclasses.Field, Any]], values: flags.FlagValues) -> None:
+    for prefix, field, value in leaves:
         text = field.metadata["help"]
         if field.metadata.get("choices"):
             text += f" One of: {', '.join(field.metadata['choices'])}."
@@ -394,8 +429,27 @@ def from_flags(values: flags.FlagValues) -> Config:
     Raises:
       InputError: If a value is out of its bounds or flags contradict each other.
     """
+    return from_dict(_parsed(_leaves(Config()), values))
+
+
+def group_from_flags(name: str, group: type, values: flags.FlagValues) -> Any:
+    """The group, of that type, that the parsed flags say.
+
+    Raises:
+      InputError: If a value is out of its bounds.
+    """
+    made = group(**_parsed(_leaves(group(), f"{name}."), values)[name])
+    for prefix, field, value in _leaves(made, f"{name}."):
+        _check_bounds(prefix + field.name, value, field.metadata)
+    return made
+
+
+def _parsed(
+    leaves: list[tuple[str, dataclasses.Field, Any]], values: flags.FlagValues
+) -> dict[str, Any]:
+    """What the flags say, a dict for each group."""
     tree: dict[str, Any] = {}
-    for prefix, field, default in _leaves(Config()):
+    for prefix, field, default in leaves:
         value = values[prefix + field.name].value
         if isinstance(default, list):
             kind = type(default[0]) if default else int
@@ -408,7 +462,7 @@ def from_flags(values: flags.FlagValues) -> Config:
                 ) from None
         group = tree.setdefault(prefix[:-1], {}) if prefix else tree
         group[field.name] = value
-    return from_dict(tree)
+    return tree
 
 
 def from_dict(tree: dict[str, Any]) -> Config:

@@ -140,11 +140,12 @@ class Model:
     def prototypes(
         self,
         params: Any,
-        labels: LabelState,
+        labels: LabelState | None,
         vectors: Float[Array, "c d"],
-        label_ids: Int[Array, " c"],
+        label_ids: Int[Array, " c"] | None,
         *,
         free: Float[Array, "c e"] | None = None,
+        centroids: Float[Array, "c e"] | None = None,
         dropout: Array | None = None,
     ) -> Float[Array, "c e"]:
         """What a label is searched by: the combiner's unit output, or its own unit vector.
@@ -153,14 +154,16 @@ class Model:
           params, labels: Of the model.
           vectors: The tower's, not normalised.
           label_ids: Whose they are.
-          free: Their free vectors, where the caller has them; None: looked up in `params`.
+          free, centroids: Theirs, where the caller has them; None: looked up in `params` and
+            `labels`. With both, `labels` and `label_ids` may be None.
           dropout: A key, in training.
         """
         if self.combiner is None:
             return unit(vectors)
         if free is None:
             free = self.table.gather_free(params["free"], labels, label_ids)
-        centroids = self.table.gather_centroids(labels, label_ids)
+        if centroids is None:
+            centroids = self.table.gather_centroids(labels, label_ids)
         combiner = sharding.unpad(params["combiner"], self.abstract_params["combiner"])
         return self.combiner.apply(
             {"params": combiner},
@@ -191,6 +194,30 @@ class Model:
             block,
             title,
         )
+
+    def encode_packed(
+        self, params: Any, packed: PackedItems, num_items: int
+    ) -> Float[Array, "b e"]:
+        """Unit vectors of packed items, compiled once a shape."""
+        return self._encode_block(params, packed, num_items)
+
+    def new_prototypes(
+        self,
+        params: Any,
+        packed: PackedItems,
+        free: Float[Array, "c e"],
+        centroids: Float[Array, "c e"],
+    ) -> Float[Array, "c e"]:
+        """Unit prototypes of labels that the table does not have."""
+        return self._new_block(params, packed, free, centroids)
+
+    @functools.cached_property
+    def _new_block(self) -> Any:
+        def encode(params: Any, packed: PackedItems, free: Array, centroids: Array) -> Array:
+            vectors = self.tower_vectors(params, packed, free.shape[0])
+            return self.prototypes(params, None, vectors, None, free=free, centroids=centroids)
+
+        return jax.jit(encode, out_shardings=sharding.rows_sharding(self.mesh))
 
     @functools.cached_property
     def _encode_block(self) -> Any:

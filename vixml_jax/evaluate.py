@@ -4,7 +4,7 @@ import dataclasses
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy import sparse
 
 from vixml_jax import config as config_lib
 from vixml_jax import errors, memory, processes, programs, remote, retrieval, runs
-from vixml_jax.config import Config
+from vixml_jax.config import Config, SearchConfig
 from vixml_jax.data import propensity
 from vixml_jax.data.store import Items, PreparedDataset
 from vixml_jax.encoding import Model
@@ -28,10 +28,12 @@ from vixml_jax.search import index as index_lib
 from vixml_jax.search.augmented import Mixing
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.index import Index
-from vixml_jax.search.scann import ScannIndex
-from vixml_jax.structs import LabelState, SearchResult
+from vixml_jax.search.opening import open_index
+from vixml_jax.structs import LabelState, SearchResult, Share
 
 TUNED_ON = 5000  # Validation queries at most.
+# Vectors of the labels, and of the training queries or None.
+Keep = Callable[[Float[np.ndarray, "n e"], Float[np.ndarray, "t e"] | None], None]
 
 
 def inverse_propensity(dataset: PreparedDataset) -> Float[np.ndarray, " l"]:
@@ -46,24 +48,22 @@ def measure(
     result: SearchResult,
     dataset: PreparedDataset,
     split: str,
-    k: int,
     rows: Int[np.ndarray, " r"] | None = None,
 ) -> dict[str, float]:
-    """The metrics of search results, filter pairs taken out.
+    """The metrics of search results without filter pairs.
 
     Args:
       result: Of the queries of a split.
       dataset: Which has it.
       split: 'test', 'valid' or 'train'.
-      k: Labels kept of each query.
-      rows: Which of its queries these are, ascending; None: all.
+      rows: Which of its queries these are; None: all.
     """
-    _, relevance, pairs = dataset.split(split)
-    if rows is not None:
-        relevance, pairs = relevance[rows], index_lib.pairs_of(pairs, rows)
-    kept = index_lib.drop_filtered(result, pairs, k)
+    relevance = dataset.split(split)[1]
     return metrics_lib.compute_metrics(
-        kept.ids, relevance, inverse_propensity(dataset), recall_ks=_recall_ks(k)
+        result.ids,
+        relevance if rows is None else relevance[rows],
+        inverse_propensity(dataset),
+        recall_ks=_recall_ks(result.ids.shape[1]),
     )
 
 
@@ -85,11 +85,13 @@ def evaluate_model(
     *,
     split: str = "test",
     search: str = "exact",
+    searched: SearchConfig = config_lib.SEARCH,
     k: int,
     block: int,
     mixing: Mixing | None = None,
     tune: Sequence[str] = (),
     index_dir: str | None = None,
+    keep: Keep | None = None,
     titles: bool = True,
     group: Group = processes.ALONE,
 ) -> dict[str, Any]:
@@ -100,12 +102,15 @@ def evaluate_model(
       dataset: Prepared data of the run.
       split: 'test', 'valid' or 'train'.
       search: 'exact' or 'scann'.
+      searched: How, in detail.
       k: Labels kept of each query after filtering.
       block: Items encoded at a time.
       mixing: How the labels of near training queries shall count; the metrics with them stand under
         `with_memory`. None: they do not.
       tune: Metrics whose mean on the validation split chooses another mixing first; none: it stays.
       index_dir: Where ScaNN indexes are kept; needed for 'scann'.
+      keep: Is given the vectors of the labels and, with memory, of the training queries; None:
+        nobody wants them.
       titles: Whether to show progress.
       group: The processes of the model's mesh.
     """
@@ -127,45 +132,54 @@ def evaluate_model(
 
     query_vectors = encode(queries, f"{split} queries")
     lap("encode_queries")
-    fetched = min(k + index_lib.over_fetch(pairs), dataset.num_labels)
-    exact = ExactIndex(label_vectors, num_labels=dataset.num_labels, mesh=model.mesh)
-    settings: dict[str, Any] = {"kind": search, "k": k, "fetched": fetched}
-    index: Index = exact
-    if search == "scann":
-        index = open_scann(label_vectors.values, os.path.join(index_dir, "labels"))
-        lap("build_index")
-    result = index.search(query_vectors, fetched)
+    index = open_index(
+        label_vectors,
+        kind=search,
+        directory=os.path.join(index_dir, "labels") if index_dir else "",
+        queries=query_vectors,
+        k=k,
+        mesh=model.mesh,
+        num_labels=dataset.num_labels,
+        **dataclasses.asdict(searched),
+    )
+    lap("index")
+    result = index_lib.search_filtered(index, query_vectors, pairs, k)
     lap("search")
-    settings[f"recall@{k}"] = 1.0
-    if search == "scann":
-        settings |= index.settings
-        sample = np.random.default_rng(0).permutation(len(query_vectors))[:1000]
-        truth = exact.search(query_vectors[sample], k)
-        found = SearchResult(result.scores[sample], result.ids[sample])
-        settings[f"recall@{k}"] = float(index_lib.recall_against(truth, found, min(k, fetched)))
-        lap("recall")
-    results = measure(result, dataset, split, k)
+    settings = {"kind": search, **index.settings, "k": k}
+    settings[f"recall@{k}"] = _recall(index, label_vectors, query_vectors, k, model, dataset)
+    lap("recall")
+    results = measure(result, dataset, split)
     lap("metrics")
     remembered = {}
+    if keep is not None and mixing is None:
+        keep(label_vectors.values, None)
     if mixing is not None or tune:
         vectors = query_vectors if split == "train" else encode(dataset.train, "training queries")
-        memory: Index = ExactIndex(vectors, mesh=model.mesh)
-        if search == "scann":
-            memory = open_scann(vectors, os.path.join(index_dir, "memory"))
-        lap("memory")
+        lap("encode_memory")
+        if keep is not None:
+            keep(label_vectors.values, vectors)
+        memory = open_index(
+            vectors,
+            kind=search,
+            directory=os.path.join(index_dir, "memory") if index_dir else "",
+            queries=query_vectors,
+            k=min(k, len(vectors)) if mixing is None else min(mixing.k, len(vectors)),
+            mesh=model.mesh,
+            **dataclasses.asdict(searched),
+        )
+        lap("index_memory")
         if tune:
             vectors = encode(dataset.valid, "valid queries")
             mixing, remembered["tuning"] = tune_mixing(
                 index, memory, vectors, dataset, tune, k, titles
             )
             lap("tuning")
-        few = max(mixing.k, result.ids.shape[1])
         itself = np.arange(len(query_vectors)) if split == "train" else None
-        near = retrieval.nearest(memory, query_vectors, few, itself)
+        near = retrieval.nearest(memory, query_vectors, max(mixing.k, k), itself)
         mixed = augmented.mix_in_memory(
-            result, near, dataset.train_relevance, mixing, result.ids.shape[1]
+            result, near, dataset.train_relevance, mixing, k, pairs if len(pairs) else None
         )
-        remembered["with_memory"] = measure(mixed, dataset, split, k)
+        remembered["with_memory"] = measure(mixed, dataset, split)
         remembered["mixing"] = mixing._asdict()
         lap("mixing")
     return {
@@ -206,31 +220,38 @@ def tune_mixing(
     """
     rows = np.sort(np.random.default_rng(0).permutation(len(vectors))[:TUNED_ON])
     pairs = index_lib.pairs_of(dataset.split("valid")[2], rows)
-    fetched = min(k + index_lib.over_fetch(pairs), dataset.num_labels)
     most = min(max(augmented.KS), len(dataset.train))
+
+    def judge(result: SearchResult) -> float:
+        found = measure(result, dataset, "valid", rows)
+        return float(np.mean([found[name] for name in names]))
+
     tried = augmented.tune(
-        index.search(vectors[rows], fetched),
-        retrieval.nearest(memory, vectors[rows], max(most, fetched)),
+        index_lib.search_filtered(index, vectors[rows], pairs, k),
+        retrieval.nearest(memory, vectors[rows], max(most, k)),
         dataset.train_relevance,
-        lambda result: np.mean(
-            [measure(result, dataset, "valid", k, rows)[name] for name in names]
-        ),
+        judge,
         augmented.grid(most),
         "memory tuned" if titles else "",
+        pairs if len(pairs) else None,
     )
-    return tried[0][0], [{**mixing._asdict(), "value": float(value)} for mixing, value in tried]
+    return tried[0][0], [{**mixing._asdict(), "value": value} for mixing, value in tried]
 
 
-def open_scann(label_vectors: np.ndarray, directory: str) -> ScannIndex:
-    """The index kept in `directory`, built there first if it is absent or of other vectors."""
-    if os.path.isdir(directory):
-        try:
-            return ScannIndex.load(directory, label_vectors)
-        except InputError as error:
-            print(error)  # Says what it found, and that it is to be built anew.
-    index = ScannIndex.build(label_vectors)
-    index.save(directory)
-    return index
+def _recall(
+    index: Index,
+    labels: Share,
+    queries: Float[np.ndarray, "q e"],
+    k: int,
+    model: Model,
+    dataset: PreparedDataset,
+) -> float:
+    """The share of the exact k best labels that an index finds, of a sample of the queries."""
+    if isinstance(index, ExactIndex):
+        return 1.0
+    sample = queries[np.random.default_rng(1).permutation(len(queries))[:1000]]
+    exact = ExactIndex(labels, num_labels=dataset.num_labels, mesh=model.mesh)
+    return index_lib.recall_against(exact.search(sample, k), index.search(sample, k), k)
 
 
 def without_images(dataset: PreparedDataset, split: str) -> PreparedDataset:
@@ -251,13 +272,13 @@ def baseline_rows(
     dataset: PreparedDataset, k: int, split: str = "test"
 ) -> dict[str, dict[str, float]]:
     """Metrics of the nearest-neighbour votes that the data allow: text, pictures, both."""
-    fetched = min(k + index_lib.over_fetch(dataset.split(split)[2]), dataset.num_labels)
+    pairs = dataset.split(split)[2]
+    fetched = min(k + index_lib.over_fetch(pairs), dataset.num_labels)
     kinds = ["text"] + (["picture", "both"] if dataset.image_width else [])
+    found = {kind: vote.vote(dataset, split=split, by=kind, k=fetched) for kind in kinds}
     return {
-        f"vote, {kind}": measure(
-            vote.vote(dataset, split=split, by=kind, k=fetched), dataset, split, k
-        )
-        for kind in kinds
+        f"vote, {kind}": measure(index_lib.drop_filtered(result, pairs, k), dataset, split)
+        for kind, result in found.items()
     }
 
 
@@ -270,9 +291,11 @@ def show(
     *,
     split: str,
     search: str,
+    searched: SearchConfig = config_lib.SEARCH,
     mixing: Mixing | None = None,
     tune: Sequence[str] = (),
     hide_images: bool = False,
+    keep: Keep | None = None,
     group: Group = processes.ALONE,
 ) -> dict[str, Any]:
     """Evaluates, writes the json, prints the table and where it lies; returns the results."""
@@ -286,11 +309,13 @@ def show(
         dataset,
         split=split,
         search=search,
+        searched=searched,
         k=k,
         block=config.eval.block,
         mixing=mixing,
         tune=tune,
         index_dir=os.path.join(config.workdir, "evaluation", "scann"),
+        keep=keep,
         group=group,
     )
     if group.index:  # The first process tells.
@@ -333,13 +358,7 @@ def main(argv: Sequence[str]) -> None:
         )
     programs.keep_in(values.compile_cache)
     remote.check(values.workdir, "workdir")
-    config = config_lib.load(os.path.join(values.workdir, runs.CONFIG))
-    config = dataclasses.replace(
-        config,
-        workdir=values.workdir,
-        data=values.data or config.data,
-        mesh=values.mesh or config.mesh,
-    )
+    config = runs.read_config(values.workdir, data=values.data, mesh=values.mesh)
     dataset = runs.open_dataset(config, values.data_cache)
     _check_tuning(values.tune_memory, dataset, config)
     mesh = runs.make_mesh(config)
@@ -357,6 +376,7 @@ def main(argv: Sequence[str]) -> None:
         dataset,
         split=values.split,
         search=values.search,
+        searched=config_lib.group_from_flags("search", SearchConfig, values),
         mixing=retrieval.as_told(config.eval, values, config.workdir, step),
         tune=values.tune_memory,
         hide_images=values.hide_images,
@@ -401,6 +421,7 @@ def define_flags() -> None:
         "hide_images", False, "Judge queries by their texts alone: what their pictures bring."
     )
     flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
+    config_lib.define_group("search", SearchConfig)
     programs.define_flag()
     remote.define_flag()
     processes.define_flags()

@@ -1,7 +1,8 @@
-"""The memory of devices, and how this process keeps what XLA allocates anew in every step."""
+"""The memory of host and devices; how this process keeps what XLA allocates anew in every step."""
 
 import ctypes
 import os
+import pathlib
 import resource
 import sys
 from typing import TYPE_CHECKING
@@ -27,6 +28,52 @@ def keep_freed_pages() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # Never.
         mallopt(_M_ARENA_MAX, 1)
+
+
+def available(root: str = "/") -> int | None:
+    """Bytes that this process may still take on the host; None: the system does not say.
+
+    The least of what the machine has left and of what the control groups that the process is in
+    (containers, batch systems) leave it; pages of files that could be dropped count as left.
+
+    Args:
+      root: Where /proc and /sys lie, for tests.
+    """
+    try:
+        lines = pathlib.Path(root, "proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        left = [int(fields["MemAvailable"].split()[0]) * 1024]
+    except (OSError, KeyError, ValueError):
+        return None
+    return max(0, min(left + _left_by_groups(pathlib.Path(root))))
+
+
+def _left_by_groups(root: pathlib.Path) -> list[int]:
+    """What each control group with a limit leaves, from the process's own up to the root's."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # https://docs.kernel.org/admin-guide/cgroup-v2.html
+            top, limit, used, droppable = "", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, used = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            droppable = "total_inactive_file"
+        else:
+            continue
+        place = pathlib.PurePosixPath(path.lstrip("/"))
+        for group in (place, *place.parents):
+            directory = root / "sys/fs/cgroup" / top / group
+            try:
+                most, now = (int((directory / name).read_text()) for name in (limit, used))
+                stat = dict(x.split() for x in (directory / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # Not to be seen from here, or "max": no limit.
+                continue
+            left.append(most - now + int(stat.get(droppable, 0)))
+    return left
 
 
 def of_a_device(device: "jax.Device | None" = None) -> int:

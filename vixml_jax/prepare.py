@@ -137,7 +137,7 @@ class ImageFinder:
     ):
         self._model, self._directory, self._bounds = model, directory, bounds
         self._keep_aspect, self._batch, self._dtype = keep_aspect, batch, dtype
-        self._broken: list[str] = []
+        self.broken: dict[str, str] = {}  # What is wrong with files and urls.
         self._named = 0
 
     @functools.cached_property
@@ -196,9 +196,9 @@ class ImageFinder:
         )
         self._named += sum(map(len, paths))
         faults |= {name: broken[path] for name, path in file_of.items() if path in broken}
-        self._broken += [f"{name}\t{fault}" for name, fault in faults.items()]
+        self.broken |= faults
         with open(os.path.join(self._directory, "broken.txt"), "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in self._broken)
+            file.writelines(f"{name}\t{fault}\n" for name, fault in self.broken.items())
         found = [[row_of[path] for path in item if path in row_of] for item in files]
         rows = np.full((count, max(1, max(map(len, found), default=1))), -1, np.int64)
         for i, item in enumerate(found):
@@ -219,9 +219,9 @@ class ImageFinder:
     def describe(self) -> str:
         """What was embedded, and what could not be."""
         line = f"pictures: {self._named} named, vectors in {self._directory}"
-        if self._broken:
+        if self.broken:
             listed = os.path.join(self._directory, "broken.txt")
-            line += f"; {len(self._broken)} missing or broken, listed in {listed}"
+            line += f"; {len(self.broken)} missing or broken, listed in {listed}"
         return line
 
 

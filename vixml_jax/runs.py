@@ -95,6 +95,32 @@ def _read_tower(workdir: str) -> dict[str, Any]:
         raise InputError(f"{path}: {error}; expected a run directory that train wrote") from None
 
 
+def content_hash(workdir: str) -> str:
+    """Of the data that the run was started on.
+
+    Raises:
+      InputError: If the directory is not a run's.
+    """
+    return _read_tower(workdir)["content_hash"]
+
+
+def read_config(workdir: str, *, data: str = "", mesh: str = "") -> Config:
+    """The flags of a run, where it lies now.
+
+    Args:
+      workdir: Of the run; it may have moved.
+      data: Where its data are now; empty: as trained.
+      mesh: On which it shall be used; empty: as trained.
+
+    Raises:
+      InputError: If the directory is not a run's.
+    """
+    config = config_lib.load(os.path.join(workdir, CONFIG))
+    return dataclasses.replace(
+        config, workdir=workdir, data=data or config.data, mesh=mesh or config.mesh
+    )
+
+
 def read_tower(workdir: str) -> tuple[TowerConfig, Layout]:
     """The tower's sizes, and how items are written for it, as the run was started with.
 

@@ -40,6 +40,7 @@ from vixml_jax.models import hf
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.tower import TowerConfig
+from vixml_jax.serving import answers
 from vixml_jax.structs import TrainState
 from vixml_jax.training import loop, losses, optimizer, step, warm_start, watch
 from vixml_jax.training import plan as plan_lib
@@ -439,10 +440,11 @@ def train(
     if telemetry.watch.closing():
         print(telemetry.watch.closing())
     params, labels = trees.merge(state.params, state.frozen), state.labels
+    last = int(state.step)
     if position.best_step is not None:
         # Room first: a device may not hold two models beside an optimizer.
         del state, params, labels
-        params, labels, _ = runs.restore_model(config.workdir, model)
+        params, labels, last = runs.restore_model(config.workdir, model)
     print(describe_choice(config, position, steps_per_epoch))
     evaluate.show(
         config,
@@ -453,13 +455,19 @@ def train(
         split=split,
         search="exact",
         mixing=retrieval.as_trained(config.eval),
+        # Of a store of objects, and of many processes, `predict` makes them when it is asked.
+        keep=functools.partial(
+            answers.keep, os.path.join(config.workdir, answers.DIRECTORY), dataset, last
+        )
+        if group.count == 1 and remote.is_local(config.workdir)
+        else None,
         group=group,
     )
     if split == "valid":
         print(f"to judge on test: python -m vixml_jax.evaluate --workdir={config.workdir}")
     print(
         f"run: {remote.absolute(config.workdir)} (config.json, checkpoints/, metrics.jsonl, "
-        "tensorboard/, evaluation/)"
+        "tensorboard/, evaluation/, answers/)"
     )
 
 

@@ -1,5 +1,7 @@
 """Exact search against sorting all scores; any mesh and any blocks give the same."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
@@ -35,11 +37,12 @@ def assert_matches(result, vectors, queries, k):
     np.testing.assert_array_equal(result.scores, scores)
 
 
-@pytest.mark.parametrize("query_block,label_block", [(4, 7), (1024, 4096), (3, 1)])
+@pytest.mark.parametrize("query_block,label_block", [(4, 7), (1024, 4096), (3, 1), (5, 256)])
+@pytest.mark.parametrize("num_labels", [61, 1000])
 @pytest.mark.parametrize("k", [1, 10, 70])
-def test_search_matches_sort(query_block, label_block, k):
+def test_search_matches_sort(query_block, label_block, num_labels, k):
     rng = np.random.default_rng((0, k))
-    vectors, queries = whole_numbers(rng, 61, 5), whole_numbers(rng, 13, 5)
+    vectors, queries = whole_numbers(rng, num_labels, 5), whole_numbers(rng, 13, 5)
     index = ExactIndex(vectors, query_block=query_block, label_block=label_block)
     assert_matches(index.search(queries, k), vectors, queries, k)
 
@@ -75,30 +78,77 @@ def test_mesh_of_all_devices_and_one_device_agree_on_any_vectors():
 def test_rows_lie_on_all_devices():
     vectors = np.ones((61, 4), np.float32)
     index = ExactIndex(vectors, mesh=sharding.create_mesh(2, 4, 1))
-    shards = index._vectors.addressable_shards
+    shards = index._rows._vectors.addressable_shards
     assert len({shard.device for shard in shards}) == 8
     assert {shard.data.shape for shard in shards} == {(8, 4)}
 
 
-def test_compiles_once_for_all_blocks_and_indices():
+@pytest.mark.parametrize("on", ["host", "mesh"])
+def test_compiles_once_for_all_blocks_and_indices(on):
     rng = np.random.default_rng(3)
-    exact._top_k.clear_cache()
+    program = exact._score if on == "host" else exact._top_k
+    program.clear_cache()
+    mesh = None if on == "host" else sharding.create_mesh()
     for _ in range(2):
-        index = ExactIndex(whole_numbers(rng, 50, 4), query_block=8, label_block=16)
+        vectors = whole_numbers(rng, 512, 4)
+        index = ExactIndex(vectors, query_block=8, label_block=16, mesh=mesh)
         for count in (5, 8, 20, 41):
             index.search(whole_numbers(rng, count, 4), 3)
-    assert exact._top_k._cache_size() == 1
+    assert program._cache_size() == 1
 
 
 def test_no_program_holds_all_scores():
     """The largest array of the compiled search is one block of scores, not [q, n]."""
-    index = ExactIndex(np.ones((4096, 4), np.float32), query_block=64, label_block=256)
-    queries = np.ones((64, 4), np.float32)
-    lowered = exact._top_k.lower(
-        index._vectors, queries, k=10, num_labels=4096, num_blocks=index._num_blocks, mesh=None
-    )
+    mesh = sharding.create_mesh(1, 1, 1, devices=jax.devices()[:1])
+    queries, vectors = np.ones((64, 4), np.float32), np.ones((4096, 4), np.float32)
+    lowered = exact._top_k.lower(vectors, queries, k=10, num_labels=4096, num_blocks=16, mesh=mesh)
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
     assert temporary < 64 * 4096 * 4 / 2
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_host_holds_one_block_of_scores(alike, monkeypatch):
+    """Also where all scores are equal, as those of a collapsed tower, and all could be the best."""
+    rng = np.random.default_rng(5)
+    shapes = []
+    score = exact._score
+
+    def spy(*args, **kwargs):
+        found = score(*args, **kwargs)
+        shapes.append(found[0].shape)
+        return found
+
+    monkeypatch.setattr(exact, "_score", spy)
+    vectors = np.ones((40_000, 4), np.float32) if alike else rng.normal(size=(40_000, 4))
+    index = ExactIndex(vectors, query_block=64, label_block=8192)
+    queries = rng.normal(size=(128, 4)).astype(np.float32)
+    index.search(queries[:1], 10)  # Compiles.
+    tracemalloc.start()
+    result = index.search(queries, 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(shapes) == (64, 8192)
+    assert peak < 64 * 8192 * 4  # Of numpy, beside the scores themselves.
+    if alike:
+        np.testing.assert_array_equal(result.ids, np.tile(np.arange(10), (128, 1)))
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "random", "one group"])
+@pytest.mark.parametrize("k", [1, 7, 100, 2000])
+def test_any_order_of_scores(order, k):
+    """Labels in any order of their scores, in several blocks: each new one the best, say."""
+    rng = np.random.default_rng((6, k))
+    values = np.sort(rng.normal(size=5000)).astype(np.float32)
+    values = {
+        "ascending": values,
+        "descending": values[::-1],
+        "random": rng.permutation(values),
+        "one group": np.where(np.arange(5000) // 32 == 40, values, -np.abs(values)),
+    }[order]
+    vectors, queries = values[:, None], np.array([[1.0], [-2.0], [0.0]], np.float32)
+    for label_block in (512, 8192):
+        result = ExactIndex(vectors, label_block=label_block).search(queries, k)
+        assert_matches(result, vectors, queries, k)
 
 
 @pytest.mark.parametrize("num_queries,num_labels", [(0, 9), (3, 0)])

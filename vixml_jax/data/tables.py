@@ -186,8 +186,8 @@ def _lines(path: str, encoding: str) -> Iterator[tuple[int, str | InputError]]:
                 yield (
                     number,
                     InputError(
-                        f"{path}, line {number}: longer than {MAX_LINE >> 20} MiB; expected one row a "
-                        "line"
+                        f"{path}, line {number}: longer than {MAX_LINE >> 20} MiB; expected one "
+                        "row a line"
                     ),
                 )
                 while not line.endswith(b"\n") and (line := file.readline(MAX_LINE + 1)):

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
+from vixml_jax.search import index
 from vixml_jax.structs import SearchResult
 
 PUBLISHED = (0.1, 100, 0.05)
@@ -35,6 +36,7 @@ def mix_in_memory(
     relevance: sparse.csr_matrix,
     mixing: Mixing,
     k: int,
+    never: Int[np.ndarray, "f 2"] | None = None,
 ) -> SearchResult:
     """Labels found by their own vectors and by those of training queries, as one ranking.
 
@@ -50,6 +52,8 @@ def mix_in_memory(
       relevance: [training queries, labels], ones.
       mixing: See there.
       k: Columns of what is returned.
+      never: (query, label), filter pairs, which near training queries do not bring back; None:
+        there are none. `labels` must be without them already.
 
     Returns:
       Best first, of equal scores the lower id first; short rows end in id -1, score -inf.
@@ -67,6 +71,14 @@ def mix_in_memory(
         votes = _as_rows(remembered, memory.ids[rows], num_queries) @ relevance
         mixed = (mixed + mixing.weight * votes).tocsr()
         row = np.repeat(np.arange(mixed.shape[0]), np.diff(mixed.indptr))
+        if never is not None:
+            pairs = index.pairs_of(never, np.arange(start, start + mixed.shape[0]))
+            keys, banned = (
+                x.astype(np.int64) * num_labels + y for x, y in ((row, mixed.indices), pairs.T)
+            )
+            mixed.data[np.isin(keys, banned)] = 0.0
+            mixed.eliminate_zeros()
+            row = np.repeat(np.arange(mixed.shape[0]), np.diff(mixed.indptr))
         order = np.lexsort((mixed.indices, -mixed.data, row))
         rank = np.arange(len(order)) - mixed.indptr[row]
         order, row, rank = order[rank < k], row[rank < k], rank[rank < k]
@@ -121,6 +133,7 @@ def tune(
     judge: Callable[[SearchResult], float],
     mixings: Sequence[Mixing],
     title: str = "",
+    never: Int[np.ndarray, "f 2"] | None = None,
 ) -> list[tuple[Mixing, float]]:
     """Each mixing and what `judge` says of its result, best first, of equals the first given.
 
@@ -129,11 +142,12 @@ def tune(
       judge: Of as many columns as `labels` has; larger is better.
       mixings: To be tried.
       title: Of the bar that shows progress; empty: none.
+      never: As of `mix_in_memory`.
     """
     import tqdm
 
     found = []
     for mixing in tqdm.tqdm(mixings, desc=title, disable=not title, leave=False):
-        mixed = mix_in_memory(labels, memory, relevance, mixing, labels.ids.shape[1])
+        mixed = mix_in_memory(labels, memory, relevance, mixing, labels.ids.shape[1], never)
         found.append((mixing, judge(mixed)))
     return sorted(found, key=lambda pair: -pair[1])

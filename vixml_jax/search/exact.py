@@ -1,6 +1,8 @@
 """Exact search: blocks of inner products, a running top-k, rows of the labels over the mesh."""
 
 import functools
+import os
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from vixml_jax import sharding
-from vixml_jax.search import index
+from vixml_jax.search import index, selecting
 from vixml_jax.sharding import ROWS
 from vixml_jax.structs import SearchResult, Share
 
@@ -29,7 +31,7 @@ class ExactIndex:
         *,
         num_labels: int | None = None,
         query_block: int = 1024,
-        label_block: int = 32768,
+        label_block: int = 65536,
         mesh: Mesh | None = None,
     ):
         """Places the vectors.
@@ -43,19 +45,22 @@ class ExactIndex:
             query_block * label_block float32.
           mesh: Whose (replica, fsdp) axes share the rows; None: the default device has them all.
         """
-        self.settings: dict[str, Any] = {"query_block": query_block, "label_block": label_block}
+        self.settings: dict[str, Any] = {
+            "kind": "exact",
+            "query_block": query_block,
+            "label_block": label_block,
+        }
         if not isinstance(vectors, Share):
             vectors = Share(np.arange(len(vectors)), vectors)
-        values = np.asarray(vectors.values, np.float32)
-        self._num_labels = len(values) if num_labels is None else num_labels
-        self._query_block, self._mesh = query_block, mesh
-        if mesh is None:
-            self._vectors = jax.device_put(values)
+        vectors = vectors._replace(values=np.asarray(vectors.values, np.float32))
+        self._num_labels = len(vectors.values) if num_labels is None else num_labels
+        self._query_block = query_block
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        self._rows: _OnHost | _OnDevices
+        if device.platform == "cpu" and (mesh is None or mesh.size == 1):
+            self._rows = _OnHost(vectors.values[: self._num_labels], label_block)
         else:
-            share = vectors._replace(values=values)
-            self._vectors = sharding.spread_rows(share, self._num_labels, mesh)
-        devices = 1 if mesh is None else sharding.num_row_shards(mesh)
-        self._num_blocks = max(1, -(-(self._vectors.shape[0] // devices) // label_block))
+            self._rows = _OnDevices(vectors, self._num_labels, label_block, mesh)
 
     def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
         """Returns the k best labels of each query, best first, of equal scores the lower id first.
@@ -63,8 +68,7 @@ class ExactIndex:
         Where k exceeds the number of labels, rows end in id -1, score -inf.
         """
         few = min(k, self._num_labels)
-        scores = np.empty((len(queries), few), np.float32)
-        ids = np.empty((len(queries), few), np.int32)
+        result = index.nothing(len(queries), few)
         # One program for all blocks; of few queries, one of the next power of two.
         size = min(self._query_block, 1 << max(3, (len(queries) - 1).bit_length()))
         block = np.zeros((size, queries.shape[1]), np.float32)
@@ -72,16 +76,91 @@ class ExactIndex:
             part = slice(start, min(start + size, len(queries)))
             count = part.stop - part.start
             block[:count] = queries[part]
-            found = _top_k(
-                self._vectors,
-                block,
-                k=few,
-                num_labels=self._num_labels,
-                num_blocks=self._num_blocks,
-                mesh=self._mesh,
+            result.scores[part], result.ids[part] = self._rows.best(block, count, few)
+        return index.pad_columns(result, k)
+
+
+class _OnHost:
+    """All rows on one CPU: XLA multiplies and numpy selects, on all its cores."""
+
+    def __init__(self, values: Float[np.ndarray, "n e"], label_block: int):
+        self._num_labels = len(values)
+        self._size = _whole_groups(min(label_block, len(values)))
+        self._blocks = []
+        for start in range(0, len(values), self._size):
+            rows = values[start : start + self._size]
+            if missing := _whole_groups(len(rows)) - len(rows):  # No maximum changes by a copy.
+                rows = np.pad(rows, ((0, missing), (0, 0)), mode="edge")
+            self._blocks.append(jax.device_put(rows))
+        # Those that this process may use, where the system tells.
+        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else "1"
+        self._num_threads = len(mine)
+        self._threads = futures.ThreadPoolExecutor(self._num_threads)
+
+    def best(self, queries: Float[np.ndarray, "q e"], count: int, k: int) -> SearchResult:
+        """The k best rows of each of the first `count` queries; more are there for their number."""
+        each = -(-count // self._num_threads)
+        parts = [slice(start, min(start + each, count)) for start in range(0, count, each)]
+        best = [index.nothing(part.stop - part.start, k) for part in parts]
+        group = selecting.group_size(k, self._size)
+        for i, block in enumerate(self._blocks):
+            scores, maxima = map(np.asarray, _score(queries, block, group=group))
+            first = i * self._size
+            add = functools.partial(
+                selecting.add_block, first=first, real=min(self._size, self._num_labels - first)
             )
-            scores[part], ids[part] = (np.asarray(x)[:count] for x in found)
-        return index.pad_columns(SearchResult(scores, ids), k)
+            scores, maxima = ([x[part] for part in parts] for x in (scores, maxima))
+            best = list(self._threads.map(add, best, scores, maxima))
+        return SearchResult(*map(np.concatenate, zip(*best, strict=True)))
+
+
+def _whole_groups(count: int) -> int:
+    return -(-max(1, count) // selecting.GROUP) * selecting.GROUP
+
+
+class _OnDevices:
+    """Rows over the devices of a mesh, or on one accelerator."""
+
+    def __init__(self, vectors: Share, num_labels: int, label_block: int, mesh: Mesh | None):
+        self._num_labels, self._mesh = num_labels, mesh
+        if mesh is None:
+            self._vectors = jax.device_put(vectors.values)
+        else:
+            self._vectors = sharding.spread_rows(vectors, num_labels, mesh)
+        devices = 1 if mesh is None else sharding.num_row_shards(mesh)
+        self._num_blocks = max(1, -(-(self._vectors.shape[0] // devices) // label_block))
+
+    def best(self, queries: Float[np.ndarray, "q e"], count: int, k: int) -> SearchResult:
+        """The k best rows of each of the first `count` queries; more are there for their number."""
+        found = _top_k(
+            self._vectors,
+            queries,
+            k=k,
+            num_labels=self._num_labels,
+            num_blocks=self._num_blocks,
+            mesh=self._mesh,
+        )
+        return SearchResult(*(np.asarray(x)[:count] for x in found))
+
+
+@functools.partial(jax.jit, static_argnames="group")
+def _score(
+    queries: Float[Array, "q e"], rows: Float[Array, "n e"], *, group: int
+) -> tuple[Float[Array, "q n"], Float[Array, "q g"]]:
+    """All inner products, and the largest of each group of them."""
+    scores = _inner_products(queries, rows)
+    return scores, jnp.max(scores.reshape(len(scores), -1, group), axis=2)
+
+
+def _inner_products(queries: Float[Array, "q e"], rows: Float[Array, "n e"]) -> Float[Array, "q n"]:
+    """In float32 throughout."""
+    return jnp.einsum(
+        "qe,ne->qn",
+        queries,
+        rows,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("k", "num_labels", "num_blocks", "mesh"))
@@ -128,13 +207,7 @@ def _local_top_k(
         # The last block ends with the rows: what it shares with the one before counts once.
         at = jnp.minimum(start, rows.shape[0] - size) + jnp.arange(size, dtype=jnp.int32)
         vectors = jax.lax.dynamic_slice_in_dim(rows, at[0], size)
-        scores = jnp.einsum(
-            "qe,ne->qn",
-            queries,
-            vectors,
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        scores = _inner_products(queries, vectors)
         ids = jnp.asarray(first + at, jnp.int32)
         scores = jnp.where((at >= start) & (ids < num_labels), scores, -jnp.inf)
         scores, chosen = jax.lax.top_k(scores, min(k, size))

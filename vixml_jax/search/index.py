@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 
 from vixml_jax.structs import SearchResult
 
-_BLOCK = 65536  # Filter pairs looked up at a time.
+_BLOCK = 1 << 22  # Ids compared with filter pairs at a time.
+_FEW = 8  # Filter pairs of a query that cost next to nothing.
 
 
 class Index(Protocol):
@@ -42,6 +43,31 @@ def pairs_of(pairs: Int[np.ndarray, "f 2"], rows: Int[np.ndarray, " r"]) -> Int[
     return np.stack([at, pairs[:, 1]], axis=1)[there]
 
 
+def search_filtered(
+    index: Index, queries: Float[np.ndarray, "q e"], pairs: Int[np.ndarray, "f 2"], k: int
+) -> SearchResult:
+    """The k best labels of each query that are not filter pairs.
+
+    A query is asked for as many results more as it has pairs, up to the next power of two: where
+    one has thousands, the others cost no more than without it.
+
+    Args:
+      index: To search.
+      queries: Any number.
+      pairs: (query, label), in any order, twice or not.
+      k: Columns of what is returned; short rows end in id -1, score -inf.
+    """
+    result = nothing(len(queries), k)
+    count = np.bincount(pairs[:, 0], minlength=len(queries))
+    more = 1 << np.ceil(np.log2(np.maximum(count, _FEW))).astype(int) if len(pairs) else count
+    for extra in np.unique(more):
+        rows = np.flatnonzero(more == extra)
+        found = index.search(queries[rows], k + int(extra))
+        kept = drop_filtered(found, pairs_of(pairs, rows), k)
+        result.scores[rows], result.ids[rows] = kept
+    return result
+
+
 def drop_filtered(result: SearchResult, pairs: Int[np.ndarray, "f 2"], k: int) -> SearchResult:
     """Returns the k best results of each query that are not filter pairs.
 
@@ -51,8 +77,9 @@ def drop_filtered(result: SearchResult, pairs: Int[np.ndarray, "f 2"], k: int) -
       k: Columns of what is returned, more than j too; short rows end in id -1, score -inf.
     """
     ids, scores = np.array(result.ids), np.array(result.scores)
-    for start in range(0, len(pairs), _BLOCK):
-        queries, labels = pairs[start : start + _BLOCK].T
+    size = max(1, _BLOCK // max(1, ids.shape[1]))
+    for start in range(0, len(pairs), size):
+        queries, labels = pairs[start : start + size].T
         at, column = np.nonzero(ids[queries] == labels[:, None])
         ids[queries[at], column], scores[queries[at], column] = -1, -np.inf
         rows = np.unique(queries[at])
@@ -60,6 +87,12 @@ def drop_filtered(result: SearchResult, pairs: Int[np.ndarray, "f 2"], k: int) -
         ids[rows] = np.take_along_axis(ids[rows], order, axis=1)
         scores[rows] = np.take_along_axis(scores[rows], order, axis=1)
     return pad_columns(SearchResult(scores[:, :k], ids[:, :k]), k)
+
+
+def nothing(num_queries: int, k: int) -> SearchResult:
+    """The k best of no labels."""
+    shape = num_queries, k
+    return SearchResult(np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32))
 
 
 def pad_columns(result: SearchResult, k: int) -> SearchResult:

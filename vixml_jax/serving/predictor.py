@@ -1,22 +1,24 @@
 """Labels for new queries: a trained run, opened once, that answers from any number of threads."""
 
+import dataclasses
+import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 from jaxtyping import Float, Float16, Int
 
 from vixml_jax import config as config_lib
 from vixml_jax import processes, remote, retrieval, runs, sharding
-from vixml_jax.data import encoder, packing, store, tokenize
+from vixml_jax.config import SearchConfig
+from vixml_jax.data import encoder, packing, tokenize
 from vixml_jax.data.store import Items, PreparedDataset, Ragged, Texts
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
-from vixml_jax.search import augmented
+from vixml_jax.search import augmented, changed
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.augmented import Mixing
 from vixml_jax.search.exact import ExactIndex
@@ -66,7 +68,7 @@ class Predictor:
         self.model, self.params, self.labels, self.mixing = model, params, labels, mixing
         tower = model.tower.config
         self.image_width = tower.image_width if model.layout.num_images else 0
-        self._index, self._memory = index, memory
+        self._own, self._memory = index, memory
         tokenizer = tokenize.load(answers.path, answers.about["max_tokens"])
         self._unknown = tokenizer.token_to_id("[UNK]")
         self._frame = sum(map(len, tokenize.special_tokens(tokenizer)))
@@ -74,6 +76,7 @@ class Predictor:
         shards = sharding.num_row_shards(model.mesh)
         self._sizes = sorted({-(-size // shards) * shards for size in SIZES})
         self._shards = shards
+        self._row_of: dict[str, int] | None = None
         self.refresh()
 
     @staticmethod
@@ -81,6 +84,7 @@ class Predictor:
         workdir: str,
         *,
         search: str = "exact",
+        searched: SearchConfig = config_lib.SEARCH,
         values: flags.FlagValues | None = None,
         data: str = "",
         data_cache: str = remote.CACHE,
@@ -91,7 +95,8 @@ class Predictor:
 
         Args:
           workdir: That `train` wrote.
-          search: 'exact' or 'scann'.
+          search: 'exact' or 'scann'; then by the index that `evaluate --search=scann` has tuned.
+          searched: How, in detail.
           values: With the flags of `retrieval.define_flags`; None: as tuned or trained.
           data: Prepared data, if they have moved; needed only where answers must be made.
           data_cache: Where data from a store of objects are copied to.
@@ -107,8 +112,7 @@ class Predictor:
                 f"--workdir={workdir}: labels and indexes are kept beside the run; copy it to this "
                 "machine first"
             )
-        config = config_lib.load(os.path.join(workdir, runs.CONFIG))
-        config = runs.moved(config, workdir, data=data, mesh=mesh)
+        config = runs.read_config(workdir, data=data, mesh=mesh)
         tower, layout = runs.read_tower(workdir)
         path = os.path.join(workdir, answers_lib.DIRECTORY)
         _, step = runs.find_model(workdir)
@@ -128,20 +132,19 @@ class Predictor:
             print(f"{path}: labels of {dataset.path} are encoded for step {step}")
             make_answers(path, model, params, labels, dataset, step, mixing, config.eval.block)
         answers = Answers.open(path)
-        index = open_index(
-            answers.vectors,
-            kind=search,
-            directory=os.path.join(path, "scann", "labels"),
-            mesh=model.mesh,
-        )
-        memory = None
-        if mixing is not None:
-            memory = open_index(
-                answers.memory,
+
+        def opened(vectors: np.ndarray, name: str, k: int) -> Index:
+            return open_index(
+                vectors,
                 kind=search,
-                directory=os.path.join(path, "scann", "memory"),
+                directory=os.path.join(workdir, "evaluation", "scann", name),
+                k=min(k, len(vectors)),
                 mesh=model.mesh,
+                **dataclasses.asdict(searched),
             )
+
+        index = opened(answers.vectors, "labels", config.eval.k)
+        memory = None if mixing is None else opened(answers.memory, "memory", mixing.k)
         predictor = Predictor(
             workdir, model, params, labels, answers, index=index, memory=memory, mixing=mixing
         )
@@ -152,9 +155,15 @@ class Predictor:
     def refresh(self) -> None:
         """Takes up labels that were added or removed since."""
         changes = changes_lib.read(self.workdir, self.answers)
-        added = ExactIndex(changes.vectors, mesh=self.model.mesh) if len(changes.ids) else None
-        self._changes, self._added = changes, added
-        self._row_of: dict[str, int] | None = None
+        self._changes, self._labels = changes, self._own
+        if len(changes.ids) or len(changes.removed):
+            added = ExactIndex(changes.vectors, mesh=self.model.mesh) if changes.ids else None
+            self._labels = changed.ChangedIndex(
+                self._own, added, len(self.answers.ids), changes.removed
+            )
+        if self.mixing is not None:
+            self._relevance = changes_lib.widened(self.answers.relevance, changes)
+        self._row_of = None
 
     @property
     def num_labels(self) -> int:
@@ -225,41 +234,66 @@ class Predictor:
           k: Columns; rows are short where there are fewer labels.
           pairs: (query, label) never to be found.
         """
-        changes = self._changes
         pairs = np.zeros((0, 2), np.int64) if pairs is None else pairs
-        more = len(changes.removed) + index_lib.over_fetch(pairs)
-        # Few numbers of columns, so that few programs are compiled.
-        wanted = k + (1 << (more - 1).bit_length() if more else 0)
-        result = self._index.search(vectors, wanted)
-        if self._added is not None:
-            added = self._added.search(vectors, min(wanted, len(changes.ids)))
-            result = _merge(result, added, len(self.answers.ids), wanted)
-        if self.mixing is not None:
-            near = self._memory.search(vectors, max(self.mixing.k, wanted))
-            relevance = changes.widen(self.answers.relevance)
-            result = augmented.mix_in_memory(result, near, relevance, self.mixing, wanted)
-        gone = np.isin(result.ids, changes.removed)
-        if gone.any():
-            result = index_lib.without(result, gone)
-        return index_lib.drop_filtered(result, pairs, k)
+        result = index_lib.search_filtered(self._labels, vectors, pairs, k)
+        if self.mixing is None:
+            return result
+        near = self._memory.search(vectors, max(self.mixing.k, k))
+        return augmented.mix_in_memory(result, near, self._relevance, self.mixing, k, pairs)
+
+    def nearest_labels(self, vectors: Float[np.ndarray, "q e"], k: int) -> Int[np.ndarray, "q k"]:
+        """Rows of the labels of the run itself that are nearest; k at most."""
+        return self._own.search(vectors, min(k, len(self.answers.ids))).ids
+
+    def known_of(
+        self, rows: Int[np.ndarray, "m k"]
+    ) -> tuple[Float[np.ndarray, "m k e"], Float[np.ndarray, "m k e"]]:
+        """Free vectors and centroids of labels of the run itself."""
+        clusters = np.asarray(self.labels.cluster_of[rows])
+        return np.asarray(self.params["free"][clusters]), np.array(self.labels.centroids[rows])
+
+    def prototypes(
+        self,
+        texts: Sequence[str],
+        images: Sequence[Any] | None,
+        free: Float[np.ndarray, "m e"],
+        centroids: Float[np.ndarray, "m e"],
+    ) -> Float[np.ndarray, "m e"]:
+        """Unit prototypes of labels that the run does not have."""
+
+        def run(packed: Any, size: int, part: slice) -> Any:
+            known = [np.zeros((size, free.shape[1]), np.float32) for _ in range(2)]
+            for to, values in zip(known, (free[part], centroids[part]), strict=True):
+                to[: len(values)] = values
+            placed = sharding.to_devices((packed, *known), self.model.mesh)
+            return self.model.new_prototypes(self.params, *placed)
+
+        return self._in_blocks(run, self.items(texts, images))
 
     def encode(
         self, texts: Sequence[str], images: Sequence[Any] | None = None
     ) -> Float[np.ndarray, "q e"]:
         """Unit vectors of queries, by the programs that `warm_up` compiles."""
-        items = self.items(texts, images)
-        found = np.empty((len(texts), self.model.table.width), np.float32)
-        for start in range(0, len(texts), self._sizes[-1]):
-            count = min(self._sizes[-1], len(texts) - start)
-            size = next(size for size in self._sizes if size >= count)
+        return self._encode_items(self.items(texts, images))
+
+    def _encode_items(self, items: Items) -> Float[np.ndarray, "q e"]:
+        def run(packed: Any, size: int, part: slice) -> Any:
+            placed = sharding.to_devices(packed, self.model.mesh)
+            return self.model.encode_packed(self.params, placed, size)
+
+        return self._in_blocks(run, items)
+
+    def _in_blocks(
+        self, run: Callable[[Any, int, slice], Any], items: Items
+    ) -> Float[np.ndarray, "q e"]:
+        """What `run` makes of packed items, of which sizes and rows are few."""
+        found = np.empty((len(items), self.model.table.width), np.float32)
+        for start in range(0, len(items), self._sizes[-1]):
+            part = slice(start, min(start + self._sizes[-1], len(items)))
+            size = next(size for size in self._sizes if size >= part.stop - start)
             ids = np.full(size, -1)
-            ids[:count] = np.arange(start, start + count)
-            packed = self._pack(items, ids)
-            found[start : start + count] = np.asarray(
-                self.model.encode_packed(
-                    self.params, sharding.to_devices(packed, self.model.mesh), size
-                )
-            )[:count]
+            ids[: part.stop - start] = np.arange(start, part.stop)
+            found[part] = np.asarray(run(self._pack(items, ids), size, part))[: part.stop - start]
         return found
 
     def items(self, texts: Sequence[str], images: Sequence[Any] | None = None) -> Items:
@@ -280,7 +314,7 @@ class Predictor:
             b - a > self._frame
             and self._unknown is not None
             and np.count_nonzero(values[a:b] != self._unknown) == self._frame
-            for a, b in zip(offsets, offsets[1:], strict=False)
+            for a, b in itertools.pairwise(offsets)
         ]
 
     def warm_up(self, k: int = 10) -> None:
@@ -335,17 +369,6 @@ class Predictor:
                     raise InputError(f"query {query}: label {name!r} is not among the labels")
                 found.append((query, row))
         return np.array(found)
-
-
-def _merge(result: SearchResult, added: SearchResult, first: int, k: int) -> SearchResult:
-    """The k best of two, the ids of the second counted from `first`."""
-    ids = np.where(added.ids >= 0, added.ids + first, -1)
-    scores = np.concatenate([result.scores, added.scores], axis=1)
-    ids = np.concatenate([result.ids, ids], axis=1)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return SearchResult(
-        np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
-    )
 
 
 def _fits(path: str, step: int, mixing: Mixing | None) -> bool:

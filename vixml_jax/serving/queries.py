@@ -1,4 +1,4 @@
-"""Queries to be answered: read a row at a time, each checked by itself, so that none stops the rest."""
+"""Queries to be answered, read a row at a time: each is checked by itself and stops no other."""
 
 import itertools
 from collections.abc import Iterator, Sequence
