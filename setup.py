@@ -17,6 +17,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["vixml_jax", "vixml_jax.*"]),
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1],
     extras_require={
+        "benchmark": ["faiss-cpu>=1.10", "hnswlib>=0.8", "torch==2.13.0"],
         "gcs": ["gcsfs>=2024.6"],
         "test": [
             "beartype>=0.20",

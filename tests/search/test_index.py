@@ -24,7 +24,7 @@ def random_pairs(rng, num_queries, num_labels, count):
 @pytest.mark.parametrize("absent", [0, 3])
 @pytest.mark.parametrize("k", [1, 6, 12, 15])
 def test_drop_filtered_against_loops(k, absent, monkeypatch):
-    monkeypatch.setattr(index, "_BLOCK", 5)  # Pairs of a query fall into several blocks.
+    monkeypatch.setattr(index, "_BLOCK", 60)  # Pairs of a query fall into several blocks.
     rng = np.random.default_rng(0)
     result = random_result(rng, 20, 30, 12, absent)
     pairs = random_pairs(rng, 20, 30, 150)
@@ -79,3 +79,52 @@ def test_recall_against_sets():
 def test_recall_of_nothing_is_whole():
     nothing = SearchResult(np.full((2, 3), -np.inf), np.full((2, 3), -1))
     assert index.recall_against(nothing, nothing, 3) == 1.0
+
+
+class Sorted:
+    """An index that sorts; counts what it is asked for."""
+
+    def __init__(self, scores):
+        self.settings, self.scores, self.asked = {}, scores, []
+
+    def search(self, queries, k):
+        self.asked.append((len(queries), k))
+        scores = self.scores[queries[:, 0].astype(int)]
+        ids = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)
+        found = SearchResult(np.take_along_axis(scores, ids, axis=1), ids)
+        return index.pad_columns(found, k)
+
+
+@pytest.mark.parametrize("k", [1, 5, 50, 70])
+@pytest.mark.parametrize("most", [0, 1, 9, 50])
+def test_search_filtered_against_loops(k, most):
+    """Queries of which some have no pairs, some a few, some all labels; k above the labels, too."""
+    rng = np.random.default_rng((4, k, most))
+    scores = rng.normal(size=(30, 50)).astype(np.float32)
+    pairs = [
+        (i, label)
+        for i in range(30)
+        for label in rng.choice(50, rng.integers(most + 1) * (i % 3 > 0), replace=False)
+    ]
+    pairs = rng.permutation(np.array(pairs + pairs[:3], np.int64).reshape(-1, 2))
+    found = index.search_filtered(Sorted(scores), np.arange(30)[:, None], pairs, k)
+    assert found.ids.dtype == np.int32 and found.scores.dtype == np.float32
+    unwanted = set(map(tuple, pairs))
+    for i in range(30):
+        kept = [x for x in np.argsort(-scores[i], kind="stable") if (i, x) not in unwanted][:k]
+        missing = k - len(kept)
+        np.testing.assert_array_equal(found.ids[i], [*kept, *[-1] * missing])
+        np.testing.assert_array_equal(found.scores[i], [*scores[i, kept], *[-np.inf] * missing])
+
+
+def test_one_query_with_thousands_of_pairs_costs_the_others_nothing():
+    scores = np.random.default_rng(5).normal(size=(200, 6000)).astype(np.float32)
+    pairs = np.stack([np.full(5000, 7), np.arange(5000)], axis=1)
+    pairs = np.concatenate([pairs, [[3, 5]]])
+    searched = Sorted(scores)
+    found = index.search_filtered(searched, np.arange(200)[:, None], pairs, 10)
+    assert searched.asked == [(199, 18), (1, 10 + 8192)]
+    np.testing.assert_array_equal(found.ids[7], 5000 + np.argsort(-scores[7, 5000:])[:10])
+    none = Sorted(scores)
+    index.search_filtered(none, np.arange(200)[:, None], pairs[:0], 10)
+    assert none.asked == [(200, 10)]

@@ -82,7 +82,7 @@ def test_few_labels_are_searched_exactly(num_labels):
     rng = np.random.default_rng(1)
     vectors, queries = unit_vectors(rng, num_labels), unit_vectors(rng, 7)
     brute = ScannIndex.build(vectors)
-    assert brute.settings == {"leaves": 0}
+    assert brute.settings == {"kind": "scann", "leaves": 0}
     for k in (1, num_labels, num_labels + 3):
         result = brute.search(queries, k)
         assert_sound(result, vectors, queries, k)
@@ -101,7 +101,7 @@ def test_settings_grow_with_the_labels(num_labels):
     settings = scann.settings_for(num_labels)
     assert json.loads(json.dumps(settings)) == settings
     if num_labels < scann.FEW:
-        assert settings == {"leaves": 0}
+        assert settings == {"kind": "scann", "leaves": 0}
     else:
         assert abs(settings["leaves"] - num_labels**0.5) < 1
         assert settings["leaves"] / 10 - 1 < settings["leaves_searched"] <= settings["leaves"]

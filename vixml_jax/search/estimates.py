@@ -14,11 +14,14 @@ from vixml_jax.search.scann import SAMPLE
 _FLOAT = 4
 
 
-def exact_bytes(num_labels: int, width: int, *, query_block: int, label_block: int) -> int:
-    """Bytes that exact search takes on a CPU beside the vectors that it is given: a copy of them,
-    the scores of a block, and what selecting from it takes."""
-    block = query_block * min(label_block, num_labels)
-    return _FLOAT * (num_labels * width + block + block // 8)
+def exact_bytes(
+    num_labels: int, width: int, *, query_block: int, label_block: int, devices: int = 1
+) -> int:
+    """Bytes that exact search takes on CPUs beside the vectors that it is given: a copy of them,
+    the scores of a block on each device and what selecting from them takes, and the block's vectors
+    as the product packs them."""
+    labels = min(devices * label_block, num_labels)
+    return round(_FLOAT * (num_labels * width + 1.3 * query_block * labels + 3 * labels * width))
 
 
 def build_bytes(num_labels: int, width: int) -> int:

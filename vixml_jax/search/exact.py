@@ -111,6 +111,7 @@ class _OnHost:
             )
             scores, maxima = ([x[part] for part in parts] for x in (scores, maxima))
             best = list(self._threads.map(add, best, scores, maxima))
+            del scores, maxima  # Else the next block's would lie beside them.
         return SearchResult(*map(np.concatenate, zip(*best, strict=True)))
 
 

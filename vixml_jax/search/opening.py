@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -60,7 +61,11 @@ def open_index(
     values = vectors.values if isinstance(vectors, Share) else vectors
     limit = round(memory_gb * 2**30) or None
     blocks = {"query_block": query_block, "label_block": label_block}
-    exact_bytes = estimates.exact_bytes(*values.shape, **blocks)
+    devices = jax.local_devices() if mesh is None else mesh.local_devices
+    # Other devices have a memory of their own.
+    on_host = len(devices) if mesh is not None else 1
+    exact_bytes = estimates.exact_bytes(*values.shape, devices=on_host, **blocks)
+    exact_bytes *= devices[0].platform == "cpu"
     what = f"--search={kind}: {len(values):,} labels x {values.shape[1]}"
 
     def open_exact() -> ExactIndex:
@@ -91,7 +96,6 @@ def open_index(
         needed = max(needed, estimates.build_bytes(*values.shape))
         estimates.check_room(needed, what, instead, limit=limit)
         tree = _build(values, scann.settings_for(len(values)), directory)
-    tree.settings["kind"] = kind
     if not tree.settings["leaves"]:
         tree.settings.update(k=k, recall=1.0)
     elif point := _tuned_before(tree, k, recall, exactly=tunable):
@@ -139,7 +143,6 @@ def _build(
     what = f"building an index of {count:,} labels x {width}, {settings['leaves']:,} leaves"
     with _passing(what, seconds, f"up to {needed:.1f} GB"):
         tree = ScannIndex.build(vectors, settings)
-    tree.settings["kind"] = "scann"
     if directory:
         with errors.writing(directory):
             tree.save(directory)

@@ -37,9 +37,10 @@ def settings_for(num_labels: int, *, fine: bool = False) -> dict[str, Any]:
       fine: Codes of twice the size, for vectors among which the usual ones tell too little.
     """
     if num_labels < FEW:
-        return {"leaves": 0}
+        return {"kind": "scann", "leaves": 0}
     leaves = round(math.sqrt(num_labels))
     return {
+        "kind": "scann",
         "leaves": leaves,
         "soar_lambda": 1.5,
         "dimensions_per_block": 1 if fine else 2,

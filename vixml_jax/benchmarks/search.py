@@ -1,0 +1,181 @@
+"""Exact search beside the product alone and PyTorch; ScaNN beside hnswlib and faiss.
+
+    python -m vixml_jax.benchmarks.search --what=exact [--n=131072,1300000 --width=384 --k=100]
+    python -m vixml_jax.benchmarks.search --what=approximate [--n=1300000 --width=384
+        --peers=scann,faiss,hnswlib --out=search.json]
+
+Exact: ours, the bare products of the same blocks (of XLA and of numpy's BLAS), and what the authors
+do, `matmul` and `topk` of 32 queries at a time in PyTorch, take turns in one process on the same
+vectors, on one thread (--threads).
+
+Approximate: each index in a process of its own, on all cores, on the same clustered vectors (see
+`search_peers`): the most queries a second that it reaches at a recall of 0.95, 0.99 and 0.999 of
+the exact 5 and 100 best, seconds to build it, and memory beside the vectors. --out gathers what
+several commands measured. hnswlib and faiss: pip install vixml_jax[benchmark].
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from vixml_jax import errors
+from vixml_jax.benchmarks import search_peers, workers
+from vixml_jax.evaluation import report
+from vixml_jax.search.exact import ExactIndex
+
+_QUERY_BLOCK, _LABEL_BLOCK = 1024, 65536  # Of `ExactIndex`, if not told otherwise.
+
+
+def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
+    """In a child: the programs on the same vectors, of which there is one copy."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    labels, queries = search_peers.labels_and_queries(
+        settings["n"], settings["width"], settings["queries"]
+    )
+    k = settings["k"]
+    ours = ExactIndex(labels)
+    # Copies of none of them: they start where JAX wants arrays to.
+    blocks = [labels[i : i + _LABEL_BLOCK] for i in range(0, len(labels), _LABEL_BLOCK)]
+    placed = [jax.device_put(block) for block in blocks]
+    product = jax.jit(lambda q, v: jnp.dot(q, v.T, precision=jax.lax.Precision.HIGHEST))
+    transposed = torch.from_numpy(labels).T
+
+    def of_blocks(multiply: Callable[[np.ndarray, Any], Any], blocks: list[Any]) -> None:
+        for start in range(0, len(queries), _QUERY_BLOCK):
+            for block in blocks:
+                multiply(queries[start : start + _QUERY_BLOCK], block)
+
+    def batches() -> None:
+        for start in range(0, len(queries), 32):
+            scores = torch.from_numpy(queries[start : start + 32]) @ transposed
+            torch.topk(scores, k)
+
+    known = {
+        "ours": lambda: ours.search(queries, k),
+        "product, XLA": lambda: of_blocks(lambda q, v: product(q, v).block_until_ready(), placed),
+        "product, numpy": lambda: of_blocks(lambda q, v: q @ v.T, blocks),
+        "torch": batches,
+    }
+
+    def timed(run: Callable[[], Any]) -> Callable[[], dict[str, Any]]:
+        return lambda: (run(), {})[1]
+
+    said = {"queries": len(queries)}
+    prepared = {name: (said, timed(known[name.partition(", ")[2]])) for name in programs}
+    for _, run in prepared.values():
+        run()  # Compiles, and touches all memory once.
+    return prepared
+
+
+def compare_exact(n: int, width: int, k: int, queries: int, *, threads: int, rounds: int) -> None:
+    """Prints queries a second and, round by round, ratios."""
+    programs = ["exact, ours", "exact, product, XLA", "exact, product, numpy", "exact, torch"]
+    workers.compare(
+        "vixml_jax.benchmarks.search",
+        programs,
+        [(programs[1], programs[0]), (programs[0], programs[3])],
+        {"n": n, "width": width, "k": k, "queries": queries, "threads": threads},
+        rounds=rounds,
+        texts=lambda said: said["queries"],
+        unit="queries",
+    )
+
+
+def measure_peers(
+    peers: Sequence[str], n: int, width: int, queries: int, out: str
+) -> list[dict[str, Any]]:
+    """What each peer says of itself, with what was measured of these vectors before.
+
+    Args:
+      peers: Names of `search_peers.BUILD`.
+      n, width, queries: Of the vectors.
+      out: A json file that gathers results; replaced after each peer.
+    """
+    key, gathered = f"{n} x {width}, {queries} queries", {}
+    if os.path.exists(out):
+        with open(out, encoding="utf-8") as file:
+            gathered = json.load(file)
+    found = gathered.setdefault(key, {})
+    with tempfile.TemporaryDirectory() as directory:
+        settings = {"n": n, "width": width, "queries": queries, "truth": f"{directory}/truth.npy"}
+        for name in ("exact", *peers):
+            command = [sys.executable, "-m", "vixml_jax.benchmarks.search_peers", name]
+            done = subprocess.run(
+                [*command, json.dumps(settings)], stdout=subprocess.PIPE, text=True, check=True
+            )
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{key}: {name} measured", flush=True)
+            report.write_json(out, gathered)
+    return list(found.values())
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The peers, one a line: build, memory, queries a second at each recall of each k."""
+    columns = [(k, wanted) for k in search_peers.KS for wanted in search_peers.TARGETS]
+    heads = "".join(f"{f'@{k} {wanted}':>12}" for k, wanted in columns)
+    lines = [f"  {'':10} {'build s':>8} {'peak GB':>8} {'held GB':>8}{heads}   queries/s"]
+    for one in found:
+        if "rows" not in one:
+            lines.append(f"  {one['peer']:10} {'':26}{one['queries_per_s']:12,.0f}")
+            continue
+        speeds = {(row["k"], row["wanted"]): row for row in one["rows"]}
+        cells = "".join(_cell(speeds[column]) for column in columns)
+        numbers = f"{one['build_s']:8.0f} {one['build_gb']:8.2f} {one['search_gb']:8.2f}"
+        lines.append(f"  {one['peer']:10} {numbers}{cells}   {one['about']}")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    """Queries a second, or the most that it finds where that is too little."""
+    if "queries_per_s" in row:
+        return f"{row['queries_per_s']:12,.0f}"
+    return f"{'finds ' + format(row['recall'], '.3f'):>12}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints one table for each number of labels."""
+    del argv
+    values = flags.FLAGS
+    for n in map(int, values.n):
+        if values.what == "exact":
+            compare_exact(
+                n,
+                values.width,
+                values.k,
+                values.queries,
+                threads=values.threads,
+                rounds=values.rounds,
+            )
+        else:
+            found = measure_peers(values.peers, n, values.width, values.queries, values.out)
+            print(f"{n:,} labels x {values.width}, {os.cpu_count()} cores; queries/s at recall")
+            print(table(found), flush=True)
+
+
+def define_flags() -> None:
+    """The flags of this benchmark."""
+    flags.DEFINE_enum("what", "exact", ["exact", "approximate"], "Kind of search.")
+    flags.DEFINE_list("n", ["131072"], "Labels, separated by commas.")
+    flags.DEFINE_integer("width", 384, "Width of a vector.", lower_bound=2)
+    flags.DEFINE_integer("queries", 2048, "Queries.", lower_bound=1)
+    flags.DEFINE_integer("k", 100, "Results of a query; of exact search.", lower_bound=1)
+    flags.DEFINE_integer("threads", 1, "Processors; of exact search.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Times that each program runs.", lower_bound=1)
+    flags.DEFINE_list("peers", list(search_peers.BUILD), "Which indexes, separated by commas.")
+    flags.DEFINE_string("out", "search.json", "Gathers results; of approximate search.")
+
+
+if __name__ == "__main__":
+    if not workers.serve(prepare):
+        define_flags()
+        errors.launch(main)
