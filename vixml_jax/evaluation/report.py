@@ -39,15 +39,20 @@ def write_json(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
       TypeError: If a value is not json's. Either way what lay at `path` stays.
     """
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file, under a temporary name that is then renamed; makes the directories above."""
     if not remote.is_local(path):  # Objects appear when they are whole.
-        epath.Path(path).write_text(text + "\n")
+        epath.Path(path).write_bytes(data)
         return
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with open(temporary, "wb") as file:
+            file.write(data)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
