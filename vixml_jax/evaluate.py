@@ -1,12 +1,19 @@
 """The door that judges a run: encode, search, measure, and write it all down."""
 
 import dataclasses
+import datetime
+import importlib.metadata
+import json
 import os
+import platform
 import resource
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 from etils import epath
@@ -14,14 +21,17 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, memory, processes, programs, remote, retrieval, runs
+from vixml_jax import errors, memory, processes, programs, remote, retrieval, runs, whole
 from vixml_jax.config import Config, SearchConfig
-from vixml_jax.data import propensity
+from vixml_jax.data import card, propensity
 from vixml_jax.data.store import Items, PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
+from vixml_jax.evaluation import bootstrap, breakdown, curves, examples, groups, report, vote
 from vixml_jax.evaluation import metrics as metrics_lib
-from vixml_jax.evaluation import report, vote
+from vixml_jax.evaluation import page as page_lib
+from vixml_jax.evaluation import per_query as per_query_lib
+from vixml_jax.evaluation.breakdown import Judgement
 from vixml_jax.processes import Group
 from vixml_jax.search import augmented
 from vixml_jax.search import index as index_lib
@@ -34,13 +44,34 @@ from vixml_jax.structs import LabelState, SearchResult, Share
 TUNED_ON = 5000  # Validation queries at most.
 # Vectors of the labels, and of the training queries or None.
 Keep = Callable[[Float[np.ndarray, "n e"], Float[np.ndarray, "t e"] | None], None]
+MEMORY = ", memory"  # Added to the name of what was found with memory.
+EXAMPLES = 8  # Worst and best queries, and labels with neighbours, in a report.
+CHOSEN_BY = "nDCG@5"  # These queries.
+
+
+class Found(NamedTuple):
+    """An evaluation: what is written of it, and what a report is made from.
+
+    Attributes:
+      results: Values of json.
+      searches: What was found, without filter pairs, by what is added to the name of the run.
+      label_vectors: Unit vectors of the labels.
+    """
+
+    results: dict[str, Any]
+    searches: dict[str, SearchResult]
+    label_vectors: Share
+
+
+def label_frequency(dataset: PreparedDataset) -> Int[np.ndarray, " l"]:
+    """Training queries of each label."""
+    return np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
 
 
 def inverse_propensity(dataset: PreparedDataset) -> Float[np.ndarray, " l"]:
     """Weights of the labels by their training frequency."""
-    counts = np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
     return propensity.inverse_propensity(
-        counts, len(dataset.train), dataset.propensity_a, dataset.propensity_b
+        label_frequency(dataset), len(dataset.train), dataset.propensity_a, dataset.propensity_b
     )
 
 
@@ -67,6 +98,27 @@ def measure(
     )
 
 
+def judge(result: SearchResult, dataset: PreparedDataset, split: str) -> Judgement:
+    """All there is to say of search results without filter pairs: by query, label and groups."""
+    queries, relevance, _ = dataset.split(split)
+    frequency = label_frequency(dataset)
+    occurrences = np.bincount(relevance.indices, minlength=dataset.num_labels)
+    return breakdown.judge(
+        result.ids,
+        relevance,
+        inverse_propensity(dataset),
+        label_groups={
+            "label frequency": groups.by_frequency(frequency),
+            "frequency decile": groups.by_decile(frequency, occurrences),
+        },
+        query_groups={
+            "pictures": groups.by_pictures(queries),
+            "text length": groups.by_length(np.asarray(queries.whole)),
+        },
+        recall_ks=_recall_ks(result.ids.shape[1]),
+    )
+
+
 def _recall_ks(k: int) -> tuple[int, ...]:
     return tuple(r for r in (10, 100) if r <= k)
 
@@ -77,7 +129,12 @@ def metric_names(k: int) -> list[str]:
     return list(metrics_lib.compute_metrics(*nothing, recall_ks=_recall_ks(k)))
 
 
-def evaluate_model(
+def evaluate_model(*args: Any, **settings: Any) -> dict[str, Any]:
+    """What is written of `search_model`, with the same arguments."""
+    return search_model(*args, **settings).results
+
+
+def search_model(
     model: Model,
     params: Any,
     labels: LabelState,
@@ -94,7 +151,7 @@ def evaluate_model(
     keep: Keep | None = None,
     titles: bool = True,
     group: Group = processes.ALONE,
-) -> dict[str, Any]:
+) -> Found:
     """Metrics of a model on a split, with counts and seconds of each phase.
 
     Args:
@@ -150,7 +207,7 @@ def evaluate_model(
     lap("recall")
     results = measure(result, dataset, split)
     lap("metrics")
-    remembered = {}
+    remembered, searches = {}, {"": result}
     if keep is not None and mixing is None:
         keep(label_vectors.values, None)
     if mixing is not None or tune:
@@ -182,7 +239,8 @@ def evaluate_model(
         remembered["with_memory"] = measure(mixed, dataset, split)
         remembered["mixing"] = mixing._asdict()
         lap("mixing")
-    return {
+        searches[MEMORY] = mixed
+    results = {
         "metrics": results,
         **remembered,
         "counts": {
@@ -194,6 +252,7 @@ def evaluate_model(
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     }
+    return Found(results, searches, label_vectors)
 
 
 def tune_mixing(
@@ -296,13 +355,24 @@ def show(
     tune: Sequence[str] = (),
     hide_images: bool = False,
     keep: Keep | None = None,
+    with_report: bool = False,
     group: Group = processes.ALONE,
 ) -> dict[str, Any]:
-    """Evaluates, writes the json, prints the table and where it lies; returns the results."""
+    """Evaluates, writes the json and what each query adds, prints the table and where it lies.
+
+    Args:
+      config, model, params, labels, dataset, split, search, searched, mixing, tune, keep, group: As
+        of `search_model`.
+      hide_images: Whether queries are judged by their texts alone.
+      with_report: Whether to write the page, too; by one process alone.
+
+    Returns:
+      What is written.
+    """
     if hide_images:
         dataset = without_images(dataset, split)
     k = min(config.eval.k, dataset.num_labels)
-    results = evaluate_model(
+    found = search_model(
         model,
         params,
         labels,
@@ -319,7 +389,8 @@ def show(
         group=group,
     )
     if group.index:  # The first process tells.
-        return results
+        return found.results
+    results = found.results
     rows = {}
     if config.eval.vote and split != "train" and not hide_images:
         rows = baseline_rows(dataset, k, split)
@@ -327,16 +398,121 @@ def show(
     shown = model.layout.num_images and not hide_images
     name = "this run" + (", text and pictures" if shown else ", text")
     saved = f"{split}-{search}" + ("-without_images" if hide_images else "")
-    path = write_results(config.workdir, saved, results)
-    rows = {**rows, name: results["metrics"]}
+    rows[name] = results["metrics"]
     if "with_memory" in results:
-        rows[name + ", memory"] = results["with_memory"]
+        rows[name + MEMORY] = results["with_memory"]
+    judged = {added: judge(result, dataset, split) for added, result in found.searches.items()}
+    about = per_query_lib.About(dataset.name, dataset.content_hash, split, search)
+    for added, judgement in judged.items():
+        key = "with_memory_" if added else ""
+        results[key + "intervals"] = bootstrap.intervals(judgement.queries)
+        results[key + "groups"] = judgement.groups
+        file = f"{saved}{'-memory' if added else ''}{per_query_lib.SUFFIX}"
+        place = os.path.join(config.workdir, "evaluation", file)
+        per_query_lib.save(place, judgement.queries, about)
+    path = write_results(config.workdir, saved, results)
     print(report.format_table(rows))
     print(
         f"{dataset.name}, {split}: {results['counts']['queries']} queries, "
         f"{results['counts']['labels']} labels, {search} search; written to {path}"
     )
+    if with_report:
+        place = os.path.join(config.workdir, "evaluation", f"{saved}.report.html")
+        shown = make_page(config, dataset, split, found, judged, rows, name)
+        whole.write_bytes(place, page_lib.render(shown).encode("utf-8"))
+        print(f"report written to {place}")
     return results
+
+
+def make_page(
+    config: Config,
+    dataset: PreparedDataset,
+    split: str,
+    found: Found,
+    judged: dict[str, Judgement],
+    rows: dict[str, dict[str, float]],
+    run: str,
+) -> page_lib.Page:
+    """What the report shows.
+
+    Args:
+      config, dataset, split: Of the run.
+      found, judged: What was found, and what it is worth.
+      rows: Metrics by name.
+      run: That of this run, without memory.
+    """
+    results = found.results
+    queries, relevance, _ = dataset.split(split)
+    kept = found.searches[""]
+    by_query, frequency = judged[""].queries, label_frequency(dataset)
+    chosen = examples.choose(by_query, np.diff(relevance.indptr), by=CHOSEN_BY, count=EXAMPLES)
+    worst, best = (
+        examples.describe(
+            some, queries, dataset.labels, relevance, kept, by_query.column(CHOSEN_BY)
+        )
+        for some in chosen
+    )
+    read = {
+        name: curves.read_curve(config.workdir, name)
+        for name in curves.METRICS
+        if name in rows[run]
+    }
+    lines = curves.read_lines(config.workdir)
+    texts = {name: epath.Path(dataset.path) / name for name in (card.TEXT, card.PICTURE)}
+    names = {"": run, MEMORY: run + MEMORY}
+    return page_lib.Page(
+        dataset=dataset.name,
+        split=split,
+        search=results["search"]["kind"],
+        queries=len(queries),
+        labels=dataset.num_labels,
+        run=run,
+        rows=rows,
+        intervals={
+            names[added]: results[f"{'with_memory_' if added else ''}intervals"] for added in judged
+        },
+        groups={names[added]: judgement.groups for added, judgement in judged.items()},
+        losses=[(line["step"], line["loss"]) for line in lines if "loss" in line],
+        curves={
+            name: list(zip(steps, values, strict=True)) for name, (_, steps, values) in read.items()
+        },
+        curves_split=next((split for split, *_ in read.values()), ""),
+        recall_curve=results["search"].get("curve", []),
+        worst=worst,
+        best=best,
+        chosen_by=CHOSEN_BY,
+        neighbours=examples.nearest(
+            examples.spread(frequency, EXAMPLES),
+            found.label_vectors.values,
+            dataset.labels,
+            frequency,
+        ),
+        card=texts[card.TEXT].read_text() if texts[card.TEXT].exists() else None,
+        card_picture=texts[card.PICTURE].read_bytes() if texts[card.PICTURE].exists() else None,
+        command=shlex.join(sys.orig_argv),
+        versions=versions(),
+        settings=config.to_json(),
+        facts={
+            "run": config.workdir,
+            "data": f"{dataset.path}, content {dataset.content_hash}",
+            "index": json.dumps({n: v for n, v in results["search"].items() if n != "curve"}),
+            "seconds": json.dumps(results["seconds"]),
+            "peak memory": f"{results['peak_memory_gb']} GB",
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of the packages that decide what comes out, and the kind of device."""
+    found = {"python": platform.python_version()}
+    for name in ("vixml_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "scann"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    devices = jax.devices()
+    return found | {"device": f"{len(devices)} x {devices[0].device_kind} ({platform.machine()})"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -356,6 +532,8 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(
             "--search=scann: an index is built and searched by one process; leave out --coordinator"
         )
+    if values.report and group.count > 1:
+        raise InputError("--report: is made by one process; leave out --coordinator")
     programs.keep_in(values.compile_cache)
     remote.check(values.workdir, "workdir")
     config = runs.read_config(values.workdir, data=values.data, mesh=values.mesh)
@@ -380,6 +558,7 @@ def main(argv: Sequence[str]) -> None:
         mixing=retrieval.as_told(config.eval, values, config.workdir, step),
         tune=values.tune_memory,
         hide_images=values.hide_images,
+        with_report=values.report,
         group=group,
     )
     if values.tune_memory and not group.index:
@@ -422,6 +601,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
     config_lib.define_group("search", SearchConfig)
+    flags.DEFINE_boolean(
+        "report", False, "Write evaluation/SPLIT-SEARCH.report.html, a page to look at, as well."
+    )
     programs.define_flag()
     remote.define_flag()
     processes.define_flags()

@@ -48,10 +48,15 @@ def file(path: str | os.PathLike) -> Iterator[str]:
             os.remove(temporary)
 
 
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a whole file, here or in a store of objects."""
+    if not remote.is_local(path):  # Objects appear when they are whole.
+        epath.Path(path).write_bytes(data)
+        return
+    with file(path) as temporary, open(temporary, "wb") as out:
+        out.write(data)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a whole file in UTF-8, here or in a store of objects."""
-    if not remote.is_local(path):  # Objects appear when they are whole.
-        epath.Path(path).write_text(text)
-        return
-    with file(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
-        out.write(text)
+    write_bytes(path, text.encode("utf-8"))

@@ -28,6 +28,14 @@ def test_prints_one_table_of_programs_that_agree(capfd):
     assert "all agree" in printed
 
 
+def test_page_says_seconds_and_memory(capfd):
+    with flagsaver.flagsaver(**SMALL, page=True):
+        metrics.main([])
+    printed = capfd.readouterr().out
+    for word in ("metrics, by all groups", "intervals, 1000", "file of queries", "GiB", "load"):
+        assert word in printed
+
+
 def test_bad_flag():
     with flagsaver.flagsaver(**SMALL | {"k": 51}), pytest.raises(InputError, match="--k=51"):
         metrics.main([])

@@ -52,6 +52,10 @@ def expected_metrics(ids, truth, weights, ks, recall_ks):
     for k in recall_ks:
         shares = [len(true & set(row[:k])) / len(true) if true else 0.0 for row, true in queries]
         result[f"R@{k}"] = mean(shares)
+    occurring = set().union(*truth)
+    for k in (*ks, *recall_ks):
+        covered = set().union(*(true & set(row[:k]) for row, true in queries))
+        result[f"coverage@{k}"] = len(covered) / len(occurring) if occurring else 0.0
     ranks = [[j for j, i in enumerate(row, start=1) if i in true] for row, true in queries]
     result["MRR"] = mean([1.0 / r[0] if r else 0.0 for r in ranks])
     return {name: 100.0 * value for name, value in result.items()}
@@ -115,6 +119,7 @@ def test_defaults_and_names():
     found = metrics.compute_metrics(ids, matrix(truth, 150), weights)
     kinds = ("P", "nDCG", "PSP", "PSnDCG", "MAP")
     names = {f"{kind}@{k}" for kind in kinds for k in (1, 3, 5)} | {"R@10", "R@100", "MRR"}
+    names |= {f"coverage@{k}" for k in (1, 3, 5, 10, 100)}
     assert found.keys() == names
     assert all(type(value) is float for value in found.values())
 
@@ -179,6 +184,9 @@ def test_by_hand():
         "PSP@3": 100.0 * (1 + 2) / (4 + 2 + 1 + 8),
         "PSnDCG@3": 100.0 * (1 + 2 / 2) / ideal / ((4 + 2 / math.log2(3) + 1 / 2) / ideal + 8),
         "R@2": third * 1 / 3,
+        "coverage@1": 25.0,  # Of 0, 1, 2 and 4 only 4 is a first result where it is true.
+        "coverage@2": 25.0,
+        "coverage@3": 50.0,
         "MRR": third,  # One query of three; the two without a hit count 0, not 1.
     }
     assert found == pytest.approx(expected)

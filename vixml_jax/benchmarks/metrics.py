@@ -7,10 +7,21 @@ ours; sparse indexing of the whole relevance at once, as pyxclib does
 (https://github.com/kunaldahiya/pyxclib); and loops over queries in Python, whose seconds are scaled
 up from a part of the queries. Memory is what a computation allocates beside what is judged, at its
 peak. That all say the same is checked.
+
+    python -m vixml_jax.benchmarks.metrics --page --queries=970237 --labels=1305265
+
+All that `evaluate` keeps and shows instead, at the size of LF-AmazonTitles-1.3M: the metrics, by
+groups of labels and queries, intervals, and the file of queries; seconds of each, and the largest
+memory of the process that does it, its results memory-mapped.
 """
 
+import concurrent.futures
 import math
+import multiprocessing
+import os
+import resource
 import statistics
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Sequence
@@ -23,7 +34,7 @@ from scipy import sparse
 
 from vixml_jax import errors
 from vixml_jax.benchmarks import workers
-from vixml_jax.evaluation import metrics
+from vixml_jax.evaluation import bootstrap, breakdown, groups, metrics, per_query
 
 KS, RECALL_KS = (1, 3, 5), (10, 100)
 _BLOCK = 16384  # Queries drawn at a time.
@@ -99,6 +110,12 @@ def sparse_indexing(case: Case) -> dict[str, float]:
     for n in RECALL_KS:
         if n <= k:
             found[f"R@{n}"] = np.mean(hits[:, :n].sum(axis=1) / np.maximum(count, 1))
+    covered = np.full(relevance.shape[1], k)
+    np.minimum.at(covered, ids[hits], np.nonzero(hits)[1])
+    occurring = np.unique(relevance.indices)
+    for n in (*KS, *RECALL_KS):
+        if n <= k:
+            found[f"coverage@{n}"] = np.mean(covered[occurring] < n)
     first = np.argmax(hits, axis=1)
     found["MRR"] = np.mean(np.where(hits.any(axis=1), 1 / (first + 1), 0.0))
     return {name: 100.0 * float(value) for name, value in found.items()}
@@ -113,6 +130,7 @@ def loops(case: Case) -> dict[str, float]:
 
     indptr, indices = case.relevance.indptr, case.relevance.indices
     discount = [1 / math.log2(rank + 1) for rank in range(1, max(KS) + 1)]
+    covered: dict[int, set[int]] = {n: set() for n in (*KS, *RECALL_KS)}
     for i, ids in enumerate(case.ids.tolist()):
         true = set(indices[indptr[i] : indptr[i + 1]].tolist())
         hits = [label in true for label in ids]
@@ -133,6 +151,13 @@ def loops(case: Case) -> dict[str, float]:
             if n <= len(ids):
                 add(f"R@{n}", sum(hits[:n]) / max(1, len(true)))
         add("MRR", 1 / (hits.index(True) + 1) if any(hits) else 0.0)
+        for n, labels in covered.items():
+            labels.update(label for label, hit in zip(ids[:n], hits, strict=False) if hit)
+    occurring = len(set(indices.tolist()))
+    for n, labels in covered.items():
+        if n <= case.ids.shape[1]:
+            sums[f"coverage@{n}"] = len(labels)
+            sums[f"coverage@{n} of"] = occurring
     means = {n: v / sums.get(f"{n} of", len(case.ids)) for n, v in sums.items()}
     return {name: 100.0 * value for name, value in means.items() if not name.endswith(" of")}
 
@@ -214,6 +239,75 @@ def table(reports: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def judge_page(directory: str, settings: dict[str, Any]) -> dict[str, float]:
+    """Seconds of all that `evaluate` does after the search, and the peak of the memory, in GB."""
+    rng = np.random.default_rng(1)
+    num_queries, num_labels = settings["queries"], settings["labels"]
+    indptr, indices, weights = (
+        np.load(os.path.join(directory, f"{part}.npy")) for part in ("indptr", "indices", "weights")
+    )
+    ids = np.load(os.path.join(directory, "ids.npy"), mmap_mode="r")
+    ones = np.ones(len(indices), np.float32)
+    relevance = sparse.csr_matrix((ones, indices, indptr), shape=(num_queries, num_labels))
+    frequency = rng.zipf(1.6, num_labels).clip(max=10**4) - 1
+    lengths = rng.poisson(20, num_queries).astype(np.int32)
+    has_none = (rng.random(num_queries) < 0.4).astype(np.int8)
+    seconds, clock = {}, time.perf_counter()
+
+    def lap(part: str) -> None:
+        nonlocal clock
+        seconds[part], clock = time.perf_counter() - clock, time.perf_counter()
+
+    pairs = np.bincount(relevance.indices, minlength=num_labels)
+    found = breakdown.judge(
+        ids,
+        relevance,
+        weights,
+        label_groups={
+            "frequency": groups.by_frequency(frequency),
+            "decile": groups.by_decile(frequency, pairs),
+        },
+        query_groups={
+            "pictures": groups.Groups(("with pictures", "without"), has_none),
+            "length": groups.by_length(lengths),
+        },
+        ks=KS,
+        recall_ks=[r for r in RECALL_KS if r <= settings["k"]],
+    )
+    lap("metrics, by all groups")
+    bootstrap.intervals(found.queries)
+    lap(f"intervals, {bootstrap.RESAMPLES} resamples")
+    about = per_query.About("random", "", "test", "exact")
+    per_query.save(os.path.join(directory, "test-exact.queries.npz"), found.queries, about)
+    lap("file of queries")
+    return seconds | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def draw_page(directory: str, settings: dict[str, Any]) -> None:
+    """Writes what is judged."""
+    case = random_case(settings["queries"], settings["k"], settings["labels"], seed=0)
+    np.save(os.path.join(directory, "ids.npy"), case.ids)
+    np.save(os.path.join(directory, "weights.npy"), case.weights)
+    for part in ("indptr", "indices"):
+        np.save(os.path.join(directory, f"{part}.npy"), getattr(case.relevance, part))
+
+
+def show_page(settings: dict[str, Any]) -> None:
+    """Draws in one process, judges in another, so that memory is of judging alone."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        for do in (draw_page, judge_page):
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+                found = pool.submit(do, directory, settings).result()
+        size = os.path.getsize(os.path.join(directory, "test-exact.queries.npz")) / 2**20
+    peak = found.pop("peak")
+    for part, seconds in found.items():
+        print(f"{part:28} {seconds:7.1f} s")
+    load = os.getloadavg()[0]
+    print(f"{'all':28} {sum(found.values()):7.1f} s, peak {peak:.2f} GiB, file {size:.1f} MiB")
+    print(f"{os.cpu_count()} processors, load {load:.1f}")
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints one table."""
     del argv
@@ -223,7 +317,12 @@ def main(argv: Sequence[str]) -> None:
         raise errors.InputError(
             f"--k={values.k}: expected {max(KS)} to {values.labels}, the number of labels"
         )
-    print(f"{values.queries} queries x {values.k} results, {values.labels} labels, one processor")
+    size = f"{values.queries} queries x {values.k} results, {values.labels} labels"
+    if values.page:
+        print(size)
+        show_page(settings)
+        return
+    print(f"{size}, one processor")
     reports = measure(settings, rounds=values.rounds)
     print(table(reports))
     print(
@@ -236,6 +335,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("queries", 300_000, "Queries judged.", lower_bound=1)
     flags.DEFINE_integer("k", 100, "Results of a query.", lower_bound=1)
     flags.DEFINE_integer("labels", 131_073, "Labels.", lower_bound=1)
+    flags.DEFINE_boolean("page", False, "All of the metrics page instead of the bare metrics.")
     flags.DEFINE_integer("part", 5000, "Queries that the loops judge.", lower_bound=1)
     flags.DEFINE_integer("rounds", 3, "Times that each program runs.", lower_bound=1)
 

@@ -3,13 +3,29 @@
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
+from etils import epath
 
 from vixml_jax import errors
 from vixml_jax.errors import InputError
 
 METRICS = ("P@1", "PSP@5", "R@100")
+
+
+def read_lines(workdir: str) -> list[dict[str, Any]]:
+    """What training wrote on its way.
+
+    Raises:
+      InputError: If the directory holds no metrics of a run.
+    """
+    path = os.path.join(workdir, "metrics.jsonl")
+    try:
+        text = epath.Path(path).read_text()
+        return [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}; expected a run directory that train wrote") from None
 
 
 def read_curve(workdir: str, name: str) -> tuple[str, list[int], list[float]]:
@@ -21,19 +37,13 @@ def read_curve(workdir: str, name: str) -> tuple[str, list[int], list[float]]:
     Raises:
       InputError: If the directory holds no metrics of a run.
     """
-    path = os.path.join(workdir, "metrics.jsonl")
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}; expected a run directory that train wrote") from None
+    lines = read_lines(workdir)
     for split, key in (("valid", f"valid/{name}"), ("test", name)):
         found = {line["step"]: line[key] for line in lines if key in line}
-        last = os.path.join(workdir, "evaluation", f"{split}-exact.json")
-        if lines and os.path.exists(last):
-            with open(last, encoding="utf-8") as file:
-                # Where the last epoch was evaluated on the way, the file may be of a better one.
-                found.setdefault(lines[-1]["step"], json.load(file)[name])
+        last = epath.Path(workdir) / "evaluation" / f"{split}-exact.json"
+        if lines and last.exists():
+            # Where the last epoch was evaluated on the way, the file may be of a better one.
+            found.setdefault(lines[-1]["step"], json.loads(last.read_text())[name])
         if found:
             break
     return split, list(found), list(found.values())

@@ -1,14 +1,19 @@
-"""Ranking metrics from retrieved ids and relevance: numpy, whole arrays, bounded memory.
+"""Ranking metrics from retrieved ids and relevance: numpy, in blocks of queries, bounded memory.
 
 P, nDCG, PSP and PSnDCG are those of the XML repository
 (http://manikvarma.org/downloads/XC/XMLRepository.html; Jain, Prabhu & Varma, Extreme Multi-label
 Loss Functions, KDD 2016), normalised as its tools do (https://github.com/kunaldahiya/pyxclib);
 R, MRR and MAP are those of information retrieval (Manning, Raghavan & Schütze, Introduction to
-Information Retrieval, 2008, chapter 8). Queries without labels stay in every mean.
+Information Retrieval, 2008, chapter 8); coverage is that of Schultheis et al., Generalized test
+utilities for long-tail performance in extreme multi-label classification (NeurIPS 2023). Queries
+without labels stay in every mean.
+
+All but coverage are sums over hits: each hit adds something of its own, known from its rank, its
+label and its query. So they can be told apart by query and by label.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -17,6 +22,20 @@ from scipy import sparse
 from vixml_jax.errors import InputError
 
 _BLOCK = 4096  # Queries judged at a time.
+NEVER = np.iinfo(np.int32).max  # The best rank of a label that is never hit.
+
+
+class Judged(NamedTuple):
+    """A block of queries: their hits, one an entry, and what each adds to each metric."""
+
+    queries: slice  # Of all queries.
+    true: sparse.csr_matrix  # Their true labels, in canonical form.
+    query: Int[np.ndarray, " h"]  # Of each hit, within the block.
+    rank: Int[np.ndarray, " h"]  # From 0.
+    label: Int[np.ndarray, " h"]
+    gains: dict[str, Float[np.ndarray, " h"]]
+    # What the gains of each query can be at most, where the metric is a ratio of two means.
+    possible: dict[str, Float[np.ndarray, " b"]]
 
 
 def compute_metrics(
@@ -41,6 +60,8 @@ def compute_metrics(
     * `R@k`: mean of sum_{j<=k} hit_ij / |P_i|.
     * `MRR`: mean of 1 / rank of the first hit among all columns of `ids`; 0 without a hit.
     * `MAP@k`: mean of the sum of the precisions at the hits among the first k, / min(k, |P_i|).
+    * `coverage@k`: of the labels that are true of any query, the share that is among the first k
+      of at least one query that it is true of.
 
     Args:
       ids: Retrieved labels, best first, each once a row; -1 = absent. At least as many columns as
@@ -48,42 +69,82 @@ def compute_metrics(
       relevance: [q, l], nonzero where the label is true.
       inverse_propensity: The weight of each label, from its frequency in training.
       ks: Cuts of all but R and MRR.
-      recall_ks: Cuts of R.
+      recall_ks: Cuts of R, and further ones of coverage.
 
     Raises:
       InputError: If there are no queries, or fewer columns than the largest k, or the shapes and
         ids do not belong together.
     """
+    sums: dict[str, float] = {}
+    possible: dict[str, float] = {}
+    best_rank = np.full(relevance.shape[1], NEVER, np.int32)
+    occurs = np.zeros(relevance.shape[1], bool)
+    for block in judge_blocks(ids, relevance, inverse_propensity, ks=ks, recall_ks=recall_ks):
+        for name, gains in block.gains.items():
+            sums[name] = sums.get(name, 0.0) + float(gains.sum())
+        for name, most in block.possible.items():
+            possible[name] = possible.get(name, 0.0) + float(most.sum())
+        np.minimum.at(best_rank, block.label, block.rank)
+        occurs[block.true.indices] = True
+    found = {
+        name: 100.0 * ratio(value, possible.get(name, float(len(ids))))
+        for name, value in sums.items()
+    }
+    return found | coverage(best_rank[occurs], (*ks, *recall_ks))
+
+
+def coverage(best_rank: Int[np.ndarray, " l"], cuts: Sequence[int]) -> dict[str, float]:
+    """`coverage@k` in percent, from the best rank at which each label that occurs was a hit."""
+    return {
+        f"coverage@{k}": 100.0 * ratio(float(np.count_nonzero(best_rank < k)), len(best_rank))
+        for k in cuts
+    }
+
+
+def ratio(value: float, of: float) -> float:
+    """0 of 0: where nothing was possible."""
+    return value / of if of else 0.0
+
+
+def judge_blocks(
+    ids: Int[np.ndarray, "q k"],
+    relevance: sparse.csr_matrix,
+    inverse_propensity: Float[np.ndarray, " l"],
+    *,
+    ks: Sequence[int],
+    recall_ks: Sequence[int],
+) -> Iterator[Judged]:
+    """All queries in order, a block at a time; the arguments are those of `compute_metrics`."""
     _check(ids, relevance, inverse_propensity, (*ks, *recall_ks))
     top = max(ks, default=0)
     gain = 1.0 / np.log2(np.arange(top) + 2.0)
     ideal = np.concatenate([[1.0], np.cumsum(gain)])  # Of no label: anything but 0.
     weights = np.asarray(inverse_propensity, np.float64)
-    sums: dict[str, float] = {}
-    add = functools.partial(_add, sums)
     for start in range(0, len(ids), _BLOCK):
-        block, true = ids[start : start + _BLOCK], _canonical(relevance[start : start + _BLOCK])
-        hits, count = find_hits(block, true), np.diff(true.indptr)
-        found = np.where(hits[:, :top], weights[block[:, :top]], 0.0)
-        best = _largest_weights(true, weights, top)
-        precisions = np.cumsum(hits[:, :top], axis=1) / np.arange(1, top + 1) * hits[:, :top]
+        queries = slice(start, min(start + _BLOCK, len(ids)))
+        block, true = ids[queries], _canonical(relevance[queries])
+        query, rank = np.nonzero(find_hits(block, true))  # In order of the ranks of each query.
+        label, count = block[query, rank], np.diff(true.indptr)
+        before = np.arange(len(query)) - np.searchsorted(query, query)  # Hits of better rank.
+        weight, precision = weights[label], (before + 1) / (rank + 1)
+        discount = gain[np.minimum(rank, top - 1)] if top else np.zeros(len(rank))
+        largest = _largest_weights(true, weights, top)
+        gains, possible = {}, {}
         for k in ks:
-            possible = np.minimum(count, k)
-            add(f"P@{k}", hits[:, :k].sum(axis=1) / k)
-            add(f"nDCG@{k}", hits[:, :k] @ gain[:k] / ideal[possible])
-            add(f"PSP@{k}", found[:, :k], best[:, :k])
-            scale = gain[:k] / ideal[possible][:, None]
-            add(f"PSnDCG@{k}", found[:, :k] * scale, best[:, :k] * scale)
-            add(f"MAP@{k}", precisions[:, :k].sum(axis=1) / np.maximum(possible, 1))
+            inside, most = rank < k, np.minimum(count, k)
+            scale = 1.0 / ideal[most]
+            gains[f"P@{k}"] = inside / k
+            gains[f"nDCG@{k}"] = inside * discount * scale[query]
+            gains[f"PSP@{k}"] = inside * weight
+            gains[f"PSnDCG@{k}"] = inside * weight * discount * scale[query]
+            gains[f"MAP@{k}"] = inside * precision / most[query]
+            possible[f"PSP@{k}"] = largest[:, :k].sum(axis=1)
+            possible[f"PSnDCG@{k}"] = largest[:, :k] @ gain[:k] * scale
         for k in recall_ks:
-            add(f"R@{k}", hits[:, :k].sum(axis=1) / np.maximum(count, 1))
-        if hits.shape[1]:
-            add("MRR", hits.any(axis=1) / (hits.argmax(axis=1) + 1.0))
-    return {
-        name: 100.0 * _ratio(value, sums.get(f"{name} of", float(len(ids))))
-        for name, value in sums.items()
-        if not name.endswith(" of")
-    }
+            gains[f"R@{k}"] = (rank < k) / count[query]
+        if ids.shape[1]:
+            gains["MRR"] = (before == 0) / (rank + 1.0)
+        yield Judged(queries, true, query, rank, label, gains, possible)
 
 
 def find_hits(ids: Int[np.ndarray, "q k"], relevance: sparse.csr_matrix) -> Bool[np.ndarray, "q k"]:
@@ -143,22 +204,6 @@ def _canonical(block: sparse.csr_matrix) -> sparse.csr_matrix:
     block.sum_duplicates()
     block.eliminate_zeros()
     return block
-
-
-def _add(
-    sums: dict[str, float],
-    name: str,
-    values: Float[np.ndarray, "..."],
-    best: Float[np.ndarray, "..."] | None = None,
-) -> None:
-    """Adds to a metric what a block reached and, where it is a ratio of means, could reach."""
-    sums[name] = sums.get(name, 0.0) + float(values.sum())
-    if best is not None:
-        sums[f"{name} of"] = sums.get(f"{name} of", 0.0) + float(best.sum())
-
-
-def _ratio(value: float, of: float) -> float:
-    return value / of if of else 0.0  # No query has labels: nothing was possible.
 
 
 def _largest_weights(

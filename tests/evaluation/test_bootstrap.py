@@ -1,0 +1,239 @@
+"""Intervals and p-values against closed forms, plain loops and scipy; the file of queries."""
+
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import scipy.stats
+from absl import flags
+from absl.testing import flagsaver
+
+from vixml_jax.errors import InputError
+from vixml_jax.evaluation import bootstrap, compare, per_query
+from vixml_jax.evaluation.per_query import About, PerQuery
+
+ABOUT = About("glyphs", "abc", "test", "exact")
+
+
+def table(rng, num, *, shift=0.0):
+    """A mean of normal values, one of few values, and a ratio of two sums."""
+    values = np.stack(
+        [
+            rng.normal(0.5 + shift, 0.2, num),
+            rng.binomial(1, 0.3 + shift, num),
+            rng.gamma(2.0, 1.0 + shift, num),
+        ],
+        axis=1,
+    ).astype(np.float32)
+    possible = np.linspace(2.0, 5.0, num, dtype=np.float32)[:, None]
+    return PerQuery(("mean", "rate", "PSP@1"), values, ("PSP@1",), possible)
+
+
+def test_metrics_are_means_and_ratios():
+    found = table(np.random.default_rng(0), 40)
+    metrics = found.metrics()
+    assert metrics["mean"] == pytest.approx(100 * found.values[:, 0].mean(), rel=1e-6)
+    ratio = 100 * found.values[:, 2].sum() / found.possible.sum()
+    assert metrics["PSP@1"] == pytest.approx(ratio, rel=1e-6)
+
+
+@pytest.mark.parametrize("num", [1, 3, 1024, 1025, 5000])
+def test_every_resample_is_a_draw_of_as_many_queries(num):
+    counts = np.concatenate([w for _, w in bootstrap._draws(num, 300, 7)], axis=1)
+    assert counts.shape == (300, num)
+    assert (counts.sum(axis=1) == num).all() and (counts >= 0).all()
+    if num > 1:  # Counts of a multinomial: variance 1 - 1 / n, covariance -1 / n of any two.
+        assert counts.var() == pytest.approx(1 - 1 / num, abs=0.1)
+
+
+def test_draws_are_alike_within_and_across_blocks(monkeypatch):
+    """Covariances of the counts are those of one multinomial draw, wherever blocks end."""
+    monkeypatch.setattr(bootstrap, "_BLOCK", 4)
+    counts = np.concatenate([w for _, w in bootstrap._draws(10, 40_000, 1)], axis=1)
+    expected = np.eye(10) - 0.1
+    np.testing.assert_allclose(np.cov(counts.T, bias=True), expected, atol=0.03)
+    np.testing.assert_allclose(counts.mean(axis=0), 1.0, atol=0.03)
+
+
+@pytest.mark.parametrize("num", [200, 4000])
+def test_standard_errors_are_the_closed_forms(num):
+    found = table(np.random.default_rng(num), num)
+    spread = bootstrap.resample(found, resamples=4000, seed=3).std(axis=0)
+    x = found.values.astype(np.float64)
+    of = found.possible[:, 0].astype(np.float64)
+    ratio = x[:, 2].sum() / of.sum()
+    expected = [x[:, 0].std(), x[:, 1].std(), (x[:, 2] - ratio * of).std() / of.mean()]
+    # 4000 draws know a spread to 1.1 %; the last is that of a linearised ratio.
+    np.testing.assert_allclose(spread, 100 * np.array(expected) / math.sqrt(num), rtol=0.06)
+
+
+def test_intervals_are_those_of_the_normal_where_there_are_many():
+    found = table(np.random.default_rng(9), 3000)
+    low, high = bootstrap.intervals(found, resamples=4000)["mean"]
+    error = 100 * float(found.values[:, 0].std()) / math.sqrt(3000)
+    mean = found.metrics()["mean"]
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(11)
+    inside = np.zeros(2)
+    for _ in range(300):
+        low_high = bootstrap.intervals(table(rng, 150), resamples=400, seed=int(rng.integers(9**9)))
+        for i, (name, truth) in enumerate((("mean", 50.0), ("rate", 30.0))):
+            inside[i] += low_high[name][0] <= truth <= low_high[name][1]
+    # 95 % of 300 are 285; a standard deviation is 3.8.
+    assert (np.abs(inside - 285) < 16).all()
+
+
+def test_the_same_seed_is_the_same_and_another_is_not():
+    found = table(np.random.default_rng(0), 50)
+    assert bootstrap.intervals(found) == bootstrap.intervals(found)
+    assert bootstrap.intervals(found) != bootstrap.intervals(found, seed=1)
+
+
+def test_p_value_against_all_permutations_of_scipy():
+    rng = np.random.default_rng(2)
+    one, other = table(rng, 11), table(rng, 11, shift=0.1)
+    found = bootstrap.compare(one, other, permutations=40_000)
+    for column, name in enumerate(one.names):
+        a, b = one.values[:, column].astype(float), other.values[:, column].astype(float)
+        exact = scipy.stats.permutation_test(
+            (a, b),
+            lambda x, y: np.sum(x - y),
+            permutation_type="samples",
+            n_resamples=np.inf,
+        ).pvalue
+        error = math.sqrt(exact * (1 - exact) / 40_000)
+        assert found[name].p_value == pytest.approx(exact, abs=5 * error + 1e-4), name
+
+
+def test_p_value_by_all_swaps_with_ties():
+    """Differences of few values, many of them nothing: sums that are equal count as equal."""
+    differences = np.array([1, 1, 0, -1, 1, 0, 1, 1], np.float32) / 3
+    sums = [sum(s * d for s, d in zip(signs, differences.tolist(), strict=True))
+            for signs in itertools.product((1, -1), repeat=8)]  # fmt: skip
+    exact = np.mean([abs(s) >= abs(sum(differences.tolist())) - 1e-6 for s in sums])
+    zero = np.zeros((8, 1), np.float32)
+    one = PerQuery(("P@3",), differences[:, None], (), zero[:, :0])
+    found = bootstrap.compare(one, one._replace(values=zero), permutations=50_000)["P@3"]
+    assert found.p_value == pytest.approx(exact, abs=0.012)
+
+
+def test_p_values_are_uniform_where_runs_are_equally_good():
+    rng = np.random.default_rng(4)
+    p_values = []
+    for _ in range(400):
+        one, other = table(rng, 60), table(rng, 60)
+        found = bootstrap.compare(one, other, resamples=100, permutations=499)
+        p_values.append([found["mean"].p_value, found["PSP@1"].p_value])
+    for column in np.array(p_values).T:
+        # The distance that 400 uniform numbers exceed once in a thousand times is 0.097.
+        assert scipy.stats.kstest(column, "uniform").statistic < 0.097
+
+
+def test_a_difference_that_is_there_is_found():
+    rng = np.random.default_rng(6)
+    one = table(rng, 500)
+    other = one._replace(values=one.values - rng.normal(0.05, 0.02, (500, 3)).astype(np.float32))
+    found = bootstrap.compare(one, other)
+    for name in one.names:
+        c = found[name]
+        assert c.p_value == pytest.approx(1 / 10_001) and 0 < c.low < c.difference < c.high
+        assert c.difference == pytest.approx(c.one - c.other, abs=1e-3)
+    swapped = bootstrap.compare(other, one)["mean"]
+    assert swapped.difference == pytest.approx(-found["mean"].difference)
+
+
+def test_a_run_is_as_good_as_itself():
+    found = table(np.random.default_rng(8), 30)
+    for c in bootstrap.compare(found, found).values():
+        assert (c.difference, c.low, c.high, c.p_value) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_refuses_other_queries_and_other_truth():
+    found = table(np.random.default_rng(0), 30)
+    with pytest.raises(InputError, match=r"30 queries .* 29"):
+        bootstrap.compare(found, found._replace(values=found.values[:29]))
+    with pytest.raises(InputError, match="other true labels"):
+        bootstrap.compare(found, found._replace(possible=found.possible + 1))
+
+
+def test_file_of_queries_comes_back(tmp_path):
+    path = tmp_path / "evaluation" / "test-exact.queries.npz"
+    found = table(np.random.default_rng(0), 30)
+    per_query.save(path, found, ABOUT)
+    again, about = per_query.load(path)
+    assert (again.names, again.ratios, about) == (found.names, found.ratios, ABOUT)
+    np.testing.assert_array_equal(again.values, found.values)
+    np.testing.assert_array_equal(again.possible, found.possible)
+    assert os.listdir(path.parent) == [path.name]
+    bare = PerQuery(("P@1",), found.values[:, :1], (), found.values[:, :0])
+    per_query.save(path, bare, ABOUT)
+    assert per_query.load(path)[0].ratios == ()
+
+
+@pytest.mark.parametrize("broken", ["missing", "text", "cut", "other", "pickle"])
+def test_file_of_something_else_is_told(tmp_path, broken):
+    path = tmp_path / "x.queries.npz"
+    if broken == "text":
+        path.write_text("no archive")
+    elif broken == "cut":
+        per_query.save(path, table(np.random.default_rng(0), 30), ABOUT)
+        path.write_bytes(path.read_bytes()[:-40])
+    elif broken == "other":
+        np.savez(path, a=np.zeros(3))
+    elif broken == "pickle":
+        np.savez(path, names=np.array([object()]), allow_pickle=True)
+    with pytest.raises(InputError, match=r"x\.queries\.npz: not (found|readable)") as error:
+        per_query.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def defined_flags():
+    if "permutations" not in flags.FLAGS:
+        compare.define_flags()
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def test_the_door_prints_and_writes(tmp_path, defined_flags, capsys):
+    rng = np.random.default_rng(1)
+    one, other = table(rng, 80, shift=0.1), table(rng, 80)
+    for name, found in (("a", one), ("b", other)):
+        per_query.save(tmp_path / name / "evaluation" / "test-exact.queries.npz", found, ABOUT)
+    out = tmp_path / "comparison.json"
+    paths = [str(tmp_path / "a"), str(tmp_path / "b/evaluation/test-exact.queries.npz")]
+    with flagsaver.flagsaver(
+        runs=paths, split="test", search="exact", resamples=200, permutations=999, out=str(out)
+    ):
+        compare.main([])
+    printed = capsys.readouterr().out
+    expected = bootstrap.compare(one, other, resamples=200, permutations=999)
+    for name, c in expected.items():
+        line = next(line for line in printed.splitlines() if line.startswith(name)).split()
+        assert line[1:4] == [f"{c.one:.2f}", f"{c.other:.2f}", f"{c.difference:+.2f}"]
+        assert line[-1] == f"{c.p_value:.4f}"
+    written = json.loads(out.read_text())
+    assert written["metrics"]["mean"] == expected["mean"]._asdict()
+    assert f"written to {out}" in printed
+
+
+def test_the_door_refuses_what_cannot_be_compared(tmp_path, defined_flags):
+    found = table(np.random.default_rng(1), 8)
+    for name, about in (("a", ABOUT), ("b", ABOUT._replace(content_hash="other"))):
+        per_query.save(tmp_path / name / "evaluation" / "test-exact.queries.npz", found, about)
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    with flagsaver.flagsaver(runs=runs, split="test", search="exact"):
+        with pytest.raises(InputError, match=r"content_hash abc, .* of other"):
+            compare.main([])
+    with flagsaver.flagsaver(runs=runs[:1]), pytest.raises(InputError, match="--runs: found 1"):
+        compare.main([])
+    with flagsaver.flagsaver(runs=runs, split="valid", search="exact"):
+        with pytest.raises(InputError, match=r"valid-exact\.queries\.npz: not found"):
+            compare.main([])

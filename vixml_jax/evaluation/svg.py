@@ -1,0 +1,218 @@
+"""Small charts as inline SVG: bars, columns and lines, told apart by more than their colour.
+
+Colours are classes that the page's style fills in, for light and for dark. A chart is 360 wide, as
+wide as a phone, so that its letters keep their size there.
+"""
+
+import html
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+WIDTH = 360
+_LEFT, _RIGHT, _TOP = 40, 8, 8
+_MARKS = ("circle", "square", "triangle", "diamond")  # Of the first, second ... series.
+MOST_SERIES = len(_MARKS)
+_ids = itertools.count()
+
+
+def bars(
+    title: str, description: str, series: Mapping[str, Mapping[str, float]], *, unit: str = ""
+) -> str:
+    """Lying bars, one below another with their names above: for few groups of long names.
+
+    Args:
+      title, description: What a reader of screens is told.
+      series: By name, the value of each group; all of the same groups.
+      unit: Stands behind the values.
+    """
+    names = list(next(iter(series.values())))
+    largest = _top(value for values in series.values() for value in values.values())
+    parts, y = [], _TOP
+    for name in names:
+        parts.append(_text(0, y + 11, name))
+        y += 17
+        for i, values in enumerate(series.values()):
+            width = max((WIDTH - 62) * values[name] / largest, 1.0)
+            parts.append(f'<rect class="s{i}" x="0" y="{y}" width="{width:.1f}" height="13"/>')
+            parts.append(_text(width + 6, y + 11, f"{values[name]:.1f}{unit}", "value"))
+            y += 16
+        y += 9
+    return _chart(title, description, parts, y, series)
+
+
+def columns(
+    title: str,
+    description: str,
+    series: Mapping[str, Sequence[float | None]],
+    names: Sequence[str],
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> str:
+    """Standing bars over a scale: for many groups of short names. None: there is no value."""
+    values = [value for row in series.values() for value in row if value is not None]
+    height, largest = 150, _top(values)
+    bottom = _TOP + 14 + height
+    parts = _y_axis(0.0, largest, bottom, height, ylabel)
+    each = (WIDTH - _LEFT - _RIGHT) / len(names)
+    wide = 0.8 * each / len(series)
+    for j, name in enumerate(names):
+        parts.append(_text(_LEFT + (j + 0.5) * each, bottom + 15, name, "middle"))
+        for i, row in enumerate(series.values()):
+            if (value := row[j]) is None:
+                continue
+            x, tall = _LEFT + (j + 0.1) * each + i * wide, height * value / largest
+            parts.append(
+                f'<rect class="s{i}" x="{x:.1f}" y="{bottom - tall:.1f}" width="{wide - 1:.1f}" '
+                f'height="{tall:.1f}"><title>{html.escape(name)}: {value:.2f}</title></rect>'
+            )
+    parts.append(_text((_LEFT + WIDTH) / 2, bottom + 33, xlabel, "middle muted"))
+    return _chart(title, description, parts, bottom + 40, series)
+
+
+def lines(
+    title: str,
+    description: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+) -> str:
+    """Points (x, y) of each series, marked where they are few, and the lines between them."""
+    points = [point for row in series.values() for point in row]
+    place = math.log10 if log_x else float
+    xs, ys = [place(x) for x, _ in points], [y for _, y in points]
+    (left, right), (low, high) = _widened(min(xs), max(xs)), _widened(min(ys), max(ys))
+    height = 160
+    bottom = _TOP + 14 + height
+    parts = _y_axis(low, high, bottom, height, ylabel)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (place(x) - left) / (right - left)
+        up = (y - low) / (high - low)
+        return _LEFT + 6 + across * (WIDTH - _LEFT - _RIGHT - 12), bottom - up * height
+
+    ticks = [10.0**t for t in _ticks(left, right, 4)] if log_x else _ticks(left, right, 4)
+    for tick in ticks:
+        x, _ = at(tick, low)
+        parts.append(_text(x, bottom + 15, _number(tick), "middle"))
+    for i, row in enumerate(series.values()):
+        places = [at(*point) for point in row]
+        path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        parts.append(f'<path class="l{i}" d="{path}"/>')
+        if len(places) <= 40:
+            parts += [_mark(i, x, y) for x, y in places]
+    parts.append(_text((_LEFT + WIDTH) / 2, bottom + 33, xlabel, "middle muted"))
+    return _chart(title, description, parts, bottom + 40, series, marks=True)
+
+
+def _chart(
+    title: str,
+    description: str,
+    parts: Sequence[str],
+    height: float,
+    series: Mapping[str, object],
+    *,
+    marks: bool = False,
+) -> str:
+    """The whole figure: caption, legend where there are several series, picture."""
+    if len(series) > MOST_SERIES:
+        raise ValueError(f"{title}: {len(series)} series, of which {MOST_SERIES} can be told apart")
+    number = next(_ids)
+    legend = ""
+    if len(series) > 1:
+        keys = "".join(
+            f'<li><svg class="key" viewBox="0 0 26 13" aria-hidden="true">{_key(i, marks)}</svg>'
+            f"{html.escape(name)}</li>"
+            for i, name in enumerate(series)
+        )
+        legend = f'<ul class="legend">{keys}</ul>'
+    return (
+        f"<figure><figcaption>{html.escape(title)}</figcaption>{legend}"
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        f'aria-labelledby="t{number} d{number}"><title id="t{number}">{html.escape(title)}</title>'
+        f'<desc id="d{number}">{html.escape(description)}</desc>{"".join(parts)}</svg></figure>'
+    )
+
+
+def patterns() -> str:
+    """What the style fills bars with, so that series differ without colours; once a page."""
+    dots = '<circle class="p2" cx="3" cy="3" r="1.6"/>'
+    drawn = (
+        '<path class="p1" d="M0 6 L6 0 M-1 1 L1 -1 M5 7 L7 5"/>',
+        dots,
+        '<path class="p3" d="M0 3 H6"/>',
+    )
+    found = "".join(
+        f'<pattern id="pattern{i}" width="6" height="6" patternUnits="userSpaceOnUse">{what}'
+        "</pattern>"
+        for i, what in enumerate(drawn, start=1)
+    )
+    return (
+        f'<svg class="patterns" width="0" height="0" aria-hidden="true"><defs>{found}</defs></svg>'
+    )
+
+
+def _key(series: int, marks: bool) -> str:
+    if marks:
+        return f'<path class="l{series}" d="M0 6.5 L26 6.5"/>{_mark(series, 13, 6.5)}'
+    return f'<rect class="s{series}" x="1" y="1" width="24" height="11"/>'
+
+
+def _mark(series: int, x: float, y: float) -> str:
+    found = f'class="m{series}"'
+    match _MARKS[series]:
+        case "circle":
+            return f'<circle {found} cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
+        case "square":
+            return f'<rect {found} x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
+        case "triangle":
+            return f'<path {found} d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
+        case _:
+            return f'<path {found} d="M{x:.1f} {y - 4.4:.1f} l4.4 4.4 l-4.4 4.4 l-4.4 -4.4 z"/>'
+
+
+def _y_axis(low: float, high: float, bottom: float, height: float, label: str) -> list[str]:
+    parts = [_text(0, _TOP + 6, label, "muted")]
+    for tick in _ticks(low, high, 4):
+        y = bottom - height * (tick - low) / (high - low)
+        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f} H{WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 5, y + 4, _number(tick), "end"))
+    return parts
+
+
+def _text(x: float, y: float, text: str, kind: str = "") -> str:
+    kind = f' class="{kind}"' if kind else ""
+    return f'<text{kind} x="{x:.1f}" y="{y:.1f}">{html.escape(text)}</text>'
+
+
+def _top(values) -> float:
+    """A round number that no value exceeds."""
+    largest = max(values, default=0.0)
+    if largest <= 0:
+        return 1.0
+    step = 10.0 ** math.floor(math.log10(largest))
+    return next(
+        step * n for n in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * n >= largest * (1 - 1e-9)
+    )
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers from low to high, about so many."""
+    raw = (high - low) / count
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _number(value: float) -> str:
+    if abs(value) >= 10_000:
+        return f"{value / 1000:g}k" if value < 10**6 else f"{value / 10**6:.3g}M"
+    return f"{value:.4g}"
