@@ -71,6 +71,11 @@ def as_trained(config: EvalConfig) -> Mixing | None:
     return found if found.weight else None
 
 
+def as_tuned(config: EvalConfig, workdir: str, step: int) -> Mixing | None:
+    """How memory counts as tuned for this step, else as trained; None: it does not."""
+    return _tuned(workdir, step) or as_trained(config)
+
+
 def as_told(config: EvalConfig, values: flags.FlagValues, workdir: str, step: int) -> Mixing | None:
     """How memory counts by this door's flags, else as tuned for this step, else as trained.
 

@@ -4,12 +4,12 @@ import dataclasses
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Int
 
 from vixml_jax import config as config_lib
 from vixml_jax import processes, remote, retrieval, runs, sharding
@@ -234,12 +234,22 @@ class Predictor:
           k: Columns; rows are short where there are fewer labels.
           pairs: (query, label) never to be found.
         """
-        pairs = np.zeros((0, 2), np.int64) if pairs is None else pairs
-        result = index_lib.search_filtered(self._labels, vectors, pairs, k)
-        if self.mixing is None:
-            return result
-        near = self._memory.search(vectors, max(self.mixing.k, k))
-        return augmented.mix_in_memory(result, near, self._relevance, self.mixing, k, pairs)
+        result = index_lib.nothing(len(vectors), k)
+        for part, size in self._blocks(len(vectors)):
+            count = part.stop - part.start
+            block = np.zeros((size, vectors.shape[1]), np.float32)
+            block[:count] = vectors[part]
+            theirs = np.zeros((0, 2), np.int64)
+            if pairs is not None:
+                theirs = index_lib.pairs_of(pairs, np.arange(part.start, part.stop))
+            found = index_lib.search_filtered(self._labels, block, theirs, k)
+            if self.mixing is not None:
+                near = self._memory.search(block, max(self.mixing.k, k))
+                found = augmented.mix_in_memory(
+                    found, near, self._relevance, self.mixing, k, theirs
+                )
+            result.scores[part], result.ids[part] = (x[:count] for x in found)
+        return result
 
     def nearest_labels(self, vectors: Float[np.ndarray, "q e"], k: int) -> Int[np.ndarray, "q k"]:
         """Rows of the labels of the run itself that are nearest; k at most."""
@@ -288,13 +298,19 @@ class Predictor:
     ) -> Float[np.ndarray, "q e"]:
         """What `run` makes of packed items, of which sizes and rows are few."""
         found = np.empty((len(items), self.model.table.width), np.float32)
-        for start in range(0, len(items), self._sizes[-1]):
-            part = slice(start, min(start + self._sizes[-1], len(items)))
-            size = next(size for size in self._sizes if size >= part.stop - start)
+        for part, size in self._blocks(len(items)):
             ids = np.full(size, -1)
-            ids[: part.stop - start] = np.arange(start, part.stop)
-            found[part] = np.asarray(run(self._pack(items, ids), size, part))[: part.stop - start]
+            ids[: part.stop - part.start] = np.arange(part.start, part.stop)
+            found[part] = np.asarray(run(self._pack(items, ids), size, part))[
+                : part.stop - part.start
+            ]
         return found
+
+    def _blocks(self, count: int) -> Iterator[tuple[slice, int]]:
+        """Parts of so many items, and the number that each is filled up to: one of few."""
+        for start in range(0, count, self._sizes[-1]):
+            part = slice(start, min(start + self._sizes[-1], count))
+            yield part, next(size for size in self._sizes if size >= part.stop - start)
 
     def items(self, texts: Sequence[str], images: Sequence[Any] | None = None) -> Items:
         """Texts and pictures as prepared data hold them."""
@@ -302,8 +318,8 @@ class Predictor:
             tokens = self._encoder.encode([text[:MOST_CHARACTERS] for text in texts])
         offsets = np.concatenate([[0], np.cumsum(tokens.lengths)])
         pictures = None
-        if images is not None and self.image_width:
-            pictures = self._pictures(images, len(texts))
+        if self.image_width:  # Absent pictures take the same program.
+            pictures = self._pictures([None] * len(texts) if images is None else images, len(texts))
         return Items(Texts(np.zeros(0, np.uint8), np.zeros(len(texts) + 1, np.int64)),
                      Ragged(tokens.values, offsets), pictures)  # fmt: skip
 
@@ -343,7 +359,7 @@ class Predictor:
     def _pictures(self, images: Sequence[Any], count: int) -> Ragged:
         if len(images) != count:
             raise InputError(f"found pictures of {len(images)} queries, expected of {count}")
-        rows: list[Float16[np.ndarray, "j v"]] = []
+        rows = [np.zeros((0, self.image_width), np.float16)]
         for query, found in enumerate(images):
             found = np.zeros((0, self.image_width)) if found is None else np.asarray(found)
             found = found.reshape(-1, found.shape[-1]) if found.ndim else found
@@ -353,7 +369,7 @@ class Predictor:
                     f"embeddings {self.image_width} wide"
                 )
             rows.append(found.astype(np.float16))
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+        offsets = np.cumsum([len(row) for row in rows])
         return Ragged(np.concatenate(rows), offsets)
 
     def _pairs(
@@ -409,9 +425,9 @@ def make_answers(
 ) -> None:
     """Encodes labels and, with memory, training queries, and keeps them."""
     vectors = model.encode_labels(params, labels, dataset.labels, block=block, title="labels")
-    vectors = processes.whole(vectors, dataset.num_labels)
+    vectors = processes.whole(vectors, dataset.num_labels, processes.ALONE)
     memory = None
     if mixing is not None:
         memory = model.encode_queries(params, dataset.train, block=block, title="training queries")
-        memory = processes.whole(memory, len(dataset.train))
+        memory = processes.whole(memory, len(dataset.train), processes.ALONE)
     answers_lib.keep(path, dataset, step, vectors, memory)
