@@ -14,6 +14,7 @@ the exact 5 and 100 best, seconds to build it, and memory beside the vectors. --
 several commands measured. hnswlib and faiss: pip install vixml_jax[benchmark].
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from absl import flags
 
 from vixml_jax import errors
 from vixml_jax.benchmarks import search_peers, workers
+from vixml_jax.errors import InputError
 from vixml_jax.evaluation import report
 from vixml_jax.search.exact import ExactIndex
 
@@ -142,10 +144,21 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{'finds ' + format(row['recall'], '.3f'):>12}"
 
 
+def check_peers(peers: Sequence[str]) -> None:
+    """Refuses peers that are unknown or not installed."""
+    for name in peers:
+        if name not in search_peers.BUILD:
+            known = ", ".join(search_peers.BUILD)
+            raise InputError(f"--peers={name}: expected some of {known}")
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--peers={name}: not installed; pip install vixml_jax[benchmark]")
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints one table for each number of labels."""
     del argv
     values = flags.FLAGS
+    check_peers(values.peers if values.what == "approximate" else [])
     for n in map(int, values.n):
         if values.what == "exact":
             compare_exact(

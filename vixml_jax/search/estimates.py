@@ -30,7 +30,7 @@ def build_bytes(num_labels: int, width: int) -> int:
     It holds a copy of them (to score candidates exactly), codes and, for a while, residuals; and
     the sample that the tree is learnt from twice.
     """
-    return round(_FLOAT * width * (1.9 * num_labels + 2.3 * min(num_labels, SAMPLE)))
+    return round(_FLOAT * width * (2.0 * num_labels + 2.3 * min(num_labels, SAMPLE)))
 
 
 def search_bytes(num_labels: int, width: int) -> int:

@@ -77,23 +77,20 @@ def open_index(
 
     if kind == "exact":
         return open_exact()
-    try:
-        scann.import_scann()
-    except InputError as error:
-        print(f"{error}: searching exactly instead", flush=True)
+    if reason := scann.why_not():
+        print(f"--search=scann: {reason}; searching exactly instead", flush=True)
         found = open_exact()
         found.settings["wanted"] = kind
         return found
     values = np.ascontiguousarray(values, np.float32)
     tunable = queries is not None and len(queries) > 0
     instead = "choose a machine with more memory, or --search=exact"
-    needed = estimates.search_bytes(*values.shape) + exact_bytes * tunable
-    tree = None
+    held, tree = estimates.search_bytes(*values.shape), None
     if os.path.isdir(directory):
-        estimates.check_room(needed, what, instead, limit=limit)
+        estimates.check_room(held, what, instead, limit=limit)
         tree = _kept(directory, values)
     if tree is None:
-        needed = max(needed, estimates.build_bytes(*values.shape))
+        needed = max(held + exact_bytes * tunable, estimates.build_bytes(*values.shape))
         estimates.check_room(needed, what, instead, limit=limit)
         tree = _build(values, scann.settings_for(len(values)), directory)
     if not tree.settings["leaves"]:

@@ -87,7 +87,7 @@ class ScannIndex:
         """
         vectors = np.ascontiguousarray(vectors, np.float32)
         settings = settings_for(len(vectors)) if settings is None else settings
-        builder = import_scann().builder(vectors, 1, "dot_product")
+        builder = _import_scann().builder(vectors, 1, "dot_product")
         if settings["leaves"]:
             # Without a random start; ScaNN takes no seed.
             builder.tree(
@@ -201,7 +201,7 @@ class ScannIndex:
                 f"{directory}: found an index of {about['num_labels']} other label vectors, "
                 f"expected of these {len(vectors)}; build it anew"
             )
-        scann = import_scann()
+        scann = _import_scann()
         try:
             searcher = scann.load_searcher(directory, assets_backcompat_shim=False)
         except (OSError, RuntimeError, ValueError) as error:
@@ -257,23 +257,27 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def import_scann() -> Any:
-    """The module of ScaNN.
+def why_not() -> str | None:
+    """Why ScaNN cannot be used here, in one line; None: it can.
 
-    Raises:
-      InputError: Where it cannot be imported, or would end the process: it needs Linux, and on x86
-        a processor with AVX2 and FMA.
+    It needs Linux, and on x86 a processor with AVX2 and FMA, without which it would end the
+    process.
     """
     missing = {"avx2", "fma"} - _processor_flags() if platform.machine() == "x86_64" else None
+    if missing:
+        return f"scann cannot be used here: this processor lacks {' and '.join(sorted(missing))}"
     try:
-        if missing:
-            raise ImportError(f"this processor lacks {' and '.join(sorted(missing))}")
-        from scann.scann_ops.py import scann_ops_pybind
+        from scann.scann_ops.py import scann_ops_pybind  # noqa: F401
     except ImportError as error:
-        raise InputError(
-            f"--search=scann: scann cannot be imported here ({_one_line(error)}); "
-            "use --search=exact"
-        ) from None
+        return f"scann cannot be imported here ({_one_line(error)})"
+    return None
+
+
+def _import_scann() -> Any:
+    if reason := why_not():
+        raise InputError(f"--search=scann: {reason}; use --search=exact")
+    from scann.scann_ops.py import scann_ops_pybind
+
     return scann_ops_pybind
 
 

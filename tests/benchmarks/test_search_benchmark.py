@@ -1,0 +1,81 @@
+"""The search benchmark on a few labels."""
+
+import json
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from vixml_jax.benchmarks import search, search_peers
+from vixml_jax.errors import InputError
+
+SMALL = {"n": ["12000"], "width": 16, "queries": 64, "k": 100, "rounds": 1}
+
+
+@pytest.fixture(autouse=True)
+def defined_flags():
+    if "peers" not in flags.FLAGS:
+        search.define_flags()
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def test_vectors_are_clustered_and_queries_near_them():
+    labels, queries = search_peers.labels_and_queries(20_000, 256, 50)
+    assert labels.ctypes.data % 64 == 0
+    np.testing.assert_allclose(np.linalg.norm(labels, axis=1), 1.0, atol=1e-5)
+    scores = queries @ labels.T
+    assert 0.7 < scores.max(axis=1).mean() < 0.9
+    # Twenty of 20,000 vectors without clusters would have 3.1 / sqrt(256) = 0.19.
+    assert np.sort(scores, axis=1)[:, -20].mean() > 0.3
+    again = search_peers.labels_and_queries(20_000, 256, 50)
+    np.testing.assert_array_equal(queries, again[1])
+
+
+def test_exact_programs_take_turns(capfd):
+    with flagsaver.flagsaver(**SMALL):
+        search.main([])
+    printed = capfd.readouterr().out
+    for name in ("exact, ours", "exact, product, XLA", "exact, product, numpy", "exact, torch"):
+        assert f"\n{name} " in printed
+    assert "exact, ours : exact, torch = " in printed
+
+
+@pytest.mark.parametrize("name", list(search_peers.BUILD))
+def test_each_peer_reaches_its_recall(name, tmp_path, capfd):
+    pytest.importorskip(name)
+    out = str(tmp_path / "out.json")
+    with flagsaver.flagsaver(**SMALL, what="approximate", peers=[name], out=out):
+        search.main([])
+    assert f"\n  {name} " in capfd.readouterr().out
+    with open(out, encoding="utf-8") as file:
+        found = json.load(file)["12000 x 16, 64 queries"][name]
+    assert found["build_s"] > 0 and found["search_gb"] > 0
+    assert [(row["k"], row["wanted"]) for row in found["rows"]] == [
+        (k, wanted) for k in (5, 100) for wanted in (0.95, 0.99, 0.999)
+    ]
+    for row in found["rows"]:
+        assert row["recall"] >= row["wanted"] or "queries_per_s" not in row
+    assert sum("queries_per_s" in row for row in found["rows"]) >= 4
+
+
+def test_results_are_gathered(tmp_path):
+    out = tmp_path / "out.json"
+    kept = {"12000 x 16, 64 queries": {"older": {"peer": "older", "queries_per_s": 1.0}}}
+    out.write_text(json.dumps(kept))
+    found = search.measure_peers(["scann"], 12_000, 16, 64, str(out))
+    assert [one["peer"] for one in found] == ["older", "exact", "scann"]
+    assert len(search.table(found).split("\n")) == 4
+
+
+@pytest.mark.parametrize(
+    "peers,expected", [(["annoyed"], "expected some of scann"), (["faiss"], "not installed")]
+)
+def test_peers_that_cannot_be_measured(peers, expected, monkeypatch):
+    monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
+    with (
+        flagsaver.flagsaver(**SMALL, what="approximate", peers=peers),
+        pytest.raises(InputError, match=expected),
+    ):
+        search.main([])
