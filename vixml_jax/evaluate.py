@@ -262,18 +262,11 @@ def write_results(workdir: str, name: str, results: dict[str, Any]) -> str:
     return path
 
 
-def baseline_rows(
-    dataset: PreparedDataset, k: int, split: str = "test"
-) -> dict[str, dict[str, float]]:
-    """Metrics of the nearest-neighbour votes that the data allow: text, pictures, both."""
+def baselines(dataset: PreparedDataset, k: int, split: str = "test") -> dict[str, SearchResult]:
+    """The nearest-neighbour votes that the data allow: text, pictures, both."""
     fetched = min(k + index_lib.over_fetch(dataset.split(split)[2]), dataset.num_labels)
     kinds = ["text"] + (["picture", "both"] if dataset.image_width else [])
-    return {
-        f"vote, {kind}": measure(
-            vote.vote(dataset, split=split, by=kind, k=fetched), dataset, split, k
-        )
-        for kind in kinds
-    }
+    return {f"vote, {kind}": vote.vote(dataset, split=split, by=kind, k=fetched) for kind in kinds}
 
 
 def show(
@@ -315,25 +308,26 @@ def show(
     if group.index:  # The first process tells.
         return
     results = found.results
-    rows = {}
+    votes = {}
     if config.eval.vote and split != "train" and not hide_images:
-        rows = baseline_rows(dataset, k, split)
-        results["vote"] = rows
+        votes = baselines(dataset, k, split)
+        results["vote"] = {row: measure(r, dataset, split, k) for row, r in votes.items()}
     shown = model.layout.num_images and not hide_images
     name = "this run" + (", text and pictures" if shown else ", text")
     saved = f"{split}-{search}" + ("-without_images" if hide_images else "")
-    rows[name] = results["metrics"]
+    rows = {**results.get("vote", {}), name: results["metrics"]}
     if "with_memory" in results:
         rows[name + MEMORY] = results["with_memory"]
+    # By the name of the row: the key in the json, and in the name of the file.
+    keys = {row: row.replace(", ", "_") for row in votes} | {name: "run", name + MEMORY: "memory"}
+    searches = votes | {name + added: result for added, result in found.searches.items()}
     about = per_query_lib.About(dataset.name, dataset.content_hash, split, search)
-    judged, intervals = {}, {}
-    for added, result in found.searches.items():
-        judgement = judge(result, dataset, split, k)
-        between = bootstrap.intervals(judgement.queries)
-        judged[name + added], intervals[name + added] = judgement, between
-        key = "with_memory_" if added else ""
-        results |= {f"{key}intervals": between, f"{key}groups": judgement.groups}
-        file = f"{saved}{'-memory' if added else ''}{per_query_lib.SUFFIX}"
+    judged = {row: judge(result, dataset, split, k) for row, result in searches.items()}
+    intervals = {row: bootstrap.intervals(all_of.queries) for row, all_of in judged.items()}
+    results["intervals"] = {keys[row]: between for row, between in intervals.items()}
+    results["groups"] = {keys[row]: all_of.groups for row, all_of in judged.items()}
+    for row, judgement in judged.items():
+        file = saved + ("" if row == name else f"-{keys[row]}") + per_query_lib.SUFFIX
         place = os.path.join(config.workdir, "evaluation", file)
         per_query_lib.save(place, judgement.queries, about)
     path = write_results(config.workdir, saved, results)
@@ -352,7 +346,7 @@ def show(
             kept=index_lib.drop_filtered(found.searches[""], dataset.split(split)[2], k),
             label_vectors=found.label_vectors.values,
             frequency=label_frequency(dataset),
-            judged=judged,
+            judged={row: judged[row] for row in searches if row not in votes},
             intervals=intervals,
             rows=rows,
             command=shlex.join(sys.orig_argv),

@@ -108,12 +108,12 @@ def _draws(num: int, resamples: int, seed: int) -> Iterator[tuple[slice, Float[n
     starts = np.arange(0, num, _BLOCK)
     sizes = np.minimum(_BLOCK, num - starts)
     counts = rng.multinomial(num, sizes / num, size=resamples)  # [n, blocks]
-    rows = np.arange(resamples) * _BLOCK
+    row = np.arange(resamples)
     for start, size, count in zip(starts.tolist(), sizes.tolist(), counts.T, strict=True):
         at = rng.integers(size, size=int(count.sum()), dtype=np.int32)
-        at += np.repeat(rows, count).astype(np.int32)
-        drawn = np.bincount(at, minlength=resamples * _BLOCK).reshape(resamples, _BLOCK)
-        yield slice(start, start + size), drawn[:, :size].astype(np.float32)
+        at += np.repeat(row * size, count).astype(np.int32)
+        drawn = np.bincount(at, minlength=resamples * size).reshape(resamples, size)
+        yield slice(start, start + size), drawn.astype(np.float32)
 
 
 def _middle(
