@@ -31,7 +31,11 @@ def trained(tmp_path_factory):
     """A tiny run with memory, evaluated with a report; what was printed."""
     root = tmp_path_factory.mktemp("report")
     config = configuration(make_data(root, valid=0.2), root / "run")
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, vote=True))
+    config = dataclasses.replace(
+        config,
+        eval=dataclasses.replace(config.eval, vote=True),
+        loop=dataclasses.replace(config.loop, epochs=1),
+    )
     train.train(config)
     done = run_module("evaluate", f"--workdir={config.workdir}", "--report", "--memory_weight=0.3")
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vixml_jax.data import card as data_card
+from vixml_jax.data import facts
 from vixml_jax.evaluation import markdown, report, svg
 from vixml_jax.evaluation.examples import Example
 from vixml_jax.evaluation.page import Page
@@ -17,18 +18,22 @@ _HIT = ' class="hit"'
 _POINTS = 300  # Of a curve, at most.
 
 
-def escape(text: str, width: int | None = None) -> str:
-    if width is not None and len(text) > width:
-        text = text[: width - 1] + "…"
+def escape(text: str) -> str:
+    """Text as HTML that shows it as it is."""
     return html.escape(text)
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    return (
-        '<dl class="facts">'
-        + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
-        + "</dl>"
-    )
+def _quote(text: str) -> str:
+    """A text of the data, cut where it is very long; its direction turns nothing beside it."""
+    if len(text) > _TEXT_WIDTH:
+        text = text[: _TEXT_WIDTH - 1] + "…"
+    return f"<bdi>{escape(text)}</bdi>"
+
+
+def _pairs(values: Mapping[str, str]) -> str:
+    """Names and values, one a line."""
+    lines = (f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in values.items())
+    return f'<dl class="facts">{"".join(lines)}</dl>'
 
 
 def _interval(page: Page, row: str, metric: str) -> str:
@@ -128,14 +133,22 @@ def by_frequency(page: Page) -> str:
     return (
         "<p>To a group belong the hits with its labels. P, nDCG and PSP are what these add to the "
         "whole, so that groups sum to it; R and coverage are within the group, as if its labels "
-        "were the only true ones. Head: more than 100 training queries; torso: 6 to 100; tail: 1 "
-        "to 5. Deciles: labels seen in training, ordered by their training queries, in ten groups "
-        "of about as many true pairs (empty where one label has more than a tenth of all).</p>"
+        "were the only true ones. Training queries of a label: "
+        f"{_bounds()}. Deciles: labels seen in training, ordered by their training queries, in ten "
+        "groups of about as many true pairs (empty where one label has more than a tenth of all)."
+        "</p>"
         f"<p>{_unseen(kinds, recall)}</p>"
         f'<div class="charts">{"".join(charts)}</div>'
         f"{_group_table(kinds, 'labels', extra)}"
         f"<details><summary>Deciles as a table</summary>{_group_table(deciles, 'decile', extra)}"
         "</details>"
+    )
+
+
+def _bounds() -> str:
+    return "; ".join(
+        f"{name} {least}" + (" or more" if most is None else f" to {most}" if most else "")
+        for name, least, most in facts.GROUPS
     )
 
 
@@ -172,7 +185,7 @@ def by_query(page: Page) -> str:
     if not parts:
         return ""
     return (
-        f"<p>Metrics of some of the queries alone. Lengths are of whole texts, in quarters of the "
+        "<p>Metrics of some of the queries alone. Lengths are of whole texts, in quarters of the "
         f"queries.</p>{parts}"
     )
 
@@ -242,18 +255,18 @@ def examples(page: Page) -> str:
         found = "".join(
             f"<li{' class=hit' if p.hit else ''}><span>{'✓' if p.hit else '·'}"
             f'<span class="unseen-by-eye">{"true" if p.hit else "not true"}: </span></span>'
-            f"<span>{escape(p.text, _TEXT_WIDTH)}</span><span>{p.score:.3f}</span></li>"
+            f"<span>{_quote(p.text)}</span><span>{p.score:.3f}</span></li>"
             for p in example.predicted
         )
         true = "".join(
             f"<li{' class=hit' if w.rank else ''}><span>{'✓' if w.rank else '–'}</span>"
-            f"<span>{escape(w.text, _TEXT_WIDTH)}</span>"
+            f"<span>{_quote(w.text)}</span>"
             f"<span>{f'at {w.rank}' if w.rank else 'not found'}</span></li>"
             for w in example.wanted
         )
         more = example.num_wanted - len(example.wanted)
         rest = f"<p>and {more:,} more</p>" if more else ""
-        text = escape(example.text, _TEXT_WIDTH) or "(no text)"
+        text = _quote(example.text) if example.text.strip() else "(no text)"
         return (
             f'<article><h4>{text}</h4><p class="muted">{pictures}, {escape(page.chosen_by)} '
             f"{example.value:.1f}</p><h5>Predicted, with scores</h5><ol>{found}</ol>"
@@ -274,9 +287,9 @@ def examples(page: Page) -> str:
 def neighbours(page: Page) -> str:
     rows = [
         [
-            escape(found.text, _TEXT_WIDTH),
+            _quote(found.text),
             f"{found.frequency:,}",
-            "<br>".join(f"{escape(text, _TEXT_WIDTH)} {cosine:.2f}" for text, cosine in found.near),
+            "<br>".join(f"{_quote(text)} {cosine:.2f}" for text, cosine in found.near),
         ]
         for found in page.neighbours
     ]
@@ -303,7 +316,7 @@ def card(page: Page) -> str:
 
 def made(page: Page) -> str:
     return (
-        f"<pre>{escape(page.command)}</pre>{_facts(page.facts)}<h3>Versions</h3>"
-        f"{_facts(page.versions)}<details><summary>All flags of the run</summary>"
+        f"<pre>{escape(page.command)}</pre>{_pairs(page.facts)}<h3>Versions</h3>"
+        f"{_pairs(page.versions)}<details><summary>All flags of the run</summary>"
         f"<pre>{escape(page.settings)}</pre></details>"
     )
