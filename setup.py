@@ -27,6 +27,7 @@ setuptools.setup(
             "hypothesis>=6.100",
             "libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "peft>=0.18",
+            "playwright>=1.40",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff>=0.12",

@@ -1,9 +1,7 @@
 """The door that judges a run: encode, search, measure, and write it all down."""
 
 import dataclasses
-import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -23,11 +21,11 @@ from scipy import sparse
 from vixml_jax import config as config_lib
 from vixml_jax import errors, memory, processes, programs, remote, retrieval, runs, whole
 from vixml_jax.config import Config, SearchConfig
-from vixml_jax.data import card, propensity
+from vixml_jax.data import propensity
 from vixml_jax.data.store import Items, PreparedDataset
 from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation import bootstrap, breakdown, curves, examples, groups, report, vote
+from vixml_jax.evaluation import bootstrap, breakdown, groups, render, report, vote
 from vixml_jax.evaluation import metrics as metrics_lib
 from vixml_jax.evaluation import page as page_lib
 from vixml_jax.evaluation import per_query as per_query_lib
@@ -45,8 +43,6 @@ TUNED_ON = 5000  # Validation queries at most.
 # Vectors of the labels, and of the training queries or None.
 Keep = Callable[[Float[np.ndarray, "n e"], Float[np.ndarray, "t e"] | None], None]
 MEMORY = ", memory"  # Added to the name of what was found with memory.
-EXAMPLES = 8  # Worst and best queries, and labels with neighbours, in a report.
-CHOSEN_BY = "nDCG@5"  # These queries.
 
 
 class Found(NamedTuple):
@@ -327,18 +323,13 @@ def write_results(workdir: str, name: str, results: dict[str, Any]) -> str:
     return path
 
 
-def baseline_rows(
-    dataset: PreparedDataset, k: int, split: str = "test"
-) -> dict[str, dict[str, float]]:
-    """Metrics of the nearest-neighbour votes that the data allow: text, pictures, both."""
+def baselines(dataset: PreparedDataset, k: int, split: str = "test") -> dict[str, SearchResult]:
+    """The nearest-neighbour votes that the data allow: text, pictures, both."""
     pairs = dataset.split(split)[2]
     fetched = min(k + index_lib.over_fetch(pairs), dataset.num_labels)
     kinds = ["text"] + (["picture", "both"] if dataset.image_width else [])
     found = {kind: vote.vote(dataset, split=split, by=kind, k=fetched) for kind in kinds}
-    return {
-        f"vote, {kind}": measure(index_lib.drop_filtered(result, pairs, k), dataset, split)
-        for kind, result in found.items()
-    }
+    return {f"vote, {kind}": index_lib.drop_filtered(found[kind], pairs, k) for kind in kinds}
 
 
 def show(
@@ -391,23 +382,26 @@ def show(
     if group.index:  # The first process tells.
         return found.results
     results = found.results
-    rows = {}
+    votes = {}
     if config.eval.vote and split != "train" and not hide_images:
-        rows = baseline_rows(dataset, k, split)
-        results["vote"] = rows
+        votes = baselines(dataset, k, split)
+        results["vote"] = {row: measure(r, dataset, split) for row, r in votes.items()}
     shown = model.layout.num_images and not hide_images
     name = "this run" + (", text and pictures" if shown else ", text")
     saved = f"{split}-{search}" + ("-without_images" if hide_images else "")
-    rows[name] = results["metrics"]
+    rows = {**results.get("vote", {}), name: results["metrics"]}
     if "with_memory" in results:
         rows[name + MEMORY] = results["with_memory"]
-    judged = {added: judge(result, dataset, split) for added, result in found.searches.items()}
+    # By the name of the row: the key in the json, and in the name of the file.
+    keys = {row: row.replace(", ", "_") for row in votes} | {name: "run", name + MEMORY: "memory"}
+    searches = votes | {name + added: result for added, result in found.searches.items()}
     about = per_query_lib.About(dataset.name, dataset.content_hash, split, search)
-    for added, judgement in judged.items():
-        key = "with_memory_" if added else ""
-        results[key + "intervals"] = bootstrap.intervals(judgement.queries)
-        results[key + "groups"] = judgement.groups
-        file = f"{saved}{'-memory' if added else ''}{per_query_lib.SUFFIX}"
+    judged = {row: judge(result, dataset, split) for row, result in searches.items()}
+    intervals = {row: bootstrap.intervals(all_of.queries) for row, all_of in judged.items()}
+    results["intervals"] = {keys[row]: between for row, between in intervals.items()}
+    results["groups"] = {keys[row]: all_of.groups for row, all_of in judged.items()}
+    for row, judgement in judged.items():
+        file = saved + ("" if row == name else f"-{keys[row]}") + per_query_lib.SUFFIX
         place = os.path.join(config.workdir, "evaluation", file)
         per_query_lib.save(place, judgement.queries, about)
     path = write_results(config.workdir, saved, results)
@@ -418,89 +412,24 @@ def show(
     )
     if with_report:
         place = os.path.join(config.workdir, "evaluation", f"{saved}.report.html")
-        shown = make_page(config, dataset, split, found, judged, rows, name)
-        whole.write_bytes(place, page_lib.render(shown).encode("utf-8"))
+        page = page_lib.assemble(
+            config.workdir,
+            dataset,
+            split,
+            results=results,
+            kept=found.searches[""],
+            label_vectors=found.label_vectors.values,
+            frequency=label_frequency(dataset),
+            judged={row: judged[row] for row in searches if row not in votes},
+            intervals=intervals,
+            rows=rows,
+            command=shlex.join(sys.orig_argv),
+            versions=versions(),
+            settings=config.to_json(),
+        )
+        whole.write_bytes(place, render.render(page).encode("utf-8"))
         print(f"report written to {place}")
     return results
-
-
-def make_page(
-    config: Config,
-    dataset: PreparedDataset,
-    split: str,
-    found: Found,
-    judged: dict[str, Judgement],
-    rows: dict[str, dict[str, float]],
-    run: str,
-) -> page_lib.Page:
-    """What the report shows.
-
-    Args:
-      config, dataset, split: Of the run.
-      found, judged: What was found, and what it is worth.
-      rows: Metrics by name.
-      run: That of this run, without memory.
-    """
-    results = found.results
-    queries, relevance, _ = dataset.split(split)
-    kept = found.searches[""]
-    by_query, frequency = judged[""].queries, label_frequency(dataset)
-    chosen = examples.choose(by_query, np.diff(relevance.indptr), by=CHOSEN_BY, count=EXAMPLES)
-    worst, best = (
-        examples.describe(
-            some, queries, dataset.labels, relevance, kept, by_query.column(CHOSEN_BY)
-        )
-        for some in chosen
-    )
-    read = {
-        name: curves.read_curve(config.workdir, name)
-        for name in curves.METRICS
-        if name in rows[run]
-    }
-    lines = curves.read_lines(config.workdir)
-    texts = {name: epath.Path(dataset.path) / name for name in (card.TEXT, card.PICTURE)}
-    names = {"": run, MEMORY: run + MEMORY}
-    return page_lib.Page(
-        dataset=dataset.name,
-        split=split,
-        search=results["search"]["kind"],
-        queries=len(queries),
-        labels=dataset.num_labels,
-        run=run,
-        rows=rows,
-        intervals={
-            names[added]: results[f"{'with_memory_' if added else ''}intervals"] for added in judged
-        },
-        groups={names[added]: judgement.groups for added, judgement in judged.items()},
-        losses=[(line["step"], line["loss"]) for line in lines if "loss" in line],
-        curves={
-            name: list(zip(steps, values, strict=True)) for name, (_, steps, values) in read.items()
-        },
-        curves_split=next((split for split, *_ in read.values()), ""),
-        recall_curve=results["search"].get("curve", []),
-        worst=worst,
-        best=best,
-        chosen_by=CHOSEN_BY,
-        neighbours=examples.nearest(
-            examples.spread(frequency, EXAMPLES),
-            found.label_vectors.values,
-            dataset.labels,
-            frequency,
-        ),
-        card=texts[card.TEXT].read_text() if texts[card.TEXT].exists() else None,
-        card_picture=texts[card.PICTURE].read_bytes() if texts[card.PICTURE].exists() else None,
-        command=shlex.join(sys.orig_argv),
-        versions=versions(),
-        settings=config.to_json(),
-        facts={
-            "run": config.workdir,
-            "data": f"{dataset.path}, content {dataset.content_hash}",
-            "index": json.dumps({n: v for n, v in results["search"].items() if n != "curve"}),
-            "seconds": json.dumps(results["seconds"]),
-            "peak memory": f"{results['peak_memory_gb']} GB",
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        },
-    )
 
 
 def versions() -> dict[str, str]:

@@ -7,8 +7,8 @@ Comparison of Statistical Significance Tests for Information Retrieval Evaluatio
 both equally good, the two results of each query might as well have been swapped.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -41,7 +41,7 @@ def resample(
     num = len(found.values)
     sums = np.zeros((resamples, len(found.names)))
     possible = np.zeros((resamples, len(found.ratios)))
-    for queries, weights in _draws(num, resamples, seed):
+    for queries, weights in _shown(_draws(num, resamples, seed), num, "intervals"):
         sums += weights @ found.values[queries]
         possible += weights @ found.possible[queries]
     return found.means(sums, possible, num)
@@ -108,12 +108,19 @@ def _draws(num: int, resamples: int, seed: int) -> Iterator[tuple[slice, Float[n
     starts = np.arange(0, num, _BLOCK)
     sizes = np.minimum(_BLOCK, num - starts)
     counts = rng.multinomial(num, sizes / num, size=resamples)  # [n, blocks]
-    rows = np.arange(resamples) * _BLOCK
+    row = np.arange(resamples)
     for start, size, count in zip(starts.tolist(), sizes.tolist(), counts.T, strict=True):
         at = rng.integers(size, size=int(count.sum()), dtype=np.int32)
-        at += np.repeat(rows, count).astype(np.int32)
-        drawn = np.bincount(at, minlength=resamples * _BLOCK).reshape(resamples, _BLOCK)
-        yield slice(start, start + size), drawn[:, :size].astype(np.float32)
+        at += np.repeat(row * size, count).astype(np.int32)
+        drawn = np.bincount(at, minlength=resamples * size).reshape(resamples, size)
+        yield slice(start, start + size), drawn.astype(np.float32)
+
+
+def _shown(blocks: Iterable[Any], num: int, title: str) -> Iterable[Any]:
+    """Blocks of queries with a bar, where they take long."""
+    import tqdm
+
+    return tqdm.tqdm(blocks, total=-(-num // _BLOCK), desc=title, delay=1, disable=None)
 
 
 def _middle(
@@ -129,7 +136,8 @@ def _randomise(
     """Two-sided p-values of the sums of the columns under random signs of the rows."""
     rng = np.random.default_rng(seed)
     sums = np.zeros((permutations, differences.shape[1]))
-    for start in range(0, len(differences), _BLOCK):
+    num = len(differences)
+    for start in _shown(range(0, num, _BLOCK), num, "swaps"):
         block = differences[start : start + _BLOCK].astype(np.float64)
         bits = rng.integers(256, size=(permutations, -(-len(block) // 8)), dtype=np.uint8)
         swapped = np.unpackbits(bits, axis=1, count=len(block))

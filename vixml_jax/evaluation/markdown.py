@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 _BAR = re.compile(r"(?<!\\)\|")
 _CODE = re.compile(r"(?<!\\)`(.+?)(?<!\\)`")
-_ESCAPED = re.compile(r"\\([^\w\s])")
+_ESCAPED = re.compile(r"\\([\\`*\[\]<>|&~$_#+=.)-])")
 _PICTURE = re.compile(r"!\[(.*)\]\((.*)\)")
 _RULE = re.compile(r"[|:\- ]+")
 

@@ -1,22 +1,23 @@
-"""The report: one page of HTML on an evaluation, which needs no network and no script."""
+"""What a report shows: gathered from an evaluation, a run directory and prepared data."""
 
-import base64
 import dataclasses
-import hashlib
-import html
-from collections.abc import Iterable, Mapping, Sequence
+import datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vixml_jax.data import card
-from vixml_jax.evaluation import markdown, report, svg
-from vixml_jax.evaluation.examples import Example, Neighbours
-from vixml_jax.evaluation.style import style
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int
 
-_TILES = ("P@1", "P@5", "nDCG@5", "PSP@5", "R@100", "coverage@5")
-_GROUP_COLUMNS = ("P@1", "P@5", "nDCG@5", "PSP@5", "R@10", "R@100", "coverage@5")
-_TEXT_WIDTH = 240  # Characters of a query or label shown.
-_HIT = ' class="hit"'
-_POINTS = 300  # Of a curve, at most.
+from vixml_jax.data import card
+from vixml_jax.data.store import PreparedDataset
+from vixml_jax.evaluation import curves, examples
+from vixml_jax.evaluation.breakdown import Judgement
+from vixml_jax.evaluation.examples import Example, Neighbours
+from vixml_jax.structs import SearchResult
+
+EXAMPLES = 8  # Worst and best queries, and labels with neighbours.
+CHOSEN_BY = "nDCG@5"  # These queries.
 
 Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -70,342 +71,85 @@ class Page:
     facts: Mapping[str, str]
 
 
-def render(page: Page) -> str:
-    """The whole file."""
-    sections = {
-        "Metrics": _metrics(page),
-        "By label frequency": _by_frequency(page),
-        "By query": _by_query(page),
-        "Learning curves": _curves(page),
-        "Recall and speed of the index": _recall_curve(page),
-        "Queries": _examples(page),
-        "Label neighbours": _neighbours(page),
-        "Data": _card(page),
-        "How this was made": _made(page),
-    }
-    sections = {title: body for title, body in sections.items() if body}
-    links = "".join(
-        f'<li><a href="#{_anchor(title)}">{_escape(title)}</a></li>' for title in sections
-    )
-    bodies = "".join(
-        f'<section aria-labelledby="{_anchor(title)}"><h2 id="{_anchor(title)}">{_escape(title)}'
-        f"</h2>{body}</section>"
-        for title, body in sections.items()
-    )
-    title = f"{page.dataset}, {page.split}"
-    sheet = style()
-    digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; "
-        "form-action 'none'"
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{_escape(title)}</title><style>{sheet}</style></head><body>{svg.patterns()}"
-        f"<header><h1>{_escape(title)}</h1>"
-        f'<p class="muted">{page.queries:,} queries, {page.labels:,} labels, '
-        f"{_escape(page.search)} search. Values in percent; in brackets, 95 % intervals of the "
-        f'bootstrap over queries.</p><nav aria-label="Sections"><ul>{links}</ul></nav></header>'
-        f"<main>{bodies}</main></body></html>\n"
-    )
+def assemble(
+    workdir: str,
+    dataset: PreparedDataset,
+    split: str,
+    *,
+    results: Mapping[str, Any],
+    kept: SearchResult,
+    label_vectors: Float[np.ndarray, "l e"],
+    frequency: Int[np.ndarray, " l"],
+    judged: Mapping[str, Judgement],
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]],
+    rows: Mapping[str, Mapping[str, float]],
+    command: str,
+    versions: Mapping[str, str],
+    settings: str,
+) -> Page:
+    """Reads what is not given: curves of the run, the data card, texts of queries and labels.
 
-
-def _escape(text: str, width: int | None = None) -> str:
-    if width is not None and len(text) > width:
-        text = text[: width - 1] + "…"
-    return html.escape(text)
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    return (
-        '<dl class="facts">'
-        + "".join(f"<dt>{_escape(k)}</dt><dd>{_escape(v)}</dd>" for k, v in facts.items())
-        + "</dl>"
-    )
-
-
-def _interval(page: Page, row: str, metric: str) -> str:
-    found = page.intervals.get(row, {}).get(metric)
-    return f"[{found[0]:.2f}, {found[1]:.2f}]" if found else ""
-
-
-def _metrics(page: Page) -> str:
-    tiles = ""
-    for metric in _TILES:
-        if metric not in page.rows[page.run]:
-            continue
-        tiles += (
-            f"<div><dt>{metric}</dt><dd>{page.rows[page.run][metric]:.2f}"
-            f"<small>{_interval(page, page.run, metric)}</small></dd></div>"
+    Args:
+      workdir, dataset, split: Of the run.
+      results: What is written of the evaluation as json.
+      kept: Labels found of each query, filter pairs taken out.
+      label_vectors: Unit vectors of all labels.
+      frequency: Training queries of each label.
+      judged, intervals: By name of the row; the first is the run, of which are the examples.
+      rows, command, versions, settings: As of `Page`.
+    """
+    run = next(iter(judged))
+    queries, relevance, _ = dataset.split(split)
+    by_query = judged[run].queries
+    chosen = examples.choose(by_query, np.diff(relevance.indptr), by=CHOSEN_BY, count=EXAMPLES)
+    worst, best = (
+        examples.describe(
+            some, queries, dataset.labels, relevance, kept, by_query.column(CHOSEN_BY)
         )
-    shown = [c for c in (*report.COLUMNS, "coverage@5") if c in page.rows[page.run]]
-    rows = []
-    for name, values in page.rows.items():
-        cells = [f"{values[c]:.2f}" if c in values else "–" for c in shown]
-        rows.append([_escape(name), *cells])
-    every = []
-    for metric in page.rows[page.run]:
-        cells = []
-        for name, values in page.rows.items():
-            cell = f"{values[metric]:.2f}" if metric in values else "–"
-            if interval := _interval(page, name, metric):
-                cell += f" <small>{interval}</small>"
-            cells.append(cell)
-        every.append([metric, *cells])
-    headline = markdown.table(["", *shown], rows, label="metrics of all rows")
-    full = markdown.table(["", *map(_escape, page.rows)], every, label="all metrics")
-    return (
-        f'<dl class="tiles">{tiles}</dl>{headline}'
-        f"<details><summary>All metrics, with intervals</summary>{full}</details>"
+        for some in chosen
+    )
+    lines = curves.read_lines(workdir)
+    read = {n: curves.read_curve(workdir, n) for n in curves.METRICS if n in rows[run]}
+    text, picture = (epath.Path(dataset.path) / name for name in (card.TEXT, card.PICTURE))
+    search = {name: value for name, value in results["search"].items() if name != "curve"}
+    return Page(
+        dataset=dataset.name,
+        split=split,
+        search=results["search"]["kind"],
+        queries=len(queries),
+        labels=dataset.num_labels,
+        run=run,
+        rows=rows,
+        intervals=intervals,
+        groups={name: judgement.groups for name, judgement in judged.items()},
+        losses=[(line["step"], line["loss"]) for line in lines if "loss" in line],
+        curves={
+            name: list(zip(steps, values, strict=True)) for name, (_, steps, values) in read.items()
+        },
+        curves_split=next((judged_on for judged_on, *_ in read.values()), ""),
+        recall_curve=results["search"].get("curve", []),
+        worst=worst,
+        best=best,
+        chosen_by=CHOSEN_BY,
+        neighbours=examples.nearest(
+            examples.spread(frequency, EXAMPLES), label_vectors, dataset.labels, frequency
+        ),
+        card=text.read_text() if text.exists() else None,
+        card_picture=picture.read_bytes() if picture.exists() else None,
+        command=command,
+        versions=versions,
+        settings=settings,
+        facts={
+            "run": workdir,
+            "data": dataset.path,
+            "content": dataset.content_hash,
+            "search": _words(search),
+            "seconds": _words(results["seconds"]),
+            "peak memory": f"{results['peak_memory_gb']} GB",
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        },
     )
 
 
-def _group_table(groups: Mapping[str, Mapping[str, Any]], first: str, extra: Sequence[str]) -> str:
-    shown = [c for c in _GROUP_COLUMNS if any(c in told["metrics"] for told in groups.values())]
-    rows = []
-    for name, told in groups.items():
-        counts = [f"{told[part]:,}" for part in extra]
-        values = [f"{told['metrics'][c]:.2f}" if told["metrics"] else "–" for c in shown]
-        rows.append([_escape(name), *counts, *values])
-    return markdown.table([_escape(first), *extra, *shown], rows, label=f"metrics by {first}")
-
-
-def _series(
-    page: Page, kind: str, metric: str, names: Iterable[str]
-) -> dict[str, dict[str, float | None]]:
-    """A metric of each row that was judged by groups."""
-    return {
-        row: {name: groups[kind][name]["metrics"].get(metric) for name in names}
-        for row, groups in page.groups.items()
-        if kind in groups
-    }
-
-
-def _recall(page: Page) -> str:
-    """R at the largest cut that was judged; none where fewer than ten labels are kept."""
-    cuts = [name for name in page.rows[page.run] if name.startswith("R@")]
-    return max(cuts, key=lambda name: int(name[2:]), default="coverage@5")
-
-
-def _by_frequency(page: Page) -> str:
-    groups = page.groups[page.run]
-    kinds, deciles = groups["label frequency"], groups["frequency decile"]
-    recall = _recall(page)
-    judged = [name for name, told in kinds.items() if told["metrics"]]
-    names = list(map(str, range(1, 11)))
-    charts = [
-        svg.bars(
-            f"{metric}{what}",
-            f"{metric} of head, torso, tail and unseen labels; the table below has the numbers.",
-            _series(page, "label frequency", metric, judged),
-        )
-        for metric, what in ((recall, " within the group"), ("P@5", ", what the group adds"))
-    ]
-    for metric, what in ((recall, " within the decile"), ("P@5", ", what the decile adds")):
-        series = {
-            row: [values.get(name) for name in names]
-            for row, values in _series(page, "frequency decile", metric, deciles).items()
-        }
-        charts.append(
-            svg.columns(
-                f"{metric}{what}",
-                f"{metric} of ten groups of labels, the most frequent in training first; the "
-                "table below has the numbers.",
-                series,
-                names,
-                xlabel="decile, the most frequent labels first",
-                ylabel="percent",
-            )
-        )
-    extra = ("labels", "pairs", "queries")
-    return (
-        "<p>To a group belong the hits with its labels. P, nDCG and PSP are what these add to the "
-        "whole, so that groups sum to it; R and coverage are within the group, as if its labels "
-        "were the only true ones. Head: more than 100 training queries; torso: 6 to 100; tail: 1 "
-        "to 5. Deciles: labels seen in training, ordered by their training queries, in ten groups "
-        "of about as many true pairs (empty where one label has more than a tenth of all).</p>"
-        f"<p>{_unseen(kinds, recall)}</p>"
-        f'<div class="charts">{"".join(charts)}</div>'
-        f"{_group_table(kinds, 'labels', extra)}"
-        f"<details><summary>Deciles as a table</summary>{_group_table(deciles, 'decile', extra)}"
-        "</details>"
-    )
-
-
-def _unseen(kinds: Mapping[str, Mapping[str, Any]], recall: str) -> str:
-    unseen = kinds.get("unseen")
-    pairs = sum(told["pairs"] for told in kinds.values())
-    if not unseen or not unseen["pairs"]:
-        return "No true label of these queries is unseen in training."
-    return (
-        f"Never seen in training: {unseen['labels']:,} labels, which are in {unseen['pairs']:,} of "
-        f"{pairs:,} true pairs; {recall} of them: {unseen['metrics'][recall]:.2f}."
-    )
-
-
-def _by_query(page: Page) -> str:
-    parts = ""
-    for kind, first in (("pictures", "queries"), ("text length", "text length")):
-        groups = page.groups[page.run].get(kind, {})
-        if len(groups) < 2:
-            continue
-        charts = "".join(
-            svg.bars(
-                f"{metric} by {kind}",
-                f"{metric} of groups of queries; the table below has the numbers.",
-                _series(page, kind, metric, groups),
-            )
-            for metric in ("P@1", _recall(page))
-        )
-        parts += (
-            f"<h3>{_escape(kind.capitalize())}</h3>"
-            f'<div class="charts">{charts}</div>'
-            f"{_group_table(groups, first, ('queries', 'pairs'))}"
-        )
-    if not parts:
-        return ""
-    return (
-        f"<p>Metrics of some of the queries alone. Lengths are of whole texts, in quarters of the "
-        f"queries.</p>{parts}"
-    )
-
-
-def _curves(page: Page) -> str:
-    charts = ""
-    if len(page.losses) > 1:
-        charts += svg.lines(
-            "Loss in training",
-            f"The loss over {len(page.losses)} measurements.",
-            {"loss": _thinned(page.losses)},
-            xlabel="step",
-            ylabel="loss",
-        )
-    curves = {name: points for name, points in page.curves.items() if len(points) > 1}
-    if curves:
-        charts += svg.lines(
-            f"Metrics on {page.curves_split} while training",
-            f"{', '.join(curves)} in percent, by step.",
-            {name: _thinned(points) for name, points in curves.items()},
-            xlabel="step",
-            ylabel="percent",
-        )
-    return charts and f'<div class="charts">{charts}</div>'
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of neighbouring points, where there are more than a chart can show."""
-    size = -(-len(points) // _POINTS)
-    groups = (points[i : i + size] for i in range(0, len(points), size))
-    return [
-        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
-        for group in groups
-    ]
-
-
-def _recall_curve(page: Page) -> str:
-    if not page.recall_curve:
-        return ""
-    points = sorted((point["queries_per_s"], point["recall"]) for point in page.recall_curve)
-    chart = svg.lines(
-        "Recall against exact search",
-        "Recall of the index by queries a second, one point a setting.",
-        {"settings tried": points},
-        xlabel="queries a second",
-        ylabel="recall",
-        log_x=True,
-    )
-    rows = [
-        [
-            f"{point['leaves_searched']:,}",
-            f"{point['reordered']:,}",
-            f"{point['recall']:.4f}",
-            f"{point['queries_per_s']:,.0f}",
-        ]
-        for point in sorted(page.recall_curve, key=lambda point: point["recall"])
-    ]
-    table = markdown.table(
-        ["leaves searched", "reordered", "recall", "queries a second"], rows, label="settings tried"
-    )
-    return f'<div class="charts">{chart}<div>{table}</div></div>'
-
-
-def _examples(page: Page) -> str:
-    def one(example: Example) -> str:
-        pictures = f"{example.pictures} picture" + ("" if example.pictures == 1 else "s")
-        found = "".join(
-            f"<li{' class=hit' if p.hit else ''}><span>{'✓' if p.hit else '·'}"
-            f'<span class="unseen-by-eye">{"true" if p.hit else "not true"}: </span></span>'
-            f"<span>{_escape(p.text, _TEXT_WIDTH)}</span><span>{p.score:.3f}</span></li>"
-            for p in example.predicted
-        )
-        true = "".join(
-            f"<li{' class=hit' if w.rank else ''}><span>{'✓' if w.rank else '–'}</span>"
-            f"<span>{_escape(w.text, _TEXT_WIDTH)}</span>"
-            f"<span>{f'at {w.rank}' if w.rank else 'not found'}</span></li>"
-            for w in example.wanted
-        )
-        more = example.num_wanted - len(example.wanted)
-        rest = f"<p>and {more:,} more</p>" if more else ""
-        text = _escape(example.text, _TEXT_WIDTH) or "(no text)"
-        return (
-            f'<article><h4>{text}</h4><p class="muted">{pictures}, {_escape(page.chosen_by)} '
-            f"{example.value:.1f}</p><h5>Predicted, with scores</h5><ol>{found}</ol>"
-            f"<h5>True</h5><ul>{true}</ul>{rest}</article>"
-        )
-
-    parts = ""
-    for title, chosen in (("Worst", page.worst), ("Best", page.best)):
-        if chosen:
-            cards = "".join(map(one, chosen))
-            parts += f'<h3>{title}</h3><div class="examples">{cards}</div>'
-    return parts and (
-        f"<p>The worst and the best by {_escape(page.chosen_by)}, then by MRR; where many are "
-        f"equal, some of them at random. ✓ marks what is both predicted and true.</p>{parts}"
-    )
-
-
-def _neighbours(page: Page) -> str:
-    rows = [
-        [
-            _escape(found.text, _TEXT_WIDTH),
-            f"{found.frequency:,}",
-            "<br>".join(
-                f"{_escape(text, _TEXT_WIDTH)} {cosine:.2f}" for text, cosine in found.near
-            ),
-        ]
-        for found in page.neighbours
-    ]
-    if not rows:
-        return ""
-    table = markdown.table(
-        ["label", "training queries", "nearest labels, cosine"], rows, label="label neighbours"
-    )
-    return (
-        "<p>Labels from the most frequent to the rarest, and those whose vectors are nearest.</p>"
-        f'<div class="words">{table}</div>'
-    )
-
-
-def _card(page: Page) -> str:
-    if page.card is None:
-        return f"<p>The prepared data have no card ({card.TEXT}).</p>"
-    pictures = {}
-    if page.card_picture is not None:
-        encoded = base64.b64encode(page.card_picture).decode()
-        pictures[card.PICTURE] = f"data:image/png;base64,{encoded}"
-    return f'<div class="card">{markdown.to_html(page.card, pictures=pictures)}</div>'
-
-
-def _made(page: Page) -> str:
-    return (
-        f"<pre>{_escape(page.command)}</pre>{_facts(page.facts)}<h3>Versions</h3>"
-        f"{_facts(page.versions)}<details><summary>All flags of the run</summary>"
-        f"<pre>{_escape(page.settings)}</pre></details>"
-    )
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())

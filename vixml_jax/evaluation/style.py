@@ -15,8 +15,7 @@ COLOURS = {
         "hit": "#00664a",
         "s0": "#0072B2",  # Blue,
         "s1": "#D55E00",  # vermillion,
-        "s2": "#009E73",  # bluish green,
-        "s3": "#000000",  # black.
+        "s2": "#000000",  # black.
     },
     "dark": {
         "page": "#15181c",
@@ -28,12 +27,11 @@ COLOURS = {
         "hit": "#4fd1a8",
         "s0": "#56B4E9",  # Sky blue,
         "s1": "#E69F00",  # orange,
-        "s2": "#009E73",  # bluish green,
-        "s3": "#F0E442",  # yellow.
+        "s2": "#FFFFFF",  # white, which stands for black.
     },
 }
-SERIES = ("s0", "s1", "s2", "s3")
-_DASHES = ("none", "7 4", "2 4", "9 3 2 3")
+SERIES = ("s0", "s1", "s2")
+_DASHES = ("none", "7 4", "2 4")
 
 _RULES = """
 *, *::before, *::after { box-sizing: border-box; }
@@ -70,10 +68,11 @@ thead th { color: var(--muted); font-weight: 500; }
 tbody th { font-weight: 500; white-space: normal; min-width: 7rem; }
 tr.ours th, tr.ours td { font-weight: 700; }
 td small { color: var(--muted); font-weight: 400; }
-.words td { text-align: left; white-space: normal; min-width: 9rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr));
+.words td { white-space: normal; }
+.words td:last-child { text-align: left; min-width: 14rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));
   gap: 1.2rem 2rem; align-items: start; }
-figure { margin: .6rem 0; min-width: 0; max-width: 30rem; }
+figure { margin: .6rem 0; min-width: 0; max-width: 27rem; }
 figcaption { font-size: .9rem; margin-bottom: .3rem; color: var(--text); font-weight: 500; }
 .chart { width: 100%; height: auto; display: block; font-size: 11.5px; }
 .chart text { fill: var(--text); }

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 WIDTH = 360
 _LEFT, _RIGHT, _TOP = 40, 8, 8
-_MARKS = ("circle", "square", "triangle", "diamond")  # Of the first, second ... series.
+_MARKS = ("circle", "square", "triangle")  # Of the first, second ... series.
 MOST_SERIES = len(_MARKS)
 _ids = itertools.count()
 
@@ -26,6 +26,7 @@ def bars(
       series: By name, the value of each group; all of the same groups.
       unit: Stands behind the values.
     """
+    _check(title, series)
     names = list(next(iter(series.values())))
     largest = _top(value for values in series.values() for value in values.values())
     parts, y = [], _TOP
@@ -51,9 +52,10 @@ def columns(
     ylabel: str,
 ) -> str:
     """Standing bars over a scale: for many groups of short names. None: there is no value."""
+    _check(title, series)
     values = [value for row in series.values() for value in row if value is not None]
     height, largest = 150, _top(values)
-    bottom = _TOP + 14 + height
+    bottom = _TOP + 20 + height
     parts = _y_axis(0.0, largest, bottom, height, ylabel)
     each = (WIDTH - _LEFT - _RIGHT) / len(names)
     wide = 0.8 * each / len(series)
@@ -81,12 +83,13 @@ def lines(
     log_x: bool = False,
 ) -> str:
     """Points (x, y) of each series, marked where they are few, and the lines between them."""
+    _check(title, series)
     points = [point for row in series.values() for point in row]
     place = math.log10 if log_x else float
     xs, ys = [place(x) for x, _ in points], [y for _, y in points]
     (left, right), (low, high) = _widened(min(xs), max(xs)), _widened(min(ys), max(ys))
     height = 160
-    bottom = _TOP + 14 + height
+    bottom = _TOP + 20 + height
     parts = _y_axis(low, high, bottom, height, ylabel)
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -108,6 +111,11 @@ def lines(
     return _chart(title, description, parts, bottom + 40, series, marks=True)
 
 
+def _check(title: str, series: Mapping[str, object]) -> None:
+    if len(series) > MOST_SERIES:
+        raise ValueError(f"{title}: {len(series)} series, of which {MOST_SERIES} can be told apart")
+
+
 def _chart(
     title: str,
     description: str,
@@ -118,8 +126,6 @@ def _chart(
     marks: bool = False,
 ) -> str:
     """The whole figure: caption, legend where there are several series, picture."""
-    if len(series) > MOST_SERIES:
-        raise ValueError(f"{title}: {len(series)} series, of which {MOST_SERIES} can be told apart")
     number = next(_ids)
     legend = ""
     if len(series) > 1:
@@ -139,11 +145,9 @@ def _chart(
 
 def patterns() -> str:
     """What the style fills bars with, so that series differ without colours; once a page."""
-    dots = '<circle class="p2" cx="3" cy="3" r="1.6"/>'
     drawn = (
         '<path class="p1" d="M0 6 L6 0 M-1 1 L1 -1 M5 7 L7 5"/>',
-        dots,
-        '<path class="p3" d="M0 3 H6"/>',
+        '<circle class="p2" cx="3" cy="3" r="1.6"/>',
     )
     found = "".join(
         f'<pattern id="pattern{i}" width="6" height="6" patternUnits="userSpaceOnUse">{what}'
@@ -168,14 +172,12 @@ def _mark(series: int, x: float, y: float) -> str:
             return f'<circle {found} cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
         case "square":
             return f'<rect {found} x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
-        case "triangle":
-            return f'<path {found} d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
         case _:
-            return f'<path {found} d="M{x:.1f} {y - 4.4:.1f} l4.4 4.4 l-4.4 4.4 l-4.4 -4.4 z"/>'
+            return f'<path {found} d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
 
 
 def _y_axis(low: float, high: float, bottom: float, height: float, label: str) -> list[str]:
-    parts = [_text(0, _TOP + 6, label, "muted")]
+    parts = [_text(0, _TOP + 4, label, "muted")]
     for tick in _ticks(low, high, 4):
         y = bottom - height * (tick - low) / (high - low)
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f} H{WIDTH - _RIGHT}"/>')
@@ -204,10 +206,10 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers from low to high, about so many."""
+    """Round numbers from low to high: so many, or up to twice as many."""
     raw = (high - low) / count
     size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw * (1 - 1e-9))
+    step = next(size * n for n in (10, 5, 2.5, 2, 1) if size * n <= raw * (1 + 1e-9))
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
