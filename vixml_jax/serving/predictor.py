@@ -335,9 +335,11 @@ class Predictor:
 
     def warm_up(self, k: int = 10) -> None:
         """Compiles what queries need, so that none waits for it."""
+        picture = np.zeros((self.model.layout.num_images, self.image_width))
+        longest = ["a " * self.answers.about["max_tokens"]], [picture] if self.image_width else None
         for size in self._sizes:
-            for words in (1, self.answers.about["max_tokens"]):
-                self.search(self.encode(["a " * words] * size), k)
+            for texts, images in ((["a"], None), longest):
+                self.search(self.encode(texts * size, images and images * size), k)
 
     def _pack(self, items: Items, ids: Int[np.ndarray, " b"]) -> Any:
         """Rows enough for items of common length, else for the longest: two shapes a size."""
