@@ -1,7 +1,7 @@
 """Answers of a run: as evaluation has them, from any thread, with what is compiled at load."""
 
 import concurrent.futures
-import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -11,29 +11,11 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vixml_jax import retrieval, runs, train
+from vixml_jax import retrieval, runs
 from vixml_jax.errors import InputError
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.serving import answers
 from vixml_jax.serving.predictor import SIZES, Predictor
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("run")
-    config = tiny.configuration(tiny.make_data(root, train=120), root / "run")
-    config = dataclasses.replace(
-        config,
-        loop=dataclasses.replace(config.loop, epochs=1),
-        eval=dataclasses.replace(config.eval, memory_weight=0.2, memory_k=5),
-    )
-    train.train(config)
-    return config
-
-
-@pytest.fixture(scope="module")
-def predictor(run):
-    return Predictor.load(run.workdir)
 
 
 def opened(config):
@@ -46,7 +28,7 @@ def opened(config):
 
 def pictures_of(items):
     values, offsets = items.images
-    return [values[a:b] if b > a else None for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [values[a:b] if b > a else None for a, b in itertools.pairwise(offsets)]
 
 
 def test_vectors_of_texts_and_pictures_are_those_of_prepared_data(run, predictor):
@@ -147,7 +129,7 @@ def test_the_run_directory_is_enough(run, tmp_path):
     moved = Predictor.load(str(tmp_path / "run"), warm=False)
     assert moved(["a1 b2"]) == Predictor.load(run.workdir, warm=False)(["a1 b2"])
     shutil.rmtree(tmp_path / "run/answers")
-    with pytest.raises(InputError, match="answers: not there yet .* say where they are by --data"):
+    with pytest.raises(InputError, match=r"answers: not there yet .* say where they are by --data"):
         Predictor.load(str(tmp_path / "run"), warm=False)
     again = Predictor.load(str(tmp_path / "run"), data=run.data, warm=False)
     np.testing.assert_allclose(again.answers.vectors, moved.answers.vectors, atol=1e-6)
