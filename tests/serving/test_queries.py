@@ -102,7 +102,7 @@ def test_embeddings_of_pictures(tmp_path):
 def test_a_file_without_rows_is_refused(content, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
-    with pytest.raises(InputError, match="no rows|empty, zero bytes"):
+    with pytest.raises(InputError, match=r"no rows|empty, zero bytes"):
         read(path)
 
 
