@@ -279,22 +279,29 @@ def add_labels(
     )
 
 
-def remove_labels(predictor: Predictor, path: str, values: flags.FlagValues) -> None:
-    """Removes the labels whose ids a table has."""
-    labels = _read_labels(path, values)
-    rows = []
-    for label in labels:
-        row = predictor.row_of(label.id)
-        if row is None:
-            raise InputError(f"{path}, line {label.line}: the run has no label {label.id!r}")
-        rows.append(row)
+def remove_labels(predictor: Predictor, path: str) -> None:
+    """Removes the labels whose ids a file has, one a line."""
+    rows: dict[str, int] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                name = line.rstrip("\r\n")
+                row = predictor.row_of(name)
+                if name and row is None:
+                    raise InputError(f"{path}, line {number}: the run has no label {name[:60]!r}")
+                if row is not None:
+                    rows[name] = row
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--remove_labels={path}: {error}") from None
+    if not rows:
+        raise InputError(f"--remove_labels={path}: empty; expected ids of labels, one a line")
     if len(rows) == predictor.num_labels:
         raise InputError(f"--remove_labels={path}: names all labels of the run; none would be left")
     with errors.writing(f"--workdir={predictor.workdir}"):
-        step = changes.remove(predictor.workdir, predictor.answers, [x.id for x in labels], rows)
+        step = changes.remove(predictor.workdir, predictor.answers, [*rows], [*rows.values()])
     predictor.refresh()
     print(
-        f"{len(labels)} labels removed; the run has {predictor.num_labels} now: {step}; --undo "
+        f"{len(rows)} labels removed; the run has {predictor.num_labels} now: {step}; --undo "
         "takes it back"
     )
 
@@ -358,7 +365,7 @@ def main(argv: Sequence[str]) -> None:
     elif values.add_labels:
         add_labels(predictor, pictures, values.add_labels, values)
     else:
-        remove_labels(predictor, values.remove_labels, values)
+        remove_labels(predictor, values.remove_labels)
 
 
 def define_flags() -> None:
@@ -381,7 +388,7 @@ def define_flags() -> None:
         'Table of labels to add: id, text, pictures as of queries, and a list "examples" of texts '
         "of queries that each is right for.",
     )
-    text("remove_labels", "", "Table of labels to remove, by their ids.")
+    text("remove_labels", "", "Labels to remove: their ids, one a line.")
     flags.DEFINE_boolean("undo", False, "Take back what was added or removed last.")
     flags.DEFINE_boolean("list_changes", False, "Show what was added and removed.")
     text("id_column", "", "Column of the id; empty: guessed, else the line.")

@@ -94,8 +94,8 @@ def test_labels_are_added_found_listed_and_taken_back(workdir, tmp_path):
     assert len(before) == 20
     said = tiny.door("predict", f"--workdir={workdir}", f"--add_labels={new}")
     assert "2 labels added, 1 of them with example queries; the run has 22 now" in said
-    gone = tmp_path / "gone.csv"
-    gone.write_text(f"id\n{before[0]}\nn2\n")
+    gone = tmp_path / "gone.txt"
+    gone.write_text(f"{before[0]}\nn2\n")
     said = tiny.door("predict", f"--workdir={workdir}", f"--remove_labels={gone}")
     assert "2 labels removed; the run has 20 now" in said
     after = top()
@@ -123,9 +123,11 @@ def test_what_is_refused_is_refused_in_one_line(workdir, tmp_path):
     assert "line 4: label 'x' is there already, in line 2" in refused(
         workdir, "add_labels", twice, tmp_path
     )
-    unknown = tmp_path / "unknown.csv"
-    unknown.write_text("id\nx\n")
-    assert "the run has no label 'x'" in refused(workdir, "remove_labels", unknown, tmp_path)
+    unknown = tmp_path / "unknown.txt"
+    unknown.write_text("0\nx\n")
+    assert "line 2: the run has no label 'x'" in refused(
+        workdir, "remove_labels", unknown, tmp_path
+    )
     assert "--out: missing" in refused(workdir, "queries", twice, tmp_path)
     assert "no such file" in refused(workdir, "queries", tmp_path / "none.csv", tmp_path)
     filters = tmp_path / "filters.txt"
