@@ -111,7 +111,7 @@ def test_labels_are_added_found_listed_and_taken_back(workdir, tmp_path):
     assert top() == before
 
 
-def refused(workdir, name, path, tmp_path, *more):
+def refused(workdir, name, path, *more):
     said = tiny.door("predict", f"--workdir={workdir}", f"--{name}={path}", *more, status=2)
     assert said.count("\n") == 1, said
     return said
@@ -120,20 +120,16 @@ def refused(workdir, name, path, tmp_path, *more):
 def test_what_is_refused_is_refused_in_one_line(workdir, tmp_path):
     twice = tmp_path / "twice.csv"
     twice.write_text("id,text\nx,one\ny,two\nx,three\n")
-    assert "line 4: label 'x' is there already, in line 2" in refused(
-        workdir, "add_labels", twice, tmp_path
-    )
+    assert "line 4: label 'x' is there already, in line 2" in refused(workdir, "add_labels", twice)
     unknown = tmp_path / "unknown.txt"
     unknown.write_text("0\nx\n")
-    assert "line 2: the run has no label 'x'" in refused(
-        workdir, "remove_labels", unknown, tmp_path
-    )
-    assert "--out: missing" in refused(workdir, "queries", twice, tmp_path)
-    assert "no such file" in refused(workdir, "queries", tmp_path / "none.csv", tmp_path)
+    assert "line 2: the run has no label 'x'" in refused(workdir, "remove_labels", unknown)
+    assert "--out: missing" in refused(workdir, "queries", twice)
     filters = tmp_path / "filters.txt"
     filters.write_text("q1 label a1\n")
-    more = f"--out={tmp_path / 'out.jsonl'}", f"--filters={filters}"
-    assert "line 1" in refused(workdir, "queries", twice, tmp_path, *more)
+    out = f"--out={tmp_path / 'out.jsonl'}"
+    assert "no such file" in refused(workdir, "queries", tmp_path / "none.csv", out)
+    assert f"{filters}, line 1: " in refused(workdir, "queries", twice, out, f"--filters={filters}")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -141,7 +137,7 @@ def test_rows_of_which_none_can_be_answered_leave_nothing(workdir, tmp_path):
     empty, out = tmp_path / "empty.csv", tmp_path / "out.jsonl"
     empty.write_text('id,text\n1," "\n2," "\n')
     out.write_text("as it was")
-    said = refused(workdir, "queries", empty, tmp_path, f"--out={out}")
+    said = refused(workdir, "queries", empty, f"--out={out}")
     assert "none of 2 rows can be answered" in said
     assert out.read_text() == "as it was"
 
