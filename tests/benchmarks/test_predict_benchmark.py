@@ -1,0 +1,26 @@
+"""The benchmark of answers, on a few labels: both programs answer, and find the same."""
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from vixml_jax.benchmarks import predict, towers
+
+SETTINGS = {"tower": "all-minilm-l6", "labels": 50, "batch": 3, "singles": 2, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("programs", [predict.PROGRAMS[:2], predict.PROGRAMS[2:]])
+def test_a_round_of_answers(data, programs, monkeypatch):
+    small = {**towers.about("all-minilm-l6"), "num_hidden_layers": 1}
+    monkeypatch.setitem(towers.CONFIGS, "sentence-transformers/all-MiniLM-L6-v2", small)
+    prepared = predict.prepare(list(programs), {**SETTINGS, "data": data})
+    (alone, one_by_one), (many, together) = prepared.values()
+    assert (alone, many) == ({"queries": 2}, {"queries": 3})
+    each = one_by_one()["each"]
+    assert len(each) == 2 and all(np.isfinite(each)) and min(each) > 0
+    assert together() == {}

@@ -1,0 +1,162 @@
+"""Answers a second, and how long one query waits, beside the same in PyTorch.
+
+    python -m vixml_jax.benchmarks.predict [--towers=all-minilm-l6,qwen2.5-0.5b --labels=131072]
+
+Texts in, the best ten of so many labels out: tokens, tower, search. Random weights and labels,
+float32, real texts in the order of the data. Ours is a `Predictor`; PyTorch pads texts to the
+longest of a batch and searches by `matmul` and `topk`. Programs take turns on the same processors.
+"""
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from vixml_jax import errors
+from vixml_jax.benchmarks import inputs, towers, workers
+
+K = 10
+PROGRAMS = ("ours, alone", "ours, many", "torch, alone", "torch, many")
+_QUERIES = 2048  # Of which a round takes some.
+
+
+def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
+    """In a child: the programs, each of which has answered once."""
+    dataset = inputs.open_data(settings["data"])
+    texts = list(itertools.islice(dataset.train.texts, _QUERIES))
+    rng = np.random.default_rng(0)
+    width = towers.config_of(settings["tower"]).width
+    labels = rng.standard_normal((settings["labels"], width), np.float32)
+    labels /= np.linalg.norm(labels, axis=1, keepdims=True)
+    make = _ours if programs[0].startswith("ours") else _torch
+    answer = make(dataset, labels, settings)
+
+    def alone() -> dict[str, Any]:
+        seconds = []
+        for i in rng.integers(len(texts), size=settings["singles"]):
+            start = time.perf_counter()
+            answer([texts[i]])
+            seconds.append(time.perf_counter() - start)
+        return {"each": seconds}
+
+    def many() -> dict[str, Any]:
+        start = rng.integers(max(1, len(texts) - settings["batch"]))
+        answer(texts[start : start + settings["batch"]])
+        return {}
+
+    known = {"alone": (settings["singles"], alone), "many": (settings["batch"], many)}
+    prepared: dict[str, workers.Prepared] = {}
+    for program in programs:
+        count, run = known[program.split(", ")[1]]
+        run()
+        prepared[program] = {"queries": min(count, len(texts))}, run
+    return prepared
+
+
+def _ours(
+    dataset: Any, labels: np.ndarray, settings: dict[str, Any]
+) -> Callable[[list[str]], list[Any]]:
+    import dataclasses
+
+    import jax
+    from flax import linen as nn
+
+    from vixml_jax import runs, sharding
+    from vixml_jax.config import Config, LabelsConfig
+    from vixml_jax.data.packing import Layout
+    from vixml_jax.search.exact import ExactIndex
+    from vixml_jax.serving import answers
+    from vixml_jax.serving.predictor import Predictor
+
+    model = runs.build_model(
+        Config(labels=LabelsConfig(num_free=2)),
+        towers.config_of(settings["tower"]),
+        Layout(),
+        2,
+        sharding.create_mesh(),
+    )
+    params = nn.unbox(jax.jit(model.init_params)(jax.random.key(0)))
+    names = [f"label {row}" for row in range(len(labels))]
+    with tempfile.TemporaryDirectory() as directory:
+        place = os.path.join(directory, answers.DIRECTORY)
+        answers.keep(place, dataset, 0, labels[: dataset.num_labels], None)
+        kept = dataclasses.replace(
+            answers.Answers.open(place), ids=names, texts=names, vectors=labels
+        )
+        predictor = Predictor(
+            directory, model, params, None, kept, index=ExactIndex(labels), memory=None, mixing=None
+        )
+    predictor.warm_up(K)
+    return lambda texts: predictor(texts, k=K)
+
+
+def _torch(
+    dataset: Any, labels: np.ndarray, settings: dict[str, Any]
+) -> Callable[[list[str]], list[Any]]:
+    import torch
+
+    from vixml_jax.benchmarks import torch_peer
+    from vixml_jax.data import tokenize
+
+    torch.set_num_threads(settings["threads"])
+    tower = torch_peer.Tower(towers.about(settings["tower"])).eval()
+    tokenizer = tokenize.load(dataset.path, dataset.max_tokens)
+    transposed = torch.from_numpy(labels).T
+    names = [f"label {row}" for row in range(len(labels))]
+
+    def answer(texts: list[str]) -> list[list[tuple[str, float]]]:
+        tokens = [np.array(one.ids) for one in tokenizer.encode_batch(texts)]
+        with torch.no_grad():
+            vectors = torch.nn.functional.normalize(tower(*torch_peer.pad(tokens, None)), dim=-1)
+            scores, ids = torch.topk(vectors @ transposed, K)
+        return [
+            [(names[i], s) for i, s in zip(*row, strict=True)]
+            for row in zip(ids.tolist(), scores.tolist(), strict=True)
+        ]
+
+    return answer
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints one table for each tower."""
+    del argv
+    values = flags.FLAGS
+    names = ("data", "labels", "batch", "singles", "threads")
+    for tower in values.towers:
+        settings = {"tower": tower} | {name: values[name].value for name in names}
+        said = workers.compare(
+            "vixml_jax.benchmarks.predict",
+            PROGRAMS if values.peer == "torch" else PROGRAMS[:2],
+            [("ours, alone", "torch, alone"), ("ours, many", "torch, many")],
+            settings,
+            rounds=values.rounds,
+            texts=lambda about: about["queries"],
+            unit="queries",
+        )
+        for program, rounds in said.items():
+            if waits := [1000 * second for one in rounds for second in one.get("each", [])]:
+                p50, p99 = np.percentile(waits, [50, 99])
+                print(f"{program}: p50 {p50:.2f} ms, p99 {p99:.2f} ms")
+
+
+def define_flags() -> None:
+    """The flags of this benchmark."""
+    flags.DEFINE_list("towers", ["all-minilm-l6", "qwen2.5-0.5b"], "Which, one after another.")
+    flags.DEFINE_enum("peer", "torch", ["torch", "none"], "What to run beside ours.")
+    flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are asked, or 'glyphs'.")
+    flags.DEFINE_integer("labels", 131072, "Labels searched.", lower_bound=K)
+    flags.DEFINE_integer("batch", 256, "Queries of many.", lower_bound=1)
+    flags.DEFINE_integer("singles", 100, "Queries asked one by one in a round.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Rounds of each program.", lower_bound=1)
+    flags.DEFINE_integer("threads", os.cpu_count() or 1, "Processors that each program has.")
+
+
+if __name__ == "__main__":
+    if not workers.serve(prepare):
+        define_flags()
+        errors.launch(main)
