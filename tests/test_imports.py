@@ -29,6 +29,7 @@ LINEN = {
     "benchmarks/train_step.py",
     "benchmarks/encode.py",
     "benchmarks/memory.py",
+    "benchmarks/predict.py",
     "benchmarks/vision.py",
 }
 # A room and the rooms that it must not reach, by the first parts of the module's name.

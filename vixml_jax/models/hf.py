@@ -210,7 +210,7 @@ def sizes_of(config: TowerConfig | SiglipConfig) -> dict[str, int]:
 
 
 def save_hf_tower(
-    directory: str, params: Mapping[str, Any], *, config: TowerConfig, like: str
+    directory: str, params: Mapping[str, Any], *, config: TowerConfig, like: str | None
 ) -> None:
     """Writes a directory that `transformers.AutoModel.from_pretrained` loads.
 
@@ -222,14 +222,17 @@ def save_hf_tower(
       params: Of the tower.
       config: Its sizes, adapters included.
       like: The Hugging Face directory or name that the tower was loaded from, whose config.json
-        is copied.
+        is copied; None: it was trained from nothing.
 
     Raises:
       InputError: If `like` is of another family or size.
     """
     import safetensors.numpy
 
-    about = _read_json(os.path.join(resolve(like), CONFIG))
+    if like is None:
+        like, about = directory, hf_names.write_config(config)
+    else:
+        about = _read_json(os.path.join(resolve(like), CONFIG))
     if about.get("model_type") == "gemma3":
         about = {"model_type": "gemma3_text", **about["text_config"]}
     family, found = hf_names.read_config(os.path.join(like, CONFIG), about, hf_names.TOWERS)

@@ -1,5 +1,6 @@
 """What Hugging Face calls the sizes and the tensors of each family of towers."""
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -299,6 +300,50 @@ def read_config(
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: {error}") from None
+
+
+def write_config(config: BertConfig | DecoderConfig) -> dict[str, Any]:
+    """The config.json of a tower that was trained from nothing: a BERT, or a Qwen3.
+
+    What a decoder multiplies its words by is not in there: it is to be part of the words.
+
+    Raises:
+      InputError: If `transformers` has no such decoder.
+    """
+    about: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_positions,
+        "initializer_range": config.initializer_range,
+    }
+    if isinstance(config, BertConfig):
+        return about | {
+            "model_type": "bert",
+            "hidden_act": "gelu",
+            "type_vocab_size": config.type_vocab_size,
+            "hidden_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": config.attention_dropout,
+            "layer_norm_eps": config.layer_norm_eps,
+        }
+    about |= {
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.theta,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    }
+    kept = ("causal", "pooling", "word_scale", "image_width", "dtype", "scan", "remat")
+    same = {name: getattr(config, name) for name in kept}
+    read = _pre_norm(_About("config.json", about), "qwen3")
+    if dataclasses.replace(read, **same) != config:
+        raise InputError("a decoder of no family that transformers has; it cannot be written")
+    return about
 
 
 def _siglip(about: _About) -> SiglipConfig:

@@ -47,6 +47,7 @@ class Predictor:
     Attributes:
       workdir: Of the run.
       answers: Its labels.
+      changes: Labels added since, and removed.
       model, params, labels: Its model.
       mixing: How training queries count; None: they do not.
       image_width: Of the embeddings of pictures that the model reads; 0: it reads none.
@@ -155,7 +156,7 @@ class Predictor:
     def refresh(self) -> None:
         """Takes up labels that were added or removed since."""
         changes = changes_lib.read(self.workdir, self.answers)
-        self._changes, self._labels = changes, self._own
+        self.changes, self._labels = changes, self._own
         if len(changes.ids) or len(changes.removed):
             added = ExactIndex(changes.vectors, mesh=self.model.mesh) if changes.ids else None
             self._labels = changed.ChangedIndex(
@@ -168,7 +169,7 @@ class Predictor:
     @property
     def num_labels(self) -> int:
         """Labels that can be found."""
-        changes = self._changes
+        changes = self.changes
         return len(self.answers.ids) + len(changes.ids) - len(changes.removed)
 
     def __call__(
@@ -207,7 +208,7 @@ class Predictor:
     def label(self, row: int) -> tuple[str, str]:
         """Id and text of a label; those that were added follow the run's own."""
         own = len(self.answers.ids)
-        source, at = (self.answers, row) if row < own else (self._changes, row - own)
+        source, at = (self.answers, row) if row < own else (self.changes, row - own)
         return source.ids[at], source.texts[at]
 
     def row_of(self, name: str) -> int | None:
@@ -216,8 +217,8 @@ class Predictor:
             own = (name for chunk in self.answers.ids.chunks() for name in chunk)
             rows = {name: row for row, name in enumerate(own)}
             first = len(rows)
-            rows |= {name: first + i for i, name in enumerate(self._changes.ids)}
-            gone = set(self._changes.removed.tolist())
+            rows |= {name: first + i for i, name in enumerate(self.changes.ids)}
+            gone = set(self.changes.removed.tolist())
             self._row_of = {name: row for name, row in rows.items() if row not in gone}
         return self._row_of.get(name)
 
