@@ -1,5 +1,6 @@
 """The door out: a run's tower and labels in formats that other programs read."""
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ def write(
         more.append("| tower/ | the tower and its tokenizer, for transformers; texts alone |\n")
         after = _SNIPPETS["encoder" if isinstance(config, BertConfig) else "decoder"]
     if program:
-        texts = [text or "a" for text in answers.texts[:_TRIED_ON]]
+        texts = [text or "a" for text in itertools.islice(answers.texts, _TRIED_ON)]
         place = os.path.join(directory, exporting.PROGRAM)
         difference = exporting.write_program(place, predictor, params, texts)
         print(f"{exporting.PROGRAM}: differs from the run by {difference:.1e} at most")

@@ -1,5 +1,6 @@
 """A run for others to use: its tower as a Hugging Face directory and as StableHLO, its labels."""
 
+import itertools
 import json
 import os
 import shutil
@@ -143,7 +144,7 @@ def rows_of(predictor: Predictor, texts: list[str]) -> tuple[np.ndarray, np.ndar
     layout, items = predictor.model.layout, predictor.items(texts)
     values, offsets = items.tokens
     rows = []
-    for a, b in zip(offsets[:-1], offsets[1:], strict=True):
+    for a, b in itertools.pairwise(offsets):
         text = values[a + layout.trim[0] : b - layout.trim[1]]
         pieces = [text if part == "text" else np.array(part) for part in layout.unseen]
         rows.append(np.concatenate(pieces))

@@ -1,0 +1,158 @@
+"""What a run exports is what the run finds: in transformers, in StableHLO, in npy and parquet."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+
+from tests import tiny
+from vixml_jax import train
+from vixml_jax.config import LoraConfig, PromptConfig
+from vixml_jax.data.store import PreparedDataset
+from vixml_jax.serving import changes
+from vixml_jax.serving.predictor import Predictor
+
+KINDS = ["encoder", "adapted", "decoder"]
+READ_BACK = """
+import sys, jax, numpy as np
+found = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+given = np.load(sys.argv[2])
+np.save(sys.argv[3], found.call(given["ids"], given["mask"]))
+assert not any(name.startswith(("vixml", "flax")) for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(request, run, tmp_path_factory):
+    """A run with a label added and one removed, and where it was exported to."""
+    root = tmp_path_factory.mktemp(request.param)
+    workdir = root / "run"
+    if request.param == "encoder":
+        shutil.copytree(run.workdir, workdir)
+    else:
+        config = tiny.configuration(run.data, workdir)
+        model, more = {"family": "decoder"}, {}
+        if request.param == "adapted":
+            model = {
+                "pooling": "last",
+                "pretrained": tiny.make_qwen(
+                    root / "qwen",
+                    vocab_size=PreparedDataset.open(run.data).vocab_size,
+                    hidden_size=16,
+                    intermediate_size=24,
+                    num_attention_heads=2,
+                ),
+            }
+            more = {
+                "lora": LoraConfig(rank=2, alpha=4.0, maps=["query", "down"]),
+                "prompt": PromptConfig(text="a1", images="b1"),
+            }
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, **model),
+            batch=dataclasses.replace(config.batch, row_width=24),
+            loop=dataclasses.replace(config.loop, epochs=1),
+            **more,
+        )
+        train.train(config)
+    predictor = Predictor.load(str(workdir), warm=False)
+    answers = predictor.answers
+    new = np.eye(1, answers.vectors.shape[1], dtype=np.float32)
+    changes.remove(str(workdir), answers, [answers.ids[4]], [4])
+    changes.add(str(workdir), answers, ["new"], ["a new one"], new)
+    predictor.refresh()
+    said = tiny.door("export", f"--workdir={workdir}", f"--out={root / 'out'}")
+    assert f"20 labels exported: {root / 'out'} (README.md, export.json" in said
+    return predictor, root / "out"
+
+
+def random_texts(rng, count):
+    words = [f"{stem}{n}" for stem in "ab" for n in range(10)]
+    return [" ".join(rng.choice(words, rng.integers(1, 6))) for _ in range(count)]
+
+
+def test_transformers_finds_the_same(exported):
+    predictor, out = exported
+    about = json.loads((out / "export.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "tower")
+    tower = transformers.AutoModel.from_pretrained(out / "tower").eval()
+    texts = random_texts(np.random.default_rng(), 12)
+    first, last = about["trimmed"]
+    for text, expected in zip(texts, predictor.encode(texts), strict=True):
+        ids = tokenizer(text, truncation=True)["input_ids"]
+        ids = about["before"] + ids[first : len(ids) - last] + about["after"]
+        with torch.no_grad():
+            states = tower(torch.tensor([ids])).last_hidden_state[0].numpy()
+        pooled = states.mean(axis=0) if about["pooling"] == "mean" else states[-1]
+        np.testing.assert_allclose(pooled / np.linalg.norm(pooled), expected, atol=1e-4)
+
+
+def test_the_program_finds_the_same_where_there_is_jax_alone(exported, tmp_path):
+    from vixml_jax.serving import exporting
+
+    predictor, out = exported
+    texts = random_texts(np.random.default_rng(), 9)
+    ids, mask = exporting.rows_of(predictor, texts)
+    np.savez(tmp_path / "given.npz", ids=ids, mask=mask)
+    files = [str(path) for path in (out / "tower.stablehlo", tmp_path / "given.npz")]
+    command = [sys.executable, "-c", READ_BACK, *files, str(tmp_path / "found.npy")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    found = np.load(tmp_path / "found.npy")
+    np.testing.assert_allclose(found, predictor.encode(texts), atol=1e-4)
+
+
+def test_labels_are_those_that_are_searched(exported):
+    predictor, out = exported
+    vectors, table = np.load(out / "labels.npy"), pq.read_table(out / "labels.parquet")
+    ids, texts = table["id"].to_pylist(), table["text"].to_pylist()
+    np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), vectors)
+    assert len(ids) == len(set(ids)) == 20 and "new" in ids
+    assert predictor.answers.ids[4] not in ids
+    found = predictor.search(vectors, 1).ids[:, 0]
+    assert [predictor.label(row) for row in found] == list(zip(ids, texts, strict=True))
+
+
+def test_readme_works_as_it_stands(exported, tmp_path):
+    _, out = exported
+    readme = (out / "README.md").read_text()
+    code = "\n".join(line[4:] for line in readme.splitlines() if line.startswith("    "))
+    code += "\nassert scores.reshape(-1).shape == (20,), scores.shape"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=out)
+
+
+def test_pictures_projection(exported):
+    predictor, out = exported
+    found = np.load(out / "image_projection.npz")
+    assert found["kernel"].shape == (12, predictor.model.tower.config.width)
+
+
+def test_what_is_refused(run, tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "mine.txt").write_text("mine")
+    said = tiny.door("export", f"--workdir={run.workdir}", f"--out={there}", status=2)
+    assert said.count("\n") == 1 and "is there, and no export of a run" in said
+    assert (there / "mine.txt").read_text() == "mine"
+    out = tmp_path / "out"
+    said = tiny.door(
+        "export", f"--workdir={run.workdir}", f"--out={out}", "--like=/nowhere", status=2
+    )
+    assert said.count("\n") == 1 and "/nowhere" in said and not out.exists()
+
+
+def test_a_program_that_differs_is_not_written(run, predictor, tmp_path):
+    from vixml_jax.errors import InputError
+    from vixml_jax.serving import exporting
+
+    tower = exporting.host_tower(predictor.model, predictor.params)
+    tower = {**tower, "word_embeddings": tower["word_embeddings"][::-1]}
+    with pytest.raises(InputError, match="differs from the run by"):
+        exporting.write_program(str(tmp_path / "x"), predictor, tower, ["a1 b2", "a3"])
+    assert not (tmp_path / "x").exists()
