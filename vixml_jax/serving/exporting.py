@@ -30,8 +30,10 @@ _KINDS = ("Transformer", "Pooling", "Normalize")
 
 
 def host_tower(model: Model, params: Any) -> Any:
-    """The tower's parameters as numpy arrays, without padding."""
-    return jax.device_get(sharding.unpad(params["tower"], model.abstract_params["tower"]))
+    """The tower's parameters as numpy arrays in float32, without padding; a base kept in bfloat16
+    takes up its adapters without being rounded again."""
+    tower = sharding.unpad(params["tower"], model.abstract_params["tower"])
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), tower)
 
 
 def write_tower(
