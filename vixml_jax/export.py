@@ -35,7 +35,7 @@ _SNIPPETS = {
     "encoder": """
     import numpy as np, torch, transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained("tower")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained("tower")
     tower = transformers.AutoModel.from_pretrained("tower").eval()
     texts = tokenizer(["a query"], padding=True, truncation=True, return_tensors="pt",
                       return_token_type_ids=False)
@@ -51,7 +51,7 @@ or `sentence_transformers.SentenceTransformer("tower").encode(["a query"])`.
     import json, numpy as np, torch, transformers
 
     about = json.load(open("export.json"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained("tower")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained("tower")
     tower = transformers.AutoModel.from_pretrained("tower").eval()
     text = tokenizer("a query", truncation=True)["input_ids"]
     first, last = about["trimmed"]

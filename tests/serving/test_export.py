@@ -81,7 +81,7 @@ def random_texts(rng, count):
 def test_transformers_finds_the_same(exported):
     predictor, out = exported
     about = json.loads((out / "export.json").read_text())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "tower")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(out / "tower")
     tower = transformers.AutoModel.from_pretrained(out / "tower").eval()
     texts = random_texts(np.random.default_rng(), 12)
     first, last = about["trimmed"]

@@ -39,7 +39,7 @@ def host_tower(model: Model, params: Any) -> Any:
 def write_tower(
     directory: str, model: Model, tower: Any, *, like: str | None, tokenizer: str, max_tokens: int
 ) -> None:
-    """Writes what `transformers.AutoModel` and `AutoTokenizer` load; text alone.
+    """Writes what `AutoModel` and `PreTrainedTokenizerFast` of transformers load; text alone.
 
     Position embeddings of an encoder that leaves room for pictures are turned round, so that those
     of texts come first, as others count them; those of pictures come last. What a decoder trained
