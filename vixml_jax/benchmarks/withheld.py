@@ -6,7 +6,7 @@
 
 The first takes a share of the labels out of a source in the files of the Extreme Classification
 Repository, and training queries that have no other. The second adds those labels to the run that
-never saw them (`serving.placing`), by their texts alone and with examples, the training queries that
+never saw them (`serving.placing`), by their texts alone and with examples, training queries that
 were theirs, and asks all test queries; beside it the run that was trained on all labels.
 """
 
