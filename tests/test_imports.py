@@ -83,6 +83,8 @@ FORBIDDEN = {
     "encoding": {"vixml_jax.training", "vixml_jax.config"},
     "training": {"vixml_jax.train", "vixml_jax.evaluate", "vixml_jax.prepare"},
     "evaluate": {"vixml_jax.training"},
+    "judging": {"vixml_jax.training", "vixml_jax.evaluate"},
+    "serving": {"vixml_jax.training", "vixml_jax.evaluate", "vixml_jax.train"},
 }
 
 

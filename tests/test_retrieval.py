@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from tests import tiny
-from vixml_jax import evaluate, retrieval, runs, train
+from vixml_jax import evaluate, judging, retrieval, runs, train
 from vixml_jax.config import EvalConfig
 from vixml_jax.errors import InputError
 from vixml_jax.search import index
@@ -88,8 +88,8 @@ def test_tuning_on_valid_then_judging(run, search, monkeypatch):
     )
     params, labels, _ = runs.restore_model(run.workdir, model)
     mixings = [Mixing(0.1, 24, 0.05), Mixing(0.5, 4, 0.1), Mixing(0.9, 24, 0.02, True)]
-    monkeypatch.setattr(evaluate.augmented, "grid", lambda most: mixings)
-    monkeypatch.setattr(evaluate, "TUNED_ON", 15)
+    monkeypatch.setattr(judging.augmented, "grid", lambda most: mixings)
+    monkeypatch.setattr(judging, "TUNED_ON", 15)
 
     def judge(**how):
         return evaluate.show(run, model, params, labels, dataset, search=search, **how)
@@ -101,7 +101,7 @@ def test_tuning_on_valid_then_judging(run, search, monkeypatch):
     assert found["mixing"] == best._asdict()
     assert found["with_memory"] == judge(split="test", mixing=best)["with_memory"]
     # The values are those of the validation queries that were drawn.
-    monkeypatch.setattr(evaluate, "TUNED_ON", 5000)
+    monkeypatch.setattr(judging, "TUNED_ON", 5000)
     whole = {m: judge(split="valid", mixing=m)["with_memory"] for m in mixings}
     again = judge(split="test", mixing=None, tune=["P@1", "PSP@3"])["tuning"]
     for row in again:

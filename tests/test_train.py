@@ -15,7 +15,7 @@ import pytest
 from tiny import assert_same_state, configuration, final_state, make_data
 
 from vixml_jax import config as config_lib
-from vixml_jax import evaluate, runs, sharding, train
+from vixml_jax import evaluate, judging, runs, sharding, train
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 from vixml_jax.training import loop, telemetry
@@ -358,7 +358,7 @@ def test_evaluate_without_pictures(whole_run, capsys):
         config, *runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
     )
     params, labels, _ = runs.restore_model(config.workdir, model)
-    hidden = evaluate.without_images(dataset, "test")
+    hidden = judging.without_images(dataset, "test")
     shown, bare = (
         model.encode_queries(params, data.test, block=32).values for data in (dataset, hidden)
     )
@@ -377,8 +377,8 @@ def test_evaluate_without_pictures(whole_run, capsys):
 def test_the_votes_that_stand_beside_a_run(whole_run):
     dataset = runs.open_dataset(whole_run)
     rows = {
-        name: evaluate.measure(vote, dataset, "test", 10)
-        for name, vote in evaluate.baselines(dataset, 10).items()
+        name: judging.measure(vote, dataset, "test")
+        for name, vote in judging.baselines(dataset, 10).items()
     }
     assert list(rows) == ["vote, text", "vote, picture", "vote, both"]
     assert all(0.0 <= value <= 100.0 for row in rows.values() for value in row.values())

@@ -21,6 +21,7 @@ from vixml_jax import devices as device_kinds
 from vixml_jax import (
     errors,
     evaluate,
+    judging,
     memory,
     processes,
     programs,
@@ -190,7 +191,7 @@ def check_choice(config: Config, dataset: PreparedDataset, k: int) -> None:
       InputError: If there is nothing to choose by.
     """
     chosen = config.loop.choose_by
-    names = evaluate.metric_names(k) if chosen else []
+    names = judging.metric_names(k) if chosen else []
     if chosen and not dataset.valid:
         raise InputError(
             f"--loop.choose_by={chosen}: --data={config.data} has no validation split; prepare "
@@ -373,7 +374,7 @@ def train(
         group=group,
         checkpoints=checkpoints,
         guard=CollapseGuard(margin=config.loss.margin_min, num_negatives=config.loss.num_negatives),
-        evaluate=lambda params, labels: evaluate.evaluate_model(
+        evaluate=lambda params, labels: judging.evaluate_model(
             model,
             params,
             labels,
