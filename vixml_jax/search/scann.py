@@ -5,13 +5,13 @@ import json
 import math
 import os
 import platform
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from vixml_jax import whole
 from vixml_jax.errors import InputError
 from vixml_jax.search import index
 from vixml_jax.structs import SearchResult
@@ -152,24 +152,15 @@ class ScannIndex:
         self.settings = {**self.settings, **point}
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes the index, under a temporary name that is then renamed; replaces an older one."""
-        directory = os.path.abspath(directory)
-        os.makedirs(os.path.dirname(directory), exist_ok=True)
-        temporary = f"{directory}.tmp-{os.getpid()}"
-        os.mkdir(temporary)
-        try:
+        """Writes the index, whole or not at all; replaces an older one."""
+        with whole.directory(directory) as temporary:
             self._searcher.serialize(temporary, relative_path=True)
             self._write_about(os.path.join(temporary, ABOUT))
-            _replace(directory, temporary)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def save_points(self, directory: str | os.PathLike) -> None:
         """Writes settings and points alone, beside the index that `save` wrote or `load` read."""
-        path = os.path.join(directory, ABOUT)
-        temporary = f"{path}.tmp-{os.getpid()}"
-        self._write_about(temporary)
-        os.replace(temporary, path)
+        with whole.file(os.path.join(directory, ABOUT)) as temporary:
+            self._write_about(temporary)
 
     def _write_about(self, path: str) -> None:
         about = {
@@ -211,21 +202,6 @@ class ScannIndex:
             ) from None
         fields = ("settings", "fingerprint", "num_labels", "points")
         return ScannIndex(searcher, *(about[field] for field in fields))
-
-
-def _replace(directory: str, temporary: str) -> None:
-    """Renames `temporary` to `directory`; what was there is removed only afterwards."""
-    if not os.path.isdir(directory):
-        os.rename(temporary, directory)
-        return
-    retired = f"{directory}.old-{os.getpid()}"
-    os.rename(directory, retired)
-    try:
-        os.rename(temporary, directory)
-    except OSError:
-        os.rename(retired, directory)
-        raise
-    shutil.rmtree(retired)
 
 
 def _read_about(directory: str) -> dict[str, Any]:
