@@ -27,7 +27,8 @@ from vixml_jax.serving.predictor import Predictor
 
 K = 100
 ROWS = "withheld.txt"
-_EXAMPLES = (0, 1, 5, None)  # Of a label; None: all.
+# Of a label; None: all.
+_NAMES = {0: "text only", 1: "1 example", 5: "5 examples", None: "all examples"}
 
 
 def make(source: str, out: str, share: float, seed: int) -> Int[np.ndarray, " w"]:
@@ -135,13 +136,12 @@ def compare(
     relevance, by_label = complete.test_relevance, complete.train_relevance.tocsc()
     texts = [complete.labels.texts[row] for row in gone]
     alone, rng, found = predictor.encode(texts), np.random.default_rng(seed), {}
-    for most in _EXAMPLES:
+    for most in _NAMES:
         chosen = [train[examples_of(by_label, label, most, rng)] for label in gone]
         vectors = np.empty((total, queries.shape[1]), np.float32)
         vectors[stay] = predictor.answers.vectors
         vectors[gone] = placing.place_vectors(predictor, texts, None, alone, chosen)
-        name = f"{'all' if most is None else most} examples" if most != 0 else "text only"
-        found[name] = measure(vectors, queries, relevance, gone)
+        found[_NAMES[most]] = measure(vectors, queries, relevance, gone)
     queries = everything.model.encode_queries(
         everything.params, complete.test, block=512, title="test queries"
     ).values
