@@ -49,6 +49,7 @@ def show(
     hide_images: bool = False,
     keep: judging.Keep | None = None,
     with_report: bool = False,
+    pictures: str = "",
     group: Group = processes.ALONE,
 ) -> dict[str, Any]:
     """Evaluates, writes the json and what each query adds, prints the table and where it lies.
@@ -58,6 +59,7 @@ def show(
         of `search_model`.
       hide_images: Whether queries are judged by their texts alone.
       with_report: Whether to write the page, too; by one process alone.
+      pictures: A table that names the pictures of the queries, for the page; empty: none.
 
     Returns:
       What is written.
@@ -129,6 +131,7 @@ def show(
             command=shlex.join(sys.orig_argv),
             versions=versions(),
             settings=config.to_json(),
+            pictures=pictures,
         )
         whole.write_bytes(place, render.render(page).encode("utf-8"))
         print(f"report written to {place}")
@@ -166,6 +169,9 @@ def main(argv: Sequence[str]) -> None:
         )
     if values.report and group.count > 1:
         raise InputError("--report: is made by one process; leave out --coordinator")
+    if values.report_pictures and not (values.report and os.path.isfile(values.report_pictures)):
+        what = "no such file" if values.report else "is for the report; say --report, too"
+        raise InputError(f"--report_pictures={values.report_pictures}: {what}")
     programs.keep_in(values.compile_cache)
     remote.check(values.workdir, "workdir")
     config = runs.read_config(values.workdir, data=values.data, mesh=values.mesh)
@@ -191,6 +197,7 @@ def main(argv: Sequence[str]) -> None:
         tune=values.tune_memory,
         hide_images=values.hide_images,
         with_report=values.report,
+        pictures=values.report_pictures,
         group=group,
     )
     if values.tune_memory and not group.index:
@@ -235,6 +242,12 @@ def define_flags() -> None:
     config_lib.define_group("search", SearchConfig)
     flags.DEFINE_boolean(
         "report", False, "Write evaluation/SPLIT-SEARCH.report.html, a page to look at, as well."
+    )
+    flags.DEFINE_string(
+        "report_pictures",
+        "",
+        "Table that names the pictures of the queries by their ids, shop.csv say: the report shows "
+        "those of its best and worst queries.",
     )
     programs.define_flag()
     remote.define_flag()

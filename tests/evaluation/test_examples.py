@@ -50,7 +50,7 @@ def test_descriptions():
     one, none = examples.describe(
         np.array([1, 0]), queries, labels, relevance, result, np.array([0.0, 0.5]), shown=3
     )
-    assert (one.text, one.pictures, one.value, one.num_wanted) == ("q1", 2, 50.0, 4)
+    assert one[:4] == ("1", "q1", 2, 50.0) and one.num_wanted == 4
     assert [(p.text, p.hit) for p in one.predicted] == [
         ("label 4", True), ("label 1", False), ("label 0", True),
     ]  # fmt: skip

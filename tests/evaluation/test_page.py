@@ -1,12 +1,15 @@
 """The report in a browser: light and dark, phone and desktop, and told apart without colours."""
 
+import base64
 import contextlib
+import io
 import itertools
 import re
 
 import chromium
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import sparse
 from test_markdown import read
 
@@ -48,6 +51,18 @@ def judged(seed):
     return found, metrics.compute_metrics(ids, relevance, weights)
 
 
+def picture():
+    """A red one, with a transparent corner."""
+    image = Image.new("RGBA", (400, 200), (200, 0, 0, 255))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+PICTURE = picture()
+
+
 def make_page(**changes):
     """A page with all that a page can have, and texts that would break it."""
     run, other = "this run, text and pictures", "this run, text and pictures, memory"
@@ -60,8 +75,8 @@ def make_page(**changes):
         examples.Predicted(LONG, 0.5, False),
         examples.Predicted("plain", -0.1, False),
     ]
-    example = examples.Example(HOSTILE, 2, 61.5, predicted, wanted, 9)
-    bare = examples.Example("", 0, 0.0, [], wanted[1:], 1)
+    example = examples.Example("7", HOSTILE, 2, 61.5, predicted, wanted, 9)
+    bare = examples.Example("8", "", 0, 0.0, [], wanted[1:], 1)
     content = {
         "dataset": f"icons {HOSTILE}",
         "split": "test",
@@ -79,6 +94,7 @@ def make_page(**changes):
             dict(leaves_searched=n, reordered=9 * n, recall=1 - 0.5 / n, queries_per_s=9e4 / n)
             for n in (1, 4, 16, 64)
         ],
+        "thumbnails": {"7": [PICTURE, ""]},
         "worst": [bare, example, example],
         "best": [example, example._replace(text=LONG)],
         "chosen_by": "nDCG@5",
@@ -266,6 +282,17 @@ def test_texts_are_shown_as_they_are(browser, path):
         texts = tab.evaluate("[...document.querySelectorAll('article h4')].map(h => h.textContent)")
         assert HOSTILE in texts and "(no text)" in texts
         assert tab.evaluate("document.querySelectorAll('script, iframe, object').length") == 0
+
+
+def test_pictures_of_queries_are_seen(browser, path):
+    with opened(browser, path) as (tab, *_):
+        images = tab.evaluate(
+            "[...document.querySelectorAll('article img')].map(i => [i.alt, i.naturalWidth, "
+            "i.naturalHeight, i.getBoundingClientRect().width > 0])"
+        )
+        assert images == [["picture 1", 400, 200, True]] * 4
+        said = tab.evaluate("document.querySelector('.examples').innerText")
+        assert "picture 2: not readable" in said
 
 
 def test_file_asks_for_nothing_and_is_closed_as_opened():

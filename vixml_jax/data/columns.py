@@ -97,7 +97,7 @@ def assign(
       of_labels: Whether it is a table of labels.
       key: Column by which the rows are split.
       names: Its columns, where they are known.
-      labelled: Whether queries must have labels.
+      labelled: Whether queries must have labels; without, they may have pictures and no text.
     """
     names = list(names) or tables.column_names(path, encoding=encoding)
     lower = {name.lower().strip(): name for name in reversed(names)}
@@ -120,15 +120,16 @@ def assign(
     else:
         text = _same_template(columns.text, names) if of_labels else None
         text = text or tuple(("", name) for name in _guess_text(flag, lower, path))
-    if not text:
-        raise InputError(
-            f"{path}: which column is the text? found {_list(names)}; say --{flag}=NAME"
-        )
     mine = {
         "id": find(f"{role}id", columns.label_id if of_labels else columns.id, f"{role}id_column"),
         "image": find("image", columns.image, "image_column"),
         "embedding": find("embedding", columns.embedding, "embedding_column"),
     }
+    seen = not labelled and (mine["image"] or mine["embedding"])  # Pictures alone will do.
+    if not text and not seen:
+        raise InputError(
+            f"{path}: which column is the text? found {_list(names)}; say --{flag}=NAME"
+        )
     if of_labels or not labelled:
         return Roles(**mine, text=text, labels=None, weights=None, split=None, key=None)
     labels = find(LABELS, columns.labels, "labels_column")
@@ -198,6 +199,8 @@ def texts(
         values = chunk.columns[column]
         return [cells.text(values[row], chunk, row, column) for row in rows]
 
+    if not parts:
+        return [""] * len(rows)
     if len(parts) == 1 and not parts[0][0]:
         return read(parts[0][1])
     guessed = all(not said for said, _ in parts)  # Title and content: a space between.

@@ -31,6 +31,7 @@ class Wanted(NamedTuple):
 class Example(NamedTuple):
     """A query, what was found, and what is true."""
 
+    id: str
     text: str
     pictures: int
     value: float  # In percent, of the metric that it was chosen by.
@@ -104,6 +105,7 @@ def describe(
         )
         examples.append(
             Example(
+                str(row) if queries.ids is None else queries.ids[row],
                 queries.texts[row],
                 pictures,
                 100.0 * float(values[row]),

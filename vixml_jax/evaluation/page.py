@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from vixml_jax.data import card
 from vixml_jax.data.store import PreparedDataset
-from vixml_jax.evaluation import curves, examples
+from vixml_jax.evaluation import curves, examples, thumbnails
 from vixml_jax.evaluation.breakdown import Judgement
 from vixml_jax.evaluation.examples import Example, Neighbours
 from vixml_jax.structs import SearchResult
@@ -37,6 +37,7 @@ class Page:
       curves: By metric, step and value, on `curves_split`.
       curves_split: 'valid' or 'test'.
       recall_curve: Settings of the index tried: recall, and queries a second.
+      thumbnails: Pictures of these queries by their ids, as `data:` urls; empty: it is broken.
       worst, best: Queries to look at, chosen by the metric `chosen_by`.
       neighbours: Labels, and those near them.
       card, card_picture: The data card, Markdown and PNG; None: the data have none.
@@ -59,6 +60,7 @@ class Page:
     curves: Mapping[str, Sequence[tuple[float, float]]]
     curves_split: str
     recall_curve: Sequence[Mapping[str, float]]
+    thumbnails: Mapping[str, Sequence[str]]
     worst: Sequence[Example]
     best: Sequence[Example]
     chosen_by: str
@@ -86,6 +88,7 @@ def assemble(
     command: str,
     versions: Mapping[str, str],
     settings: str,
+    pictures: str = "",
 ) -> Page:
     """Reads what is not given: curves of the run, the data card, texts of queries and labels.
 
@@ -97,6 +100,7 @@ def assemble(
       frequency: Training queries of each label.
       judged, intervals: By name of the row; the first is the run, of which are the examples.
       rows, command, versions, settings: As of `Page`.
+      pictures: A table that names those of the queries (see `thumbnails.find`); empty: none.
     """
     run = next(iter(judged))
     queries, relevance, _ = dataset.split(split)
@@ -108,6 +112,10 @@ def assemble(
         )
         for some in chosen
     )
+    shown = {}
+    if pictures:
+        named = thumbnails.find(pictures, [one.id for one in [*worst, *best]])
+        shown = {name: list(map(thumbnails.draw, paths)) for name, paths in named.items()}
     lines = curves.read_lines(workdir)
     read = {n: curves.read_curve(workdir, n) for n in curves.METRICS if n in rows[run]}
     text, picture = (epath.Path(dataset.path) / name for name in (card.TEXT, card.PICTURE))
@@ -129,6 +137,7 @@ def assemble(
         curves_split=next((judged_on for judged_on, *_ in read.values()), ""),
         recall_curve=results["search"].get("curve", []),
         worst=worst,
+        thumbnails=shown,
         best=best,
         chosen_by=CHOSEN_BY,
         neighbours=examples.nearest(

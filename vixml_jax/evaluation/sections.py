@@ -267,8 +267,12 @@ def examples(page: Page) -> str:
         more = example.num_wanted - len(example.wanted)
         rest = f"<p>and {more:,} more</p>" if more else ""
         text = _quote(example.text) if example.text.strip() else "(no text)"
+        seen = "".join(
+            f'<img src="{url}" alt="picture {i}">' if url else f"<p>picture {i}: not readable</p>"
+            for i, url in enumerate(page.thumbnails.get(example.id, ()), 1)
+        )
         return (
-            f'<article><h4>{text}</h4><p class="muted">{pictures}, {escape(page.chosen_by)} '
+            f'<article><h4>{text}</h4>{seen}<p class="muted">{pictures}, {escape(page.chosen_by)} '
             f"{example.value:.1f}</p><h5>Predicted, with scores</h5><ol>{found}</ol>"
             f"<h5>True</h5><ul>{true}</ul>{rest}</article>"
         )

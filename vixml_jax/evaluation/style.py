@@ -90,6 +90,7 @@ figcaption { font-size: .9rem; margin-bottom: .3rem; color: var(--text); font-we
 article { background: var(--panel); border-radius: .6rem; padding: .9rem 1.1rem; min-width: 0;
   break-inside: avoid; }
 article h4 { margin: 0 0 .2rem; font-size: 1rem; }
+article img { max-width: 100%; border-radius: .3rem; background: #fff; margin: 0 .4rem .4rem 0; }
 article p { margin: 0 0 .5rem; font-size: .85rem; }
 article h5 { margin: .6rem 0 .15rem; font-size: .8rem; font-weight: 500; color: var(--muted); }
 article ol, article ul { margin: 0; padding-left: 0; list-style: none; font-size: .9rem; }
