@@ -15,27 +15,12 @@ import pytest
 import torch
 import transformers
 
+from tests import tiny
 from vixml_jax.data import glyphs
 from vixml_jax.data.store import PreparedDataset
 
 ROOT = pathlib.Path(__file__).parent.parent
 WIDTH = 192
-
-
-def write_siglip(path, side, patch):
-    """A random SigLIP for square pictures of `side` pixels."""
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2)
-    config = transformers.SiglipVisionConfig(
-        **sizes, num_attention_heads=6, image_size=side, patch_size=patch
-    )
-    transformers.SiglipVisionModel(config).save_pretrained(path)
-    about = {
-        "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side},
-        "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
-    }  # fmt: skip
-    (path / "preprocessor_config.json").write_text(json.dumps(about))
 
 
 def write_decoder(path, vocab_size):
@@ -93,7 +78,7 @@ def test_a_decoder_with_pictures_beats_its_text_only_twin(tmp_path):
     write_items(source, "trn", raw.train, raw.train_relevance)
     write_items(source, "tst", raw.test, raw.test_relevance)
     write_items(source, "lbl", raw.labels, None)
-    write_siglip(tmp_path / "siglip", glyphs.SIDE, 4)
+    tiny.make_siglip(tmp_path / "siglip", glyphs.SIDE, 4)
     images = f"--images={tmp_path / 'siglip'}"
     run("prepare", f"--source={source}", f"--out={data}", "--max_tokens=16", images)
     write_decoder(decoder, PreparedDataset.open(str(data)).vocab_size)

@@ -1,6 +1,7 @@
 """A tiny data set and run, for the tests that go through the doors."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,26 @@ def make_qwen(path, **sizes):
             **sizes,
         )
     ).save_pretrained(path)
+    return str(path)
+
+
+def make_siglip(path, side, patch, width=192):
+    """A random SigLIP for square pictures of `side` pixels; where it lies."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2)
+    config = transformers.SiglipVisionConfig(
+        **sizes, num_attention_heads=6, image_size=side, patch_size=patch
+    )
+    transformers.SiglipVisionModel(config).save_pretrained(path)
+    about = {
+        "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side},
+        "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
+    }  # fmt: skip
+    (path / "preprocessor_config.json").write_text(json.dumps(about))
     return str(path)
 
 
