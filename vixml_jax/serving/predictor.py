@@ -77,6 +77,11 @@ class Predictor:
         shards = sharding.num_row_shards(model.mesh)
         self._sizes = sorted({-(-size // shards) * shards for size in SIZES})
         self._shards = shards
+        overhead, mean = model.layout.overhead, answers.about["mean_tokens"]
+        longest = min(model.row_width, answers.about["max_tokens"] + overhead)
+        # Positions of texts as long as the mean, of most, and of the longest.
+        self._widths = [min(longest, round(share * mean) + overhead) for share in (1, 1.5)]
+        self._widths.append(longest)
         self._row_of: dict[str, int] | None = None
         self.refresh()
 
@@ -337,17 +342,23 @@ class Predictor:
     def warm_up(self, k: int = 10) -> None:
         """Compiles what queries need, so that none waits for it."""
         picture = np.zeros((self.model.layout.num_images, self.image_width))
-        longest = ["a " * self.answers.about["max_tokens"]], [picture] if self.image_width else None
+        images = [picture] if self.image_width else None
+        beside = self.model.layout.overhead + self._frame - sum(self.model.layout.trim)
         for size in self._sizes:
-            for texts, images in ((["a"], None), longest):
-                self.search(self.encode(texts * size, images and images * size), k)
+            for words in (1, *(width - beside for width in self._widths)):
+                self.search(self.encode(["a " * max(1, words)] * size), k)
+            self.encode(["a " * self.answers.about["max_tokens"]] * size, images and images * size)
 
     def _pack(self, items: Items, ids: Int[np.ndarray, " b"]) -> Any:
-        """Rows enough for items of common length, else for the longest: two shapes a size."""
+        """Rows enough for items of common length, else for the longest: two shapes a size. An item
+        that a device reads alone has a row that is hardly wider than it."""
         each = len(ids) // self._shards
         width, layout = self.model.row_width, self.model.layout
-        longest = min(width, self.answers.about["max_tokens"] + layout.overhead)
-        common = min(longest, 1.5 * self.answers.about["mean_tokens"] + layout.overhead)
+        *_, common, longest = self._widths
+        if each == 1:
+            tokens = np.diff(items.tokens.offsets).max(initial=0) - sum(layout.trim)
+            width = next((w for w in self._widths if tokens + layout.overhead <= w), longest)
+            return packing.pack(items, ids, width=width, layout=layout, blocks=self._shards)
         most = -(-each // (width // longest))
         few = min(most, max(1, -(-round(each * common) // width)))
         return packing.pack(
