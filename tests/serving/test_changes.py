@@ -121,3 +121,14 @@ def test_with_memory_new_labels_are_found_too(workdir):
     changes.add(str(workdir), predictor.answers, ["x"], ["x"], vector)
     predictor.refresh()
     assert "x" in [one.id for one in predictor(["a1 b2"], k=3)[0]]
+
+
+def test_memory_does_not_bring_removed_labels_back(workdir):
+    predictor = Predictor.load(str(workdir), warm=False)
+    before = predictor(["a1 b2"], k=20)[0]
+    gone = {one.id for one in before[:3]}
+    rows = [predictor.row_of(name) for name in gone]
+    changes.remove(str(workdir), predictor.answers, list(gone), rows)
+    predictor.refresh()
+    after = predictor(["a1 b2"], k=20)[0]
+    assert {one.id for one in after} == {one.id for one in before} - gone

@@ -67,11 +67,18 @@ def read(workdir: str, answers: Answers) -> Changes:
     return Changes(ids, texts, np.concatenate(vectors), np.array(removed, np.int64))
 
 
-def widened(relevance: sparse.csr_matrix, changes: Changes) -> sparse.csr_matrix:
-    """Relevance of training queries with columns for labels that were added: they have none."""
+def remembered(relevance: sparse.csr_matrix, changes: Changes) -> sparse.csr_matrix:
+    """Relevance of training queries as the labels are now: none has one that was added, and those
+    that were removed are forgotten, so that memory does not bring them back."""
     shape = relevance.shape[0], relevance.shape[1] + len(changes.ids)
     parts = relevance.data, relevance.indices, relevance.indptr
-    return sparse.csr_matrix(parts, shape=shape, copy=False)
+    if not len(changes.removed):
+        return sparse.csr_matrix(parts, shape=shape, copy=False)
+    there = np.ones(shape[1], relevance.dtype)
+    there[changes.removed] = 0
+    found = sparse.csr_matrix((there[relevance.indices], *parts[1:]), shape=shape, copy=True)
+    found.eliminate_zeros()
+    return found
 
 
 def steps(workdir: str) -> list[str]:
