@@ -277,6 +277,18 @@ def test_what_is_remembered_changes_nothing(name, monkeypatch):
         assert lengths.tolist() == whole.tolist() == list(map(len, rows))
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_text_that_cannot_be_read_leaves_no_trace(name):
+    tokenizer = TOKENIZERS[name]
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    made = encoder.Encoder(tokenizer)
+    with pytest.raises(TypeError):
+        made.encode(["one word \ud800 more words"])
+    values, _, _ = made.encode(["some more words"])
+    assert values.tolist() == tokenizer.encode("some more words").ids
+
+
 def test_texts_are_split_where_that_is_known_to_change_nothing():
     rules = {name: pieces.rule_of(json.loads(made.to_str())) for name, made in TOKENIZERS.items()}
     words, spaced = ["a", "b"], ["a", " b"]

@@ -45,7 +45,7 @@ def test_labels_are_those_that_evaluation_finds(run, search, weight):
     mixing = retrieval.as_trained(run.eval) if weight is None else None
     queries = model.encode_queries(params, dataset.test, block=32).values
     exact = ExactIndex(model.encode_labels(params, labels, dataset.labels, block=32).values)
-    expected = exact.search(queries, 6)
+    expected = exact.search(queries, 6 if mixing is None else run.eval.k)
     if mixing is not None:
         memory = model.encode_queries(params, dataset.train, block=32).values
         shares = np.zeros((len(queries), 20))
@@ -53,8 +53,8 @@ def test_labels_are_those_that_evaluation_finds(run, search, weight):
         for q in range(len(queries)):
             scores = np.exp(np.concatenate([expected.scores[q], near.scores[q]]) / 0.05)
             scores /= scores.sum()
-            shares[q, expected.ids[q]] += 0.8 * scores[:6]
-            for share, row in zip(scores[6:], near.ids[q], strict=True):
+            shares[q, expected.ids[q]] += 0.8 * scores[: run.eval.k]
+            for share, row in zip(scores[run.eval.k :], near.ids[q], strict=True):
                 shares[q] += 0.2 * share * dataset.train_relevance[row].toarray()[0]
         ids = np.argsort(-shares, axis=1, kind="stable")[:, :6]
         expected = expected._replace(ids=ids, scores=np.take_along_axis(shares, ids, axis=1))
@@ -69,6 +69,16 @@ def test_labels_are_those_that_evaluation_finds(run, search, weight):
         for one, label, score in zip(row, ids, scores, strict=True):
             assert one.text == texts[names.index(one.id)]
             assert one.id == names[label] or np.isclose(scores, score, rtol=1e-3).sum() > 1
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_fewer_labels_are_the_first_of_more(run, joint):
+    predictor = Predictor.load(run.workdir, warm=False)
+    predictor.mixing = predictor.mixing._replace(joint=joint)
+    texts = [f"a{i % 10} b{i * 7 % 10}" for i in range(30)]
+    more = predictor(texts, k=run.eval.k)
+    for k in (1, 4):
+        assert predictor(texts, k=k) == [row[:k] for row in more]
 
 
 def test_one_query_is_answered_as_among_many(predictor):
@@ -96,7 +106,8 @@ def test_nothing_is_compiled_once_it_is_loaded(predictor):
         texts = [" ".join(["a1"] * rng.integers(1, 40)) for _ in range(count)]
         images = [rng.normal(size=(rng.integers(1, 3), 12)) for _ in range(count)]
         predictor(texts, images)
-        predictor(texts)
+        predictor(texts, k=3)
+        predictor(texts, never=[["0", "1"]] * count)
     assert not compiled
     jax.jit(lambda x: x * 3.5 + 1)(np.ones(7))
     assert compiled  # The listener hears.
@@ -115,6 +126,32 @@ def test_filters_scores_and_more_than_there_are(predictor):
         predictor(["a1"], never=[["none"]])
     with pytest.raises(InputError, match="expected embeddings 12 wide"):
         predictor(["a1"], [np.ones(5)])
+
+
+@pytest.mark.parametrize(
+    "texts,settings,said",
+    [
+        ("a1 b2", {}, "found one text, 'a1 b2', expected a list"),
+        (["a1", None], {}, "query 1: found NoneType, expected text"),
+        (["new words \ud800"], {}, "query 0: holds half a character"),
+        (["a1"], {"k": 0}, "k=0: expected at least 1"),
+        (["a1"], {"images": [[np.nan] * 12]}, "query 0: a picture's embedding is not finite"),
+        (["a1"], {"images": [[1e6] * 12]}, "query 0: a picture's embedding is not finite"),
+        (["a1", "b2"], {"images": [None]}, "pictures of 1 queries, expected of 2"),
+        (["a1", "b2"], {"never": [["0"]]}, "filters of 1 queries, expected of 2"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_and_spoils_nothing(predictor, texts, settings, said):
+    before = predictor(["a1 b2"], k=3)
+    with pytest.raises(InputError, match=said):
+        predictor(texts, **settings)
+    assert predictor(["a1 b2"], k=3) == before
+
+
+def test_nothing_to_search_with_finds_nothing(predictor):
+    picture = np.eye(12)[3]
+    found = predictor(["", " \t", "", "a1"], [None, None, picture, None], k=3)
+    assert list(map(len, found)) == [0, 0, 3, 3]
 
 
 def test_huge_texts_cost_what_their_beginning_costs(predictor):

@@ -100,7 +100,12 @@ class Encoder:
         """Has the new pieces tokenised."""
         new, self._numbers.new = self._numbers.new, []
         if new:
-            tokens, lengths = self._tokenise(new)
+            try:
+                tokens, lengths = self._tokenise(new)
+            except BaseException:  # Else pieces that come later would get tokens of others.
+                for piece in new:
+                    del self._numbers[piece]
+                raise
             self._tokens = np.concatenate([self._tokens, tokens])
             self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(lengths)])
 

@@ -30,6 +30,7 @@ from vixml_jax.serving.answers import Answers
 from vixml_jax.structs import LabelState, SearchResult
 
 SIZES = (1, 8, 64, 256)  # Items that go through the tower together; one program each or two.
+K = 10  # Labels a query, if not told.
 MOST_CHARACTERS = 1 << 16  # Of a text: what is behind is far beyond the tokens that are read.
 
 
@@ -64,8 +65,10 @@ class Predictor:
         index: Index,
         memory: Index | None,
         mixing: Mixing | None,
+        kept: int = K,
     ):
         self.workdir, self.answers = workdir, answers
+        self._kept = kept  # Labels that are found of each query at least.
         self.model, self.params, self.labels, self.mixing = model, params, labels, mixing
         tower = model.tower.config
         self.image_width = tower.image_width if model.layout.num_images else 0
@@ -152,7 +155,15 @@ class Predictor:
         index = opened(answers.vectors, "labels", config.eval.k)
         memory = None if mixing is None else opened(answers.memory, "memory", mixing.k)
         predictor = Predictor(
-            workdir, model, params, labels, answers, index=index, memory=memory, mixing=mixing
+            workdir,
+            model,
+            params,
+            labels,
+            answers,
+            index=index,
+            memory=memory,
+            mixing=mixing,
+            kept=K if mixing is None else config.eval.k,
         )
         if warm:
             predictor.warm_up()
@@ -168,7 +179,7 @@ class Predictor:
                 self._own, added, len(self.answers.ids), changes.removed
             )
         if self.mixing is not None:
-            self._relevance = changes_lib.widened(self.answers.relevance, changes)
+            self._relevance = changes_lib.remembered(self.answers.relevance, changes)
         self._row_of = None
 
     @property
@@ -182,11 +193,11 @@ class Predictor:
         texts: Sequence[str],
         images: Sequence[Any] | None = None,
         *,
-        k: int = 10,
+        k: int = K,
         min_score: float = -np.inf,
         never: Sequence[Sequence[str]] | None = None,
     ) -> list[list[Prediction]]:
-        """The best labels of each query, best first.
+        """The best labels of each query, best first; none of a query without text and picture.
 
         Args:
           texts: Of the queries.
@@ -196,11 +207,17 @@ class Predictor:
           never: Ids of labels that are not to be predicted, of each query.
 
         Raises:
-          InputError: If pictures are of another width than the model reads, or labels unknown.
+          InputError: If texts are none, pictures not such as the model reads, labels unknown.
         """
-        vectors = self.encode(texts, images)
+        if k < 1:
+            raise InputError(f"k={k}: expected at least 1")
+        items = self.items(texts, images)
         pairs = self._pairs(never, len(texts))
-        found = self.search(vectors, k, pairs)
+        found = self.search(self._encode_items(items), k, pairs)
+        nothing = np.array([not text.strip() for text in texts], bool)
+        if items.images is not None:
+            nothing &= np.diff(items.images.offsets) == 0
+        found.ids[nothing] = -1
         return [
             [
                 Prediction(*self.label(row), float(score))
@@ -235,12 +252,16 @@ class Predictor:
     ) -> SearchResult:
         """The k best labels of unit query vectors, those that were added too.
 
+        At least as many are looked at as evaluation keeps, however few are wanted: what memory adds
+        to them hangs on their number, and so do the programs that are compiled.
+
         Args:
           vectors: Of the queries.
           k: Columns; rows are short where there are fewer labels.
           pairs: (query, label) never to be found.
         """
         result = index_lib.nothing(len(vectors), k)
+        kept = min(max(k, self._kept), self.num_labels)
         for part, size in self._blocks(len(vectors)):
             count = part.stop - part.start
             block = np.zeros((size, vectors.shape[1]), np.float32)
@@ -248,13 +269,14 @@ class Predictor:
             theirs = np.zeros((0, 2), np.int64)
             if pairs is not None:
                 theirs = index_lib.pairs_of(pairs, np.arange(part.start, part.stop))
-            found = index_lib.search_filtered(self._labels, block, theirs, k)
+            found = index_lib.search_filtered(self._labels, block, theirs, kept)
             if self.mixing is not None:
-                near = self._memory.search(block, max(self.mixing.k, k))
+                near = self._memory.search(block, max(self.mixing.k, kept))
                 found = augmented.mix_in_memory(
                     found, near, self._relevance, self.mixing, k, theirs
                 )
-            result.scores[part], result.ids[part] = (x[:count] for x in found)
+            found = index_lib.pad_columns(SearchResult(*(x[:count, :k] for x in found)), k)
+            result.scores[part], result.ids[part] = found
         return result
 
     def nearest_labels(self, vectors: Float[np.ndarray, "q e"], k: int) -> Int[np.ndarray, "q k"]:
@@ -320,8 +342,11 @@ class Predictor:
 
     def items(self, texts: Sequence[str], images: Sequence[Any] | None = None) -> Items:
         """Texts and pictures as prepared data hold them."""
+        if isinstance(texts, str):
+            raise InputError(f"found one text, {texts[:40]!r}, expected a list of them")
+        read = [_cut(text, query) for query, text in enumerate(texts)]
         with self._encoding:
-            tokens = self._encoder.encode([text[:MOST_CHARACTERS] for text in texts])
+            tokens = self._encoder.encode(read)
         offsets = np.concatenate([[0], np.cumsum(tokens.lengths)])
         pictures = None
         if self.image_width:  # Absent pictures take the same program.
@@ -339,14 +364,16 @@ class Predictor:
             for a, b in itertools.pairwise(offsets)
         ]
 
-    def warm_up(self, k: int = 10) -> None:
+    def warm_up(self, k: int = K) -> None:
         """Compiles what queries need, so that none waits for it."""
         picture = np.zeros((self.model.layout.num_images, self.image_width))
         images = [picture] if self.image_width else None
         beside = self.model.layout.overhead + self._frame - sum(self.model.layout.trim)
         for size in self._sizes:
             for words in (1, *(width - beside for width in self._widths)):
-                self.search(self.encode(["a " * max(1, words)] * size), k)
+                vectors = self.encode(["a " * max(1, words)] * size)
+            for pairs in (None, np.zeros((1, 2), np.int64)):
+                self.search(vectors, k, pairs)
             self.encode(["a " * self.answers.about["max_tokens"]] * size, images and images * size)
 
     def _pack(self, items: Items, ids: Int[np.ndarray, " b"]) -> Any:
@@ -382,7 +409,10 @@ class Predictor:
                     f"query {query}: found a picture of shape {np.shape(images[query])}, expected "
                     f"embeddings {self.image_width} wide"
                 )
-            rows.append(found.astype(np.float16))
+            with np.errstate(over="ignore"):
+                rows.append(found.astype(np.float16))
+            if not np.isfinite(rows[-1]).all():
+                raise InputError(f"query {query}: a picture's embedding is not finite in float16")
         offsets = np.cumsum([len(row) for row in rows])
         return Ragged(np.concatenate(rows), offsets)
 
@@ -391,6 +421,8 @@ class Predictor:
     ) -> Int[np.ndarray, "f 2"] | None:
         if never is None or not any(never):
             return None
+        if len(never) != count:
+            raise InputError(f"found filters of {len(never)} queries, expected of {count}")
         found = []
         for query, names in enumerate(never):
             for name in names:
@@ -399,6 +431,18 @@ class Predictor:
                     raise InputError(f"query {query}: label {name!r} is not among the labels")
                 found.append((query, row))
         return np.array(found)
+
+
+def _cut(text: Any, query: int) -> str:
+    """What is read of a text."""
+    if not isinstance(text, str):
+        raise InputError(f"query {query}: found {type(text).__name__}, expected text")
+    text = text[:MOST_CHARACTERS]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"query {query}: holds half a character (a lone surrogate)") from None
+    return text
 
 
 def _fits(path: str, step: int, mixing: Mixing | None) -> bool:
