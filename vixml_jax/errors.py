@@ -19,6 +19,7 @@ from absl import app, flags, logging
 
 PREEMPTED = 75
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_OF_THE_NAME = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 class InputError(ValueError):
@@ -39,7 +40,7 @@ class Preempted(BaseException):
 
 @contextlib.contextmanager
 def writing(where: str) -> Iterator[None]:
-    """Turns a full disk, and a place that may not be written to, into an InputError.
+    """Turns a full disk, and a place that cannot be written to, into an InputError.
 
     Args:
       where: Is written to, as the user named it: "--out=DIR".
@@ -47,7 +48,7 @@ def writing(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in OF_THE_DISK:
+        if error.errno not in (*OF_THE_DISK, *_OF_THE_NAME):
             raise
         raise InputError(
             f"{where}: {error.strerror} while writing; nothing of it was kept: make room, or "

@@ -97,7 +97,7 @@ def answer(
     images, said = pictures.of(block)
     faults, notes, banned = [], [], []
     for query, vectors, note in zip(block, images, said, strict=True):
-        names = [*query.listed, *never(query.id)]
+        names = [*query.listed, *(never(query.id) if query.id else [])]
         unknown = [name for name in names if predictor.row_of(name) is None]
         fault = query.fault
         if not fault and not query.text.strip() and vectors is None:
@@ -171,7 +171,7 @@ def predict(predictor: Predictor, pictures: Pictures, values: flags.FlagValues) 
         listed="filter",
         encoding=values.encoding,
     )
-    count, bad = 0, []
+    count, bad, told = 0, 0, []
     with (
         errors.writing(f"--out={values.out}"),
         whole.file(values.out) as temporary,
@@ -191,15 +191,18 @@ def predict(predictor: Predictor, pictures: Pictures, values: flags.FlagValues) 
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
                 if "error" in row:
-                    bad.append((row["line"], row["error"]))
+                    bad += 1
+                    told += [(row["line"], row["error"])][: _TOLD - len(told)]
             bar.update(len(block))
-        if len(bad) == count:
-            raise InputError(f"{values.queries}: none of {count} rows can be answered: {bad[0][1]}")
-    for line, fault in bad[:_TOLD]:
+        if bad == count:
+            raise InputError(
+                f"{values.queries}: none of {count} rows can be answered: {told[0][1]}"
+            )
+    for line, fault in told:
         print(f"not answered: line {line}: {fault}")
-    if len(bad) > _TOLD:
-        print(f'and {len(bad) - _TOLD} more, each with its "error" in {values.out}')
-    print(f"{count - len(bad)} of {count} queries answered, up to {k} labels each: {values.out}")
+    if bad > _TOLD:
+        print(f'and {bad - _TOLD} more, each with its "error" in {values.out}')
+    print(f"{count - bad} of {count} queries answered, up to {k} labels each: {values.out}")
 
 
 def _resolved(query: Query, table: str) -> Query:
@@ -335,6 +338,9 @@ def main(argv: Sequence[str]) -> None:
     for name in ("queries", "add_labels", "remove_labels", "filters"):
         if values[name].value and not os.path.isfile(values[name].value):
             raise InputError(f"--{name}={values[name].value}: no such file")
+    both = values.queries and os.path.exists(values.out)
+    if both and os.path.samefile(values.queries, values.out):
+        raise InputError(f"--out={values.out}: is --queries; answers would take their place")
     if values.list_changes:
         list_changes(values.workdir)
         return

@@ -36,8 +36,14 @@ def directory(path: str | os.PathLike) -> Iterator[str]:
 
 @contextlib.contextmanager
 def file(path: str | os.PathLike) -> Iterator[str]:
-    """Yields a name to write to, which becomes `path`; makes the directories above."""
-    path = os.path.abspath(path)
+    """Yields a name to write to, which becomes `path`; makes the directories above.
+
+    A pipe or a device, /dev/null say, is written to as it is: a file must not take its place.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        yield os.fspath(path)
+        return
+    path = os.path.realpath(path)  # Else a file would take the place of a link to it.
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.tmp-{os.getpid()}"
     try:

@@ -47,7 +47,7 @@ def test_rows_are_answered_in_order_and_bad_ones_listed(workdir, predictor, tmp_
     assert f"8 of 10 queries answered, up to 4 labels each: {out}" in said
     assert "not answered: line 2: " in said and "not answered: line 3: " in said
     found = rows_of(out)
-    names = ["one", "2", "empty", "strange", "picture", "picture alone", "narrow", "missing"]
+    names = ["one", None, "empty", "strange", "picture", "picture alone", "narrow", "missing"]
     assert [row["id"] for row in found] == [*names, "huge", "filtered"]
     by_id = {row["id"]: row for row in found}
     expected = predictor(
@@ -59,7 +59,7 @@ def test_rows_are_answered_in_order_and_bad_ones_listed(workdir, predictor, tmp_
         assert [x["id"] for x in by_id[name]["labels"]] == [x.id for x in row]
         scores = [x["score"] for x in by_id[name]["labels"]]
         np.testing.assert_allclose(scores, [x.score for x in row], rtol=1e-4)
-    assert by_id["2"]["line"] == 2 and by_id["2"]["labels"] == []
+    assert by_id[None]["line"] == 2 and by_id[None]["labels"] == []
     assert by_id["empty"]["error"] == "neither text nor picture: nothing to search with"
     assert by_id["strange"]["note"] == "no word of it is known"
     assert by_id["narrow"]["note"] == "the picture's embedding is 2 wide, expected 12"
@@ -125,6 +125,8 @@ def test_what_is_refused_is_refused_in_one_line(workdir, tmp_path):
     unknown.write_text("0\nx\n")
     assert "line 2: the run has no label 'x'" in refused(workdir, "remove_labels", unknown)
     assert "--out: missing" in refused(workdir, "queries", twice)
+    assert "is --queries" in refused(workdir, "queries", twice, f"--out={twice}")
+    assert "Is a directory" in refused(workdir, "queries", twice, f"--out={tmp_path}")
     filters = tmp_path / "filters.txt"
     filters.write_text("q1 label a1\n")
     out = f"--out={tmp_path / 'out.jsonl'}"

@@ -117,3 +117,11 @@ def test_blocks_are_read_as_they_are_asked_for():
     blocks = queries.in_blocks(rows(), 4)
     assert list(next(blocks)) == [0, 1, 2, 3] and len(taken) == 4
     assert [list(block) for block in blocks] == [[4, 5, 6, 7], [8, 9]]
+
+
+def test_of_a_row_that_cannot_be_read_the_id_is_not_made_up(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("id,text\n3,one\n4,too,many\n,two\n")
+    assert [(x.line, x.id, bool(x.fault)) for x in read(path)] == [
+        (2, "3", False), (3, None, True), (4, "4", False)
+    ]  # fmt: skip

@@ -19,7 +19,7 @@ class Query(NamedTuple):
     """A query, or a label to be added, as its row has it."""
 
     line: int  # In the file, from 1.
-    id: str  # The line, where the row has none.
+    id: str | None  # The line, where the row has none; None: it is there, but cannot be read.
     text: str
     pictures: list[str]  # Paths or urls.
     embeddings: Float16[np.ndarray, "k v"] | None  # Of its pictures, where the row has them.
@@ -48,13 +48,13 @@ def read(path: str, names: Columns, *, listed: str, encoding: str = "utf-8") -> 
     roles = columns.assign(path, names, encoding, names=found, labelled=False)
     for line, row in itertools.chain(first, rows):
         if isinstance(row, InputError):
-            yield _faulty(line, str(row))
+            yield _faulty(line, str(row), None if roles.id else str(line))
         else:
             yield _understand(path, line, row, roles, listed)
 
 
-def _faulty(line: int, fault: str, name: str | None = None) -> Query:
-    return Query(line, str(line) if name is None else name, "", [], None, [], fault)
+def _faulty(line: int, fault: str, name: str | None) -> Query:
+    return Query(line, name, "", [], None, [], fault)
 
 
 def _understand(path: str, line: int, row: dict[str, Any], roles: Roles, listed: str) -> Query:
@@ -65,17 +65,17 @@ def _understand(path: str, line: int, row: dict[str, Any], roles: Roles, listed:
 
     name = None
     try:
-        name = cells.text(cell(roles.id), chunk, 0, roles.id) if roles.id else str(line)
+        name = (cells.text(cell(roles.id), chunk, 0, roles.id) if roles.id else "") or str(line)
         return Query(
             line,
-            name or str(line),
+            name,
             columns.texts(chunk, roles.text, [0])[0],
             _strings(cell(roles.image), chunk, roles.image),
             cells.vectors(cell(roles.embedding), chunk, 0, roles.embedding),
             _strings(cell(listed), chunk, listed),
         )
     except InputError as error:
-        return _faulty(line, str(error), name or None)
+        return _faulty(line, str(error), name)
 
 
 def _strings(value: Any, chunk: Chunk, column: str | None) -> list[str]:
