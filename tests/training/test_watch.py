@@ -209,7 +209,9 @@ def test_who_is_slow_is_told(parts, monkeypatch, tmp_path, data_s, device_s, exp
     # Each line's own writing is in the next one's.
     assert 0.0 <= wall - seconds("step") - saving < 0.1
     for phase, one in expected.items():
-        assert 12 * one - 0.06 <= seconds(phase) <= 12 * one + 0.2, phase
+        # While the host is at work, on a busy machine long, the device gets on: nobody waits for it.
+        hidden = seconds("host") if phase == "compute" else 0.0
+        assert 12 * one - 0.06 - hidden <= seconds(phase) <= 12 * one + 0.2, phase
     assert seconds("host") < 2.0  # Whatever else this machine does.
     for line in lines:
         shares = [line[f"watch/{phase}_share"] for phase in PHASES]
