@@ -238,9 +238,14 @@ def _read_labels(path: str, values: flags.FlagValues) -> list[Query]:
       InputError: At the first row that is wrong.
     """
     found, first = [], {}
-    for row in queries.read(path, _columns(values), listed="examples", encoding=values.encoding):
+    rows = queries.read(
+        path, _columns(values), listed="examples", encoding=values.encoding, named=True
+    )
+    for row in rows:
         if row.fault:
             raise InputError(row.fault)
+        if not row.id:
+            raise InputError(f"{path}, line {row.line}: no id; expected one of each label")
         if row.id in first:
             raise InputError(
                 f"{path}, line {row.line}: label {row.id!r} is there already, in line "
@@ -262,20 +267,22 @@ def add_labels(
                 f"{path}, line {label.line}: label {label.id!r} is in the run already; remove it "
                 "first by --remove_labels, or choose another id"
             )
-        if not label.text.strip() and not label.pictures and label.embeddings is None:
-            raise InputError(f"{path}, line {label.line}: neither text nor picture")
     images, said = pictures.of(labels)
-    for label, fault in zip(labels, said, strict=True):
+    for label, vectors, fault in zip(labels, images, said, strict=True):
+        if vectors is None and not label.text.strip():
+            why = fault or "neither text nor picture"
+            raise InputError(f"{path}, line {label.line}: {why}: nothing to place the label by")
         if fault:
             print(f"line {label.line}: {fault}; it is placed without")
     texts = [label.text for label in labels]
-    vectors = placing.place(predictor, texts, images, [label.listed for label in labels])
+    examples = [[query for query in label.listed if query.strip()] for label in labels]
+    vectors = placing.place(predictor, texts, images, examples)
     with errors.writing(f"--workdir={predictor.workdir}"):
         step = changes.add(
             predictor.workdir, predictor.answers, [x.id for x in labels], texts, vectors
         )
     predictor.refresh()
-    taught = sum(bool(label.listed) for label in labels)
+    taught = sum(map(bool, examples))
     print(
         f"{len(labels)} labels added, {taught} of them with example queries; the run has "
         f"{predictor.num_labels} now: {step}; --undo takes it back"
@@ -345,7 +352,8 @@ def main(argv: Sequence[str]) -> None:
         list_changes(values.workdir)
         return
     if values.undo:
-        about = changes.undo(values.workdir)
+        with errors.writing(f"--workdir={values.workdir}"):
+            about = changes.undo(values.workdir)
         print(f"taken back: {about['kind']} {len(about['ids'])} labels")
         return
     memory.keep_freed_pages()

@@ -86,6 +86,9 @@ def test_undo_takes_back_the_last_one_first(workdir):
     assert changes.undo(str(workdir))["ids"] == ids
     predictor.refresh()
     assert predictor(["a1 b2"], k=9) == before
+    left = changes.remove(str(workdir), predictor.answers, ids, rows) + ".undone"
+    os.makedirs(os.path.join(left, "of one that was killed"))
+    changes.undo(str(workdir))
     with pytest.raises(InputError, match="--undo: no labels were added"):
         changes.undo(str(workdir))
 

@@ -121,6 +121,15 @@ def test_what_is_refused_is_refused_in_one_line(workdir, tmp_path):
     twice = tmp_path / "twice.csv"
     twice.write_text("id,text\nx,one\ny,two\nx,three\n")
     assert "line 4: label 'x' is there already, in line 2" in refused(workdir, "add_labels", twice)
+    for content, said in (
+        ("text\none\n", "which column is the id? found text"),
+        ("id,text\nx,one\n,two\n", "line 3: no id"),
+        ('id,text\nx,one\ny," "\n', "line 3: neither text nor picture: nothing to place"),
+        ("id,text,image\nx,,nowhere.png\n", "line 2: picture files are not read: "),
+    ):
+        bad = tmp_path / "bad.csv"
+        bad.write_text(content)
+        assert said in refused(workdir, "add_labels", bad)
     unknown = tmp_path / "unknown.txt"
     unknown.write_text("0\nx\n")
     assert "line 2: the run has no label 'x'" in refused(workdir, "remove_labels", unknown)

@@ -145,6 +145,7 @@ def undo(workdir: str) -> dict[str, Any]:
         raise InputError(f"--undo: no labels were added to {workdir} or removed from it")
     about = describe(done[-1])
     retired = f"{done[-1]}.undone"
+    shutil.rmtree(retired, ignore_errors=True)  # Of a process that was killed.
     os.rename(done[-1], retired)  # At once, so that no half of a step is left.
     shutil.rmtree(retired)
     return about

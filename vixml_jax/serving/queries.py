@@ -27,7 +27,9 @@ class Query(NamedTuple):
     fault: str = ""  # Why it cannot be answered; empty: it can.
 
 
-def read(path: str, names: Columns, *, listed: str, encoding: str = "utf-8") -> Iterator[Query]:
+def read(
+    path: str, names: Columns, *, listed: str, encoding: str = "utf-8", named: bool = False
+) -> Iterator[Query]:
     """The rows of a csv, tsv, jsonl or parquet file, in order; a bad one says what is wrong.
 
     Args:
@@ -35,9 +37,11 @@ def read(path: str, names: Columns, *, listed: str, encoding: str = "utf-8") -> 
       names: What columns are called; what is empty is guessed.
       listed: Column of the row's list, if it is there.
       encoding: Of texts.
+      named: Whether there must be a column of ids; a row without one has none then, not its line.
 
     Raises:
-      InputError: If the file cannot be read at all, or has no column that could be the text.
+      InputError: If the file cannot be read at all, or lacks a column of the text, or of the ids
+        that must be there.
     """
     rows = tables.read_rows(path, encoding=encoding)
     first = list(itertools.islice(rows, _LOOKED_AT))
@@ -46,18 +50,24 @@ def read(path: str, names: Columns, *, listed: str, encoding: str = "utf-8") -> 
         said = next((str(row) for _, row in first), f"{path}: no rows; expected some")
         raise InputError(said)
     roles = columns.assign(path, names, encoding, names=found, labelled=False)
+    if named and roles.id is None:
+        raise InputError(
+            f"{path}: which column is the id? found {', '.join(found)}; say --id_column=NAME"
+        )
     for line, row in itertools.chain(first, rows):
         if isinstance(row, InputError):
             yield _faulty(line, str(row), None if roles.id else str(line))
         else:
-            yield _understand(path, line, row, roles, listed)
+            yield _understand(path, line, row, roles, listed, "" if named else str(line))
 
 
 def _faulty(line: int, fault: str, name: str | None) -> Query:
     return Query(line, name, "", [], None, [], fault)
 
 
-def _understand(path: str, line: int, row: dict[str, Any], roles: Roles, listed: str) -> Query:
+def _understand(
+    path: str, line: int, row: dict[str, Any], roles: Roles, listed: str, unnamed: str
+) -> Query:
     chunk = Chunk(path, [line], {name: [row.get(name)] for name in (*roles.used, listed)})
 
     def cell(column: str | None) -> Any:
@@ -65,7 +75,7 @@ def _understand(path: str, line: int, row: dict[str, Any], roles: Roles, listed:
 
     name = None
     try:
-        name = (cells.text(cell(roles.id), chunk, 0, roles.id) if roles.id else "") or str(line)
+        name = (cells.text(cell(roles.id), chunk, 0, roles.id) if roles.id else "") or unnamed
         return Query(
             line,
             name,
