@@ -106,6 +106,7 @@ def test_the_page_shows_the_run(trained, results):
         "Loss in training",
         "data:image/png;base64,",
         "Label neighbours",
+        "weight 0.3, k 100, temperature 0.05, joint False",
         "P@1 by pictures",
         PreparedDataset.open(config.data).content_hash,
     ):

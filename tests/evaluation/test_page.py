@@ -199,6 +199,17 @@ def test_no_text_of_a_chart_is_cut(browser, path):
         assert tab.evaluate(outside) == []
 
 
+def test_no_text_of_a_chart_lies_on_another(browser, path):
+    overlapping = """[...document.querySelectorAll('.chart')].flatMap(c => {
+        const found = [...c.querySelectorAll('text')].map(t => [t.getBBox(), t.textContent]);
+        return found.flatMap(([a, s], i) => found.slice(i + 1).filter(([b]) =>
+            a.x < b.x + b.width && b.x < a.x + a.width
+            && a.y + 3 < b.y + b.height && b.y + 3 < a.y + a.height).map(([, t]) => [s, t]));
+    })"""
+    with opened(browser, path) as (tab, *_):
+        assert tab.evaluate(overlapping) == []
+
+
 def test_wide_tables_scroll_in_their_box(browser, path):
     with opened(browser, path, width=360) as (tab, *_):
         wide = tab.evaluate(

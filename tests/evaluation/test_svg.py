@@ -1,6 +1,7 @@
 """Charts: shapes as long as the values, readable scales, texts of any kind."""
 
 import itertools
+import math
 import re
 import xml.etree.ElementTree as ET
 
@@ -114,3 +115,13 @@ def test_texts_are_escaped():
         root, _ = parse(figure)
         assert not list(root.iter("script"))
         assert root.find("figcaption").text == HOSTILE
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-2, 7), st.floats(0.01, 9))
+def test_ticks_of_a_logarithmic_axis_are_round_and_few(low, size):
+    ticks = svg._log_ticks(low, low + size)
+    assert 2 <= len(ticks) <= 10 and ticks == sorted(set(ticks))
+    for tick in ticks:
+        assert low - 1e-6 <= math.log10(tick) <= low + size + 1e-6
+        assert size < 1 or f"{tick:e}"[:8] in ("1.000000", "2.000000", "5.000000")

@@ -153,6 +153,7 @@ def assemble(
             "data": dataset.path,
             "content": dataset.content_hash,
             "search": _words(search),
+            **({"memory": _words(results["mixing"])} if "mixing" in results else {}),
             "seconds": _words(results["seconds"]),
             "peak memory": f"{results['peak_memory_gb']} GB",
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

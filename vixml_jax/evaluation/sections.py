@@ -110,6 +110,7 @@ def by_frequency(page: Page) -> str:
             f"{metric}{what}",
             f"{metric} of head, torso, tail and unseen labels; the table below has the numbers.",
             _series(page, "label frequency", metric, judged),
+            unit=" %",
         )
         for metric, what in ((recall, " within the group"), ("P@5", ", what the group adds"))
     ]
@@ -174,6 +175,7 @@ def by_query(page: Page) -> str:
                 f"{metric} by {kind}",
                 f"{metric} of groups of queries; the table below has the numbers.",
                 _series(page, kind, metric, groups),
+                unit=" %",
             )
             for metric in ("P@1", _recall(page))
         )

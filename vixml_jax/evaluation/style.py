@@ -69,7 +69,7 @@ tbody th { font-weight: 500; white-space: normal; min-width: 7rem; }
 tr.ours th, tr.ours td { font-weight: 700; }
 td small { color: var(--muted); font-weight: 400; }
 .words td { white-space: normal; }
-.words td:last-child { text-align: left; min-width: 14rem; }
+.words :is(td, th):last-child { text-align: left; min-width: 14rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));
   gap: 1.2rem 2rem; align-items: start; }
 figure { margin: .6rem 0; min-width: 0; max-width: 27rem; }

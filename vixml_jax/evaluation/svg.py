@@ -97,7 +97,7 @@ def lines(
         up = (y - low) / (high - low)
         return _LEFT + 6 + across * (WIDTH - _LEFT - _RIGHT - 12), bottom - up * height
 
-    ticks = [10.0**t for t in _ticks(left, right, 4)] if log_x else _ticks(left, right, 4)
+    ticks = _log_ticks(left, right) if log_x else _ticks(left, right, 4)
     for tick in ticks:
         x, _ = at(tick, low)
         parts.append(_text(x, bottom + 15, _number(tick), "middle"))
@@ -212,6 +212,16 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     step = next(size * n for n in (10, 5, 2.5, 2, 1) if size * n <= raw * (1 + 1e-9))
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from 10^low to 10^high, so few that they stand apart."""
+    powers = [10.0**n for n in range(math.floor(low), math.ceil(high) + 1)]
+    for steps in ((1, 2, 5), (1,)):
+        found = [x * n for x in powers for n in steps if low <= math.log10(x * n) <= high]
+        if len(found) <= 7:
+            break
+    return found if len(found) > 1 else _ticks(10.0**low, 10.0**high, 4)
 
 
 def _number(value: float) -> str:
