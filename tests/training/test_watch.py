@@ -70,17 +70,20 @@ def test_phases_sum_to_the_wall_and_rates_follow():
 
 
 class Slow:
-    """A pipeline that takes its time over every batch."""
+    """A pipeline that takes its time over every batch, and knows how much: no sleep is shorter than
+    told, on a busy machine many are longer."""
 
     def __init__(self, batches, seconds):
-        self._batches, self._seconds = batches, seconds
+        self._batches, self._seconds, self.spent = batches, seconds, 0.0
 
     def __iter__(self):
         return self
 
     def __next__(self):
+        began = time.perf_counter()
         batch = next(self._batches)
         time.sleep(self._seconds)
+        self.spent += time.perf_counter() - began
         return batch
 
     def __getattr__(self, name):
@@ -88,19 +91,25 @@ class Slow:
 
 
 class Device:
-    """Works on one step after another, for some time each, while the host goes on."""
+    """Works on one step after another, for some time each, and knows how much, while the host goes
+    on."""
 
     def __init__(self, seconds):
         self._work = concurrent.futures.ThreadPoolExecutor(1)
-        self._seconds = seconds
+        self._seconds, self.spent = seconds, 0.0
         self._under_way, self.most_under_way = [], 0
+
+    def _step(self):
+        began = time.perf_counter()
+        time.sleep(self._seconds)
+        self.spent += time.perf_counter() - began
 
     def program(self, batch, key):
         return self
 
     def __call__(self, state, batch, key):
         self._under_way = [one for one in self._under_way if not one.done()]
-        self._under_way.append(self._work.submit(time.sleep, self._seconds))
+        self._under_way.append(self._work.submit(self._step))
         self.most_under_way = max(self.most_under_way, len(self._under_way))
         one = Scalar(self._under_way[-1])
         names = ("loss", "loss_text", "gradient_norm", "violators")
@@ -134,13 +143,17 @@ def parts(data):
 
 
 class Unsaved:
-    """Checkpoints that keep nothing."""
+    """Checkpoints that keep nothing, and take their time for it."""
+
+    spent = 0.0
 
     def due(self, step):
         return step % 6 == 0
 
     def save(self, *args):
+        began = time.perf_counter()
         time.sleep(0.05)
+        self.spent += time.perf_counter() - began
 
     def wait(self):
         pass
@@ -149,23 +162,18 @@ class Unsaved:
         pass
 
 
-@pytest.mark.parametrize(
-    "data_s, device_s, expected",
-    [
-        # A device that is busy while the host waits for data keeps what is left for "compute".
-        (0.03, 0.0, {"data": 0.03, "compute": 0.0}),
-        (0.0, 0.03, {"data": 0.0, "compute": 0.03}),
-        (0.02, 0.05, {"data": 0.02, "compute": 0.03}),
-        (0.05, 0.02, {"data": 0.05, "compute": 0.0}),
-    ],
-)
-def test_who_is_slow_is_told(parts, monkeypatch, tmp_path, data_s, device_s, expected):
+@pytest.mark.parametrize("data_s, device_s", [(0.03, 0.0), (0.0, 0.03), (0.02, 0.05), (0.05, 0.02)])
+def test_who_is_slow_is_told(parts, monkeypatch, tmp_path, data_s, device_s):
     config, dataset, model = parts
     made = pipeline.epoch_batches
-    monkeypatch.setattr(
-        pipeline, "epoch_batches", lambda *args, **more: Slow(made(*args, **more), data_s)
-    )
-    device = Device(device_s)
+    slow = []
+
+    def slowly(*args, **more):
+        slow.append(Slow(made(*args, **more), data_s))
+        return slow[-1]
+
+    monkeypatch.setattr(pipeline, "epoch_batches", slowly)
+    device, unsaved = Device(device_s), Unsaved()
     trainer = loop.Trainer(
         model,
         dataset,
@@ -178,7 +186,7 @@ def test_who_is_slow_is_told(parts, monkeypatch, tmp_path, data_s, device_s, exp
         shares=sharding.num_shares(model.mesh),
         group=processes.ALONE,
         stop=Stop(),
-        checkpoints=Unsaved(),
+        checkpoints=unsaved,
         guard=CollapseGuard(margin=0.1, num_negatives=4),
         evaluate=None,
     )
@@ -191,6 +199,7 @@ def test_who_is_slow_is_told(parts, monkeypatch, tmp_path, data_s, device_s, exp
         bank=jnp.zeros((8, 2)),
     )
     telemetry = Telemetry(str(tmp_path), step=0, total_steps=12)
+    loop._all_finite(state)  # Compiled before, or saving would be as slow as the machine is busy.
     began = time.perf_counter()
     clusters, position = trainer.start()
     trainer._run_batches(state, clusters, position, telemetry)
@@ -204,14 +213,16 @@ def test_who_is_slow_is_told(parts, monkeypatch, tmp_path, data_s, device_s, exp
         return float(np.sum(steps * [line[f"watch/{name}_s"] for line in lines]))
 
     saving = telemetry.watch._all.seconds["saving"] + telemetry.watch._recent.seconds["saving"]
-    assert 0.05 <= saving < 0.15
+    assert 0.05 <= unsaved.spent <= saving < unsaved.spent + 0.1
     assert seconds("step") == pytest.approx(sum(seconds(phase) for phase in PHASES))
     # Each line's own writing is in the next one's.
     assert 0.0 <= wall - seconds("step") - saving < 0.1
-    for phase, one in expected.items():
-        # While the host is at work, on a busy machine long, the device gets on: nobody waits for it.
-        hidden = seconds("host") if phase == "compute" else 0.0
-        assert 12 * one - 0.06 - hidden <= seconds(phase) <= 12 * one + 0.2, phase
+    waited = sum(one.spent for one in slow)
+    assert waited - 0.06 <= seconds("data") <= waited + 0.2
+    # A device that is busy while the host waits for data keeps what is left for "compute"; so does
+    # one that is busy while the host works, as it does long where others want the processor.
+    left = device.spent - waited
+    assert left - seconds("host") - 0.06 <= seconds("compute") <= max(0.0, left) + 0.2
     assert seconds("host") < 2.0  # Whatever else this machine does.
     for line in lines:
         shares = [line[f"watch/{phase}_share"] for phase in PHASES]
