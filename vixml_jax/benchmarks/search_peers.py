@@ -75,7 +75,7 @@ def build_scann(labels: Float[np.ndarray, "n e"]) -> Peer:
         return tree.search_with(queries, k, leaves_searched=a, reordered=b).ids
 
     leaves = tree.settings["leaves"]
-    breadths = tuning.steps(max(1, leaves // 256), leaves)
+    breadths = tuning.steps(1, leaves)
     return Peer(search, breadths, _depths(len(labels)), f"{leaves} leaves, SOAR")
 
 

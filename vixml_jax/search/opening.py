@@ -202,7 +202,7 @@ def _tune(
     leaves, most = tree.settings["leaves"], max(64 * k, 4096)
     found = tuning.frontier(
         measure,
-        tuning.steps(max(1, leaves // 256), leaves),
+        tuning.steps(1, leaves),
         tuning.steps(min(k, len(vectors)), min(most, len(vectors))),
         recall,
     )
