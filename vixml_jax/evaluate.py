@@ -23,6 +23,7 @@ from vixml_jax.evaluation import page as page_lib
 from vixml_jax.evaluation import per_query as per_query_lib
 from vixml_jax.processes import Group
 from vixml_jax.search.augmented import Mixing
+from vixml_jax.serving import changes
 from vixml_jax.structs import LabelState
 
 
@@ -184,6 +185,8 @@ def main(argv: Sequence[str]) -> None:
     chosen = (epath.Path(config.workdir) / runs.BEST / str(step)).is_dir()
     why = f", the best in {config.loop.choose_by} on valid" if chosen else ""
     print(f"{config.workdir}: checkpoint of step {step}{why}")
+    if remote.is_local(config.workdir) and changes.steps(config.workdir):
+        print("judged with the labels of its data: not those that predict added, and all it removed")
     results = show(
         config,
         model,

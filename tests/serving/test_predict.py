@@ -101,6 +101,7 @@ def test_labels_are_added_found_listed_and_taken_back(workdir, tmp_path):
     after = top()
     assert len(after) == 20 and "n1" in after and "n2" not in after and before[0] not in after
     assert top("--search=scann") == after
+    assert "not those that predict added" in tiny.door("evaluate", f"--workdir={workdir}")
     assert "labels were changed 2 times" in tiny.door(
         "predict", f"--workdir={workdir}", "--list_changes"
     )
