@@ -186,7 +186,9 @@ def main(argv: Sequence[str]) -> None:
     why = f", the best in {config.loop.choose_by} on valid" if chosen else ""
     print(f"{config.workdir}: checkpoint of step {step}{why}")
     if remote.is_local(config.workdir) and changes.steps(config.workdir):
-        print("judged with the labels of its data: not those that predict added, and all it removed")
+        print(
+            "judged with the labels of its data: not those that predict added, and all it removed"
+        )
     results = show(
         config,
         model,

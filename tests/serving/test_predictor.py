@@ -181,6 +181,13 @@ def test_answers_of_another_step_or_damaged_are_not_used(run, tmp_path, capsys):
     Predictor.load(str(where), warm=False)
     assert "found of step 3, the model is of step 8: made anew" in capsys.readouterr().out
     assert json.loads(about.read_text())["step"] == 8
+    for name in ("memory_labels", "vectors", "texts"):
+        file = where / f"answers/{name}.npy"
+        good = file.read_bytes()
+        file.write_bytes(good[:-9] + bytes([good[-9] ^ 64]) + good[-8:])
+        with pytest.raises(InputError, match=rf"{name}.npy: has other bytes .*remove"):
+            Predictor.load(str(where), warm=False)
+        file.write_bytes(good)
     vectors = where / "answers/vectors.npy"
     vectors.write_bytes(vectors.read_bytes()[:-40])
     with pytest.raises(InputError, match=r"vectors.npy: truncated .*remove"):

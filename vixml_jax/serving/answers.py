@@ -1,6 +1,7 @@
 """What a run answers from: ids, texts and vectors of its labels, the tokenizer, its memory."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -47,14 +48,18 @@ class Answers:
         """Opens what `keep` wrote.
 
         Raises:
-          InputError: If a file is missing, or of another size than `answers.json` says.
+          InputError: If a file is missing, or holds something else than `answers.json` says.
         """
-        about = read_about(path)
+        about, again = read_about(path), "remove the directory to make it anew"
 
         def array(name: str) -> np.ndarray:
-            return store.open_array(
-                path, name, about, ABOUT, "remove the directory to make it anew"
-            )
+            found = store.open_array(path, name, about, ABOUT, again)
+            data = memoryview(found).cast("B") if found.size else b""
+            if hashlib.sha256(data).hexdigest() != about["arrays"][name]["sha256"]:
+                raise InputError(
+                    f"{os.path.join(path, name)}.npy: has other bytes than were written; {again}"
+                )
+            return found
 
         texts = {name: Texts(array(name), array(f"{name}_offsets")) for name in ("ids", "texts")}
         memory = {}
