@@ -2,7 +2,7 @@
 
 0: done. 1: a fault of the program, and a loss that is not finite. 2: what the user can mend. 75
 (`EX_TEMPFAIL`): stopped by a signal, all that was done saved; the same command goes on, so that is
-what launchers start again on.
+what launchers start again on. 130: stopped from the keyboard, where nothing is to be gone on with.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +90,8 @@ def launch(main: Callable[[Sequence[str]], None]) -> None:
             _leave(f"error: {error}", 2 if isinstance(error, InputError) else 1)
         except Preempted as stop:
             _leave(f"{stop}; to resume: {shlex.join(sys.orig_argv)}", PREEMPTED)
+        except KeyboardInterrupt:
+            _leave("interrupted", 128 + signal.SIGINT)
         except Exception as error:
             traceback.print_exc()
             tell_others(f"{type(error).__name__}: {error}", 1)
