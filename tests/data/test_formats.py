@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from vixml_jax.data import formats
+from vixml_jax.data import formats, tables
 from vixml_jax.errors import InputError
 
 LINES = {
@@ -219,6 +219,44 @@ def test_bad_npz_relevance_is_refused(tmp_path, matrix, fault):
     else:
         sparse.save_npz(path, matrix)
     assert fault in refused(path)
+
+
+@pytest.mark.parametrize(
+    "changed,fault",
+    [
+        ({"indices": [0, 10**8]}, "indices must be < 2"),
+        ({"indices": [0, -5]}, "indices must be >= 0"),
+        ({"indptr": [0, 10**7, 2]}, "non-decreasing"),
+        ({"format": b"csc", "indices": [0, 10**8]}, "indices must be < 2"),
+        ({"data": ["a", "b"]}, "expected numbers"),
+        ({"data": [1j, 1j]}, "values of type complex128; expected numbers"),
+    ],
+)  # fmt: skip
+def test_npz_relevance_that_points_out_of_range_is_refused(tmp_path, changed, fault):
+    fine = {
+        "format": b"csr", "shape": [2, 2], "data": [1.0, 1.0],
+        "indices": [0, 1], "indptr": [0, 1, 2],
+    }  # fmt: skip
+    np.savez(tmp_path / "trn_X_Y.npz", **fine)
+    assert formats.read_relevance(str(tmp_path / "trn_X_Y.npz")).toarray().tolist() == [
+        [1, 0],
+        [0, 1],
+    ]
+    np.savez(tmp_path / "trn_X_Y.npz", **(fine | changed))
+    assert fault in refused(tmp_path / "trn_X_Y.npz")
+
+
+@pytest.mark.parametrize("block", [1 << 16, 1 << 22])
+@pytest.mark.parametrize("name", ["trn.raw.txt", "trn_X_Y.txt"])
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch, name, block):
+    monkeypatch.setattr(formats, "_BLOCK", block)
+    longest = "a" * tables.MAX_LINE
+    (tmp_path / name).write_text(f"1 1\n{longest}\nb\n")
+    texts = [text for chunk in formats.read_texts(str(tmp_path / name)) for text in chunk]
+    assert texts == ["1 1", longest, "b"]
+    (tmp_path / name).write_text(f"1 1\n{longest}a\nb\n")
+    reader = formats.read_relevance if "_X_Y" in name else formats.count_lines
+    assert f"{name}, line 2: longer than 4 MiB" in refused(tmp_path / name, reader)
 
 
 def test_a_validation_split_of_the_source(tmp_path):

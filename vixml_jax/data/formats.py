@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from scipy import sparse
 
-from vixml_jax.data import images
+from vixml_jax.data import images, tables
 from vixml_jax.data.raw import (
     ItemImages,
     RawDataset,
@@ -155,8 +155,15 @@ def _read_blocks(path: str) -> Iterator[bytes]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     with file:
-        rest = b""
+        rest, line = b"", 1
         while block := file.read(_BLOCK):
+            end = block.find(b"\n")
+            if len(rest) + (len(block) if end < 0 else end) > tables.MAX_LINE:
+                raise InputError(
+                    f"{path}, line {line}: longer than {tables.MAX_LINE >> 20} MiB; expected one "
+                    "item a line"
+                )
+            line += block.count(b"\n")
             cut = block.rfind(b"\n") + 1
             if cut:
                 yield rest + block[:cut]
@@ -250,11 +257,16 @@ def read_relevance(path: str) -> sparse.csr_matrix:
 def _load_relevance(path: str) -> sparse.csr_matrix:
     """Relevance that `scipy.sparse.save_npz` wrote."""
     try:
-        matrix = sparse.csr_matrix(sparse.load_npz(path))
+        found = sparse.load_npz(path)
+        if hasattr(found, "check_format"):  # Else rows and columns out of range are read.
+            found.check_format(full_check=True)
+        matrix = sparse.csr_matrix(found)
     except Exception as error:  # Whatever zipfile, numpy and scipy raise on what is no such file.
         raise InputError(f"{path}: not a sparse matrix of scipy ({error})") from None
-    if 0 in matrix.shape:
+    if len(matrix.shape) != 2 or 0 in matrix.shape:
         raise InputError(f"{path}: {matrix.shape}; expected some queries and some labels")
+    if matrix.dtype.kind not in "biuf":
+        raise InputError(f"{path}: values of type {matrix.dtype}; expected numbers")
     values = np.asarray(matrix.data, np.float64)
     if not np.isfinite(values).all() or (values < 0).any():
         raise InputError(f"{path}: has negative or infinite values; expected 1 at each label")
