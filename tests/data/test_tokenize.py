@@ -4,9 +4,11 @@ import importlib.util
 import json
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
+import time
 
 import hypothesis
 import numpy as np
@@ -75,6 +77,14 @@ def test_training_learns_frequent_words_whole():
     assert tokenizer.encode("left arrow").tokens == ["[CLS]", "left", "arrow", "[SEP]"]
     # Within a word, marked tokens of the text are text.
     assert tokenizer.encode("##w").tokens[1] != "##w"
+
+
+def test_words_without_end_do_not_hold_up_training():
+    texts = ["b c", "a" * 200_000, "".join(random.Random(0).choices("acgt", k=200_000))]
+    start = time.process_time()
+    tokenizer = tokenize.train(lambda: [texts], vocab_size=500, max_tokens=8)
+    assert time.process_time() - start < 20  # Learnt from as they are, they take minutes.
+    assert tokenizer.encode(texts[1]).tokens == ["[CLS]", "[UNK]", "[SEP]"]  # As any such word.
 
 
 def test_training_does_not_depend_on_the_process():

@@ -1,7 +1,8 @@
 """Tokenizers: any fast one of Hugging Face, or trained on the texts; the prompt of a decoder."""
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from vixml_jax.data.packing import Layout, Part
@@ -16,6 +17,8 @@ NO_FRAME = (
     "the tokenizer's post-processor does not only put tokens before and after a text; expected one "
     "that does"
 )
+_LONG_WORD = re.compile(r"\S{100}(?=\S)")  # WordPiece makes [UNK] of longer ones.
+_LONG_TEXT = 1000
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -72,14 +75,22 @@ def train(
     """
     from tokenizers import trainers
 
+    def cut_texts() -> Iterator[list[str]]:
+        """Texts without words so long that learning, which takes the square of it, would hang."""
+        for chunk in read_texts():
+            yield [
+                _LONG_WORD.sub(r"\g<0> ", text) if len(text) > _LONG_TEXT else text
+                for text in chunk
+            ]
+
     learner = _word_piece({"[UNK]": 0})
-    pieces = sorted(_continuations(learner, read_texts()))
+    pieces = sorted(_continuations(learner, cut_texts()))
     # The trainer numbers characters within words as a hash map happens to give them, and breaks
     # ties by these numbers. Named as special tokens they are numbered first, in our order.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=[*_SPECIAL, *pieces], show_progress=False
     )
-    learner.train_from_iterator(read_texts(), trainer)
+    learner.train_from_iterator(cut_texts(), trainer)
     # A new one with what was learnt, since in the old one those characters remain special.
     return _fit(_word_piece(learner.get_vocab(with_added_tokens=False)), max_tokens)
 
