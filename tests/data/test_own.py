@@ -11,9 +11,11 @@ import sys
 
 import numpy as np
 import own_tables
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from vixml_jax.data import own, preparation, store
+from vixml_jax.data import own, preparation, store, tables
 from vixml_jax.data.columns import Columns
 from vixml_jax.errors import InputError
 
@@ -257,6 +259,12 @@ def test_filters_are_given_by_id(tmp_path):
     (directory / "filter_labels_test.txt").write_text("q1 v\nq9 v\n")
     with pytest.raises(InputError, match=r"filter_labels_test.txt, line 2: found 'q9 v'"):
         read(directory, tmp_path / "again")
+    (directory / "filter_labels_test.txt").write_text("q1 v\nq1\tv\n")
+    with pytest.raises(InputError, match=r"filter_labels_test.txt, line 2: pair .* given twice"):
+        read(directory, tmp_path / "twice")
+    (directory / "filter_labels_test.txt").rename(directory / "filter_labels_valid.txt")
+    with pytest.raises(InputError, match=r"filter_labels_valid.txt: the source has no valid split"):
+        read(directory, tmp_path / "absent")
 
 
 def test_shards_may_lie_in_directories_of_their_part(tmp_path):
@@ -358,6 +366,21 @@ BAD = {
     "minus": (
         "q.jsonl", b'{"text": "a", "labels": ["x"], "label_weights": [-1]}\n', "at least 0",
     ),
+    "weights beyond float32": (
+        "q.csv", b"text,labels,label_weights\na,x,1e39\n", "'1e39' in 'label_weights', expected",
+    ),
+    "weights beyond float": (
+        "q.jsonl", b'{"text": "a", "labels": ["x"], "label_weights": [1%s]}\n' % (b"0" * 400),
+        "in 'label_weights', expected a number",
+    ),
+    "numbers beyond float": (
+        "q.jsonl", b'{"text": "a", "labels": ["x"], "embedding": [1%s]}\n' % (b"0" * 400),
+        "line 1: 'embedding' is no embedding",
+    ),
+    "lists without end": (
+        "q.jsonl", b'{"text": "a", "labels": "%s"}\n' % (b"[" * 100_000),
+        "line 1: 'labels' begins as a JSON list but is none",
+    ),
     "bad gzip": (
         "q.csv.gz", b"id,text,labels\n1,a,x\n", "truncated or damaged",
     ),
@@ -389,6 +412,62 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name):
     with pytest.raises(InputError) as caught:
         read(tmp_path / file, tmp_path / "spool")
     assert fault in str(caught.value) and "\n" not in str(caught.value)
+
+
+NANOSECOND = 1_700_000_000_123_456_789
+PARQUET = {
+    "two columns of a name": (
+        ["text", "text", "labels"], [["a"], ["b"], ["x"]], "column 'text' is there twice",
+    ),
+    "no UTF-8": (
+        ["text", "labels"],
+        [pyarrow.array([b"\xff"]).view(pyarrow.string()), ["x"]],
+        "rows 1 to 1: 'text' cannot be read as string",
+    ),
+    "no date": (
+        ["text", "labels", "when"],
+        [["a"], ["x"], pyarrow.array([2**62], pyarrow.timestamp("us"))],
+        "rows 1 to 1: 'when' cannot be read as timestamp[us]",
+    ),
+    "too many dimensions": (
+        ["text", "labels", "embedding"],
+        [["a"], ["x"], pyarrow.array([[[[1.0], [2.0]]]])],
+        "row 1: 'embedding' ",
+    ),
+    "a dict": (
+        ["text", "labels"], [[{"a": 1}], ["x"]], "row 1: 'text' is \"{'a': 1}\", expected text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARQUET)
+def test_bad_parquet_is_refused_in_one_line(tmp_path, name):
+    names, values, fault = PARQUET[name]
+    table = pyarrow.Table.from_arrays([pyarrow.array(one) for one in values], names=names)
+    parquet.write_table(table, tmp_path / "q.parquet")
+    split_by = "time:when" if "when" in names else "random"
+    with pytest.raises(InputError) as caught:
+        read(tmp_path / "q.parquet", tmp_path / "spool", split_by=split_by)
+    assert fault in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_times_of_nanoseconds_are_read_and_what_is_not_used_is_not(tmp_path):
+    times = [NANOSECOND + 10**9 * second for second in (3, 1, 2, 0)]
+    columns = {
+        "text": list("abcd"),
+        "labels": list("xxxx"),
+        "when": pyarrow.array(times, pyarrow.timestamp("ns")),
+        "took": pyarrow.array(times, pyarrow.duration("ns")),
+        "far": pyarrow.array([2**62] * 4, pyarrow.timestamp("us")),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "q.parquet")
+    raw = read(tmp_path / "q.parquet", tmp_path / "spool", split_by="time:when")
+    settings = preparation.Settings(split_by="time:when", test=0.5)
+    settled, _ = preparation.settle(raw, settings)
+    assert texts_of(settled.test.items) == ["a", "c"]
+    np.testing.assert_allclose(raw.train.key, np.array(times) / 1e9, rtol=0, atol=1e-5)
+    took = next(tables.read(str(tmp_path / "q.parquet"), ["took"])).columns["took"]
+    assert [round(one.total_seconds()) for one in took] == [round(one / 1e9) for one in times]
 
 
 @pytest.mark.parametrize(
@@ -425,6 +504,48 @@ def test_columns_may_be_told_to_be_none(tmp_path):
     (tmp_path / "q.csv").write_text("id,text,labels,split\n1,a,x,left\n1,b,x,right\n")
     raw = read(tmp_path / "q.csv", tmp_path / "spool", id="none", split="none")
     assert raw.train.items.ids is None and raw.train.items.count == 2
+
+
+def test_a_column_without_a_name_is_none_of_ours(tmp_path):
+    (tmp_path / "q.csv").write_text(",text,labels,id\n0,a,x,k\n1,b,y,l\n")  # As pandas writes.
+    raw = read(tmp_path / "q.csv", tmp_path / "spool")
+    assert texts_of(raw.train.items) == ["a", "b"] and list(raw.train.items.ids) == ["k", "l"]
+    assert labels_of(raw, "train") == [{"x"}, {"y"}]
+
+
+@pytest.mark.parametrize("other", ["train.csv.gz", "train.jsonl", "train.PARQUET"])
+def test_a_table_that_is_there_twice_is_refused(tmp_path, other):
+    (tmp_path / "d").mkdir()
+    for name in ("train.csv", "test.csv", other):
+        (tmp_path / "d" / name).write_text("text,labels\na,x\n")
+    with pytest.raises(InputError, match=r"train.*and train.*have one name but for its ending"):
+        read(tmp_path / "d", tmp_path / "spool")
+
+
+def test_endings_may_be_written_large(tmp_path):
+    own_tables.write_rows([{"text": "a", "labels": "x"}], tmp_path / "q.csv.gz")
+    (tmp_path / "q.csv.gz").rename(tmp_path / "Q.CSV.GZ")
+    assert texts_of(read(tmp_path / "Q.CSV.GZ", tmp_path / "spool").train.items) == ["a"]
+
+
+def test_shards_of_one_name_are_told_apart(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / "d" / part).mkdir(parents=True)
+        own_tables.write_rows([{"text": part, "labels": "x"}], tmp_path / "d" / part / "0.csv")
+    first = read(tmp_path / "d", tmp_path / "a").fingerprint
+    assert set(first["files"]) == {os.path.join("train", "0.csv"), os.path.join("test", "0.csv")}
+    for part in ("train", "test"):
+        os.utime(tmp_path / "d" / part / "0.csv", ns=(1, 1))
+        assert read(tmp_path / "d", tmp_path / part).fingerprint != first
+
+
+def test_only_what_is_divided_needs_the_column_that_it_is_divided_by(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.csv").write_text("text,labels,day\na,x,2\nb,x,3\nc,x,1\n")
+    (tmp_path / "d" / "test.csv").write_text("text,labels\nd,x\n")
+    raw = read(tmp_path / "d", tmp_path / "spool", split_by="time:day")
+    settled, _ = preparation.settle(raw, preparation.Settings(split_by="time:day", valid=0.3))
+    assert texts_of(settled.valid.items) == ["b"] and texts_of(settled.test.items) == ["d"]
 
 
 def test_lines_between_quotes_and_marks_of_order(tmp_path):

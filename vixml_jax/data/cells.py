@@ -64,7 +64,7 @@ def pieces(value: Any, separator: str, chunk: Chunk, row: int, column: str) -> l
         if value.lstrip().startswith("["):
             try:
                 value = json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{chunk.where(row)}: {column!r} begins as a JSON list but is none ({error})"
                 ) from None
@@ -77,17 +77,18 @@ def pieces(value: Any, separator: str, chunk: Chunk, row: int, column: str) -> l
 
 
 def numbers(chunk: Chunk, row: int, column: str, separator: str) -> list[float]:
-    """Weights of a cell: finite and not negative."""
+    """Weights of a cell: finite in float32 and not negative."""
     found = []
     for value in pieces(chunk.columns[column][row], separator, chunk, row, column):
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            with np.errstate(over="ignore"):
+                number = float(np.float32(float(value)))
+        except (TypeError, ValueError, OverflowError):
             number = -1.0
         if not 0.0 <= number < float("inf"):
             raise InputError(
                 f"{chunk.where(row)}: {str(value)[:40]!r} in {column!r}, expected a number of at "
-                "least 0"
+                "least 0 that float32 holds"
             )
         found.append(number)
     return found
@@ -105,8 +106,10 @@ def vectors(value: Any, chunk: Chunk, row: int, column: str) -> Float16[np.ndarr
                 value = value.replace(",", " ").split()
         if isinstance(value, np.ndarray) and value.dtype == object:
             value = np.stack([np.asarray(one) for one in value]) if len(value) else []
-        found = np.asarray(value, None if isinstance(value, np.ndarray) else np.float64)
-    except (TypeError, ValueError) as error:
+        with np.errstate(over="ignore"):
+            found = np.asarray(value, None if isinstance(value, np.ndarray) else np.float64)
+            found = found.astype(np.float16)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{chunk.where(row)}: {column!r} is no embedding ({error})") from None
     if not found.size:
         return None
@@ -114,8 +117,7 @@ def vectors(value: Any, chunk: Chunk, row: int, column: str) -> Float16[np.ndarr
         raise InputError(
             f"{chunk.where(row)}: {column!r} has {found.ndim} dimensions, expected 1 or 2"
         )
-    with np.errstate(over="ignore"):
-        found = found.reshape(-1, found.shape[-1]).astype(np.float16)
+    found = found.reshape(-1, found.shape[-1])
     if not np.isfinite(found).all():
         raise InputError(
             f"{chunk.where(row)}: {column!r} is not finite in float16; expected numbers within "
@@ -134,7 +136,7 @@ def time(value: Any, chunk: Chunk, row: int, column: str) -> float:
         if isinstance(value, datetime.datetime):
             value = value.replace(tzinfo=value.tzinfo or datetime.UTC).timestamp()
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not np.isfinite(number):
         raise InputError(

@@ -105,7 +105,7 @@ def assign(
     def find(role: str, told: str, flag: str) -> str | None:
         if told == _NONE:
             return None
-        if told in names:
+        if told and told in names:  # A column may have no name.
             return told
         if told and of_labels and role in ("image", "embedding"):
             return None  # Queries have it.

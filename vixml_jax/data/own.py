@@ -39,6 +39,14 @@ def find_tables(source: str, labels_source: str = "") -> dict[str, list[str]]:
         found.setdefault(_part_of(name) if os.path.isdir(source) else "", []).append(path)
     if labels_source:
         found[LABELS] = [path for path, _ in _list_tables("labels_source", labels_source)]
+    paths: dict[str, str] = {}
+    for path in (path for part in found.values() for path in part):
+        other = paths.setdefault(tables.stem_of(path), path)
+        if other != path:
+            raise InputError(
+                f"--source={source}: {os.path.basename(other)} and {os.path.basename(path)} have "
+                "one name but for its ending, and would count twice; expected one of them"
+            )
     if "" in found and set(found) & set(SPLITS):
         raise InputError(
             f"--source={source}: {os.path.basename(found[''][0])} beside files of a split; "
@@ -128,7 +136,10 @@ def read_tables(
         for name in ("", *SPLITS):
             if name not in found:
                 continue
-            roles = columns.assign(found[name][0], names, encoding, key=key_column)
+            divided = name in ("", "train")
+            roles = columns.assign(
+                found[name][0], names, encoding, key=key_column if divided else ""
+            )
             for chunk in _read(found[name], roles, encoding):
                 whole = [name or "train"] * len(chunk)
                 splits = whole if not roles.split or name else cells.splits(chunk, roles.split)
@@ -169,6 +180,12 @@ def read_tables(
         ]
         if find_images is not None:
             labels, queries = _with_images(labels, queries, source, find_images)
+        for split in sorted({*SPLITS} - {*queries}):
+            if os.path.exists(path := os.path.join(source, f"filter_labels_{split}.txt")):
+                raise InputError(
+                    f"{path}: the source has no {split} split; expected its pairs in "
+                    "filter_labels_train.txt, whose queries take theirs along when held out"
+                )
         queries = {
             split: _with_filter(split, found, labels, source, book.are == ROWS, encoding)
             for split, found in queries.items()
@@ -180,7 +197,7 @@ def read_tables(
         name=os.path.basename(os.path.abspath(source)).partition(".")[0],
         fingerprint={
             "path": os.path.abspath(source),
-            "files": describe_files(files),
+            "files": describe_files(files, source if os.path.isdir(source) else ""),
             "columns": dataclasses.asdict(names),
             "split_by": split_by,
         },
@@ -198,9 +215,8 @@ def _read(paths: list[str], roles: Roles, encoding: str) -> Iterator[Chunk]:
         for chunk in tables.read(path, roles.used, encoding=encoding):
             missing = [name for name in roles.used if name not in chunk.columns]
             if missing:
-                raise InputError(
-                    f"{path}: no column {missing[0]!r}; found {', '.join(chunk.columns)}"
-                )
+                there = tables.column_names(path, encoding=encoding)
+                raise InputError(f"{path}: no column {missing[0]!r}; found {', '.join(there)}")
             size += len(chunk)
             yield chunk
         if not size:
@@ -258,9 +274,12 @@ class _Part:
             base = os.path.dirname(chunk.path)
             for row in rows:
                 value = chunk.columns[roles.image][row]
-                names = cells.pieces(value, "|", chunk, row, roles.image)
+                names = (
+                    cells.text(name, chunk, row, roles.image)
+                    for name in cells.pieces(value, "|", chunk, row, roles.image)
+                )
                 self._images.append(
-                    [name if "://" in name else os.path.join(base, name) for name in names]
+                    [name if "://" in name else os.path.join(base, name) for name in names if name]
                 )
         if roles.embedding:
             for row in rows:
@@ -418,7 +437,7 @@ def _with_filter(
     rows = [
         {items.name(row): row for row in range(items.count)} for items in (queries.items, labels)
     ]
-    pairs = []
+    pairs: set[tuple[int, int]] = set()
     for number, line in tables.read_lines(path, encoding):
         line = line.strip()
         pair = line.split("\t") if "\t" in line else line.split()
@@ -429,8 +448,14 @@ def _with_filter(
                 f"{path}, line {number}: found {line[:60]!r}, expected the id of a query and of a "
                 "label"
             )
-        pairs.append((rows[0][pair[0]], rows[1][pair[1]]))
-    found = np.array(sorted(set(pairs)), np.int64).reshape(-1, 2)
+        at = rows[0][pair[0]], rows[1][pair[1]]
+        if at in pairs:
+            raise InputError(
+                f"{path}, line {number}: pair {line[:60]!r} is given twice; expected each once "
+                "(sort -u)"
+            )
+        pairs.add(at)
+    found = np.array(sorted(pairs), np.int64).reshape(-1, 2)
     return dataclasses.replace(queries, filter=found)
 
 

@@ -193,10 +193,11 @@ class RawDataset:
         return {name: found for name in SPLITS if (found := getattr(self, name)) is not None}
 
 
-def describe_files(paths: Iterable[str]) -> dict[str, list[int]]:
-    """Size and time of change of each file, by name."""
+def describe_files(paths: Iterable[str], directory: str = "") -> dict[str, list[int]]:
+    """Size and time of change of each file, by name; by its path from a directory, if told."""
     stats = {}
     for path in sorted(paths):
         stat = os.stat(path)
-        stats[os.path.basename(path)] = [stat.st_size, stat.st_mtime_ns]
+        name = os.path.relpath(path, directory) if directory else os.path.basename(path)
+        stats[name] = [stat.st_size, stat.st_mtime_ns]
     return stats

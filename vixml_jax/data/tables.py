@@ -49,10 +49,16 @@ class Chunk:
 
 def kind_of(path: str) -> str | None:
     """csv, tsv, jsonl or parquet, by the name; None if it is no table's."""
-    stem, ending = os.path.splitext(path)
+    stem, ending = os.path.splitext(path.lower())
     packed = ending in _PACKED
     kind = KINDS.get(os.path.splitext(stem)[1] if packed else ending)
     return None if packed and kind == "parquet" else kind
+
+
+def stem_of(path: str) -> str:
+    """A table's path without what says its kind: the same of 'a.csv', 'a.csv.gz', 'a.parquet'."""
+    stem, ending = os.path.splitext(path)
+    return os.path.splitext(stem)[0] if ending.lower() in _PACKED else stem
 
 
 def column_names(path: str, *, encoding: str = "utf-8") -> list[str]:
@@ -61,8 +67,13 @@ def column_names(path: str, *, encoding: str = "utf-8") -> list[str]:
     Raises:
       InputError: If the file cannot be read, or holds nothing.
     """
-    for chunk in read(path, encoding=encoding):
-        return list(chunk.columns)
+    if kind_of(path) == "parquet":
+        with _faults_of(path), _open_parquet(path) as file:
+            if file.metadata.num_rows:
+                return list(file.schema_arrow.names)
+    else:
+        for chunk in read(path, encoding=encoding):
+            return list(chunk.columns)
     raise InputError(f"{path}: no rows; expected some, or no such file")
 
 
@@ -155,10 +166,10 @@ def _faults_of(path: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked."""
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         with gzip.open(path, "rb") as file:
             yield file
-    elif path.endswith(".zst"):
+    elif path.lower().endswith(".zst"):
         import pyarrow
 
         with pyarrow.OSFile(path) as packed:
@@ -227,11 +238,7 @@ class _CsvRows:
             raise header
         if not header or not any(header):
             raise InputError(f"{path}, line 1: no column names; expected a header")
-        if len(set(header)) < len(header):
-            twice = next(name for name in header if header.count(name) > 1)
-            raise InputError(
-                f"{path}, line 1: column {twice!r} is there twice; expected each name once"
-            )
+        _check_names(f"{path}, line 1", header)
         self.header = header
 
     def _texts(self, encoding: str) -> Iterator[str]:
@@ -319,30 +326,62 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _read_parquet(path: str, wanted: Sequence[str] | None) -> Iterator[Chunk]:
+@contextlib.contextmanager
+def _open_parquet(path: str) -> Iterator[Any]:
+    """A parquet file whose columns have different names."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
-            first = 1
-            for batch in file.iter_batches(batch_size=_ROWS, columns=names):
-                columns = {name: _values(batch.column(name)) for name in names}
-                lines = range(first, first + batch.num_rows)
-                first += batch.num_rows
-                if batch.num_rows:
-                    yield Chunk(path, lines, columns)
+            _check_names(path, file.schema_arrow.names)
+            yield file
     except pyarrow.ArrowException as error:
         said = " ".join(str(error).split())
         raise InputError(f"{path}: not a whole parquet file ({said})") from None
 
 
+def _check_names(where: str, names: Sequence[str]) -> None:
+    """Refuses two columns of one name."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{where}: column {twice!r} is there twice; expected each name once")
+
+
+def _read_parquet(path: str, wanted: Sequence[str] | None) -> Iterator[Chunk]:
+    with _open_parquet(path) as file:
+        names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+        first = 1
+        for batch in file.iter_batches(batch_size=_ROWS, columns=names):
+            lines = range(first, first + batch.num_rows)
+            columns = {}
+            for name in names:
+                try:
+                    columns[name] = _values(batch.column(name))
+                except (ValueError, OverflowError) as error:  # No UTF-8, or a date out of range.
+                    raise InputError(
+                        f"{path}, rows {lines.start} to {lines.stop - 1}: {name!r} cannot be read "
+                        f"as {batch.column(name).type} ({error})"
+                    ) from None
+            first = lines.stop
+            if lines:
+                yield Chunk(path, lines, columns)
+
+
 def _values(column: Any) -> Sequence[Any]:
     """Python's values; lists of floats stay arrays, since a list of numbers is slow."""
+    import pyarrow
     from pyarrow import types
 
+    coarser = {  # Python's times have no nanoseconds.
+        pyarrow.time64("ns"): pyarrow.time64("us"),
+        pyarrow.duration("ns"): pyarrow.duration("us"),
+    }
     inner = column.type
+    if types.is_timestamp(inner) and inner.unit == "ns":
+        coarser[inner] = pyarrow.timestamp("us", inner.tz)
+    if inner in coarser:
+        column = column.cast(coarser[inner], safe=False)
     while types.is_list(inner) or types.is_large_list(inner) or types.is_fixed_size_list(inner):
         inner = inner.value_type
     if inner is not column.type and types.is_floating(inner):
