@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import shutil
 import threading
 
@@ -163,6 +164,13 @@ def test_what_is_wrong_with_the_files_is_named(model, source, tmp_path):
         (source / f"{name}_images.txt").unlink()
     with pytest.raises(InputError, match=r"names no image files"):
         run(source, tmp_path / "out", model[0])
+    (source / "trn_images.txt").write_bytes(b"pictures/a.png\n\xff\n\n")
+    with pytest.raises(InputError, match=r"trn_images.txt: paths that are not UTF-8"):
+        run(source, tmp_path / "out", model[0])
+    rows = [{"text": "a", "labels": ["x"], "image": name} for name in ("b.png", {"bytes": "b"})]
+    (source / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"q.jsonl, line 2: 'image' is .*, expected text"):
+        run(source / "q.jsonl", tmp_path / "out", model[0])
     other = tmp_path / "other"
     shutil.copytree(model[0], other)
     about = json.loads((other / "preprocessor_config.json").read_text())
@@ -174,6 +182,34 @@ def test_what_is_wrong_with_the_files_is_named(model, source, tmp_path):
     (other / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"preprocessor_config.json: not found"):
         run(source, tmp_path / "out", str(other))
+
+
+def test_files_that_are_no_pictures_are_listed(model, tmp_path, monkeypatch):
+    picture(np.random.default_rng(0)).save(tmp_path / "fine.png")
+    picture(np.random.default_rng(0), size=(90, 90)).save(tmp_path / "huge.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("text")
+    (tmp_path / "directory.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")  # Reading it would never end.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    faults = {
+        "huge.png": "decompression bomb",
+        "empty.png": "cannot identify",
+        "text.png": "cannot identify",
+        "directory.png": "cannot be read",
+        "pipe.png": "cannot be read",
+        "no\0file.png": "cannot be read",
+        "gone.png": "cannot be read",
+    }
+    rows = [{"text": name, "labels": ["x"], "image": name} for name in ("fine.png", *faults)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = run(tmp_path / "q.jsonl", tmp_path / "out", model[0])
+    given = (len(part.images.values) for part in (found.train, found.test) if part.images)
+    assert sum(given) == 1
+    broken = (tmp_path / "out.images" / "broken.txt").read_text()
+    for name, fault in faults.items():
+        line = next(one for one in broken.split("\n") if f"{os.sep}{name}\t" in one)
+        assert fault in line
 
 
 def test_a_store_without_pictures(tmp_path):

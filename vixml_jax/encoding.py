@@ -326,7 +326,7 @@ def embed_files(
     def decode(path: str) -> np.ndarray | str:
         try:
             return images.load_pixels(path, processor, keep_aspect=keep_aspect)
-        except (OSError, ValueError, SyntaxError) as error:  # What Pillow raises.
+        except (OSError, ValueError) as error:
             return " ".join(str(error).split())
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:

@@ -256,8 +256,11 @@ def read_paths(directory: str, prefix: str, count: int) -> list[list[str]] | Non
     path = os.path.join(directory, f"{prefix}_images.txt")
     if not os.path.exists(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        lines = file.read().split("\n")
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: paths that are not UTF-8 ({error})") from None
     if lines and not lines[-1]:
         lines.pop()
     if len(lines) != count:
@@ -351,8 +354,13 @@ def load_pixels(
     """
     from PIL import Image
 
-    with Image.open(path) as file:
-        picture = file.convert("RGB")
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+    except OSError:
+        raise
+    except Exception as error:  # Of broken files and of bombs, Pillow raises anything.
+        raise ValueError(f"{type(error).__name__}: {error}") from None
     frame = (processor.width, processor.height)
     if keep_aspect:
         share = min(frame[0] / picture.width, frame[1] / picture.height)
@@ -425,7 +433,9 @@ class EmbeddingStore:
 
 
 def digest(path: str) -> str | None:
-    """SHA-256 of a file's content; None if it cannot be read."""
+    """SHA-256 of a file's content; None if it cannot be read, as a pipe or a device."""
+    if not os.path.isfile(path):
+        return None
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
