@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import gc
 import json
 import re
 import unicodedata
@@ -390,6 +391,7 @@ def test_texts_in_chunks(tmp_path):
 def test_texts_read_in_chunks_take_no_memory_later(tmp_path):
     """Pages of a mapped file count as the process's own until they are let go."""
     prepare(make_raw(8), tmp_path / "set")
+    gc.collect()  # What it had mapped itself.
     texts = PreparedDataset.open(tmp_path / "set").train.texts
 
     def resident():
