@@ -118,7 +118,8 @@ def _spool(values: flags.FlagValues) -> contextlib.AbstractContextManager[str]:
     if values.dry_run:
         return tempfile.TemporaryDirectory()
     parent, name = os.path.split(os.path.abspath(values.out))
-    os.makedirs(parent, exist_ok=True)
+    while not os.path.isdir(parent):  # Made when all is read, not before.
+        parent = os.path.dirname(parent)
     return tempfile.TemporaryDirectory(dir=parent, prefix=f"{name}.tmp-")
 
 

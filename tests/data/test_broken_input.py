@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_nothing_new_and_keeps_what_was_there(tmp_path, monke
 
 
 def test_the_door_says_what_is_wrong_on_one_line(tmp_path):
-    out = f"--out={tmp_path / 'out'}"
+    out = f"--out={tmp_path / 'not' / 'there' / 'out'}"
     for name, data, fault in (
         ("a.csv", b"id,text,labels\n1,a\n", "a.csv, line 2: 2 fields, expected 3"),
         ("b.csv", b"", "b.csv: empty, zero bytes"),

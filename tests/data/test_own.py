@@ -568,7 +568,7 @@ def test_the_readme_shows_a_file_that_is_read(tmp_path):
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "vixml_jax.prepare"]
     done = subprocess.run(
-        [sys.executable, *words[1:], "--test=0.5"],
+        [sys.executable, *words[1:]],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         check=True,
     )  # fmt: skip

@@ -77,13 +77,13 @@ def hold_out(raw: RawDataset, split: str, share: float, *, split_by: str, seed: 
 
 
 def random_groups(key: Int[np.ndarray, " n"], share: float, *, seed: int) -> Bool[np.ndarray, " n"]:
-    """Whether each row is among the groups drawn, which together are `share` of the rows or the
-    first to reach it; rows of one group have equal keys."""
+    """Whether each row is among the groups drawn, which together are `share` of the rows, one at
+    least, or the first to reach it; rows of one group have equal keys."""
     _, group, sizes = np.unique(key, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(sizes))
     before = np.cumsum(sizes[order]) - sizes[order]
     drawn = np.zeros(len(sizes), bool)
-    drawn[order[before < round(share * len(key))]] = True
+    drawn[order[before < max(1, round(share * len(key)))]] = True
     return drawn[group]
 
 
