@@ -13,6 +13,7 @@ import numpy as np
 import own_tables
 import pyarrow
 import pytest
+import whole_sets
 from pyarrow import parquet
 
 from vixml_jax.data import own, preparation, store, tables
@@ -63,6 +64,20 @@ def test_every_kind_of_file_gives_the_same_prepared_data(tmp_path, kind, shards)
         assert (tmp_path / "a" / "one" / name).read_bytes() == (
             tmp_path / "b" / "other" / name
         ).read_bytes()
+
+
+def test_whole_sets_are_compared_file_by_file(tmp_path):
+    own_tables.write_xml(own_tables.draw(4), tmp_path / "set")
+    (tmp_path / "to").mkdir()
+    found = list(whole_sets.compare(tmp_path / "set", tmp_path / "to", ["csv.gz", "parquet"]))
+    assert [(kind, names) for kind, _, names in found] == [
+        ("repository", []), ("csv.gz", []), ("parquet", []),
+    ]  # fmt: skip
+    other = tmp_path / "to" / "csv.gz.prepared"
+    (other / "train_tokens.npy").write_bytes(b"")
+    (other / "test_ids.npy").unlink()
+    left = whole_sets.differing(tmp_path / "to" / "repository.prepared", other)
+    assert left == ["test_ids.npy", "train_tokens.npy"]
 
 
 def test_the_xml_repositorys_json_is_read_as_published(tmp_path):
