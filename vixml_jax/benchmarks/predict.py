@@ -91,7 +91,7 @@ def _ours(
         predictor = Predictor(
             directory, model, params, None, kept, index=ExactIndex(labels), memory=None, mixing=None
         )
-    predictor.warm_up(K)
+    predictor.warm_up(K, settings["batch"])
     return lambda texts: predictor(texts, k=K)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -364,12 +365,13 @@ class Predictor:
             for a, b in itertools.pairwise(offsets)
         ]
 
-    def warm_up(self, k: int = K) -> None:
-        """Compiles what queries need, so that none waits for it."""
+    def warm_up(self, k: int = K, most: int = SIZES[-1]) -> None:
+        """Compiles what queries need, up to so many (`most`) at once, so that none waits for it."""
         picture = np.zeros((self.model.layout.num_images, self.image_width))
         images = [picture] if self.image_width else None
         beside = self.model.layout.overhead + self._frame - sum(self.model.layout.trim)
-        for size in self._sizes:
+        enough = next((size for size in self._sizes if size >= most), self._sizes[-1])
+        for size in (size for size in self._sizes if size <= enough):
             for words in (1, *(width - beside for width in self._widths)):
                 vectors = self.encode(["a " * max(1, words)] * size)
             for pairs in (None, np.zeros((1, 2), np.int64)):
@@ -377,17 +379,18 @@ class Predictor:
             self.encode(["a " * self.answers.about["max_tokens"]] * size, images and images * size)
 
     def _pack(self, items: Items, ids: Int[np.ndarray, " b"]) -> Any:
-        """Rows enough for items of common length, else for the longest: two shapes a size. An item
-        that a device reads alone has a row that is hardly wider than it."""
+        """Rows enough for items as long as the mean, with room for chance and for the ends of rows,
+        else for the longest: two shapes a size. An item that a device reads alone has a row that is
+        hardly wider than it."""
         each = len(ids) // self._shards
         width, layout = self.model.row_width, self.model.layout
-        *_, common, longest = self._widths
+        mean, *_, longest = self._widths
         if each == 1:
             tokens = np.diff(items.tokens.offsets).max(initial=0) - sum(layout.trim)
             width = next((w for w in self._widths if tokens + layout.overhead <= w), longest)
             return packing.pack(items, ids, width=width, layout=layout, blocks=self._shards)
         most = -(-each // (width // longest))
-        few = min(most, max(1, -(-round(each * common) // width)))
+        few = min(most, max(1, math.ceil(each * mean * (1.1 + each**-0.5) / width)))
         return packing.pack(
             items,
             ids,
