@@ -10,10 +10,10 @@ import sys
 import pytest
 from absl import flags
 
-from vixml_jax import config, runs
+from vixml_jax import config, workdir
 from vixml_jax.errors import InputError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def leaves():
@@ -87,7 +87,7 @@ def test_axes_of_the_mesh_by_name(mesh, sizes):
 
 def test_a_mesh_of_other_devices_says_what_is_there():
     with pytest.raises(InputError) as error:
-        runs.make_mesh(config.Config(mesh="replica:3,tensor:2"))
+        workdir.make_mesh(config.Config(mesh="replica:3,tensor:2"))
     assert str(error.value) == (
         "--mesh=replica:3,tensor:2: replica:3,fsdp:1,tensor:2 is for 6 devices, found 8 (cpu): "
         "choose sizes whose product is 8, or -1 for one of them"

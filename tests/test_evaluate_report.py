@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import configuration, make_data
 
+from tests.tiny import configuration, make_data
 from vixml_jax import train
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.evaluation import bootstrap, per_query

@@ -13,11 +13,11 @@ from absl import flags
 from flax import linen as nn
 
 from vixml_jax import config as config_lib
-from vixml_jax import runs, train
-from vixml_jax.benchmarks import towers
-from vixml_jax.models import hf
+from vixml_jax import train, workdir
+from vixml_jax.benchmarks.support import towers
+from vixml_jax.models import hf_checkpoints
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.flags"))
 PAPER = [f for f in FILES if re.match(r"lf_|mm_", f.name)]
 OTHERS = [f for f in FILES if f not in PAPER and f.stem != "base"]
@@ -63,7 +63,7 @@ def hub(tmp_path, monkeypatch):
         (path / "config.json").write_text(json.dumps(towers.about(name)))
         return str(path)
 
-    monkeypatch.setattr(hf, "resolve", resolve)
+    monkeypatch.setattr(hf_checkpoints, "resolve", resolve)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ def test_it_parses_and_builds_the_published_model(path, tokenizer):
     config = parse(path)
     num_labels, length = DATA[data]
     tower, layout = train.make_tower(config, dataset_of(length, tokenizer))
-    model = runs.build_model(config, tower, layout, num_labels, runs.make_mesh(config))
-    trained, frozen = runs.split_params(model.abstract_params, tower)
+    model = workdir.build_model(config, tower, layout, num_labels, workdir.make_mesh(config))
+    trained, frozen = workdir.split_params(model.abstract_params, tower)
     images = 1153 * tower.width if config.model.num_images else 0
     d = tower.width
     # Four d x d products and two of 1,024 with biases, two norms; one free vector a cluster.

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent / "vixml_jax"
+ROOT = pathlib.Path(__file__).parents[1] / "vixml_jax"
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 HEAVY = {
     "grain",

@@ -14,8 +14,8 @@ import transformers
 from absl import flags
 from PIL import Image
 
-from vixml_jax import encoding, prepare
-from vixml_jax.data import images
+from vixml_jax import modeling, prepare
+from vixml_jax.data.images import image_files
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 
@@ -83,19 +83,19 @@ def test_pixels_match_transformers(mode, model, tmp_path):
     path, _, theirs = model
     file = picture(np.random.default_rng(3), mode)
     file.save(tmp_path / "x.png")
-    ours = images.read_processor(path + "/preprocessor_config.json")
+    ours = image_files.read_processor(path + "/preprocessor_config.json")
     expected = theirs(Image.open(tmp_path / "x.png").convert("RGB"), return_tensors="np")
     np.testing.assert_allclose(
-        images.load_pixels(str(tmp_path / "x.png"), ours),
+        image_files.load_pixels(str(tmp_path / "x.png"), ours),
         expected["pixel_values"][0].transpose(1, 2, 0),
         atol=1e-6,
     )
 
 
 def test_aspect_is_kept_on_white(model, tmp_path):
-    processor = images.read_processor(model[0] + "/preprocessor_config.json")
+    processor = image_files.read_processor(model[0] + "/preprocessor_config.json")
     Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "x.png")
-    found = images.load_pixels(str(tmp_path / "x.png"), processor, keep_aspect=True)
+    found = image_files.load_pixels(str(tmp_path / "x.png"), processor, keep_aspect=True)
     expected = np.ones((SIZE, SIZE, 3), np.float32)  # White, scaled.
     expected[4:12, :, 1:] = -1.0  # Red.
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -122,13 +122,13 @@ def test_from_files_to_the_prepared_data(model, source, tmp_path, capsys):
 def test_a_stop_costs_nothing_and_changes_nothing(model, source, tmp_path, monkeypatch):
     path = model[0]
     whole = run(source, tmp_path / "whole", path)
-    add = images.EmbeddingStore.add
+    add = image_files.EmbeddingStore.add
 
     def stop(self, digests, vectors):
         add(self, digests, vectors)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(images.EmbeddingStore, "add", stop)
+    monkeypatch.setattr(image_files.EmbeddingStore, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out", path)
     monkeypatch.undo()
@@ -141,7 +141,7 @@ def test_a_stop_costs_nothing_and_changes_nothing(model, source, tmp_path, monke
         file.write("abc")
     embedded = []
     monkeypatch.setattr(
-        images, "load_pixels", lambda path, *a, load=images.load_pixels, **k:
+        image_files, "load_pixels", lambda path, *a, load=image_files.load_pixels, **k:
         embedded.append(path) or load(path, *a, **k),
     )  # fmt: skip
     again = run(source, tmp_path / "out", path)
@@ -213,9 +213,9 @@ def test_files_that_are_no_pictures_are_listed(model, tmp_path, monkeypatch):
 
 
 def test_a_store_without_pictures(tmp_path):
-    store = images.EmbeddingStore(str(tmp_path / "s"), width=4, about={})
+    store = image_files.EmbeddingStore(str(tmp_path / "s"), width=4, about={})
     assert store.vectors().shape == (0, 4)
-    row_of, faults = encoding.embed_files(
+    row_of, faults = modeling.embed_files(
         None, {}, [str(tmp_path / "no.png")], store, None, batch=2, keep_aspect=False, threads=1
     )
     assert row_of == {} and list(faults.values()) == ["cannot be read"]

@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from tests import tiny
-from vixml_jax.data import glyphs
+from vixml_jax.data.sources import glyphs
 from vixml_jax.data.store import PreparedDataset
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[1]
 WIDTH = 192
 
 

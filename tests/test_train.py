@@ -12,13 +12,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny import assert_same_state, configuration, final_state, make_data
 
+from tests.tiny import assert_same_state, configuration, final_state, make_data
 from vixml_jax import config as config_lib
-from vixml_jax import evaluate, judging, runs, sharding, train
+from vixml_jax import evaluate, evaluator, train
+from vixml_jax import workdir as workdir_lib
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
-from vixml_jax.training import loop, telemetry
+from vixml_jax.parallel import sharding
+from vixml_jax.training import metric_logger, trainer
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize("at", [1, 5, 6, 11, 17])
 def test_a_stopped_run_resumes_bit_for_bit(data, whole_run, tmp_path, monkeypatch, at):
     config = configuration(data, tmp_path / "run")
-    advance = telemetry.Telemetry.advance
+    advance = metric_logger.Telemetry.advance
     seen = []
 
     def stop(self, epoch):
@@ -60,7 +62,7 @@ def test_a_stopped_run_resumes_bit_for_bit(data, whole_run, tmp_path, monkeypatc
             raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(telemetry.Telemetry, "advance", stop)
+        patched.setattr(metric_logger.Telemetry, "advance", stop)
         with pytest.raises(Stopped):
             train.train(config)
     train.train(config)
@@ -100,7 +102,7 @@ def chosen_run(divided, tmp_path_factory):
     """A run that is judged after every epoch, but never sees the test split."""
     config = choosing(configuration(divided, tmp_path_factory.mktemp("chosen") / "run"))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(runs, "open_dataset", open_sealed)
+        patched.setattr(workdir_lib, "open_dataset", open_sealed)
         train.train(config)
     return config
 
@@ -151,7 +153,7 @@ def test_training_is_the_same_whether_it_is_judged_or_not(chosen_run, divided, t
     train.train(config)
     assert_same_state(final_state(chosen_run), final_state(config))
     assert not judged_on_the_way(config)
-    assert not os.path.exists(os.path.join(config.workdir, runs.BEST))
+    assert not os.path.exists(os.path.join(config.workdir, workdir_lib.BEST))
     said = capsys.readouterr().out
     assert "model: of the last epoch, 2\n" in said
     assert f"python -m vixml_jax.evaluate --workdir={config.workdir}\n" in said
@@ -162,7 +164,7 @@ def test_training_is_the_same_whether_it_is_judged_or_not(chosen_run, divided, t
 def test_a_run_that_is_ruined_keeps_what_it_was(divided, tmp_path, monkeypatch, capsys):
     """Zero parameters after the second epoch: all labels look alike, and patience is over."""
     config = choosing(configuration(divided, tmp_path / "run"), patience=1)
-    run_batches = loop.Trainer._run_batches
+    run_batches = trainer.Trainer._run_batches
 
     def ruin(self, state, clusters, position, telemetry):
         state, done = run_batches(self, state, clusters, position, telemetry)
@@ -170,7 +172,7 @@ def test_a_run_that_is_ruined_keeps_what_it_was(divided, tmp_path, monkeypatch, 
             state = state._replace(params=jax.tree.map(jax.numpy.zeros_like, state.params))
         return state, done
 
-    monkeypatch.setattr(loop.Trainer, "_run_batches", ruin)
+    monkeypatch.setattr(trainer.Trainer, "_run_batches", ruin)
     train.train(config)
     found = judged_on_the_way(config)
     assert list(found) == [0, 1]
@@ -194,7 +196,7 @@ def test_stopped_after_an_evaluation_it_chooses_the_same(
     chosen_run, divided, tmp_path, monkeypatch
 ):
     config = choosing(configuration(divided, tmp_path / "run"))
-    advance = telemetry.Telemetry.advance
+    advance = metric_logger.Telemetry.advance
     seen = []
 
     def stop(self, epoch):
@@ -203,7 +205,7 @@ def test_stopped_after_an_evaluation_it_chooses_the_same(
         if len(seen) == 7:
             raise Stopped
 
-    monkeypatch.setattr(telemetry.Telemetry, "advance", stop)
+    monkeypatch.setattr(metric_logger.Telemetry, "advance", stop)
     with pytest.raises(Stopped):
         train.train(config)
     monkeypatch.undo()
@@ -211,7 +213,9 @@ def test_stopped_after_an_evaluation_it_chooses_the_same(
     assert_same_state(final_state(chosen_run), final_state(config))
     assert judged_on_the_way(config) == judged_on_the_way(chosen_run)
     assert judged_at_the_end(config)["nDCG@3"] == judged_at_the_end(chosen_run)["nDCG@3"]
-    assert runs.find_model(config.workdir)[1] == runs.find_model(chosen_run.workdir)[1]
+    assert (
+        workdir_lib.find_model(config.workdir)[1] == workdir_lib.find_model(chosen_run.workdir)[1]
+    )
 
 
 def test_what_cannot_be_chosen_by_is_refused(data, divided, tmp_path):
@@ -274,7 +278,7 @@ def test_a_run_goes_on_upon_other_devices(data, tmp_path, monkeypatch, before, a
     whole = dataclasses.replace(config, workdir=str(tmp_path / "whole"))
     upon(before)
     train.train(whole)
-    advance, seen = telemetry.Telemetry.advance, []
+    advance, seen = metric_logger.Telemetry.advance, []
 
     def stop(self, epoch):
         advance(self, epoch)
@@ -283,7 +287,7 @@ def test_a_run_goes_on_upon_other_devices(data, tmp_path, monkeypatch, before, a
             raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(telemetry.Telemetry, "advance", stop)
+        patched.setattr(metric_logger.Telemetry, "advance", stop)
         with pytest.raises(Stopped):
             train.train(config)
     left = final_state(config)
@@ -312,29 +316,32 @@ def test_another_configuration_is_refused(whole_run):
 def test_how_often_to_save_is_no_part_of_what_a_run_is(whole_run, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    for name in (runs.CONFIG, runs.TOWER):
+    for name in (workdir_lib.CONFIG, workdir_lib.TOWER):
         shutil.copy(os.path.join(whole_run.workdir, name), workdir / name)
     loop_flags = dataclasses.replace(whole_run.loop, keep=5, save_every=7, save_minutes=1.5)
     changed = dataclasses.replace(whole_run, workdir=str(workdir), loop=loop_flags)
-    tower, layout = runs.read_tower(workdir)
-    content = runs.open_dataset(changed).content_hash
-    runs.open_run(changed, tower, layout, content, sharding.create_mesh())
-    assert config_lib.load(str(workdir / runs.CONFIG)) == changed
+    tower, layout = workdir_lib.read_tower(workdir)
+    content = workdir_lib.open_dataset(changed).content_hash
+    workdir_lib.open_run(changed, tower, layout, content, sharding.create_mesh())
+    assert config_lib.load(str(workdir / workdir_lib.CONFIG)) == changed
     more = dataclasses.replace(changed, loop=dataclasses.replace(loop_flags, keep=1, epochs=9))
     with pytest.raises(InputError, match=r"configuration \(--loop.epochs: 3 there, 9 here\)"):
-        runs.open_run(more, tower, layout, content, sharding.create_mesh())
-    assert config_lib.load(str(workdir / runs.CONFIG)) == changed
+        workdir_lib.open_run(more, tower, layout, content, sharding.create_mesh())
+    assert config_lib.load(str(workdir / workdir_lib.CONFIG)) == changed
 
 
 def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
     with open(os.path.join(whole_run.workdir, "evaluation", "test-exact.json")) as file:
         trained = json.load(file)
-    config = config_lib.load(os.path.join(whole_run.workdir, runs.CONFIG))
-    dataset = runs.open_dataset(config)
-    model = runs.build_model(
-        config, *runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
+    config = config_lib.load(os.path.join(whole_run.workdir, workdir_lib.CONFIG))
+    dataset = workdir_lib.open_dataset(config)
+    model = workdir_lib.build_model(
+        config,
+        *workdir_lib.read_tower(config.workdir),
+        dataset.num_labels,
+        workdir_lib.make_mesh(config),
     )
-    params, labels, step = runs.restore_model(config.workdir, model)
+    params, labels, step = workdir_lib.restore_model(config.workdir, model)
     assert step == 18
     evaluate.show(config, model, params, labels, dataset, split="test", search="exact")
     with open(os.path.join(whole_run.workdir, "evaluation", "test-exact.json")) as file:
@@ -352,13 +359,16 @@ def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
 
 
 def test_evaluate_without_pictures(whole_run, capsys):
-    config = config_lib.load(os.path.join(whole_run.workdir, runs.CONFIG))
-    dataset = runs.open_dataset(config)
-    model = runs.build_model(
-        config, *runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
+    config = config_lib.load(os.path.join(whole_run.workdir, workdir_lib.CONFIG))
+    dataset = workdir_lib.open_dataset(config)
+    model = workdir_lib.build_model(
+        config,
+        *workdir_lib.read_tower(config.workdir),
+        dataset.num_labels,
+        workdir_lib.make_mesh(config),
     )
-    params, labels, _ = runs.restore_model(config.workdir, model)
-    hidden = judging.without_images(dataset, "test")
+    params, labels, _ = workdir_lib.restore_model(config.workdir, model)
+    hidden = evaluator.without_images(dataset, "test")
     shown, bare = (
         model.encode_queries(params, data.test, block=32).values for data in (dataset, hidden)
     )
@@ -375,17 +385,17 @@ def test_evaluate_without_pictures(whole_run, capsys):
 
 
 def test_the_votes_that_stand_beside_a_run(whole_run):
-    dataset = runs.open_dataset(whole_run)
+    dataset = workdir_lib.open_dataset(whole_run)
     rows = {
-        name: judging.measure(vote, dataset, "test")
-        for name, vote in judging.baselines(dataset, 10).items()
+        name: evaluator.measure(vote, dataset, "test")
+        for name, vote in evaluator.baselines(dataset, 10).items()
     }
     assert list(rows) == ["vote, text", "vote, picture", "vote, both"]
     assert all(0.0 <= value <= 100.0 for row in rows.values() for value in row.values())
 
 
 def test_collapse_is_told_once():
-    guard = telemetry.CollapseGuard(margin=0.1, num_negatives=10, patience=5)
+    guard = metric_logger.CollapseGuard(margin=0.1, num_negatives=10, patience=5)
     fine = {"loss_text": 0.05, "violators": 3.0}
     collapsed = {"loss_text": 0.1001, "violators": 9.99}
     said = [guard.warning(x) for x in [fine] * 3 + [collapsed] * 5]

@@ -7,16 +7,19 @@ import os
 import jax
 import numpy as np
 import pytest
-from tiny import assert_same_state, configuration, final_state, make_data, make_qwen
 
+from tests.tiny import assert_same_state, configuration, final_state, make_data, make_qwen
 from vixml_jax import config as config_lib
-from vixml_jax import evaluate, retrieval, runs, train, trees
+from vixml_jax import evaluate, train
+from vixml_jax import workdir as workdir_lib
+from vixml_jax.augmentation import neighbors
 from vixml_jax.config import LoraConfig, PromptConfig
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf
+from vixml_jax.models import hf_checkpoints
+from vixml_jax.runtime import tree_utils
 from vixml_jax.training import optimizer
-from vixml_jax.training import state as state_lib
+from vixml_jax.training import train_state as state_lib
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +61,15 @@ def whole_run(data, checkpoint, tmp_path_factory):
 
 
 def test_the_base_is_frozen_and_kept_once(whole_run, checkpoint):
-    tower, layout = runs.read_tower(whole_run.workdir)
+    tower, layout = workdir_lib.read_tower(whole_run.workdir)
     assert (tower.lora_rank, tower.lora_maps) == (2, ("query", "value", "down"))
     assert layout.seen[-1] == layout.unseen[-1] and "images" in layout.seen
-    model = runs.build_model(whole_run, tower, layout, 20, runs.make_mesh(whole_run))
-    params, _, _ = runs.restore_model(whole_run.workdir, model)
-    _, base = hf.load_hf_tower(checkpoint, dtype="bfloat16")
-    trained, frozen = runs.split_params(params, tower)
+    model = workdir_lib.build_model(whole_run, tower, layout, 20, workdir_lib.make_mesh(whole_run))
+    params, _, _ = workdir_lib.restore_model(whole_run.workdir, model)
+    _, base = hf_checkpoints.load_hf_tower(checkpoint, dtype="bfloat16")
+    trained, frozen = workdir_lib.split_params(params, tower)
     jax.tree.map(np.testing.assert_array_equal, frozen, {"tower": base})
-    adapters = [path for path in trees.paths(trained["tower"]) if path[-1].startswith("lora")]
+    adapters = [path for path in tree_utils.paths(trained["tower"]) if path[-1].startswith("lora")]
     assert {path[-2] for path in adapters} == {"query", "value", "down"}
     changed = trained["tower"]["encoder"]["blocks"]["query"]["lora_b"]
     assert np.abs(changed).max() > 0 and changed.dtype == np.float32
@@ -77,15 +80,17 @@ def test_the_base_is_frozen_and_kept_once(whole_run, checkpoint):
 
 def test_what_was_read_is_never_copied(data, checkpoint, tmp_path, monkeypatch):
     config = decoder_run(data, checkpoint, tmp_path / "run")
-    dataset, mesh = runs.open_dataset(config), runs.make_mesh(config)
+    dataset, mesh = workdir_lib.open_dataset(config), workdir_lib.make_mesh(config)
     tower, layout = train.make_tower(config, dataset)
-    model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
-    read, load = [], hf.load_hf_tower
-    monkeypatch.setattr(hf, "load_hf_tower", lambda *a, **k: read.append(load(*a, **k)) or read[0])
+    model = workdir_lib.build_model(config, tower, layout, dataset.num_labels, mesh)
+    read, load = [], hf_checkpoints.load_hf_tower
+    monkeypatch.setattr(
+        hf_checkpoints, "load_hf_tower", lambda *a, **k: read.append(load(*a, **k)) or read[0]
+    )
     params = train.first_params(config, model, dataset)
-    params, frozen = runs.split_params(params, tower)
+    params, frozen = workdir_lib.split_params(params, tower)
     tx = optimizer.make_optimizer(total_steps=1, **dataclasses.asdict(config.optimizer))
-    split = runs.split_params(model.abstract_params, tower)
+    split = workdir_lib.split_params(model.abstract_params, tower)
     like = state_lib.abstract_state(model, *split, tx, len(dataset.train))
     labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
     bank = state_lib.empty_bank(model, len(dataset.train))
@@ -121,13 +126,16 @@ def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
     path = os.path.join(whole_run.workdir, "evaluation", "test-exact.json")
     with open(path) as file:
         trained = json.load(file)
-    config = config_lib.load(os.path.join(whole_run.workdir, runs.CONFIG))
+    config = config_lib.load(os.path.join(whole_run.workdir, workdir_lib.CONFIG))
     assert config == whole_run
-    dataset = runs.open_dataset(config)
-    model = runs.build_model(
-        config, *runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
+    dataset = workdir_lib.open_dataset(config)
+    model = workdir_lib.build_model(
+        config,
+        *workdir_lib.read_tower(config.workdir),
+        dataset.num_labels,
+        workdir_lib.make_mesh(config),
     )
-    params, labels, _ = runs.restore_model(config.workdir, model)
+    params, labels, _ = workdir_lib.restore_model(config.workdir, model)
     evaluate.show(
         config,
         model,
@@ -136,7 +144,7 @@ def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
         dataset,
         split="test",
         search="exact",
-        mixing=retrieval.as_trained(config.eval),
+        mixing=neighbors.as_trained(config.eval),
     )
     with open(path) as file:
         again = json.load(file)

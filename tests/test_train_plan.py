@@ -12,14 +12,16 @@ import sys
 
 import jax
 import pytest
-from tiny import configuration, make_data
 
-from vixml_jax import memory, runs, train
-from vixml_jax.benchmarks import towers
+from tests.tiny import configuration, make_data
+from vixml_jax import train
+from vixml_jax import workdir as workdir_lib
+from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import LoraConfig
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import host_memory
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 301,
@@ -82,7 +84,7 @@ def test_what_is_planned_is_what_train_plans(data, tmp_path, capsys, monkeypatch
 
 
 def test_what_does_not_fit_ends_after_the_table(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "of_a_device", lambda device: 1000)
+    monkeypatch.setattr(host_memory, "of_a_device", lambda device: 1000)
     config = configuration(data, tmp_path / "run")
     with pytest.raises(InputError, match=r"^memory a device, GiB: .* it does not fit; the step's"):
         train.plan(config)
@@ -183,8 +185,8 @@ def test_weights_are_not_needed_here_either(data, tmp_path, capsys):
     train.plan(config, sizes="queries:5000")
     said = capsys.readouterr().out
     assert "; 5000 queries, 20 labels; " in said
-    found = train.make_tower(config, runs.open_dataset(config))
-    model = runs.build_model(config, *found, 20, runs.make_mesh(config))
+    found = train.make_tower(config, workdir_lib.open_dataset(config))
+    model = workdir_lib.build_model(config, *found, 20, workdir_lib.make_mesh(config))
     base = model.abstract_params["tower"]["encoder"]["blocks"]["gate"]["kernel"].value
     assert base.shape == (2, 48, 96)
     size = math.prod(base.shape) * 2 / len(jax.devices()) / 2**20

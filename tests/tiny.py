@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from vixml_jax import config as config_lib
-from vixml_jax import remote, runs, sealed
-from vixml_jax.data import preparation
+from vixml_jax import workdir as workdir_lib
+from vixml_jax.data import preprocessing
+from vixml_jax.storage import digests, object_store
 
 
 def make_data(root, *, train=90, **settings):
@@ -31,8 +32,8 @@ def make_data(root, *, train=90, **settings):
         np.save(root / f"{split}_image_embeddings.npy", np.eye(12)[first].astype(np.float16))
         np.save(root / f"{split}_has_image.npy", np.arange(count) % 2 == 0)
     out = root / "prepared"
-    settings = preparation.Settings(max_tokens=8, **settings)
-    preparation.prepare(preparation.read_source(str(root)), str(out), settings)
+    settings = preprocessing.Settings(max_tokens=8, **settings)
+    preprocessing.prepare(preprocessing.read_source(str(root)), str(out), settings)
     return str(out)
 
 
@@ -121,8 +122,8 @@ def final_state(config):
     """Everything of the newest checkpoint, as numpy arrays by path, whoever wrote it."""
     import orbax.checkpoint as ocp
 
-    directory = os.path.join(config.workdir, runs.CHECKPOINTS)
-    newest = os.path.join(remote.absolute(directory), str(sealed.steps(directory)[-1]))
+    directory = os.path.join(config.workdir, workdir_lib.CHECKPOINTS)
+    newest = os.path.join(object_store.absolute(directory), str(digests.steps(directory)[-1]))
     found = {}
     for item in ("model", "training"):
         with ocp.PyTreeCheckpointer() as checkpointer:

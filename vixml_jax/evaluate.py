@@ -13,17 +13,23 @@ from absl import flags
 from etils import epath
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, judging, memory, processes, programs, remote, retrieval, runs, whole
+from vixml_jax import errors, evaluator
+from vixml_jax import workdir as workdir_lib
+from vixml_jax.augmentation import neighbors
+from vixml_jax.augmentation.mixing import Mixing
 from vixml_jax.config import Config, SearchConfig
 from vixml_jax.data.store import PreparedDataset
-from vixml_jax.encoding import Model
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation import bootstrap, render, report
-from vixml_jax.evaluation import page as page_lib
+from vixml_jax.evaluation import bootstrap
 from vixml_jax.evaluation import per_query as per_query_lib
-from vixml_jax.processes import Group
-from vixml_jax.search.augmented import Mixing
-from vixml_jax.serving import changes
+from vixml_jax.modeling import Model
+from vixml_jax.parallel import distributed
+from vixml_jax.parallel.distributed import Group
+from vixml_jax.report import page as page_lib
+from vixml_jax.report import render, tables
+from vixml_jax.runtime import compilation_cache, host_memory
+from vixml_jax.serving import label_updates
+from vixml_jax.storage import atomic, object_store
 from vixml_jax.structs import LabelState
 
 
@@ -31,7 +37,7 @@ def write_results(workdir: str, name: str, results: dict[str, Any]) -> str:
     """Writes the contract's json, metrics at its top level; returns its path."""
     path = os.path.join(workdir, "evaluation", f"{name}.json")
     flat = {**results["metrics"], **{k: v for k, v in results.items() if k != "metrics"}}
-    report.write_json(path, flat)
+    tables.write_json(path, flat)
     return path
 
 
@@ -48,10 +54,10 @@ def show(
     mixing: Mixing | None = None,
     tune: Sequence[str] = (),
     hide_images: bool = False,
-    keep: judging.Keep | None = None,
+    keep: evaluator.Keep | None = None,
     with_report: bool = False,
     pictures: str = "",
-    group: Group = processes.ALONE,
+    group: Group = distributed.ALONE,
 ) -> dict[str, Any]:
     """Evaluates, writes the json and what each query adds, prints the table and where it lies.
 
@@ -66,9 +72,9 @@ def show(
       What is written.
     """
     if hide_images:
-        dataset = judging.without_images(dataset, split)
+        dataset = evaluator.without_images(dataset, split)
     k = min(config.eval.k, dataset.num_labels)
-    found = judging.search_model(
+    found = evaluator.search_model(
         model,
         params,
         labels,
@@ -89,20 +95,20 @@ def show(
     results = found.results
     votes = {}
     if config.eval.vote and split != "train" and not hide_images:
-        votes = judging.baselines(dataset, k, split)
-        results["vote"] = {row: judging.measure(r, dataset, split) for row, r in votes.items()}
+        votes = evaluator.baselines(dataset, k, split)
+        results["vote"] = {row: evaluator.measure(r, dataset, split) for row, r in votes.items()}
     shown = model.layout.num_images and not hide_images
     name = "this run" + (", text and pictures" if shown else ", text")
     saved = f"{split}-{search}" + ("-without_images" if hide_images else "")
     rows = {**results.get("vote", {}), name: results["metrics"]}
     if "with_memory" in results:
-        rows[name + judging.MEMORY] = results["with_memory"]
+        rows[name + evaluator.MEMORY] = results["with_memory"]
     # By the name of the row: the key in the json, and in the name of the file.
     keys = {row: row.replace(", ", "_") for row in votes}
-    keys |= {name: "run", name + judging.MEMORY: "memory"}
+    keys |= {name: "run", name + evaluator.MEMORY: "memory"}
     searches = votes | {name + added: result for added, result in found.searches.items()}
     about = per_query_lib.About(dataset.name, dataset.content_hash, split, search)
-    judged = {row: judging.judge(result, dataset, split) for row, result in searches.items()}
+    judged = {row: evaluator.judge(result, dataset, split) for row, result in searches.items()}
     intervals = {row: bootstrap.intervals(all_of.queries) for row, all_of in judged.items()}
     results["intervals"] = {keys[row]: between for row, between in intervals.items()}
     results["groups"] = {keys[row]: all_of.groups for row, all_of in judged.items()}
@@ -111,7 +117,7 @@ def show(
         place = os.path.join(config.workdir, "evaluation", file)
         per_query_lib.save(place, judgement.queries, about)
     path = write_results(config.workdir, saved, results)
-    print(report.format_table(rows))
+    print(tables.format_table(rows))
     print(
         f"{dataset.name}, {split}: {results['counts']['queries']} queries, "
         f"{results['counts']['labels']} labels, {search} search; written to {path}"
@@ -125,7 +131,7 @@ def show(
             results=results,
             kept=found.searches[""],
             label_vectors=found.label_vectors.values,
-            frequency=judging.label_frequency(dataset),
+            frequency=evaluator.label_frequency(dataset),
             judged={row: judged[row] for row in searches if row not in votes},
             intervals=intervals,
             rows=rows,
@@ -134,7 +140,7 @@ def show(
             settings=config.to_json(),
             pictures=pictures,
         )
-        whole.write_bytes(place, render.render(page).encode("utf-8"))
+        atomic.write_bytes(place, render.render(page).encode("utf-8"))
         print(f"report written to {place}")
     return results
 
@@ -156,10 +162,10 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if not values.workdir:
         raise InputError("--workdir: missing; expected a run directory that train wrote")
-    memory.keep_freed_pages()
-    processes.start(values.coordinator, values.num_processes, values.process_index)
-    group = processes.world()
-    if values.search == "scann" and not remote.is_local(values.workdir):
+    host_memory.keep_freed_pages()
+    distributed.start(values.coordinator, values.num_processes, values.process_index)
+    group = distributed.world()
+    if values.search == "scann" and not object_store.is_local(values.workdir):
         raise InputError(
             f"--search=scann: an index is kept beside the run, and ScaNN writes no "
             f"{values.workdir}: copy the run to this machine first"
@@ -173,19 +179,19 @@ def main(argv: Sequence[str]) -> None:
     if values.report_pictures and not (values.report and os.path.isfile(values.report_pictures)):
         what = "no such file" if values.report else "is for the report; say --report, too"
         raise InputError(f"--report_pictures={values.report_pictures}: {what}")
-    programs.keep_in(values.compile_cache)
-    remote.check(values.workdir, "workdir")
-    config = runs.read_config(values.workdir, data=values.data, mesh=values.mesh)
-    dataset = runs.open_dataset(config, values.data_cache)
+    compilation_cache.keep_in(values.compile_cache)
+    object_store.check(values.workdir, "workdir")
+    config = workdir_lib.read_config(values.workdir, data=values.data, mesh=values.mesh)
+    dataset = workdir_lib.open_dataset(config, values.data_cache)
     _check_tuning(values.tune_memory, dataset, config)
-    mesh = runs.make_mesh(config)
-    tower, layout = runs.read_tower(config.workdir)
-    model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
-    params, labels, step = runs.restore_model(config.workdir, model)
-    chosen = (epath.Path(config.workdir) / runs.BEST / str(step)).is_dir()
+    mesh = workdir_lib.make_mesh(config)
+    tower, layout = workdir_lib.read_tower(config.workdir)
+    model = workdir_lib.build_model(config, tower, layout, dataset.num_labels, mesh)
+    params, labels, step = workdir_lib.restore_model(config.workdir, model)
+    chosen = (epath.Path(config.workdir) / workdir_lib.BEST / str(step)).is_dir()
     why = f", the best in {config.loop.choose_by} on valid" if chosen else ""
     print(f"{config.workdir}: checkpoint of step {step}{why}")
-    if remote.is_local(config.workdir) and changes.steps(config.workdir):
+    if object_store.is_local(config.workdir) and label_updates.steps(config.workdir):
         print(
             "judged with the labels of its data: not those that predict added, and all it removed"
         )
@@ -198,7 +204,7 @@ def main(argv: Sequence[str]) -> None:
         split=values.split,
         search=values.search,
         searched=config_lib.group_from_flags("search", SearchConfig, values),
-        mixing=retrieval.as_told(config.eval, values, config.workdir, step),
+        mixing=neighbors.as_told(config.eval, values, config.workdir, step),
         tune=values.tune_memory,
         hide_images=values.hide_images,
         with_report=values.report,
@@ -209,8 +215,8 @@ def main(argv: Sequence[str]) -> None:
         tried = results["tuning"]
         print(f"memory tuned on valid by {', '.join(values.tune_memory)}, of {len(tried)} tried:")
         for row in tried[:3]:
-            print(f"  {row['value']:.2f}  {retrieval.describe(retrieval.mixing(row))}")
-        path = retrieval.keep_tuned(config.workdir, step, values.tune_memory, tried)
+            print(f"  {row['value']:.2f}  {neighbors.describe(neighbors.mixing(row))}")
+        path = neighbors.keep_tuned(config.workdir, step, values.tune_memory, tried)
         print(f"kept in {path}, which evaluate and predict follow from now on")
 
 
@@ -219,7 +225,7 @@ def _check_tuning(names: Sequence[str], dataset: PreparedDataset, config: Config
     if not names:
         return
     dataset.split("valid")
-    known = judging.metric_names(min(config.eval.k, dataset.num_labels))
+    known = evaluator.metric_names(min(config.eval.k, dataset.num_labels))
     for name in names:
         if name not in known:
             raise InputError(f"--tune_memory={name}: expected some of {', '.join(known)}")
@@ -233,7 +239,7 @@ def define_flags() -> None:
         "mesh", "", "Mesh to judge on, if not as trained: fsdp:-1 fits any devices."
     )
     flags.DEFINE_enum("split", "test", ["test", "valid", "train"], "Which queries to judge on.")
-    retrieval.define_flags()
+    neighbors.define_flags()
     flags.DEFINE_list(
         "tune_memory",
         [],
@@ -254,9 +260,9 @@ def define_flags() -> None:
         "Table that names the pictures of the queries by their ids, shop.csv say: the report shows "
         "those of its best and worst queries.",
     )
-    programs.define_flag()
-    remote.define_flag()
-    processes.define_flags()
+    compilation_cache.define_flag()
+    object_store.define_flag()
+    distributed.define_flags()
 
 
 if __name__ == "__main__":

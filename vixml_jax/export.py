@@ -8,12 +8,14 @@ from typing import Any
 
 from absl import flags
 
-from vixml_jax import errors, memory, programs, remote, runs, whole
+from vixml_jax import errors, workdir
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf
+from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.bert import BertConfig
+from vixml_jax.runtime import compilation_cache, host_memory
 from vixml_jax.serving import exporting
 from vixml_jax.serving.predictor import Predictor
+from vixml_jax.storage import atomic, object_store
 
 _TRIED_ON = 16  # Texts that a program is tried on.
 
@@ -113,8 +115,8 @@ def write(
     text = _README.format(name=answers.about["name"], more="".join(more), **about | {
         "pooling": pooling
     })  # fmt: skip
-    whole.write_text(os.path.join(directory, "README.md"), text + after)
-    whole.write_text(os.path.join(directory, exporting.ABOUT), json.dumps(about, indent=2) + "\n")
+    atomic.write_text(os.path.join(directory, "README.md"), text + after)
+    atomic.write_text(os.path.join(directory, exporting.ABOUT), json.dumps(about, indent=2) + "\n")
     return sorted(os.listdir(directory))
 
 
@@ -134,15 +136,15 @@ def main(argv: Sequence[str]) -> None:
     if not values.workdir:
         raise InputError("--workdir: missing; expected a run directory that train wrote")
     _check_out(values.out)
-    memory.keep_freed_pages()
-    programs.keep_in(values.compile_cache)
-    like: Any = values.like or runs.read_config(values.workdir).model.pretrained or None
+    host_memory.keep_freed_pages()
+    compilation_cache.keep_in(values.compile_cache)
+    like: Any = values.like or workdir.read_config(values.workdir).model.pretrained or None
     if like and values.tower:
-        hf.resolve(like, weights=False)  # Found before anything is encoded.
+        hf_checkpoints.resolve(like, weights=False)  # Found before anything is encoded.
     predictor = Predictor.load(
         values.workdir, data=values.data, data_cache=values.data_cache, mesh=values.mesh, warm=False
     )
-    with errors.writing(f"--out={values.out}"), whole.directory(values.out) as temporary:
+    with errors.writing(f"--out={values.out}"), atomic.directory(values.out) as temporary:
         names = write(temporary, predictor, like=like, tower=values.tower, program=values.program)
     print(f"{predictor.num_labels} labels exported: {values.out} ({', '.join(names)})")
 
@@ -157,8 +159,8 @@ def define_flags() -> None:
     flags.DEFINE_boolean("program", True, "Write the query tower as StableHLO.")
     text("data", "", "Prepared data, if they have moved; read only where labels must be encoded.")
     text("mesh", "", "Mesh to encode on, if not as trained: fsdp:-1 fits any devices.")
-    programs.define_flag()
-    remote.define_flag()
+    compilation_cache.define_flag()
+    object_store.define_flag()
 
 
 if __name__ == "__main__":

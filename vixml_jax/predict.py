@@ -11,14 +11,17 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import config as config_lib
-from vixml_jax import errors, memory, prepare, programs, remote, retrieval, whole
+from vixml_jax import errors, prepare
+from vixml_jax.augmentation import neighbors
 from vixml_jax.config import SearchConfig
-from vixml_jax.data import download
-from vixml_jax.data.columns import Columns
+from vixml_jax.data.images import download
+from vixml_jax.data.sources.columns import Columns
 from vixml_jax.errors import InputError
-from vixml_jax.serving import changes, placing, queries
+from vixml_jax.runtime import compilation_cache, host_memory
+from vixml_jax.serving import cold_start, label_updates, requests
 from vixml_jax.serving.predictor import Predictor
-from vixml_jax.serving.queries import Query
+from vixml_jax.serving.requests import Query
+from vixml_jax.storage import atomic, object_store
 
 BLOCK = 1024  # Queries answered together.
 _TOLD = 5  # Faults shown at the end.
@@ -165,7 +168,7 @@ def predict(predictor: Predictor, pictures: Pictures, values: flags.FlagValues) 
         print(f"--k={k}: the run has {predictor.num_labels} labels; all of them are ranked")
         k = predictor.num_labels
     filters = read_filters(values.filters) if values.filters else {}
-    rows = queries.read(
+    rows = requests.read(
         values.queries,
         _columns(values),
         listed="filter",
@@ -174,11 +177,11 @@ def predict(predictor: Predictor, pictures: Pictures, values: flags.FlagValues) 
     count, bad, told = 0, 0, []
     with (
         errors.writing(f"--out={values.out}"),
-        whole.file(values.out) as temporary,
+        atomic.file(values.out) as temporary,
         open(temporary, "w", encoding="utf-8") as out,
         tqdm.tqdm(desc="queries", total=_count_lines(values.queries), disable=None) as bar,
     ):
-        for block in queries.in_blocks(rows, BLOCK):
+        for block in requests.in_blocks(rows, BLOCK):
             block = [_resolved(query, values.queries) for query in block]
             for row in answer(
                 predictor,
@@ -238,7 +241,7 @@ def _read_labels(path: str, values: flags.FlagValues) -> list[Query]:
       InputError: At the first row that is wrong.
     """
     found, first = [], {}
-    rows = queries.read(
+    rows = requests.read(
         path, _columns(values), listed="examples", encoding=values.encoding, named=True
     )
     for row in rows:
@@ -276,9 +279,9 @@ def add_labels(
             print(f"line {label.line}: {fault}; it is placed without")
     texts = [label.text for label in labels]
     examples = [[query for query in label.listed if query.strip()] for label in labels]
-    vectors = placing.place(predictor, texts, images, examples)
+    vectors = cold_start.place(predictor, texts, images, examples)
     with errors.writing(f"--workdir={predictor.workdir}"):
-        step = changes.add(
+        step = label_updates.add(
             predictor.workdir, predictor.answers, [x.id for x in labels], texts, vectors
         )
     predictor.refresh()
@@ -308,7 +311,7 @@ def remove_labels(predictor: Predictor, path: str) -> None:
     if len(rows) == predictor.num_labels:
         raise InputError(f"--remove_labels={path}: names all labels of the run; none would be left")
     with errors.writing(f"--workdir={predictor.workdir}"):
-        step = changes.remove(predictor.workdir, predictor.answers, [*rows], [*rows.values()])
+        step = label_updates.remove(predictor.workdir, predictor.answers, [*rows], [*rows.values()])
     predictor.refresh()
     print(
         f"{len(rows)} labels removed; the run has {predictor.num_labels} now: {step}; --undo "
@@ -318,11 +321,11 @@ def remove_labels(predictor: Predictor, path: str) -> None:
 
 def list_changes(workdir: str) -> None:
     """Prints what was added and removed."""
-    for path in changes.steps(workdir):
-        about = changes.describe(path)
+    for path in label_updates.steps(workdir):
+        about = label_updates.describe(path)
         names = ", ".join(about["ids"][:3]) + (", ..." if len(about["ids"]) > 3 else "")
         print(f"{path}: {about['kind']} {len(about['ids'])} labels: {names}")
-    print(f"{workdir}: labels were changed {len(changes.steps(workdir))} times")
+    print(f"{workdir}: labels were changed {len(label_updates.steps(workdir))} times")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -353,11 +356,11 @@ def main(argv: Sequence[str]) -> None:
         return
     if values.undo:
         with errors.writing(f"--workdir={values.workdir}"):
-            about = changes.undo(values.workdir)
+            about = label_updates.undo(values.workdir)
         print(f"taken back: {about['kind']} {len(about['ids'])} labels")
         return
-    memory.keep_freed_pages()
-    programs.keep_in(values.compile_cache)
+    host_memory.keep_freed_pages()
+    compilation_cache.keep_in(values.compile_cache)
     predictor = Predictor.load(
         values.workdir,
         search=values.search,
@@ -417,10 +420,10 @@ def define_flags() -> None:
     flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
     text("data", "", "Prepared data, if they have moved; read once, to make what answers need.")
     text("mesh", "", "Mesh to answer on, if not as trained: fsdp:-1 fits any devices.")
-    retrieval.define_flags()
+    neighbors.define_flags()
     config_lib.define_group("search", SearchConfig)
-    programs.define_flag()
-    remote.define_flag()
+    compilation_cache.define_flag()
+    object_store.define_flag()
 
 
 if __name__ == "__main__":

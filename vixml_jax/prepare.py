@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors, remote
-from vixml_jax.data import catalog, columns, download, images, preparation
+from vixml_jax import errors
+from vixml_jax.data import preprocessing
+from vixml_jax.data.images import download, image_files
+from vixml_jax.data.sources import catalog, columns
 from vixml_jax.errors import InputError
+from vixml_jax.storage import object_store
 
 # Flags that are not called as their setting.
 _FLAG_OF = {
@@ -40,16 +43,18 @@ def run(values: flags.FlagValues) -> None:
     for name in ("source",) if values.dry_run else ("source", "out"):
         if not values[name].value:
             raise InputError(f"--{name}: missing")
-    settings = preparation.Settings(**_with_propensity(_told(preparation.Settings, values), values))
-    if not remote.is_local(values.out):
+    settings = preprocessing.Settings(
+        **_with_propensity(_told(preprocessing.Settings, values), values)
+    )
+    if not object_store.is_local(values.out):
         raise InputError(
             f"--out={values.out}: expected a directory of this machine; copy it there afterwards: "
             "gcloud storage cp -r"
         )
-    preparation.check(values.out, settings, overwrite=values.overwrite or values.dry_run)
+    preprocessing.check(values.out, settings, overwrite=values.overwrite or values.dry_run)
     finder = None
     if values.images and not values.dry_run:
-        if values.source == preparation.GLYPHS:
+        if values.source == preprocessing.GLYPHS:
             raise InputError("--images: 'glyphs' has its pictures already")
         finder = ImageFinder(
             values.images,
@@ -64,12 +69,12 @@ def run(values: flags.FlagValues) -> None:
             ),
         )
     with errors.writing(f"--out={values.out}"), _spool(values) as spool:
-        raw = preparation.read_source(
+        raw = preprocessing.read_source(
             values.source,
             spool,
             encoding=values.encoding,
             seed=values.seed,
-            find_images=images.read_images if finder is None else finder.find,
+            find_images=image_files.read_images if finder is None else finder.find,
             names=columns.Columns(**_told(columns.Columns, values)),
             labels_source=values.labels_source,
             split_by=values.split_by,
@@ -83,18 +88,18 @@ def run(values: flags.FlagValues) -> None:
                 "not in {trn,tst,lbl}_images.txt"
             )
         if values.dry_run:
-            print(preparation.preview(*preparation.settle(raw, settings)))
+            print(preprocessing.preview(*preprocessing.settle(raw, settings)))
             print("dry run: nothing was written")
             return
         aspect = "aspect kept" if values.keep_aspect else "stretched"
-        dataset = preparation.prepare(
+        dataset = preprocessing.prepare(
             raw,
             values.out,
             settings,
             pictures="" if finder is None else f"{values.images}, {aspect}",
             overwrite=values.overwrite,
         )
-    print(preparation.describe(dataset))
+    print(preprocessing.describe(dataset))
     if finder is not None:
         print(finder.describe())
 
@@ -144,12 +149,12 @@ class ImageFinder:
     @functools.cached_property
     def _tower(self) -> tuple[Any, ...]:
         """Vision tower, parameters, image processor and store; loaded where a file is named."""
-        from vixml_jax.models import hf
+        from vixml_jax.models import hf_checkpoints
         from vixml_jax.models.siglip import VisionTower
 
-        where = hf.resolve(self._model)
-        config, params = hf.load_hf_vision(where, dtype=self._dtype)
-        processor = images.read_processor(os.path.join(where, "preprocessor_config.json"))
+        where = hf_checkpoints.resolve(self._model)
+        config, params = hf_checkpoints.load_hf_vision(where, dtype=self._dtype)
+        processor = image_files.read_processor(os.path.join(where, "preprocessor_config.json"))
         if (processor.height, processor.width) != (config.image_size,) * 2:
             raise InputError(
                 f"--images={self._model}: pictures of {processor.height} x {processor.width} for "
@@ -162,7 +167,7 @@ class ImageFinder:
             "processor": json.loads(json.dumps(processor)),
             "keep_aspect": self._keep_aspect,
         }
-        store = images.EmbeddingStore(self._directory, width=config.width, about=about)
+        store = image_files.EmbeddingStore(self._directory, width=config.width, about=about)
         return VisionTower(config), params, processor, store
 
     @property
@@ -170,22 +175,22 @@ class ImageFinder:
         """Whether any image file was named."""
         return self._named > 0
 
-    def find(self, directory: str, prefix: str, count: int) -> images.FileImages | None:
+    def find(self, directory: str, prefix: str, count: int) -> image_files.FileImages | None:
         """The pictures that one of the files of a directory names, embedded."""
-        paths = images.read_paths(directory, prefix, count)
+        paths = image_files.read_paths(directory, prefix, count)
         if paths is None:
             return None
         return self.embed(os.path.join(directory, f"{prefix}_images.txt"), paths)
 
-    def embed(self, name: str, paths: list[list[str]]) -> images.FileImages:
+    def embed(self, name: str, paths: list[list[str]]) -> image_files.FileImages:
         """The pictures of items, by paths or urls of their files; `name` is for messages."""
-        from vixml_jax import encoding
+        from vixml_jax import modeling
 
         count = len(paths)
         tower, params, processor, store = self._tower
         file_of, faults = self._download(name for item in paths for name in item)
         files = [[file_of[name] for name in item if name in file_of] for item in paths]
-        row_of, broken = encoding.embed_files(
+        row_of, broken = modeling.embed_files(
             tower,
             params,
             [path for item in files for path in item],
@@ -204,7 +209,7 @@ class ImageFinder:
         rows = np.full((count, max(1, max(map(len, found), default=1))), -1, np.int64)
         for i, item in enumerate(found):
             rows[i, : len(item)] = item
-        return images.FileImages(rows, store.vectors(), name)
+        return image_files.FileImages(rows, store.vectors(), name)
 
     def _download(self, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
         """The file of each path (itself) and url (downloaded), and what is wrong with the rest."""
@@ -310,7 +315,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     choice("image_dtype", "float32", ["float32", "bfloat16"], "What the vision model computes in.")
     number("max_tokens", 32, "Tokens of a text at most, special ones included.")
     choice(
-        "encoding", "utf-8", list(preparation.ENCODINGS), "What the source's texts are encoded in."
+        "encoding",
+        "utf-8",
+        list(preprocessing.ENCODINGS),
+        "What the source's texts are encoded in.",
     )
     number("vocab_size", 8192, "Tokens at most of a tokenizer that is trained.")
     share(
@@ -335,7 +343,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     choice(
         "filters",
         "auto",
-        list(preparation.FILTERS),
+        list(preprocessing.FILTERS),
         "Pairs of a query and the label that is itself, which are never predicted: 'auto', as the "
         "source gives them, made where it gives none; 'none', as the source gives them alone.",
     )

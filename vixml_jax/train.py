@@ -17,46 +17,39 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import devices as device_kinds
-from vixml_jax import (
-    errors,
-    evaluate,
-    judging,
-    memory,
-    processes,
-    programs,
-    remote,
-    retrieval,
-    runs,
-    sharding,
-    trees,
-)
+from vixml_jax import errors, evaluate, evaluator, workdir
+from vixml_jax.augmentation import neighbors
 from vixml_jax.config import Config
-from vixml_jax.data import tokenize
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
-from vixml_jax.encoding import Model
+from vixml_jax.data.text import tokenizer
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf
+from vixml_jax.modeling import Model
+from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.tower import TowerConfig
-from vixml_jax.serving import answers
+from vixml_jax.parallel import accelerators as device_kinds
+from vixml_jax.parallel import distributed, sharding
+from vixml_jax.runtime import compilation_cache, host_memory, tree_utils
+from vixml_jax.serving import artifacts
+from vixml_jax.storage import object_store
 from vixml_jax.structs import TrainState
-from vixml_jax.training import loop, losses, optimizer, step, warm_start, watch
-from vixml_jax.training import plan as plan_lib
-from vixml_jax.training import state as state_lib
+from vixml_jax.training import image_warm_start, losses, optimizer, step_timer, train_step
+from vixml_jax.training import memory_planner as plan_lib
+from vixml_jax.training import train_state as state_lib
+from vixml_jax.training import trainer as trainer_lib
 from vixml_jax.training.checkpoints import Checkpoints
-from vixml_jax.training.stopping import Stop
-from vixml_jax.training.telemetry import CollapseGuard, Telemetry
+from vixml_jax.training.metric_logger import CollapseGuard, Telemetry
+from vixml_jax.training.preemption import Stop
 
 
 def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, Layout]:
     """The tower's sizes, and how items are written for it; no weight is read."""
     flagged, end = config.model, None
     if flagged.pretrained:
-        tower = hf.read_hf_config(flagged.pretrained)
-        end = hf.end_token(flagged.pretrained)
+        tower = hf_checkpoints.read_hf_config(flagged.pretrained)
+        end = hf_checkpoints.end_token(flagged.pretrained)
     else:
         tower = fresh_tower(config, dataset)
     changes: dict[str, Any] = {
@@ -81,8 +74,8 @@ def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, L
                 "lora_alpha": config.lora.alpha,
                 "lora_maps": tuple(config.lora.maps),
             }
-        layout = tokenize.prompt_layout(
-            tokenize.load(os.path.dirname(dataset.tokenizer), dataset.max_tokens),
+        layout = tokenizer.prompt_layout(
+            tokenizer.load(os.path.dirname(dataset.tokenizer), dataset.max_tokens),
             **dataclasses.asdict(config.prompt),
             num_images=num_images,
             end=end,
@@ -157,26 +150,30 @@ def first_params(config: Config, model: Model, dataset: PreparedDataset) -> Any:
     given = {}
     if config.model.pretrained:
         dtype = config.lora.base_dtype if config.lora.rank else "float32"
-        _, weights = hf.load_hf_tower(config.model.pretrained, dtype=dtype, mesh=model.mesh)
+        _, weights = hf_checkpoints.load_hf_tower(
+            config.model.pretrained, dtype=dtype, mesh=model.mesh
+        )
         given = {"tower": weights}
-    known = trees.paths(given)
+    known = tree_utils.paths(given)
     like = sharding.stored_tree(model.abstract_params, model.mesh)
-    missing, _ = trees.partition(like, lambda path: path not in known)
+    missing, _ = tree_utils.partition(like, lambda path: path not in known)
 
     def fresh(key: jax.Array) -> Any:
         """Those that are not given: the others are never made."""
         params = nn.unbox(model.init_params(key))
-        return sharding.pad(trees.partition(params, lambda path: path not in known)[0], missing)
+        return sharding.pad(
+            tree_utils.partition(params, lambda path: path not in known)[0], missing
+        )
 
     places = jax.tree.map(lambda x: x.sharding, missing)
     made = jax.jit(fresh, out_shardings=places)(jax.random.key(config.seed))
-    params = trees.merge(made, given)
+    params = tree_utils.merge(made, given)
     if model.layout.num_images and config.model.image_init == "regression":
         words = sharding.unpad(
             params["tower"]["word_embeddings"], model.abstract_params["tower"]["word_embeddings"]
         )
         words = sharding.on_host(words.astype(np.float32) * model.tower.config.word_scale)
-        found = warm_start.regress_images(dataset, words)
+        found = image_warm_start.regress_images(dataset, words)
         if found is not None:
             params["tower"]["image_projection"] = sharding.pad(
                 {"kernel": found[0], "bias": found[1]}, like["tower"]["image_projection"]
@@ -191,7 +188,7 @@ def check_choice(config: Config, dataset: PreparedDataset, k: int) -> None:
       InputError: If there is nothing to choose by.
     """
     chosen = config.loop.choose_by
-    names = judging.metric_names(k) if chosen else []
+    names = evaluator.metric_names(k) if chosen else []
     if chosen and not dataset.valid:
         raise InputError(
             f"--loop.choose_by={chosen}: --data={config.data} has no validation split; prepare "
@@ -201,7 +198,7 @@ def check_choice(config: Config, dataset: PreparedDataset, k: int) -> None:
         raise InputError(f"--loop.choose_by={chosen}: expected one of {', '.join(names)}")
 
 
-def describe_choice(config: Config, position: loop.Position, steps_per_epoch: int) -> str:
+def describe_choice(config: Config, position: trainer_lib.Position, steps_per_epoch: int) -> str:
     """Which epoch the run's model is of, and why."""
     last = position.epoch - 1
     if not position.epoch:
@@ -227,7 +224,7 @@ class Parts(NamedTuple):
     model: Model
     optimizer: optax.GradientTransformation
     like: TrainState
-    step: step.TrainStep
+    step: train_step.TrainStep
 
 
 def assemble(
@@ -243,15 +240,15 @@ def assemble(
             f"--batch.size={config.batch.size} is more than the {sizes.queries} training "
             f"queries of {config.data}"
         )
-    model = runs.build_model(config, tower, layout, sizes.labels, mesh)
+    model = workdir.build_model(config, tower, layout, sizes.labels, mesh)
     total_steps = config.loop.epochs * -(-sizes.queries // config.batch.size)
     tx = optimizer.make_optimizer(total_steps=total_steps, **dataclasses.asdict(config.optimizer))
-    trained, frozen = runs.split_params(model.abstract_params, tower)
-    frozen = runs.as_frozen(frozen, config.lora.base_dtype)
+    trained, frozen = workdir.split_params(model.abstract_params, tower)
+    frozen = workdir.as_frozen(frozen, config.lora.base_dtype)
     like = state_lib.abstract_state(model, trained, frozen, tx, sizes.queries)
     loss = functools.partial(losses.total_loss, **dataclasses.asdict(config.loss))
     momentum = 0.95 if config.labels.centroids == "moving" else None
-    made = step.make_train_step(
+    made = train_step.make_train_step(
         model,
         loss,
         tx,
@@ -273,7 +270,7 @@ def say_start(parts: Parts, sizes: plan_lib.DataSizes) -> None:
 
 
 def plan(
-    config: Config, *, devices: str = "", sizes: str = "", data_cache: str = remote.CACHE
+    config: Config, *, devices: str = "", sizes: str = "", data_cache: str = object_store.CACHE
 ) -> None:
     """Prints what a run takes of a device, and stops: nothing is allocated, read or written of it.
 
@@ -288,9 +285,9 @@ def plan(
     Raises:
       InputError: If it does not fit, or if there is no such slice.
     """
-    mesh = runs.make_mesh(config, plan_lib.slice_of(devices) if devices else None)
+    mesh = workdir.make_mesh(config, plan_lib.slice_of(devices) if devices else None)
     with tempfile.TemporaryDirectory() as scratch:  # Where the built-in data go.
-        dataset = runs.open_dataset(dataclasses.replace(config, workdir=scratch), data_cache)
+        dataset = workdir.open_dataset(dataclasses.replace(config, workdir=scratch), data_cache)
         check_choice(config, dataset, min(config.eval.k, dataset.num_labels))
         tower, layout = make_tower(config, dataset)
         found = plan_lib.DataSizes.parse(sizes, sizes_of(dataset))
@@ -328,7 +325,7 @@ def train(
     stop: Stop | None = None,
     *,
     profile: tuple[int, int] | None = None,
-    data_cache: str = remote.CACHE,
+    data_cache: str = object_store.CACHE,
 ) -> None:
     """Trains as the flags say, from where the run directory stands, and evaluates.
 
@@ -340,28 +337,28 @@ def train(
       profile: Steps to be profiled, as `watch.Profiler` takes them.
       data_cache: Where data from a store of objects are copied to.
     """
-    group = processes.world()
-    with processes.first_alone("data"):
-        dataset = runs.open_dataset(config, data_cache)
+    group = distributed.world()
+    with distributed.first_alone("data"):
+        dataset = workdir.open_dataset(config, data_cache)
     k = min(config.eval.k, dataset.num_labels)
     check_choice(config, dataset, k)
-    mesh = runs.make_mesh(config)
+    mesh = workdir.make_mesh(config)
     tower, layout = make_tower(config, dataset)
     parts = assemble(config, tower, layout, sizes_of(dataset), mesh)
     model, tx, like, _ = parts
-    with processes.first_alone("run directory"):
-        shares = runs.open_run(config, tower, layout, dataset.content_hash, mesh)
+    with distributed.first_alone("run directory"):
+        shares = workdir.open_run(config, tower, layout, dataset.content_hash, mesh)
     steps_per_epoch = -(-len(dataset.train) // config.batch.size)
     total_steps = config.loop.epochs * steps_per_epoch
     checkpoints = Checkpoints(
-        os.path.join(config.workdir, runs.CHECKPOINTS),
+        os.path.join(config.workdir, workdir.CHECKPOINTS),
         keep=config.loop.keep,
         every=config.loop.save_every,
         minutes=config.loop.save_minutes,
-        best=os.path.join(config.workdir, runs.BEST) if config.loop.choose_by else None,
+        best=os.path.join(config.workdir, workdir.BEST) if config.loop.choose_by else None,
     )
     split = "valid" if dataset.valid else "test"
-    trainer = loop.Trainer(
+    trainer = trainer_lib.Trainer(
         model,
         dataset,
         parts.step,
@@ -374,7 +371,7 @@ def train(
         group=group,
         checkpoints=checkpoints,
         guard=CollapseGuard(margin=config.loss.margin_min, num_negatives=config.loss.num_negatives),
-        evaluate=lambda params, labels: judging.evaluate_model(
+        evaluate=lambda params, labels: evaluator.evaluate_model(
             model,
             params,
             labels,
@@ -409,14 +406,14 @@ def train(
     else:
         labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
         bank = state_lib.empty_bank(model, len(dataset.train))
-    params, frozen = runs.split_params(params, tower)
-    runs.save_frozen(config.workdir, frozen)
+    params, frozen = workdir.split_params(params, tower)
+    workdir.save_frozen(config.workdir, frozen)
     state = state_lib.place_state(like, params, frozen, tx, labels, bank)
     del params, frozen, bank, labels
     clusters, position = trainer.start()
     if resumed is not None:
         state, clusters, position = checkpoints.restore(state, clusters)
-        position = loop.Position(**position)
+        position = trainer_lib.Position(**position)
         print(f"{config.workdir}: resumed at step {resumed} of {total_steps}")
     telemetry = Telemetry(
         config.workdir,
@@ -440,12 +437,12 @@ def train(
         checkpoints.close()
     if telemetry.watch.closing():
         print(telemetry.watch.closing())
-    params, labels = trees.merge(state.params, state.frozen), state.labels
+    params, labels = tree_utils.merge(state.params, state.frozen), state.labels
     last = int(state.step)
     if position.best_step is not None:
         # Room first: a device may not hold two models beside an optimizer.
         del state, params, labels
-        params, labels, last = runs.restore_model(config.workdir, model)
+        params, labels, last = workdir.restore_model(config.workdir, model)
     print(describe_choice(config, position, steps_per_epoch))
     evaluate.show(
         config,
@@ -455,19 +452,19 @@ def train(
         dataset,
         split=split,
         search="exact",
-        mixing=retrieval.as_trained(config.eval),
+        mixing=neighbors.as_trained(config.eval),
         # Of a store of objects, and of many processes, `predict` makes them when it is asked.
         keep=functools.partial(
-            answers.keep, os.path.join(config.workdir, answers.DIRECTORY), dataset, last
+            artifacts.keep, os.path.join(config.workdir, artifacts.DIRECTORY), dataset, last
         )
-        if group.count == 1 and remote.is_local(config.workdir)
+        if group.count == 1 and object_store.is_local(config.workdir)
         else None,
         group=group,
     )
     if split == "valid":
         print(f"to judge on test: python -m vixml_jax.evaluate --workdir={config.workdir}")
     print(
-        f"run: {remote.absolute(config.workdir)} (config.json, checkpoints/, metrics.jsonl, "
+        f"run: {object_store.absolute(config.workdir)} (config.json, checkpoints/, metrics.jsonl, "
         "tensorboard/, evaluation/, answers/)"
     )
 
@@ -478,11 +475,11 @@ def main(argv: Sequence[str]) -> None:
     config = config_lib.from_flags(values)
     if not values.plan and (values.plan_devices or values.plan_size):
         raise InputError("--plan_devices and --plan_size say what to plan for: add --plan")
-    profile = watch.parse_window(values.profile_steps)
-    memory.keep_freed_pages()
-    processes.start(values.coordinator, values.num_processes, values.process_index)
+    profile = step_timer.parse_window(values.profile_steps)
+    host_memory.keep_freed_pages()
+    distributed.start(values.coordinator, values.num_processes, values.process_index)
     # A program for devices that are not here can be written there, but not be read again.
-    programs.keep_in("" if values.plan_devices else values.compile_cache)
+    compilation_cache.keep_in("" if values.plan_devices else values.compile_cache)
     if values.plan:
         plan(
             config,
@@ -498,9 +495,9 @@ def main(argv: Sequence[str]) -> None:
 def define_flags() -> None:
     """The flags of a run, and those that may differ each time it is started."""
     config_lib.define_flags()
-    programs.define_flag()
-    remote.define_flag()
-    processes.define_flags()
+    compilation_cache.define_flag()
+    object_store.define_flag()
+    distributed.define_flags()
     flags.DEFINE_string(
         "profile_steps",
         "",

@@ -9,7 +9,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from vixml_jax.benchmarks import load
-from vixml_jax.models import hf
+from vixml_jax.models import hf_checkpoints
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 64}  # fmt: skip
@@ -25,7 +25,7 @@ def test_a_checkpoint_in_parts_that_loads(tmp_path):
     sizes = load.write_checkpoint(str(tmp_path), 1e-4)
     parts = list(tmp_path.glob("*.safetensors"))
     assert len(parts) > 1 and 8e4 < 2 * sum(sizes) < 1.2e5
-    config, params = hf.load_hf_tower(str(tmp_path), dtype="bfloat16")
+    config, params = hf_checkpoints.load_hf_tower(str(tmp_path), dtype="bfloat16")
     assert config.num_layers > 1 and max(sizes) == 64 * 32
     words = np.asarray(params["word_embeddings"], np.float32)
     assert 0.015 < words.std() < 0.025

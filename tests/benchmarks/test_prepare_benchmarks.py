@@ -9,17 +9,18 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from vixml_jax.benchmarks import prepare, standin, tokenize
-from vixml_jax.data import formats
+from vixml_jax.benchmarks import prepare, tokenize
+from vixml_jax.benchmarks.support import synthetic_data
+from vixml_jax.data.sources import xml_repository
 from vixml_jax.errors import InputError
 
-LIKE = standin.Like(300, 20, 90, 4.0, (3, 6), (1, 2), 8, images=2, width=5)
+LIKE = synthetic_data.Like(300, 20, 90, 4.0, (3, 6), (1, 2), 8, images=2, width=5)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(standin.LIKE, "lf_amazontitles_1.3m", LIKE)
-    monkeypatch.setitem(standin.LIKE, "lf_wikipedia_500k", LIKE)
+    monkeypatch.setitem(synthetic_data.LIKE, "lf_amazontitles_1.3m", LIKE)
+    monkeypatch.setitem(synthetic_data.LIKE, "lf_wikipedia_500k", LIKE)
 
 
 def parsed():
@@ -28,8 +29,8 @@ def parsed():
 
 
 def test_a_stand_in_is_what_it_says(tmp_path):
-    standin.write(str(tmp_path), LIKE, tokenizer="train")
-    raw = formats.read_xml_repository(str(tmp_path))
+    synthetic_data.write(str(tmp_path), LIKE, tokenizer="train")
+    raw = xml_repository.read_xml_repository(str(tmp_path))
     assert (raw.train.items.count, raw.test.items.count, raw.labels.count) == (300, 20, 90)
     per_query = np.diff(raw.train.relevance.indptr)
     assert per_query.min() >= 1 and 2.5 < per_query.mean() < 5
@@ -47,7 +48,7 @@ def test_a_stand_in_is_what_it_says(tmp_path):
 
 def test_frequent_words_are_those_of_the_tokenizer():
     rng = np.random.default_rng(0)
-    words = standin.Words.make(40_000, prepare.find_tokenizer(), rng)
+    words = synthetic_data.Words.make(40_000, prepare.find_tokenizer(), rng)
     texts = [text for chunk in words.texts(2000, (10, 20), rng) for text in chunk]
     spoken = " ".join(texts).lower().split(" ")
     assert 0.02 < np.mean([word == "the" for word in spoken]) < 0.1
@@ -56,7 +57,7 @@ def test_frequent_words_are_those_of_the_tokenizer():
 
 def test_ranks_by_zipf():
     rng = np.random.default_rng(0)
-    counts = np.bincount(standin.zipf(1000, rng.random(10**6)), minlength=1000)
+    counts = np.bincount(synthetic_data.zipf(1000, rng.random(10**6)), minlength=1000)
     expected = 1e6 * np.diff(np.log(np.arange(1, 1002))) / np.log(1001)
     np.testing.assert_allclose(counts[:50], expected[:50], rtol=0.1)
     assert len(counts) == 1000
@@ -76,7 +77,7 @@ def test_prints_a_line_a_step_and_cleans_up(tmp_path, capfd, monkeypatch, keep):
 
 
 def test_what_does_not_fit_the_disk_is_refused(tmp_path):
-    big = standin.Like(10**9, 10**9, 10**9, 4.0, (3, 6), (1, 2), 8)
+    big = synthetic_data.Like(10**9, 10**9, 10**9, 4.0, (3, 6), (1, 2), 8)
     with pytest.raises(InputError, match=r"GB free, expected"):
         prepare.check_free(str(tmp_path), big)
 

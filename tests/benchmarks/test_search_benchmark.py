@@ -7,7 +7,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from vixml_jax.benchmarks import search, search_peers
+from vixml_jax.benchmarks import search
+from vixml_jax.benchmarks.baselines import search_indexes
 from vixml_jax.errors import InputError
 
 SMALL = {"n": ["12000"], "width": 16, "queries": 64, "k": 100, "rounds": 1}
@@ -22,14 +23,14 @@ def defined_flags():
 
 
 def test_vectors_are_clustered_and_queries_near_them():
-    labels, queries = search_peers.labels_and_queries(20_000, 256, 50)
+    labels, queries = search_indexes.labels_and_queries(20_000, 256, 50)
     assert labels.ctypes.data % 64 == 0
     np.testing.assert_allclose(np.linalg.norm(labels, axis=1), 1.0, atol=1e-5)
     scores = queries @ labels.T
     assert 0.7 < scores.max(axis=1).mean() < 0.9
     # Twenty of 20,000 vectors without clusters would have 3.1 / sqrt(256) = 0.19.
     assert np.sort(scores, axis=1)[:, -20].mean() > 0.3
-    again = search_peers.labels_and_queries(20_000, 256, 50)
+    again = search_indexes.labels_and_queries(20_000, 256, 50)
     np.testing.assert_array_equal(queries, again[1])
 
 
@@ -42,7 +43,7 @@ def test_exact_programs_take_turns(capfd):
     assert "exact, ours : exact, torch = " in printed
 
 
-@pytest.mark.parametrize("name", list(search_peers.BUILD))
+@pytest.mark.parametrize("name", list(search_indexes.BUILD))
 def test_each_peer_reaches_its_recall(name, tmp_path, capfd):
     pytest.importorskip(name)
     out = str(tmp_path / "out.json")

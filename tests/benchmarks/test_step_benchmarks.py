@@ -7,20 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from vixml_jax.benchmarks import (
-    encode,
-    inputs,
-    packing,
-    torch_peer,
-    towers,
-    train_step,
-    vision,
-    workers,
-)
+from vixml_jax.benchmarks import encode, packing, train_step, vision
+from vixml_jax.benchmarks.baselines import torch_models
+from vixml_jax.benchmarks.support import inputs, towers, workers
 from vixml_jax.data import packing as packing_lib
-from vixml_jax.data import preparation
-from vixml_jax.labels.combiner import Combiner
-from vixml_jax.models import hf
+from vixml_jax.data import preprocessing
+from vixml_jax.labels.prototypes import Combiner
+from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.tower import Tower
 from vixml_jax.training import flops
 
@@ -44,10 +37,10 @@ def data(tmp_path_factory):
         if split != "lbl":
             rows = [" ".join(f"{j}:1" for j in rng.choice(30, 2, replace=False)) for _ in texts]
             (root / f"{split}_X_Y.txt").write_text(f"{count} 30\n" + "\n".join(rows) + "\n")
-    preparation.prepare(
-        preparation.read_source(str(root)),
+    preprocessing.prepare(
+        preprocessing.read_source(str(root)),
         str(root / "out"),
-        preparation.Settings(max_tokens=16),
+        preprocessing.Settings(max_tokens=16),
     )
     return str(root / "out")
 
@@ -91,12 +84,12 @@ def test_peers_read_the_same(num_images, data):
     settings = {**SETTINGS, "images": num_images, "data": data}
     dataset = train_step.data_of(settings, full=True)
     layout = train_step.layout_of("qwen2.5-0.5b", num_images)
-    peer = torch_peer.Tower(
+    peer = torch_models.Tower(
         towers.about("qwen2.5-0.5b"), layout=layout, image_width=train_step.IMAGE_WIDTH
     ).eval()
     with tempfile.TemporaryDirectory() as where:
         peer.model.save_pretrained(where)
-        config, params = hf.load_hf_tower(where)
+        config, params = hf_checkpoints.load_hf_tower(where)
     ids = np.arange(5)
     packed = packing_lib.pack(dataset.labels, ids, width=64, layout=layout)
     images = None
@@ -110,7 +103,7 @@ def test_peers_read_the_same(num_images, data):
     offsets = dataset.labels.tokens.offsets
     texts = [np.asarray(dataset.labels.tokens.values[offsets[i] : offsets[i + 1]]) for i in ids]
     with torch.no_grad():
-        theirs = peer(*torch_peer.pad(texts, None), images).numpy()
+        theirs = peer(*torch_models.pad(texts, None), images).numpy()
     np.testing.assert_allclose(np.asarray(ours), theirs, atol=2e-5)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from vixml_jax.data import filters, preparation
-from vixml_jax.data.raw import RawDataset, RawItems, RawQueries, canonical
+from vixml_jax.data import filters, preprocessing
+from vixml_jax.data.sources.raw import RawDataset, RawItems, RawQueries, canonical
 from vixml_jax.errors import InputError
 
 # Texts of one thing, for each of some things; of the last, texts that are empty.
@@ -251,8 +251,8 @@ def test_numbers_of_rows_are_no_ids():
     train = RawQueries(
         items([f"label {n}" for n in range(9)]), relevance_of({(n, 0) for n in range(9)}, (9, 9))
     )
-    raw, notes = preparation.settle(
-        RawDataset("x", {}, labels, train), preparation.Settings(test=0.3, valid=0.3)
+    raw, notes = preprocessing.settle(
+        RawDataset("x", {}, labels, train), preprocessing.Settings(test=0.3, valid=0.3)
     )
     for split in raw.splits:
         assert notes["filters"][split]["id"] == notes["filters"][split]["numbers"] == 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy import sparse, stats
 
-from vixml_jax.data import packing, pipeline, sampling
+from vixml_jax.data import input_pipeline, packing, sampling
 from vixml_jax.data.store import Items, PreparedDataset, Ragged
 
 
@@ -249,7 +249,7 @@ def batches(dataset, **changes):
         "prefetch": 3,
     }
     order = np.random.default_rng(0).permutation(45)
-    return pipeline.epoch_batches(dataset, order, **{**settings, **changes})
+    return input_pipeline.epoch_batches(dataset, order, **{**settings, **changes})
 
 
 def assert_same(one, other):

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from vixml_jax.data import preparation
+from vixml_jax.data import preprocessing
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 
@@ -55,9 +55,9 @@ def write_source(directory, seed=0, *, train=30, test=11, labels=7, pictures=2, 
 
 def prepare(source, out, **options):
     overwrite = options.pop("overwrite", False)
-    settings = preparation.Settings(**{"max_tokens": 6, "vocab_size": 64, **options})
-    raw = preparation.read_source(str(source), encoding=settings.encoding)
-    return preparation.prepare(raw, str(out), settings, overwrite=overwrite)
+    settings = preprocessing.Settings(**{"max_tokens": 6, "vocab_size": 64, **options})
+    raw = preprocessing.read_source(str(source), encoding=settings.encoding)
+    return preprocessing.prepare(raw, str(out), settings, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
@@ -104,7 +104,7 @@ def test_everything_arrives(tmp_path, pictures):
     assert info["test_without_labels_kept"] == int(np.sum(~held["tst"]["relevance"].any(axis=1)))
     assert (dataset.image_width, dataset.propensity_a, dataset.propensity_b) == (5, 0.5, 0.4)
     assert dataset.vocab_size == tokenizer.get_vocab_size()
-    assert "were dropped" in preparation.describe(dataset)
+    assert "were dropped" in preprocessing.describe(dataset)
 
 
 def test_same_source_same_hash(tmp_path):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from vixml_jax.data import filters, images, preparation, splitting
-from vixml_jax.data.raw import RawDataset, RawItems, RawQueries, canonical
+from vixml_jax.data import filters, preprocessing, splitting
+from vixml_jax.data.images import image_files
+from vixml_jax.data.sources.raw import RawDataset, RawItems, RawQueries, canonical
 from vixml_jax.errors import InputError
 
 WORDS = np.array("red green blue car house Straße 漢字".split())
@@ -38,7 +39,7 @@ def draw(seed, count=50, num_labels=9, *, ids=True, weights=True, pictures=True)
         RawItems(
             count,
             lambda: ([texts[n] for n in chunk] for chunk in chunks),
-            images.RawImages(embeddings, present, "drawn") if pictures else None,
+            image_files.RawImages(embeddings, present, "drawn") if pictures else None,
             held["ids"],
         ),
         canonical(sparse.csr_matrix(matrix.astype(np.float32))),
@@ -228,8 +229,8 @@ def test_small_shares_are_said(tmp_path):
 
 def test_test_is_held_out_before_valid():
     raw, _ = dataset(1, ids=False, count=100)
-    settings = preparation.Settings(test=0.2, valid=0.25, filters="none")
-    raw, _ = preparation.settle(raw, settings)
+    settings = preprocessing.Settings(test=0.2, valid=0.25, filters="none")
+    raw, _ = preprocessing.settle(raw, settings)
     parts = [rows_of(raw.splits[split]) for split in ("test", "valid", "train")]
     assert [len(rows) for rows in parts[:2]] == [20, 20]  # A quarter of the other 80.
     assert len(set(np.concatenate(parts))) == sum(map(len, parts))
@@ -271,9 +272,9 @@ def write_source(directory, rng):
 @pytest.mark.parametrize("seed", range(3))
 def test_prepare_writes_what_was_held_out(tmp_path, seed):
     held = write_source(tmp_path / "raw", np.random.default_rng(seed))
-    raw = preparation.read_source(str(tmp_path / "raw"))
-    settings = preparation.Settings(valid=0.2, split_by="text", vocab_size=64, seed=seed)
-    prepared = preparation.prepare(raw, str(tmp_path / "out"), settings)
+    raw = preprocessing.read_source(str(tmp_path / "raw"))
+    settings = preprocessing.Settings(valid=0.2, split_by="text", vocab_size=64, seed=seed)
+    prepared = preprocessing.prepare(raw, str(tmp_path / "out"), settings)
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(prepared.tokenizer)

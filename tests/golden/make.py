@@ -1,6 +1,6 @@
 """Writes the golden files: tiny checkpoints, and what `transformers` (torch) makes of them.
 
-Run it as `python tests/golden/make.py`, where torch and transformers are installed; for each family
+Run it as `python -m tests.golden.make`, where torch and transformers are installed; for each family
 it replaces, in tests/golden/<family>/,
 
   config.json, model.safetensors   as `save_pretrained` writes them
@@ -14,13 +14,11 @@ Inputs are the same each time; outputs to the last bit only with the same torch.
 """
 
 import pathlib
-import sys
 
 import numpy as np
 import torch
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent))
-import random_models
+from tests import random_models
 
 HERE = pathlib.Path(__file__).parent
 LENGTHS = (20, 1, 9, 5)  # The first is longer than the window of Gemma's sliding layers.

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from scipy import sparse
-from thread_group import together
 
+from tests.thread_group import together
 from vixml_jax.labels import centroids
 from vixml_jax.structs import Share
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vixml_jax import sharding
 from vixml_jax.labels import table
+from vixml_jax.parallel import sharding
 from vixml_jax.structs import LabelState, Share
-from vixml_jax.training import step
+from vixml_jax.training import train_step
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_moving_centroids_take_one_step_towards_the_mean(mesh):
     state = labels.with_centroids(labels.init_state(np.arange(10)), Share(np.arange(10), old))
     ids = np.array([7, 2, 7, -1], np.int32)
     queries = rng.normal(size=(4, 4)).astype(np.float32)
-    moved = jax.jit(lambda s: step.move_centroids(labels, s, ids, queries, 0.95))(state)
+    moved = jax.jit(lambda s: train_step.move_centroids(labels, s, ids, queries, 0.95))(state)
     expected = old.copy()
     expected[7] = 0.95 * old[7] + 0.05 * (queries[0] + queries[2]) / 2
     expected[2] = 0.95 * old[2] + 0.05 * queries[1]

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from vixml_jax import sharding
 from vixml_jax.labels import table
-from vixml_jax.training import step
-from vixml_jax.training.plan import bytes_a_device
+from vixml_jax.parallel import sharding
+from vixml_jax.training import train_step
+from vixml_jax.training.memory_planner import bytes_a_device
 
 NUM_LABELS, WIDTH, BATCH = 10_000_000, 384, 4096
 
@@ -29,7 +29,9 @@ def test_ten_million_labels():
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     assert set(held.values()) == {planned} and len(held) == 8
 
-    move = jax.jit(functools.partial(step.move_centroids, labels, momentum=0.5), donate_argnums=0)
+    move = jax.jit(
+        functools.partial(train_step.move_centroids, labels, momentum=0.5), donate_argnums=0
+    )
     gather = jax.jit(functools.partial(table.gather_rows, mesh))
     ids = rng.choice(NUM_LABELS, BATCH, replace=False).astype(np.int32)
     queries = rng.normal(size=(BATCH, WIDTH)).astype(np.float32)

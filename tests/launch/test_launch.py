@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-LAUNCH = pathlib.Path(__file__).parent.parent.parent / "launch"
+LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 ODD = '--model.pretrained=a dir/it\'s "$HOME" *'
 

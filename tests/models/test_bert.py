@@ -12,10 +12,10 @@ import transformers
 from flax import linen as nn
 from safetensors import torch as safetensors
 
-from vixml_jax import sharding
-from vixml_jax.models import hf, layers
+from vixml_jax.models import hf_checkpoints, layers
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.tower import Tower
+from vixml_jax.parallel import sharding
 
 TINY = BertConfig(
     vocab_size=40, num_layers=2, width=16, num_heads=4, mlp_width=24, max_positions=20,
@@ -126,7 +126,7 @@ def test_gradients_match_torch(tmp_path, pack, draw_items):
     ]
     torch.sum(torch.stack(means) * torch.tensor(WEIGHTS)).backward()
 
-    config, params = hf.load_hf_tower(str(tmp_path))
+    config, params = hf_checkpoints.load_hf_tower(str(tmp_path))
     packed = pack(items, [[4, 2], [1, 0, 3]], width=24)
     found, _ = slopes_and_vectors(config, params, packed)
     # Their gradients, written and read as if they were a checkpoint, have our names.
@@ -134,7 +134,7 @@ def test_gradients_match_torch(tmp_path, pack, draw_items):
         {name: value.grad for name, value in model.named_parameters()},
         tmp_path / "model.safetensors",
     )
-    _, expected = hf.load_hf_tower(str(tmp_path))
+    _, expected = hf_checkpoints.load_hf_tower(str(tmp_path))
     assert_trees_close(found, expected, atol=2e-5)
 
 

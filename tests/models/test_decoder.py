@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_models
 import torch
 import transformers
 from flax import linen as nn
 from safetensors import torch as safetensors
 
-from vixml_jax import trees
+from tests import random_models
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf
+from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.tower import Tower
+from vixml_jax.runtime import tree_utils
 from vixml_jax.structs import PackedItems
 
 
@@ -25,7 +25,7 @@ def pair(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     model = random_models.text_model(request.param)
     model.save_pretrained(path)
-    return request.param, model, *hf.load_hf_tower(str(path)), str(path)
+    return request.param, model, *hf_checkpoints.load_hf_tower(str(path)), str(path)
 
 
 def apply(config, params, packed, num_items):
@@ -156,13 +156,13 @@ def with_adapters(config, params, *, drawn):
     packed = PackedItems(*[np.zeros((1, 2), np.int32)] * 4, np.zeros((0, 1), np.float16))
     made = nn.unbox(Tower(config).init(jax.random.key(1), packed, 1, deterministic=True))["params"]
     rng = np.random.default_rng(4)
-    adapters, _ = trees.partition(made, lambda path: path[-1] in ("lora_a", "lora_b"))
+    adapters, _ = tree_utils.partition(made, lambda path: path[-1] in ("lora_a", "lora_b"))
     if drawn:
         adapters = jax.tree.map(
             lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, adapters
         )
-    assert {path[-2] for path in trees.paths(adapters)} == set(maps)
-    return config, trees.merge(params, adapters)
+    assert {path[-2] for path in tree_utils.paths(adapters)} == set(maps)
+    return config, tree_utils.merge(params, adapters)
 
 
 def test_a_fresh_adapter_changes_nothing(pair, pack):
@@ -177,8 +177,8 @@ def test_merged_adapters_in_transformers_and_apart_in_peft(pair, pack, tmp_path)
     config, params = with_adapters(config, params, drawn=True)
     words = np.random.default_rng(2).integers(1, 60, 40)
     expected = apply(config, params, pack([(words, [])], [[0]], width=40), 1)[0]
-    hf.save_hf_tower(str(tmp_path / "merged"), params, config=config, like=path)
-    hf.save_hf_adapters(str(tmp_path / "adapters"), params, config=config, base=path)
+    hf_checkpoints.save_hf_tower(str(tmp_path / "merged"), params, config=config, like=path)
+    hf_checkpoints.save_hf_adapters(str(tmp_path / "adapters"), params, config=config, base=path)
     merged = transformers.AutoModel.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         found = merged(input_ids=torch.tensor(words)[None]).last_hidden_state[0].mean(0)
@@ -222,7 +222,7 @@ def test_in_chunks_the_vectors_and_slopes_are_the_same(pair, pack, draw_items):
 
 def test_saved_and_loaded_by_transformers(pair, tmp_path):
     _, model, config, params, path = pair
-    hf.save_hf_tower(str(tmp_path), params, config=config, like=path)
+    hf_checkpoints.save_hf_tower(str(tmp_path), params, config=config, like=path)
     again = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert type(again) is type(model)
     words = torch.randint(1, 60, (1, 40))
@@ -234,7 +234,7 @@ def test_saved_and_loaded_by_transformers(pair, tmp_path):
 
 def test_bfloat16_parameters_are_the_rounded_ones(pair):
     _, _, _, params, path = pair
-    _, half = hf.load_hf_tower(path, dtype="bfloat16")
+    _, half = hf_checkpoints.load_hf_tower(path, dtype="bfloat16")
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(y.dtype), y), params, half)
     assert {str(x.dtype) for x in jax.tree.leaves(half)} == {"bfloat16"}
 
@@ -245,7 +245,9 @@ def test_the_language_model_head_does_not_matter(tmp_path):
     whole.model.load_state_dict(model.state_dict())
     whole.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "plain")
-    whole, plain = (hf.load_hf_tower(str(tmp_path / name))[1] for name in ("whole", "plain"))
+    whole, plain = (
+        hf_checkpoints.load_hf_tower(str(tmp_path / name))[1] for name in ("whole", "plain")
+    )
     jax.tree.map(np.testing.assert_array_equal, whole, plain)
 
 
@@ -254,7 +256,7 @@ def test_the_decoder_within_a_gemma_that_sees(tmp_path):
 
     model = random_models.text_model("gemma3_text")
     model.save_pretrained(tmp_path)
-    _, plain = hf.load_hf_tower(str(tmp_path))
+    _, plain = hf_checkpoints.load_hf_tower(str(tmp_path))
     about = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "gemma3", "text_config": about, "vision_config": {}})
@@ -263,7 +265,7 @@ def test_the_decoder_within_a_gemma_that_sees(tmp_path):
     state["vision_tower.vision_model.head.weight"] = torch.zeros(3)
     state["multi_modal_projector.mm_soft_emb_norm.weight"] = torch.zeros(3)
     safetensors.save_file(state, tmp_path / "model.safetensors")
-    _, found = hf.load_hf_tower(str(tmp_path))
+    _, found = hf_checkpoints.load_hf_tower(str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, plain, found)
 
 
@@ -283,5 +285,5 @@ def test_what_no_tower_here_does_is_refused(family, changes, named, tmp_path):
     about = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**about, **changes}))
     with pytest.raises(InputError) as fault:
-        hf.load_hf_tower(str(tmp_path))
+        hf_checkpoints.load_hf_tower(str(tmp_path))
     assert named in str(fault.value) and "\n" not in str(fault.value)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vixml_jax.models import bert, decoder, hf
+from vixml_jax.models import bert, decoder, hf_checkpoints
 from vixml_jax.models.siglip import VisionTower
 from vixml_jax.models.tower import Tower
 
@@ -30,7 +30,7 @@ def read(family):
 def golden(request, pack):
     """Family, our tower, the texts packed, and what is expected."""
     directory, expected = read(request.param)
-    config, params = hf.load_hf_tower(directory)
+    config, params = hf_checkpoints.load_hf_tower(directory)
     assert expected["lengths"].max() > getattr(config, "window", 0)
     items = [
         (words[:n], []) for words, n in zip(expected["tokens"], expected["lengths"], strict=True)
@@ -91,7 +91,7 @@ def test_embeddings_every_layer_and_the_final_norm(golden):
 
 def test_vectors_of_pictures():
     directory, expected = read("siglip_vision_model")
-    config, params = hf.load_hf_vision(directory)
+    config, params = hf_checkpoints.load_hf_vision(directory)
     run = jax.jit(lambda params, pixels: VisionTower(config).apply({"params": params}, pixels))
     found = run(params, expected["pixels"])
     np.testing.assert_allclose(found, expected["pooled"], rtol=0, atol=1e-4)

@@ -10,11 +10,11 @@ import torch
 import transformers
 from safetensors import torch as safetensors
 
-from vixml_jax import sharding
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf
+from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.siglip import VisionTower
 from vixml_jax.models.tower import Tower
+from vixml_jax.parallel import sharding
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=8)
 MODELS = {
@@ -51,7 +51,7 @@ def checkpoint(request, tmp_path_factory):
 
 
 def load(family, path, **settings):
-    loader = hf.load_hf_vision if family == "siglip" else hf.load_hf_tower
+    loader = hf_checkpoints.load_hf_vision if family == "siglip" else hf_checkpoints.load_hf_tower
     return loader(path, **settings)
 
 
@@ -92,7 +92,7 @@ def test_half_precision_files_are_cast_on_their_devices(dtype, tmp_path):
     torch.manual_seed(0)
     model = transformers.Qwen2Model(MODELS["qwen2"][1]).to(dtype)
     model.save_pretrained(tmp_path)
-    _, params = hf.load_hf_tower(str(tmp_path), mesh=sharding.create_mesh(1, 4, 2))
+    _, params = hf_checkpoints.load_hf_tower(str(tmp_path), mesh=sharding.create_mesh(1, 4, 2))
     for i, layer in enumerate(model.layers):
         found = params["encoder"]["blocks"]["gate"]["kernel"][i]
         expected = layer.mlp.gate_proj.weight.detach().float().numpy().T
@@ -131,9 +131,9 @@ class Log:
 
 @pytest.fixture
 def log(monkeypatch):
-    log, tensors = Log(), hf._tensors
+    log, tensors = Log(), hf_checkpoints._tensors
     monkeypatch.setattr(
-        hf, "_tensors", lambda path: ((n, Watched(n, t, log)) for n, t in tensors(path))
+        hf_checkpoints, "_tensors", lambda path: ((n, Watched(n, t, log)) for n, t in tensors(path))
     )
     return log
 
@@ -170,7 +170,7 @@ def test_nothing_is_read_of_a_checkpoint_that_does_not_fit(tmp_path, log):
     state["layers.2.mlp.up_proj.weight"] = torch.zeros(48, 31)
     safetensors.save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(InputError) as fault:
-        hf.load_hf_tower(str(tmp_path), mesh=sharding.create_mesh())
+        hf_checkpoints.load_hf_tower(str(tmp_path), mesh=sharding.create_mesh())
     assert "norm.weight is missing" in str(fault.value)
     assert "up_proj.weight has shape [48, 31], expected [48, 32]" in str(fault.value)
     assert not log.read

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vixml_jax.benchmarks import towers
+from vixml_jax.benchmarks.support import towers
 from vixml_jax.errors import InputError
 from vixml_jax.models.tower import Tower
 from vixml_jax.structs import PackedItems

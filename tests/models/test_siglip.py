@@ -6,13 +6,13 @@ import json
 import jax
 import numpy as np
 import pytest
-import random_models
 import torch
 import transformers
 from flax import linen as nn
 
+from tests import random_models
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf
+from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.siglip import SiglipConfig, VisionTower
 
 SIZES = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4)
@@ -28,7 +28,7 @@ def vectors(config, params, pixels):
 def test_vectors_match_transformers(image_size, patch_size, scan, tmp_path):
     model = random_models.vision_model(image_size=image_size, patch_size=patch_size)
     model.save_pretrained(tmp_path)
-    config, params = hf.load_hf_vision(str(tmp_path))
+    config, params = hf_checkpoints.load_hf_vision(str(tmp_path))
     config = dataclasses.replace(config, scan=scan)
     pixels = np.random.default_rng(0).normal(size=(3, image_size, image_size, 3))
     pixels = pixels.astype(np.float32)
@@ -43,7 +43,7 @@ def test_the_vision_half_of_a_whole_model(tmp_path):
     about = transformers.SiglipConfig(text_config=text, vision_config=vision)
     whole = random_models.draw(transformers.SiglipModel, about, 0.1)
     whole.save_pretrained(tmp_path)
-    config, params = hf.load_hf_vision(str(tmp_path))
+    config, params = hf_checkpoints.load_hf_vision(str(tmp_path))
     pixels = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
     with torch.no_grad():
         expected = whole.get_image_features(torch.from_numpy(pixels).permute(0, 3, 1, 2))
@@ -53,7 +53,7 @@ def test_the_vision_half_of_a_whole_model(tmp_path):
 
 def test_parameters_have_the_structure_of_init(tmp_path):
     random_models.vision_model().save_pretrained(tmp_path)
-    config, params = hf.load_hf_vision(str(tmp_path))
+    config, params = hf_checkpoints.load_hf_vision(str(tmp_path))
     fresh = jax.eval_shape(
         lambda: nn.unbox(VisionTower(config).init(jax.random.key(0), np.zeros((1, 32, 32, 3))))
     )["params"]
@@ -78,8 +78,8 @@ def test_parameters_of_the_published_sizes(sizes, count):
 def test_a_text_tower_is_no_vision_tower(tmp_path):
     random_models.vision_model().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="model_type is 'siglip_vision_model', expected one of"):
-        hf.load_hf_tower(str(tmp_path))
+        hf_checkpoints.load_hf_tower(str(tmp_path))
     about = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**about, "hidden_act": "relu"}))
     with pytest.raises(InputError, match="hidden_act is 'relu'"):
-        hf.load_hf_vision(str(tmp_path))
+        hf_checkpoints.load_hf_vision(str(tmp_path))

@@ -11,7 +11,7 @@ import torch
 import transformers
 from flax import linen as nn
 
-from vixml_jax.models import hf, layers
+from vixml_jax.models import hf_checkpoints, layers
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.tower import Tower
 from vixml_jax.structs import PackedItems
@@ -56,7 +56,7 @@ def test_pictures_enter_as_tokens(tmp_path, pack, draw_items):
     )  # fmt: skip
     model = transformers.BertModel(about, add_pooling_layer=False).eval()
     model.save_pretrained(tmp_path)
-    config, params = hf.load_hf_tower(str(tmp_path))
+    config, params = hf_checkpoints.load_hf_tower(str(tmp_path))
     config = dataclasses.replace(config, image_width=7)
     rng = np.random.default_rng(0)
     items = draw_items(rng, 8, vocab_size=40, longest=8, num_images=3, image_width=7)

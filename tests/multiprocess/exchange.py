@@ -6,7 +6,8 @@ import time
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors, processes
+from vixml_jax import errors
+from vixml_jax.parallel import distributed
 
 
 def given(index, rows, dtype):
@@ -16,10 +17,10 @@ def given(index, rows, dtype):
 
 def main(argv):
     values = flags.FLAGS
-    processes.start(values.coordinator, values.num_processes, values.process_index)
-    group = processes.world()
+    distributed.start(values.coordinator, values.num_processes, values.process_index)
+    group = distributed.world()
     assert group.count == values.num_processes and group.index == values.process_index
-    processes._UNDER_WAY = 1 << 13  # Long arrays in pieces.
+    distributed._UNDER_WAY = 1 << 13  # Long arrays in pieces.
     for dtype in (np.int64, np.float32, np.float64, np.uint8):
         found = group.gather(given(group.index, 4 * group.index, dtype))  # None of the first.
         for index, x in enumerate(found):
@@ -38,9 +39,9 @@ def main(argv):
             assert x.dtype == dtype
             np.testing.assert_array_equal(x, part(sender, group.index))
     made = []
-    with processes.first_alone("a test"):
+    with distributed.first_alone("a test"):
         made.append(group.index)
-    assert processes.first_says(7 + group.index) == 7
+    assert distributed.first_says(7 + group.index) == 7
     print("all is as it should be")  # By the first one alone.
     print(f"process {group.index} was here", file=sys.stderr)
     if values.fail:
@@ -48,10 +49,10 @@ def main(argv):
             time.sleep(600)
         elif group.index == 1:
             raise {"input": errors.InputError, "fault": RuntimeError}[values.fail]("of the second")
-        processes.meet("where the other never comes")
+        distributed.meet("where the other never comes")
 
 
 if __name__ == "__main__":
-    processes.define_flags()
+    distributed.define_flags()
     flags.DEFINE_string("fail", "", "How the second process ends.")
     errors.launch(main)

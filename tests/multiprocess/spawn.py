@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from vixml_jax import config as config_lib
-from vixml_jax.benchmarks import workers
+from vixml_jax.benchmarks.support import workers
 
 
 def flags_of(config):

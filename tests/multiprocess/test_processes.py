@@ -5,10 +5,10 @@ import signal
 
 import numpy as np
 import pytest
-import spawn
 
-from vixml_jax import processes
+from tests.multiprocess import spawn
 from vixml_jax.errors import InputError
+from vixml_jax.parallel import distributed
 from vixml_jax.structs import Share
 
 EXCHANGE = str(pathlib.Path(__file__).parent / "exchange.py")
@@ -55,11 +55,11 @@ def test_none_waits_for_the_dead():
 )
 def test_flags_that_contradict_each_other_are_refused(flags, said):
     with pytest.raises(InputError, match=said):
-        processes.start(*flags)
+        distributed.start(*flags)
 
 
 def test_alone_nothing_is_copied():
-    group, x = processes.world(), np.ones((3, 2))
-    assert group is processes.ALONE
+    group, x = distributed.world(), np.ones((3, 2))
+    assert group is distributed.ALONE
     assert group.gather(x)[0] is x and group.exchange([x])[0] is x
-    assert processes.whole(Share(np.arange(3), x), 3, group) is x
+    assert distributed.whole(Share(np.arange(3), x), 3, group) is x

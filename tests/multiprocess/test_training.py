@@ -6,10 +6,11 @@ import os
 import shutil
 
 import pytest
-import spawn
-from tiny import assert_same_state, configuration, final_state, make_data
 
-from vixml_jax import runs, sealed
+from tests.multiprocess import spawn
+from tests.tiny import assert_same_state, configuration, final_state, make_data
+from vixml_jax import workdir as workdir_lib
+from vixml_jax.storage import digests
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,8 @@ def test_several_processes_train_the_same_run(data, one_process, tmp_path, num_p
     ]
     assert lines[0] == lines[1]
     # Killed, and gone on with by other processes: from an epoch before the last, by one alone.
-    newest = sealed.steps(os.path.join(config.workdir, runs.CHECKPOINTS))[-1]
-    shutil.rmtree(os.path.join(config.workdir, runs.CHECKPOINTS, str(newest)))
+    newest = digests.steps(os.path.join(config.workdir, workdir_lib.CHECKPOINTS))[-1]
+    shutil.rmtree(os.path.join(config.workdir, workdir_lib.CHECKPOINTS, str(newest)))
     _, done = trained(data, tmp_path / "run", num_processes=1, devices=8)
     assert "resumed at step" in done[0][1]
     assert_same_state(final_state(one_process), final_state(config), **tolerance)

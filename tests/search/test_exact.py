@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from vixml_jax import sharding
+from vixml_jax.parallel import sharding
 from vixml_jax.search import exact
 from vixml_jax.search.exact import ExactIndex
 

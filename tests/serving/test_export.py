@@ -16,7 +16,7 @@ from tests import tiny
 from vixml_jax import train
 from vixml_jax.config import LoraConfig, PromptConfig
 from vixml_jax.data.store import PreparedDataset
-from vixml_jax.serving import changes
+from vixml_jax.serving import label_updates
 from vixml_jax.serving.predictor import Predictor
 
 KINDS = ["encoder", "adapted", "decoder"]
@@ -65,8 +65,8 @@ def exported(request, run, tmp_path_factory):
     predictor = Predictor.load(str(workdir), warm=False)
     answers = predictor.answers
     new = np.eye(1, answers.vectors.shape[1], dtype=np.float32)
-    changes.remove(str(workdir), answers, [answers.ids[4]], [4])
-    changes.add(str(workdir), answers, ["new"], ["a new one"], new)
+    label_updates.remove(str(workdir), answers, [answers.ids[4]], [4])
+    label_updates.add(str(workdir), answers, ["new"], ["a new one"], new)
     predictor.refresh()
     said = tiny.door("export", f"--workdir={workdir}", f"--out={root / 'out'}")
     assert f"20 labels exported: {root / 'out'} (README.md, export.json" in said

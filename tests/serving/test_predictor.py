@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vixml_jax import retrieval, runs
+from vixml_jax import workdir
+from vixml_jax.augmentation import neighbors
 from vixml_jax.errors import InputError
 from vixml_jax.search.exact import ExactIndex
-from vixml_jax.serving import answers
+from vixml_jax.serving import artifacts
 from vixml_jax.serving.predictor import SIZES, Predictor
 
 
 def opened(config):
-    dataset = runs.open_dataset(config)
-    model = runs.build_model(
-        config, *runs.read_tower(config.workdir), dataset.num_labels, runs.make_mesh(config)
+    dataset = workdir.open_dataset(config)
+    model = workdir.build_model(
+        config, *workdir.read_tower(config.workdir), dataset.num_labels, workdir.make_mesh(config)
     )
-    return dataset, model, *runs.restore_model(config.workdir, model)[:2]
+    return dataset, model, *workdir.restore_model(config.workdir, model)[:2]
 
 
 def pictures_of(items):
@@ -42,7 +43,7 @@ def test_vectors_of_texts_and_pictures_are_those_of_prepared_data(run, predictor
 @pytest.mark.parametrize("weight", [None, 0])
 def test_labels_are_those_that_evaluation_finds(run, search, weight):
     dataset, model, params, labels = opened(run)
-    mixing = retrieval.as_trained(run.eval) if weight is None else None
+    mixing = neighbors.as_trained(run.eval) if weight is None else None
     queries = model.encode_queries(params, dataset.test, block=32).values
     exact = ExactIndex(model.encode_labels(params, labels, dataset.labels, block=32).values)
     expected = exact.search(queries, 6 if mixing is None else run.eval.k)
@@ -175,7 +176,7 @@ def test_the_run_directory_is_enough(run, tmp_path):
 def test_answers_of_another_step_or_damaged_are_not_used(run, tmp_path, capsys):
     where = tmp_path / "run"
     shutil.copytree(run.workdir, where)
-    about = where / "answers" / answers.ABOUT
+    about = where / "answers" / artifacts.ABOUT
     told = json.loads(about.read_text())
     about.write_text(json.dumps({**told, "step": 3}))
     Predictor.load(str(where), warm=False)

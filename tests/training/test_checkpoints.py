@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vixml_jax import errors, runs, sealed, sharding
+from vixml_jax import errors, workdir
 from vixml_jax.errors import InputError
+from vixml_jax.parallel import sharding
+from vixml_jax.storage import digests
 from vixml_jax.structs import LabelState, TrainState
 from vixml_jax.training import checkpoints as checkpoints_lib
 from vixml_jax.training.checkpoints import Checkpoints
@@ -51,7 +53,7 @@ def position(step, **more):
 
 def open_checkpoints(root, **settings):
     settings = {"keep": 3, "every": 1} | settings
-    return Checkpoints(str(root / runs.CHECKPOINTS), **settings)
+    return Checkpoints(str(root / workdir.CHECKPOINTS), **settings)
 
 
 def write(root, steps, num_devices=1, **settings):
@@ -86,7 +88,7 @@ def written(tmp_path_factory):
 
 
 def files_of(root, step):
-    top = os.path.join(root, runs.CHECKPOINTS, str(step))
+    top = os.path.join(root, workdir.CHECKPOINTS, str(step))
     return sorted(
         os.path.relpath(os.path.join(folder, name), top)
         for folder, _, names in os.walk(top)
@@ -119,7 +121,7 @@ def test_damage_of_any_file_is_told_and_the_one_before_is_taken(written, tmp_pat
     for number, name in enumerate(files_of(written, 6)):
         root = tmp_path / str(number)
         shutil.copytree(written, root)
-        spoil(root / runs.CHECKPOINTS / "6" / name, how, rng)
+        spoil(root / workdir.CHECKPOINTS / "6" / name, how, rng)
         capsys.readouterr()
         kept = open_checkpoints(root)
         step = kept.latest_step()
@@ -142,7 +144,7 @@ def test_damage_of_any_file_is_told_and_the_one_before_is_taken(written, tmp_pat
 def test_after_damage_it_goes_on_and_damage_of_the_same_step_is_kept_beside(tmp_path, capsys):
     write(tmp_path, [4, 6])
     for _ in range(2):
-        os.remove(tmp_path / runs.CHECKPOINTS / "6" / "position" / "metadata")
+        os.remove(tmp_path / workdir.CHECKPOINTS / "6" / "position" / "metadata")
         assert_is(tmp_path, 4)
         write(tmp_path, [6])
         assert_is(tmp_path, 6)
@@ -153,27 +155,27 @@ def test_after_damage_it_goes_on_and_damage_of_the_same_step_is_kept_beside(tmp_
 def test_several_damaged_ones_are_passed_and_if_all_are_nothing_is_moved(tmp_path):
     write(tmp_path, [2, 4, 6])
     for step in (6, 4):
-        (tmp_path / runs.CHECKPOINTS / str(step) / "model" / "_METADATA").write_text("")
+        (tmp_path / workdir.CHECKPOINTS / str(step) / "model" / "_METADATA").write_text("")
     assert_is(tmp_path, 2)
-    (tmp_path / runs.CHECKPOINTS / "2" / sealed.NAME).write_text("{}")
+    (tmp_path / workdir.CHECKPOINTS / "2" / digests.NAME).write_text("{}")
     with pytest.raises(InputError, match=r"no checkpoint is whole \(step 2: digests.json has"):
         open_checkpoints(tmp_path)
-    assert os.listdir(tmp_path / runs.CHECKPOINTS) == ["2"]
+    assert os.listdir(tmp_path / workdir.CHECKPOINTS) == ["2"]
 
 
 def test_evaluation_passes_damage_over_and_moves_nothing(tmp_path, capsys):
     write(tmp_path, [4, 6])
-    spoil(tmp_path / runs.CHECKPOINTS / "6" / "model" / "manifest.ocdbt", "cut", None)
-    assert runs.find_model(str(tmp_path)) == (str(tmp_path / runs.CHECKPOINTS), 4)
+    spoil(tmp_path / workdir.CHECKPOINTS / "6" / "model" / "manifest.ocdbt", "cut", None)
+    assert workdir.find_model(str(tmp_path)) == (str(tmp_path / workdir.CHECKPOINTS), 4)
     assert "step 6 is damaged (model/manifest.ocdbt has" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path / runs.CHECKPOINTS)) == ["4", "6"]
-    spoil(tmp_path / runs.CHECKPOINTS / "4" / "model" / "manifest.ocdbt", "deleted", None)
+    assert sorted(os.listdir(tmp_path / workdir.CHECKPOINTS)) == ["4", "6"]
+    spoil(tmp_path / workdir.CHECKPOINTS / "4" / "model" / "manifest.ocdbt", "deleted", None)
     with pytest.raises(InputError, match=r"step 4 is damaged .*manifest.ocdbt is missing"):
-        runs.find_model(str(tmp_path))
+        workdir.find_model(str(tmp_path))
 
 
 def test_a_best_model_that_is_damaged_is_chosen_anew(tmp_path, capsys):
-    best = str(tmp_path / runs.BEST)
+    best = str(tmp_path / workdir.BEST)
     kept = open_checkpoints(tmp_path, best=best)
     state = make_state(1, 4, seed=4)
     kept.save_best(state, state.labels)
@@ -183,10 +185,10 @@ def test_a_best_model_that_is_damaged_is_chosen_anew(tmp_path, capsys):
     again = open_checkpoints(tmp_path, best=best)
     assert again.restore(make_state(1), np.zeros(QUERIES, np.int32))[2] == named
     again.close()
-    assert runs.find_model(str(tmp_path)) == (best, 4)
-    spoil(tmp_path / runs.BEST / "4" / "model" / "_METADATA", "empty", None)
+    assert workdir.find_model(str(tmp_path)) == (best, 4)
+    spoil(tmp_path / workdir.BEST / "4" / "model" / "_METADATA", "empty", None)
     with pytest.raises(InputError, match=r"best: step 4, .* is damaged \(model/_METADATA has 0"):
-        runs.find_model(str(tmp_path))
+        workdir.find_model(str(tmp_path))
     again = open_checkpoints(tmp_path, best=best)
     capsys.readouterr()
     assert again.restore(make_state(1), np.zeros(QUERIES, np.int32))[2] == position(4)
@@ -194,7 +196,7 @@ def test_a_best_model_that_is_damaged_is_chosen_anew(tmp_path, capsys):
     again.drop_best_but(None)
     again.save_best(state, state.labels)
     again.close()
-    assert sealed.damage(str(tmp_path / runs.BEST / "4")) is None
+    assert digests.damage(str(tmp_path / workdir.BEST / "4")) is None
     assert os.listdir(tmp_path / "best.damaged") == ["4"]
 
 
@@ -209,13 +211,13 @@ def test_what_a_kill_left_half_written_goes(tmp_path):
     write(tmp_path, [2])
     for name in ("4.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-17"):
         shutil.copytree(
-            tmp_path / runs.CHECKPOINTS / "2" / "model", tmp_path / runs.CHECKPOINTS / name
+            tmp_path / workdir.CHECKPOINTS / "2" / "model", tmp_path / workdir.CHECKPOINTS / name
         )
     kept = open_checkpoints(tmp_path)
     assert kept.latest_step() == 2
     kept.save(make_state(1, 4, seed=4), np.arange(QUERIES, dtype=np.int32) + 4, position(4))
     kept.close()
-    assert sorted(os.listdir(tmp_path / runs.CHECKPOINTS)) == ["2", "4"]
+    assert sorted(os.listdir(tmp_path / workdir.CHECKPOINTS)) == ["2", "4"]
     assert_is(tmp_path, 4)
 
 
@@ -333,15 +335,15 @@ def test_what_is_saved_is_the_state_when_it_was_saved(tmp_path):
 
 def test_frozen_weights_that_are_damaged_are_written_again(tmp_path):
     frozen = {"tower": {"kernel": jax.numpy.arange(12.0).reshape(3, 4)}}
-    kept = tmp_path / runs.FROZEN / "0"
-    runs.save_frozen(str(tmp_path), frozen)
-    assert sealed.damage(str(kept)) is None
-    before = (kept / sealed.NAME).stat().st_mtime_ns
-    runs.save_frozen(str(tmp_path), frozen)
-    assert (kept / sealed.NAME).stat().st_mtime_ns == before  # Written once.
+    kept = tmp_path / workdir.FROZEN / "0"
+    workdir.save_frozen(str(tmp_path), frozen)
+    assert digests.damage(str(kept)) is None
+    before = (kept / digests.NAME).stat().st_mtime_ns
+    workdir.save_frozen(str(tmp_path), frozen)
+    assert (kept / digests.NAME).stat().st_mtime_ns == before  # Written once.
     spoil(kept / "manifest.ocdbt", "cut", None)
-    assert "manifest.ocdbt" in sealed.damage(str(kept))
-    runs.save_frozen(str(tmp_path), frozen)
-    found = sealed.read(str(tmp_path / runs.FROZEN), **{"0": frozen})["0"]
-    assert sealed.damage(str(kept)) is None
+    assert "manifest.ocdbt" in digests.damage(str(kept))
+    workdir.save_frozen(str(tmp_path), frozen)
+    found = digests.read(str(tmp_path / workdir.FROZEN), **{"0": frozen})["0"]
+    assert digests.damage(str(kept)) is None
     np.testing.assert_array_equal(found["tower"]["kernel"], frozen["tower"]["kernel"])

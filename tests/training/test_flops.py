@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vixml_jax.benchmarks import towers
-from vixml_jax.labels.combiner import Combiner
+from vixml_jax.benchmarks.support import towers
+from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.tower import Tower

@@ -13,25 +13,27 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np  # noqa: E402
 import test_checkpoints  # noqa: E402
 
-from vixml_jax import processes, runs, sealed, sharding  # noqa: E402
+from vixml_jax import workdir  # noqa: E402
 from vixml_jax.errors import InputError, Preempted  # noqa: E402
-from vixml_jax.training import stopping  # noqa: E402
+from vixml_jax.parallel import distributed, sharding  # noqa: E402
+from vixml_jax.storage import digests  # noqa: E402
+from vixml_jax.training import preemption  # noqa: E402
 
 root, me = pathlib.Path(sys.argv[3]), jax.process_index()
 assert jax.process_count() == 2 and len(jax.devices()) == 4
 
 # The second process is signalled in its fourth step, and the first one runs ahead of it.
-with stopping.Stop().caught() as stop:
-    agree, done = stopping.Agreement(sharding.create_mesh()), []
+with preemption.Stop().caught() as stop:
+    agree, done = preemption.Agreement(sharding.create_mesh()), []
     for step in range(1, 20):
         time.sleep(0.02 * me)
         if me == 1 and step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        wish = stopping.SAVE if me == 0 and step == 2 else stopping.GO_ON
-        done.append(agree(stopping.STOP if stop.asked else wish))
-        if done[-1] == stopping.STOP:
+        wish = preemption.SAVE if me == 0 and step == 2 else preemption.GO_ON
+        done.append(agree(preemption.STOP if stop.asked else wish))
+        if done[-1] == preemption.STOP:
             break
-    assert done == [0, 0, 0, stopping.SAVE, 0, stopping.STOP], done
+    assert done == [0, 0, 0, preemption.SAVE, 0, preemption.STOP], done
     try:
         with stop.at_once():
             raise AssertionError("went on")
@@ -40,11 +42,11 @@ with stopping.Stop().caught() as stop:
 
 test_checkpoints.write(root, [2, 4, 6], num_devices=4)
 test_checkpoints.write(root, [8], num_devices=4)
-assert test_checkpoints.sealed.steps(str(root / runs.CHECKPOINTS)) == [4, 6, 8]
-processes.meet("written")
+assert test_checkpoints.sealed.steps(str(root / workdir.CHECKPOINTS)) == [4, 6, 8]
+distributed.meet("written")
 if me == 0:
-    (root / runs.CHECKPOINTS / "8" / "model" / "manifest.ocdbt").write_bytes(b"")
-processes.meet("spoilt")
+    (root / workdir.CHECKPOINTS / "8" / "model" / "manifest.ocdbt").write_bytes(b"")
+distributed.meet("spoilt")
 
 kept = test_checkpoints.open_checkpoints(root)
 assert kept.latest_step() == 6
@@ -62,12 +64,12 @@ kept.close()
 again = test_checkpoints.open_checkpoints(root)
 assert again.restore(found, clusters)[1][0] == 7
 again.close()
-processes.meet("replaced")
+distributed.meet("replaced")
 
 if me == 0:
-    for path in (root / runs.CHECKPOINTS).iterdir():
-        (path / sealed.NAME).unlink()
-processes.meet("all spoilt")
+    for path in (root / workdir.CHECKPOINTS).iterdir():
+        (path / digests.NAME).unlink()
+distributed.meet("all spoilt")
 try:
     test_checkpoints.open_checkpoints(root)
     raise AssertionError("opened")

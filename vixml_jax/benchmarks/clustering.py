@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 from vixml_jax import errors
 from vixml_jax.structs import Share
-from vixml_jax.training.clustering import balanced_clusters
+from vixml_jax.training.clustering.balanced import balanced_clusters
 
 
 def _ours(x: np.ndarray, num_clusters: int, *, seed: int) -> np.ndarray:

@@ -20,13 +20,16 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import config as config_lib
-from vixml_jax import devices as device_kinds
-from vixml_jax import errors, runs, train, trees
-from vixml_jax.benchmarks import towers, train_step
+from vixml_jax import errors, train, workdir
+from vixml_jax.benchmarks import train_step
+from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LoraConfig, ModelConfig
 from vixml_jax.models.decoder import DecoderConfig
-from vixml_jax.training import collectives, flops
-from vixml_jax.training import plan as plan_lib
+from vixml_jax.parallel import accelerators as device_kinds
+from vixml_jax.parallel import collectives
+from vixml_jax.runtime import tree_utils
+from vixml_jax.training import flops
+from vixml_jax.training import memory_planner as plan_lib
 
 
 class Setting(NamedTuple):
@@ -67,7 +70,7 @@ def setting(values: Any) -> Setting:
         ),
     )
     slice_of = plan_lib.slice_of(values.devices) if values.devices else None
-    mesh = runs.make_mesh(config, slice_of)
+    mesh = workdir.make_mesh(config, slice_of)
     sizes = plan_lib.DataSizes(values.queries, values.labels)
     parts = train.assemble(config, tower, train_step.layout_of(values.tower, 0), sizes, mesh)
     length = float(values.length)
@@ -107,7 +110,7 @@ def on_paper(setting: Setting, *, tpu: bool) -> dict[str, float]:
 
     def size(tree: Any) -> float:
         """Numbers of the dense weights of a tower, a tensor-parallel share of them."""
-        dense, _ = trees.partition(tree, lambda path: path[-1] != "word_embeddings")
+        dense, _ = tree_utils.partition(tree, lambda path: path[-1] != "word_embeddings")
         return sum(math.prod(x.shape) for x in jax.tree.leaves(dense)) / shape["tensor"]
 
     base = size(like.frozen.get("tower", {}))

@@ -16,7 +16,8 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import towers, train_step, workers
+from vixml_jax.benchmarks import train_step
+from vixml_jax.benchmarks.support import towers, workers
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, Ragged
 
@@ -48,10 +49,11 @@ def _ours(program: str, items: Items, settings: dict[str, Any]) -> Callable[[], 
     import jax
     from flax import linen as nn
 
-    from vixml_jax import runs, sharding
+    from vixml_jax import workdir
     from vixml_jax.config import Config, LabelsConfig
+    from vixml_jax.parallel import sharding
 
-    model = runs.build_model(
+    model = workdir.build_model(
         Config(labels=LabelsConfig(num_free=2)),
         towers.config_of(TOWER),
         Layout(),
@@ -70,10 +72,10 @@ def _ours(program: str, items: Items, settings: dict[str, Any]) -> Callable[[], 
 def _torch(program: str, items: Items, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     import torch
 
-    from vixml_jax.benchmarks import torch_peer
+    from vixml_jax.benchmarks.baselines import torch_models
 
     torch.set_num_threads(settings["threads"])
-    tower = torch_peer.Tower(towers.about(TOWER)).eval()
+    tower = torch_models.Tower(towers.about(TOWER)).eval()
     offsets = items.tokens.offsets
     texts = [np.asarray(items.tokens.values[a:b]) for a, b in itertools.pairwise(offsets)]
 
@@ -85,7 +87,7 @@ def _torch(program: str, items: Items, settings: dict[str, Any]) -> Callable[[],
         with torch.no_grad():
             for start in range(0, len(texts), settings["batch"]):
                 ids = order[start : start + settings["batch"]]
-                vectors = tower(*torch_peer.pad([texts[i] for i in ids], length))
+                vectors = tower(*torch_models.pad([texts[i] for i in ids], length))
                 found[ids] = torch.nn.functional.normalize(vectors, dim=-1).numpy()
         return {"sum": float(found.sum())}
 

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import workers
+from vixml_jax.benchmarks.support import workers
 
 QWEN = {
     "model_type": "qwen2",
@@ -44,12 +44,15 @@ def write_checkpoint(directory: str, gigabytes: float) -> list[int]:
     import ml_dtypes
     import safetensors.numpy
 
-    from vixml_jax.models import hf, hf_names
+    from vixml_jax.models import hf_checkpoints, hf_names
 
     def shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
         about = {**QWEN, "num_hidden_layers": num_layers}
-        _, config = hf_names.read_config(hf.CONFIG, about, hf_names.TOWERS)
-        sizes, expected = hf.sizes_of(config), hf_names.TENSORS["qwen2"].expected(config)
+        _, config = hf_names.read_config(hf_checkpoints.CONFIG, about, hf_names.TOWERS)
+        sizes, expected = (
+            hf_checkpoints.sizes_of(config),
+            hf_names.TENSORS["qwen2"].expected(config),
+        )
         return {name: place.shape(sizes) for name, (place, _) in expected.items()}
 
     none, one = (2 * sum(math.prod(shape) for shape in shapes(n).values()) for n in (0, 1))
@@ -67,8 +70,8 @@ def write_checkpoint(directory: str, gigabytes: float) -> list[int]:
         safetensors.numpy.save_file(part, os.path.join(directory, file), metadata={"format": "pt"})
         files |= dict.fromkeys(part, file)
     for name, content in (
-        (hf.CONFIG, {**QWEN, "num_hidden_layers": num_layers}),
-        (hf.INDEX, {"metadata": {}, "weight_map": files}),
+        (hf_checkpoints.CONFIG, {**QWEN, "num_hidden_layers": num_layers}),
+        (hf_checkpoints.INDEX, {"metadata": {}, "weight_map": files}),
     ):
         with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
             json.dump(content, file)
@@ -86,14 +89,16 @@ def _ours(program: str, settings: dict[str, Any]) -> Callable[[], dict[str, Any]
     import jax
     import safetensors  # noqa: F401  (imported before the clock starts)
 
-    from vixml_jax import sharding
-    from vixml_jax.models import hf
+    from vixml_jax.models import hf_checkpoints
+    from vixml_jax.parallel import sharding
 
     mesh, kept = sharding.create_mesh(), []
     jax.block_until_ready(jax.device_put(np.zeros(8), sharding.replicated(mesh)))
 
     def run() -> dict[str, Any]:
-        kept.append(hf.load_hf_tower(settings["path"], dtype=settings["dtype"], mesh=mesh))
+        kept.append(
+            hf_checkpoints.load_hf_tower(settings["path"], dtype=settings["dtype"], mesh=mesh)
+        )
         return {}
 
     return run

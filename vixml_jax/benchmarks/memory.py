@@ -23,20 +23,23 @@ import numpy as np
 from absl import flags
 from flax import linen as nn
 
-from vixml_jax import errors, runs, sharding
-from vixml_jax.benchmarks import towers, train_step
+from vixml_jax import errors, workdir
+from vixml_jax.benchmarks import train_step
+from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
 from vixml_jax.models.decoder import DecoderConfig
+from vixml_jax.parallel import sharding
 from vixml_jax.structs import Batch, PackedItems
-from vixml_jax.training import losses, optimizer, step
-from vixml_jax.training import state as state_lib
-from vixml_jax.training.plan import GIB, MemoryPlan, plan_memory
+from vixml_jax.training import losses, optimizer
+from vixml_jax.training import train_state as state_lib
+from vixml_jax.training import train_step as train_step_lib
+from vixml_jax.training.memory_planner import GIB, MemoryPlan, plan_memory
 
 WIDTH = 128  # Positions of a row.
 NUM_LABELS = 65536
 
 
-def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, step.TrainStep]:
+def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, train_step_lib.TrainStep]:
     """Model, optimizer, abstract state and step for one line of the table."""
     config = Config(
         labels=LabelsConfig(num_free=NUM_LABELS),
@@ -48,13 +51,13 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, step.TrainStep]:
         changes["lora_rank"] = settings["rank"]
     tower = dataclasses.replace(tower, **changes)
     layout = train_step.layout_of(settings["tower"], 0)
-    model = runs.build_model(config, tower, layout, NUM_LABELS, sharding.create_mesh())
+    model = workdir.build_model(config, tower, layout, NUM_LABELS, sharding.create_mesh())
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
-    trained, frozen = runs.split_params(model.abstract_params, tower)
-    frozen = runs.as_frozen(frozen, settings["dtype"])
+    trained, frozen = workdir.split_params(model.abstract_params, tower)
+    frozen = workdir.as_frozen(frozen, settings["dtype"])
     like = state_lib.abstract_state(model, trained, frozen, tx, settings["batch"])
     loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
-    return model, tx, like, step.make_train_step(model, loss_fn, tx, like)
+    return model, tx, like, train_step_lib.make_train_step(model, loss_fn, tx, like)
 
 
 def random_batch(settings: dict[str, Any], shards: int) -> Batch:
@@ -96,7 +99,7 @@ def measure(settings: dict[str, Any]) -> int:
 
     def fresh(key: jax.Array) -> Any:
         params = nn.unbox(model.init_params(key))
-        params, frozen = runs.split_params(params, model.tower.config)
+        params, frozen = workdir.split_params(params, model.tower.config)
         frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(settings["dtype"])), frozen)
         return sharding.pad((params, frozen), (like.params, like.frozen))
 

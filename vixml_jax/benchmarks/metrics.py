@@ -33,8 +33,8 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import workers
-from vixml_jax.evaluation import bootstrap, breakdown, groups, metrics, per_query
+from vixml_jax.benchmarks.support import workers
+from vixml_jax.evaluation import bootstrap, metrics, per_query, sliced_metrics, slices
 
 KS, RECALL_KS = (1, 3, 5), (10, 100)
 _BLOCK = 16384  # Queries drawn at a time.
@@ -259,17 +259,17 @@ def judge_page(directory: str, settings: dict[str, Any]) -> dict[str, float]:
         seconds[part], clock = time.perf_counter() - clock, time.perf_counter()
 
     pairs = np.bincount(relevance.indices, minlength=num_labels)
-    found = breakdown.judge(
+    found = sliced_metrics.judge(
         ids,
         relevance,
         weights,
         label_groups={
-            "frequency": groups.by_frequency(frequency),
-            "decile": groups.by_decile(frequency, pairs),
+            "frequency": slices.by_frequency(frequency),
+            "decile": slices.by_decile(frequency, pairs),
         },
         query_groups={
-            "pictures": groups.Groups(("with pictures", "without"), has_none),
-            "length": groups.by_length(lengths),
+            "pictures": slices.Groups(("with pictures", "without"), has_none),
+            "length": slices.by_length(lengths),
         },
         ks=KS,
         recall_ks=[r for r in RECALL_KS if r <= settings["k"]],

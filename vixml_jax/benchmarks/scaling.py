@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import workers
+from vixml_jax.benchmarks.support import workers
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
@@ -26,17 +26,17 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     import numpy as np
     from flax import linen as nn
 
-    from vixml_jax import runs, sharding
+    from vixml_jax import workdir
     from vixml_jax.benchmarks import memory
-    from vixml_jax.training import collectives
-    from vixml_jax.training import state as state_lib
+    from vixml_jax.parallel import collectives, sharding
+    from vixml_jax.training import train_state as state_lib
 
     devices = jax.device_count()
     settings = {**settings, "batch": settings["batch"] * devices}
     model, tx, like, train = memory.build(settings)
 
     def fresh(key: jax.Array) -> Any:
-        params, frozen = runs.split_params(nn.unbox(model.init_params(key)), model.tower.config)
+        params, frozen = workdir.split_params(nn.unbox(model.init_params(key)), model.tower.config)
         return sharding.pad((params, frozen), (like.params, like.frozen))
 
     labels = model.table.init_state(np.zeros(memory.NUM_LABELS, np.int32))

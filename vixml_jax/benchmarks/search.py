@@ -27,9 +27,10 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import search_peers, workers
+from vixml_jax.benchmarks.baselines import search_indexes
+from vixml_jax.benchmarks.support import workers
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation import report
+from vixml_jax.report import tables
 from vixml_jax.search.exact import ExactIndex
 
 _QUERY_BLOCK, _LABEL_BLOCK = 1024, 65536  # Of `ExactIndex`, if not told otherwise.
@@ -41,7 +42,7 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     import jax.numpy as jnp
     import torch
 
-    labels, queries = search_peers.labels_and_queries(
+    labels, queries = search_indexes.labels_and_queries(
         settings["n"], settings["width"], settings["queries"]
     )
     k = settings["k"]
@@ -111,19 +112,19 @@ def measure_peers(
     with tempfile.TemporaryDirectory() as directory:
         settings = {"n": n, "width": width, "queries": queries, "truth": f"{directory}/truth.npy"}
         for name in ("exact", *peers):
-            command = [sys.executable, "-m", "vixml_jax.benchmarks.search_peers", name]
+            command = [sys.executable, "-m", "vixml_jax.benchmarks.baselines.search_indexes", name]
             done = subprocess.run(
                 [*command, json.dumps(settings)], stdout=subprocess.PIPE, text=True, check=True
             )
             found[name] = json.loads(done.stdout.splitlines()[-1])
             print(f"{key}: {name} measured", flush=True)
-            report.write_json(out, gathered)
+            tables.write_json(out, gathered)
     return list(found.values())
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     """The peers, one a line: build, memory, queries a second at each recall of each k."""
-    columns = [(k, wanted) for k in search_peers.KS for wanted in search_peers.TARGETS]
+    columns = [(k, wanted) for k in search_indexes.KS for wanted in search_indexes.TARGETS]
     heads = "".join(f"{f'@{k} {wanted}':>12}" for k, wanted in columns)
     lines = [f"  {'':10} {'build s':>8} {'peak GB':>8} {'held GB':>8}{heads}   queries/s"]
     for one in found:
@@ -147,8 +148,8 @@ def _cell(row: dict[str, Any]) -> str:
 def check_peers(peers: Sequence[str]) -> None:
     """Refuses peers that are unknown or not installed."""
     for name in peers:
-        if name not in search_peers.BUILD:
-            known = ", ".join(search_peers.BUILD)
+        if name not in search_indexes.BUILD:
+            known = ", ".join(search_indexes.BUILD)
             raise InputError(f"--peers={name}: expected some of {known}")
         if importlib.util.find_spec(name) is None:
             raise InputError(f"--peers={name}: not installed; pip install vixml_jax[benchmark]")
@@ -184,7 +185,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("k", 100, "Results of a query; of exact search.", lower_bound=1)
     flags.DEFINE_integer("threads", 1, "Processors; of exact search.", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "Times that each program runs.", lower_bound=1)
-    flags.DEFINE_list("peers", list(search_peers.BUILD), "Which indexes, separated by commas.")
+    flags.DEFINE_list("peers", list(search_indexes.BUILD), "Which indexes, separated by commas.")
     flags.DEFINE_string("out", "search.json", "Gathers results; of approximate search.")
 
 

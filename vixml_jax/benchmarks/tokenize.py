@@ -20,9 +20,11 @@ from absl import flags
 
 from vixml_jax import errors
 from vixml_jax.benchmarks import prepare as prepare_benchmark
-from vixml_jax.benchmarks import standin, workers
-from vixml_jax.data import encoder, formats, tokenize
-from vixml_jax.data.encoder import Encoded
+from vixml_jax.benchmarks.support import synthetic_data, workers
+from vixml_jax.data.sources import xml_repository
+from vixml_jax.data.text import batch_tokenizer
+from vixml_jax.data.text import tokenizer as tokenizer_lib
+from vixml_jax.data.text.batch_tokenizer import Encoded
 from vixml_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ _CHUNK = 4096
 
 def _ours(tokenizer: "Tokenizer", threads: int) -> Callable[[list[str]], Encoded]:
     """As prepare does it: the chunks of a round go to a process a processor."""
-    encoders = encoder.Encoders(tokenizer, threads if threads > 1 else 0)
+    encoders = batch_tokenizer.Encoders(tokenizer, threads if threads > 1 else 0)
     encoders.__enter__()  # Until the program ends.
 
     def run(texts: list[str]) -> Encoded:
@@ -81,17 +83,17 @@ def _gather(tokenizer: "Tokenizer", found: Iterator[Any]) -> Encoded:
 def _texts(settings: dict[str, Any]) -> Iterator[str]:
     """New ones, without end unless they are of a file."""
     if settings["file"]:
-        return itertools.chain.from_iterable(formats.read_texts(settings["file"]))
+        return itertools.chain.from_iterable(xml_repository.read_texts(settings["file"]))
     rng = np.random.default_rng(0)
-    words = standin.Words.make(settings["words"], settings["tokenizer"], rng)
-    lengths = standin.LIKE[settings["like"]].words
+    words = synthetic_data.Words.make(settings["words"], settings["tokenizer"], rng)
+    lengths = synthetic_data.LIKE[settings["like"]].words
     return itertools.chain.from_iterable(words.texts(10**9, lengths, rng))
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
     """A program with texts of its own, the same as another's."""
     (program,) = programs
-    tokenizer = tokenize.load(settings["tokenizer"], settings["max_tokens"])
+    tokenizer = tokenizer_lib.load(settings["tokenizer"], settings["max_tokens"])
     encode = PROGRAMS[program](tokenizer, settings["threads"])
     texts = _texts(settings)
 
@@ -159,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
     kinds = [("", values.max_tokens or 32, values.texts or 8192)]
     if not values.file:
         kinds = [
-            (like, standin.LIKE[like].max_tokens, values.texts or count)
+            (like, synthetic_data.LIKE[like].max_tokens, values.texts or count)
             for like, count in (("lf_amazontitles_1.3m", 65536), ("lf_wikipedia_500k", 8192))
         ]
     for like, max_tokens, texts in kinds:

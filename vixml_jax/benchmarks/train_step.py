@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import devices, errors
-from vixml_jax.benchmarks import inputs, towers, workers
+from vixml_jax import errors
+from vixml_jax.benchmarks.support import inputs, towers, workers
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, PreparedDataset, Ragged
+from vixml_jax.parallel import accelerators
 
 PROGRAMS = (
     "ours",
@@ -85,7 +86,7 @@ def batches_of(
     dataset: PreparedDataset, settings: dict[str, Any], *, layout: Layout, width: int
 ) -> list[Any]:
     """The same batches for every program, in rows of `width` positions."""
-    from vixml_jax.data import packing, pipeline
+    from vixml_jax.data import input_pipeline, packing
 
     rng = np.random.default_rng(0)
     lengths = [
@@ -98,7 +99,7 @@ def batches_of(
         width=width,
         chunk=settings["chunk"],
     )
-    iterator = pipeline.epoch_batches(
+    iterator = input_pipeline.epoch_batches(
         dataset,
         rng.permutation(len(dataset.train)),
         epoch=0,
@@ -134,7 +135,7 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
 def operations(settings: dict[str, Any], batches: list[Any]) -> float:
     """What a round of these batches needs, of every program the same."""
     from vixml_jax.config import LabelsConfig
-    from vixml_jax.labels.combiner import Combiner
+    from vixml_jax.labels.prototypes import Combiner
     from vixml_jax.models.decoder import DecoderConfig
     from vixml_jax.training import flops
 
@@ -162,11 +163,11 @@ Rounds = Callable[[PreparedDataset, list[Any], int | None], Callable[[], dict[st
 def _torch(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -> Rounds:
     import torch
 
-    from vixml_jax.benchmarks import torch_peer
+    from vixml_jax.benchmarks.baselines import torch_models
 
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
-    peer = torch_peer.Program(
+    peer = torch_models.Program(
         towers.about(settings["tower"]),
         dataset.num_labels,
         lora_rank=settings["rank"],
@@ -175,7 +176,7 @@ def _torch(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -
         device="cuda" if settings["device"] == "gpu" else "cpu",
     )
 
-    def side(items: Items, ids: np.ndarray) -> torch_peer.Side:
+    def side(items: Items, ids: np.ndarray) -> torch_models.Side:
         starts = items.tokens.offsets
         texts = [np.asarray(items.tokens.values[starts[i] : starts[i + 1]]) for i in ids]
         if items.images is None:
@@ -203,11 +204,13 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
     import jax.numpy as jnp
     from flax import linen as nn
 
-    from vixml_jax import runs, sharding
+    from vixml_jax import workdir
     from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
     from vixml_jax.models.decoder import DecoderConfig
-    from vixml_jax.training import losses, optimizer, step
-    from vixml_jax.training import state as state_lib
+    from vixml_jax.parallel import sharding
+    from vixml_jax.training import losses, optimizer
+    from vixml_jax.training import train_state as state_lib
+    from vixml_jax.training import train_step as train_step_lib
 
     gpu = settings["device"] == "gpu"
     config = Config(
@@ -225,16 +228,16 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
         changes["lora_rank"] = settings["rank"]
     tower = dataclasses.replace(tower, **changes)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    model = runs.build_model(config, tower, layout, dataset.num_labels, mesh)
+    model = workdir.build_model(config, tower, layout, dataset.num_labels, mesh)
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
 
     def fresh(key: jax.Array) -> Any:
-        params, frozen = runs.split_params(nn.unbox(model.init_params(key)), tower)
+        params, frozen = workdir.split_params(nn.unbox(model.init_params(key)), tower)
         frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(tower.dtype)), frozen)
         return sharding.pad((params, frozen), (like.params, like.frozen))
 
-    trained, frozen = runs.split_params(model.abstract_params, tower)
-    frozen = runs.as_frozen(frozen, tower.dtype)
+    trained, frozen = workdir.split_params(model.abstract_params, tower)
+    frozen = workdir.as_frozen(frozen, tower.dtype)
     like = state_lib.abstract_state(model, trained, frozen, tx, len(dataset.train))
     state = state_lib.place_state(
         like,
@@ -244,7 +247,7 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
         state_lib.empty_bank(model, len(dataset.train)),
     )
     loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
-    train_step = step.make_train_step(model, loss_fn, tx, like)
+    train_step = train_step_lib.make_train_step(model, loss_fn, tx, like)
     key = jax.random.key(0)
 
     def prepared(dataset: PreparedDataset, batches: list[Any], length: int | None) -> Any:
@@ -308,7 +311,7 @@ def main(argv: Sequence[str]) -> None:
         return
     for name, found in rounds.items():
         kind = found[0]["device"]
-        known = devices.about(kind)
+        known = accelerators.about(kind)
         seconds = sorted(one["seconds"] for one in found)[len(found) // 2]
         done = found[0]["flops"] / seconds
         share = f"{done / known.peak_flops:.1%} of its peak" if known else "peak unknown"

@@ -13,7 +13,8 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import errors
-from vixml_jax.benchmarks import train_step, workers
+from vixml_jax.benchmarks import train_step
+from vixml_jax.benchmarks.support import workers
 
 PROGRAMS = ("ours", "torch")
 SIZES = {

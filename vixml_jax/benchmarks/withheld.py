@@ -18,12 +18,14 @@ from absl import flags
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from vixml_jax import errors, runs, whole
+from vixml_jax import errors
+from vixml_jax import workdir as workdir_lib
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation import metrics
 from vixml_jax.search.exact import ExactIndex
-from vixml_jax.serving import placing
+from vixml_jax.serving import cold_start
 from vixml_jax.serving.predictor import Predictor
+from vixml_jax.storage import atomic
 
 K = 100
 ROWS = "withheld.txt"
@@ -46,7 +48,7 @@ def make(source: str, out: str, share: float, seed: int) -> Int[np.ndarray, " w"
     stay = np.setdiff1d(np.arange(len(labels)), gone)
     row_of = np.full(len(labels), -1)
     row_of[stay] = np.arange(len(stay))
-    with whole.directory(out) as directory:
+    with atomic.directory(out) as directory:
         _write(directory, "lbl.raw.txt", [labels[row] for row in stay])
         _write(directory, ROWS, map(str, gone))
         for split in ("trn", "tst"):
@@ -119,7 +121,7 @@ def compare(
     Raises:
       InputError: If the runs are not of the same labels.
     """
-    complete = runs.open_dataset(runs.read_config(full, data=data[1]))
+    complete = workdir_lib.open_dataset(workdir_lib.read_config(full, data=data[1]))
     predictor = Predictor.load(workdir, data=data[0], warm=False)
     everything = Predictor.load(full, data=data[1], warm=False)
     total = complete.num_labels
@@ -140,7 +142,7 @@ def compare(
         chosen = [train[examples_of(by_label, label, most, rng)] for label in gone]
         vectors = np.empty((total, queries.shape[1]), np.float32)
         vectors[stay] = predictor.answers.vectors
-        vectors[gone] = placing.place_vectors(predictor, texts, None, alone, chosen)
+        vectors[gone] = cold_start.place_vectors(predictor, texts, None, alone, chosen)
         found[_NAMES[most]] = measure(vectors, queries, relevance, gone)
     queries = everything.model.encode_queries(
         everything.params, complete.test, block=512, title="test queries"

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 from scipy import sparse
 
-from vixml_jax.data.formats import to_csr
-from vixml_jax.data.raw import RawDataset, RawItems, canonical
+from vixml_jax.data.sources.raw import RawDataset, RawItems, canonical
+from vixml_jax.data.sources.xml_repository import to_csr
 from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from vixml_jax.data import disk
+from vixml_jax.data import mapped_rows
 from vixml_jax.data.store import Items, ranges
 from vixml_jax.structs import PackedItems
 
@@ -182,7 +182,7 @@ def pack(
     else:
         shape = (len(ids) * layout.num_images, items.images.values.shape[1])
         images = np.zeros(shape, np.float16)
-        disk.copy_runs(items.images.values, spans.images_at, spans.images, images, slots)
+        mapped_rows.copy_runs(items.images.values, spans.images_at, spans.images, images, slots)
 
     total = len(wanted) * used * width
     tokens, segments, positions, image_at = np.zeros((4, total), np.int32)
@@ -197,7 +197,9 @@ def pack(
         for part in parts:
             if part == "text":
                 lengths = spans.text[chosen]
-                disk.copy_runs(items.tokens.values, spans.text_at[chosen], lengths, tokens, at)
+                mapped_rows.copy_runs(
+                    items.tokens.values, spans.text_at[chosen], lengths, tokens, at
+                )
                 if layout.reserve_images:
                     put = ranges(at, lengths)
                     positions[put] += np.repeat(layout.num_images - spans.images[chosen], lengths)

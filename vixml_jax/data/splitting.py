@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Num
 
 from vixml_jax.data import filters
-from vixml_jax.data.raw import RawDataset
+from vixml_jax.data.sources.raw import RawDataset
 from vixml_jax.errors import InputError
 
 RANDOM, TEXT, GROUP, TIME = "random", "text", "group", "time"

@@ -16,8 +16,8 @@ from etils import epath
 from jaxtyping import Float32, Int, Shaped, UInt8
 from scipy import sparse
 
-from vixml_jax import whole
 from vixml_jax.errors import InputError
+from vixml_jax.storage import atomic
 
 FORMAT = 2  # Of the files; raised when older sets can no longer be read.
 INFO = "dataset.json"
@@ -410,7 +410,7 @@ def write(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Write
       InputError: If `path` may not be replaced.
     """
     check_free(path, overwrite)
-    with whole.directory(path) as temporary:
+    with atomic.directory(path) as temporary:
         yield Writer(temporary)
         check_free(path, overwrite)  # Another process may have been faster.
 

@@ -7,9 +7,10 @@ from absl import flags
 
 from vixml_jax import errors
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation import bootstrap, per_query, report
+from vixml_jax.evaluation import bootstrap, per_query
 from vixml_jax.evaluation.bootstrap import Comparison
 from vixml_jax.evaluation.per_query import SUFFIX, About, PerQuery
+from vixml_jax.report import tables
 
 
 def find(run: str, name: str) -> str:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if values.out:
         with errors.writing(f"--out={values.out}"):
-            report.write_json(
+            tables.write_json(
                 values.out,
                 {
                     "runs": paths,

@@ -9,8 +9,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Float32
 
-from vixml_jax import whole
 from vixml_jax.errors import InputError
+from vixml_jax.storage import atomic
 
 SUFFIX = ".queries.npz"
 
@@ -60,7 +60,7 @@ def save(path: str | os.PathLike, found: PerQuery, about: About) -> None:
     arrays = {"names": np.array(found.names), "ratios": np.array(found.ratios, np.str_)}
     arrays |= {"values": found.values, "possible": found.possible}
     np.savez_compressed(file, **arrays, about=np.array(about))
-    whole.write_bytes(path, file.getvalue())
+    atomic.write_bytes(path, file.getvalue())
 
 
 def load(path: str | os.PathLike) -> tuple[PerQuery, About]:

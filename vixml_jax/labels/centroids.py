@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from vixml_jax.processes import ALONE, Group
+from vixml_jax.parallel.distributed import ALONE, Group
 from vixml_jax.structs import Share
 
 # Entries are rounded to multiples of 1 / _GRID, far below the last digit of a centroid's: a sum of

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from vixml_jax import sharding
-from vixml_jax.sharding import ROWS
+from vixml_jax.parallel import sharding
+from vixml_jax.parallel.sharding import ROWS
 from vixml_jax.structs import LabelState, Share
 
 

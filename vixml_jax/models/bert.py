@@ -6,8 +6,8 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vixml_jax import axes
 from vixml_jax.models import layers
+from vixml_jax.parallel import axis_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,5 +141,5 @@ class Encoder(nn.Module):
 
     def _table(self, name: str, rows: int) -> Float[Array, "w d"]:
         init = nn.initializers.normal(self.config.initializer_range)
-        boxed = nn.with_logical_partitioning(init, (None, *axes.logical("d")))
+        boxed = nn.with_logical_partitioning(init, (None, *axis_names.logical("d")))
         return self.param(name, boxed, (rows, self.config.width))

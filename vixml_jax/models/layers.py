@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vixml_jax import axes
+from vixml_jax.parallel import axis_names
 
 Initializer = Callable[..., Array]
 
@@ -31,7 +31,7 @@ def fan_in_uniform(fan_in: int) -> Initializer:
 
 def constrain(x: Float[Array, "..."], letters: str) -> Float[Array, "..."]:
     """Keeps an activation laid out as its letters say; nothing without a mesh and rules."""
-    return nn.with_logical_constraint(x, axes.logical(letters))
+    return nn.with_logical_constraint(x, axis_names.logical(letters))
 
 
 class Einsum(nn.Module):
@@ -88,7 +88,7 @@ class Einsum(nn.Module):
 
     def _param(self, name: str, letters: str, init: Initializer) -> Array:
         shape = tuple(self.sizes[letter] for letter in letters)
-        boxed = nn.with_logical_partitioning(init, axes.logical(letters))
+        boxed = nn.with_logical_partitioning(init, axis_names.logical(letters))
         return self.param(name, boxed, shape).astype(self.dtype)
 
 
@@ -105,7 +105,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        names, shape = axes.logical(self.letter), x.shape[-1:]
+        names, shape = axis_names.logical(self.letter), x.shape[-1:]
         scale = self.param(
             "scale", nn.with_logical_partitioning(nn.initializers.ones, names), shape
         )
@@ -132,7 +132,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
-        boxed = nn.with_logical_partitioning(init, axes.logical(self.letter))
+        boxed = nn.with_logical_partitioning(init, axis_names.logical(self.letter))
         scale = self.param("scale", boxed, x.shape[-1:]).astype(jnp.float32)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vixml_jax import axes
 from vixml_jax.models import layers
+from vixml_jax.parallel import axis_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Pool(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "i s d"]) -> Float[Array, "i d"]:
         c = self.config
-        boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes.logical("d"))
+        boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), axis_names.logical("d"))
         probe = self.param("probe", boxed, (c.width,)).astype(c.dtype)
         x = jnp.concatenate([jnp.broadcast_to(probe, (x.shape[0], 1, c.width)), x], axis=1)
         found = c.einsum("isd,djha->isjha", "query_key_value")(x)
@@ -128,7 +128,7 @@ class VisionTower(nn.Module):
         x = x.reshape(-1, side, c.patch_size, side, c.patch_size, 3).swapaxes(2, 3)
         x = x.reshape(-1, c.num_patches, c.patch_size, c.patch_size, 3)
         x = c.einsum("isyxz,yxzd->isd", "patches")(x)
-        boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes.logical("sd"))
+        boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), axis_names.logical("sd"))
         x = x + self.param("positions", boxed, (c.num_patches, c.width)).astype(c.dtype)
         x = layers.run_blocks(self, Block, c, x, (), None)
         return Pool(c, name="pool")(c.norm("final_norm")(x)).astype(jnp.float32)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from vixml_jax import axes
 from vixml_jax.models import layers
 from vixml_jax.models.bert import BertConfig, Encoder
 from vixml_jax.models.decoder import Decoder, DecoderConfig
+from vixml_jax.parallel import axis_names
 from vixml_jax.structs import PackedItems
 
 TowerConfig = BertConfig | DecoderConfig
@@ -77,7 +77,7 @@ class Tower(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         words = self.param(
             "word_embeddings",
-            nn.with_logical_partitioning(init, axes.logical("wd")),
+            nn.with_logical_partitioning(init, axis_names.logical("wd")),
             (c.vocab_size, c.width),
         )
         images, projected = packed.images, None

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from vixml_jax import sharding
-from vixml_jax.search import index, selecting
-from vixml_jax.sharding import ROWS
+from vixml_jax.parallel import sharding
+from vixml_jax.parallel.sharding import ROWS
+from vixml_jax.search import index, top_k
 from vixml_jax.structs import SearchResult, Share
 
 
@@ -102,12 +102,12 @@ class _OnHost:
         each = -(-count // self._num_threads)
         parts = [slice(start, min(start + each, count)) for start in range(0, count, each)]
         best = [index.nothing(part.stop - part.start, k) for part in parts]
-        group = selecting.group_size(k, self._size)
+        group = top_k.group_size(k, self._size)
         for i, block in enumerate(self._blocks):
             scores, maxima = map(np.asarray, _score(queries, block, group=group))
             first = i * self._size
             add = functools.partial(
-                selecting.add_block, first=first, real=min(self._size, self._num_labels - first)
+                top_k.add_block, first=first, real=min(self._size, self._num_labels - first)
             )
             scores, maxima = ([x[part] for part in parts] for x in (scores, maxima))
             best = list(self._threads.map(add, best, scores, maxima))
@@ -116,7 +116,7 @@ class _OnHost:
 
 
 def _whole_groups(count: int) -> int:
-    return -(-max(1, count) // selecting.GROUP) * selecting.GROUP
+    return -(-max(1, count) // top_k.GROUP) * top_k.GROUP
 
 
 class _OnDevices:

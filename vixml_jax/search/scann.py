@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vixml_jax import whole
 from vixml_jax.errors import InputError
 from vixml_jax.search import index
+from vixml_jax.storage import atomic
 from vixml_jax.structs import SearchResult
 
 ABOUT = "index.json"
@@ -153,13 +153,13 @@ class ScannIndex:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the index, whole or not at all; replaces an older one."""
-        with whole.directory(directory) as temporary:
+        with atomic.directory(directory) as temporary:
             self._searcher.serialize(temporary, relative_path=True)
             self._write_about(os.path.join(temporary, ABOUT))
 
     def save_points(self, directory: str | os.PathLike) -> None:
         """Writes settings and points alone, beside the index that `save` wrote or `load` read."""
-        with whole.file(os.path.join(directory, ABOUT)) as temporary:
+        with atomic.file(os.path.join(directory, ABOUT)) as temporary:
             self._write_about(temporary)
 
     def _write_about(self, path: str) -> None:

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vixml_jax import sharding, whole
 from vixml_jax.data import store
-from vixml_jax.encoding import Model, unit
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf
+from vixml_jax.modeling import Model, unit
+from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.tower import TowerConfig
+from vixml_jax.parallel import sharding
 from vixml_jax.serving.predictor import Predictor
+from vixml_jax.storage import atomic
 from vixml_jax.structs import PackedItems
 
 TOWER, PROGRAM, ABOUT = "tower", "tower.stablehlo", "export.json"
@@ -72,7 +73,7 @@ def write_tower(
     if like is None and config.word_scale != 1.0:
         scaled = tower["word_embeddings"] * np.float32(config.word_scale)
         tower = {**tower, "word_embeddings": scaled}
-    hf.save_hf_tower(directory, tower, config=config, like=like)
+    hf_checkpoints.save_hf_tower(directory, tower, config=config, like=like)
     shutil.copyfile(tokenizer, os.path.join(directory, store.TOKENIZER))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_tokens}
     with open(tokenizer, encoding="utf-8") as file:
@@ -181,7 +182,7 @@ def write_program(path: str, predictor: Predictor, tower: Any, texts: list[str])
             f"{path}: the program differs from the run by {difference:.1e}, above {TOLERANCE}; "
             "leave it out by --noprogram"
         )
-    whole.write_bytes(path, written)
+    atomic.write_bytes(path, written)
     return difference
 
 
@@ -257,5 +258,5 @@ def describe(predictor: Predictor, config: TowerConfig) -> dict[str, Any]:
 
 def write_projection(path: str, tower: Any) -> None:
     """Writes what turns embeddings of pictures into the tower's tokens: kernel [v, d], bias [d]."""
-    with whole.file(path) as temporary, open(temporary, "wb") as file:
+    with atomic.file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **tower["image_projection"])

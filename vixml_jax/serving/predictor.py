@@ -13,21 +13,27 @@ from absl import flags
 from jaxtyping import Float, Int
 
 from vixml_jax import config as config_lib
-from vixml_jax import processes, remote, retrieval, runs, sharding
+from vixml_jax import workdir as workdir_lib
+from vixml_jax.augmentation import mixing as mixing_lib
+from vixml_jax.augmentation import neighbors
+from vixml_jax.augmentation.mixing import Mixing
 from vixml_jax.config import SearchConfig
-from vixml_jax.data import encoder, packing, tokenize
+from vixml_jax.data import packing
 from vixml_jax.data.store import Items, PreparedDataset, Ragged, Texts
-from vixml_jax.encoding import Model
+from vixml_jax.data.text import batch_tokenizer
+from vixml_jax.data.text import tokenizer as tokenizer_lib
 from vixml_jax.errors import InputError
-from vixml_jax.search import augmented, changed
+from vixml_jax.modeling import Model
+from vixml_jax.parallel import distributed, sharding
 from vixml_jax.search import index as index_lib
-from vixml_jax.search.augmented import Mixing
+from vixml_jax.search import updates
 from vixml_jax.search.exact import ExactIndex
+from vixml_jax.search.factory import open_index
 from vixml_jax.search.index import Index
-from vixml_jax.search.opening import open_index
-from vixml_jax.serving import answers as answers_lib
-from vixml_jax.serving import changes as changes_lib
-from vixml_jax.serving.answers import Answers
+from vixml_jax.serving import artifacts as answers_lib
+from vixml_jax.serving import label_updates as changes_lib
+from vixml_jax.serving.artifacts import Answers
+from vixml_jax.storage import object_store
 from vixml_jax.structs import LabelState, SearchResult
 
 SIZES = (1, 8, 64, 256)  # Items that go through the tower together; one program each or two.
@@ -74,10 +80,10 @@ class Predictor:
         tower = model.tower.config
         self.image_width = tower.image_width if model.layout.num_images else 0
         self._own, self._memory = index, memory
-        tokenizer = tokenize.load(answers.path, answers.about["max_tokens"])
+        tokenizer = tokenizer_lib.load(answers.path, answers.about["max_tokens"])
         self._unknown = tokenizer.token_to_id("[UNK]")
-        self._frame = sum(map(len, tokenize.special_tokens(tokenizer)))
-        self._encoder, self._encoding = encoder.Encoder(tokenizer), threading.Lock()
+        self._frame = sum(map(len, tokenizer_lib.special_tokens(tokenizer)))
+        self._encoder, self._encoding = batch_tokenizer.Encoder(tokenizer), threading.Lock()
         shards = sharding.num_row_shards(model.mesh)
         self._sizes = sorted({-(-size // shards) * shards for size in SIZES})
         self._shards = shards
@@ -97,7 +103,7 @@ class Predictor:
         searched: SearchConfig = config_lib.SEARCH,
         values: flags.FlagValues | None = None,
         data: str = "",
-        data_cache: str = remote.CACHE,
+        data_cache: str = object_store.CACHE,
         mesh: str = "",
         warm: bool = True,
     ) -> "Predictor":
@@ -116,28 +122,30 @@ class Predictor:
         Raises:
           InputError: If there is no such run, or answers cannot be made.
         """
-        remote.check(workdir, "workdir")
-        if not remote.is_local(workdir):
+        object_store.check(workdir, "workdir")
+        if not object_store.is_local(workdir):
             raise InputError(
                 f"--workdir={workdir}: labels and indexes are kept beside the run; copy it to this "
                 "machine first"
             )
-        config = runs.read_config(workdir, data=data, mesh=mesh)
-        tower, layout = runs.read_tower(workdir)
+        config = workdir_lib.read_config(workdir, data=data, mesh=mesh)
+        tower, layout = workdir_lib.read_tower(workdir)
         path = os.path.join(workdir, answers_lib.DIRECTORY)
-        _, step = runs.find_model(workdir)
+        _, step = workdir_lib.find_model(workdir)
         if values is None:
-            mixing = retrieval.as_tuned(config.eval, workdir, step)
+            mixing = neighbors.as_tuned(config.eval, workdir, step)
         else:
-            mixing = retrieval.as_told(config.eval, values, workdir, step)
+            mixing = neighbors.as_told(config.eval, values, workdir, step)
         fits = os.path.isdir(path) and _fits(path, step, mixing)
         if fits:
             num_labels = answers_lib.read_about(path)["num_labels"]
         else:
             dataset = _open_data(config, path, data_cache)
             num_labels = dataset.num_labels
-        model = runs.build_model(config, tower, layout, num_labels, runs.make_mesh(config))
-        params, labels, _ = runs.restore_model(workdir, model)
+        model = workdir_lib.build_model(
+            config, tower, layout, num_labels, workdir_lib.make_mesh(config)
+        )
+        params, labels, _ = workdir_lib.restore_model(workdir, model)
         if not fits:
             print(f"{path}: labels of {dataset.path} are encoded for step {step}")
             make_answers(path, model, params, labels, dataset, step, mixing, config.eval.block)
@@ -176,7 +184,7 @@ class Predictor:
         self.changes, self._labels = changes, self._own
         if len(changes.ids) or len(changes.removed):
             added = ExactIndex(changes.vectors, mesh=self.model.mesh) if changes.ids else None
-            self._labels = changed.ChangedIndex(
+            self._labels = updates.ChangedIndex(
                 self._own, added, len(self.answers.ids), changes.removed
             )
         if self.mixing is not None:
@@ -273,7 +281,7 @@ class Predictor:
             found = index_lib.search_filtered(self._labels, block, theirs, kept)
             if self.mixing is not None:
                 near = self._memory.search(block, max(self.mixing.k, kept))
-                found = augmented.mix_in_memory(
+                found = mixing_lib.mix_in_memory(
                     found, near, self._relevance, self.mixing, k, theirs
                 )
             found = index_lib.pad_columns(SearchResult(*(x[:count, :k] for x in found)), k)
@@ -459,13 +467,13 @@ def _fits(path: str, step: int, mixing: Mixing | None) -> bool:
 
 def _open_data(config: config_lib.Config, path: str, cache: str) -> PreparedDataset:
     try:
-        dataset = runs.open_dataset(config, cache)
+        dataset = workdir_lib.open_dataset(config, cache)
     except InputError as error:
         raise InputError(
             f"{path}: not there yet for this model, and made from the prepared data ({error}); say "
             "where they are by --data"
         ) from None
-    recorded = runs.content_hash(config.workdir)
+    recorded = workdir_lib.content_hash(config.workdir)
     if dataset.content_hash != recorded:
         raise InputError(
             f"--data={config.data}: has other content than the run was trained on; expected "
@@ -486,9 +494,9 @@ def make_answers(
 ) -> None:
     """Encodes labels and, with memory, training queries, and keeps them."""
     vectors = model.encode_labels(params, labels, dataset.labels, block=block, title="labels")
-    vectors = processes.whole(vectors, dataset.num_labels, processes.ALONE)
+    vectors = distributed.whole(vectors, dataset.num_labels, distributed.ALONE)
     memory = None
     if mixing is not None:
         memory = model.encode_queries(params, dataset.train, block=block, title="training queries")
-        memory = processes.whole(memory, len(dataset.train), processes.ALONE)
+        memory = distributed.whole(memory, len(dataset.train), distributed.ALONE)
     answers_lib.keep(path, dataset, step, vectors, memory)

@@ -13,8 +13,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from vixml_jax import errors, processes, remote, sealed
+from vixml_jax import errors
 from vixml_jax.errors import InputError
+from vixml_jax.parallel import distributed
+from vixml_jax.storage import digests, object_store
 from vixml_jax.structs import LabelState, TrainState
 
 
@@ -53,12 +55,12 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        self._directory = remote.absolute(directory)
+        self._directory = object_store.absolute(directory)
         self._keep, self._every, self._minutes = keep, every, minutes
         _put_back(self._directory)
         _move_damaged(self._directory)
         self._manager = self._open(self._directory, ("model", "training", "position"), keep)
-        self._best_directory = best and remote.absolute(best)
+        self._best_directory = best and object_store.absolute(best)
         self._best = best and self._open(self._best_directory, ("model",), None)
         self._due, self._saved_at = False, time.monotonic()
         self._under_way: tuple[int, int] | None = None  # Step and bytes.
@@ -73,7 +75,7 @@ class Checkpoints:
                 max_to_keep=keep,
                 create=True,
                 cleanup_tmp_directories=True,
-                async_options=sealed.writer(directory),
+                async_options=digests.writer(directory),
             ),
         )
 
@@ -94,7 +96,7 @@ class Checkpoints:
         told = f"checkpoints: up to {_amount(size)} each, {count} at a time"
         if self._best:
             told += f", and the best model, up to {_amount(model)}, twice"
-        if not remote.is_local(self._directory) or jax.process_index():
+        if not object_store.is_local(self._directory) or jax.process_index():
             return told
         free = shutil.disk_usage(self._directory).free
         held = _bytes_in(self._directory) + (_bytes_in(self._best_directory) if self._best else 0)
@@ -171,7 +173,7 @@ class Checkpoints:
           clusters: An array of the clusters' shape and dtype.
         """
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
-        found = sealed.read(
+        found = digests.read(
             os.path.join(self._directory, str(self._manager.latest_step())),
             model={"params": abstract.params, "labels": abstract.labels},
             training={
@@ -201,8 +203,8 @@ class Checkpoints:
             return position
         said = None
         if jax.process_index() == 0:
-            said = sealed.damage(os.path.join(self._best_directory, str(step)))
-        if processes.first_says(said is None):
+            said = digests.damage(os.path.join(self._best_directory, str(step)))
+        if distributed.first_says(said is None):
             return position
         if jax.process_index() == 0:
             where = _move(self._best_directory, step) if step in self._best.all_steps() else None
@@ -211,7 +213,7 @@ class Checkpoints:
                 f"{where and f': moved to {where}'}; the best is chosen among what is judged from "
                 "here on"
             )
-        processes.meet("checkpoints: best moved")
+        distributed.meet("checkpoints: best moved")
         self._best.reload()
         return position | {"best": None, "best_step": None, "waited": 0}
 
@@ -267,13 +269,13 @@ class Checkpoints:
             if said is None:
                 raise
             directories = [d for d in (self._directory, self._best_directory) if d]
-            free = [shutil.disk_usage(d).free for d in directories if remote.is_local(d)]
+            free = [shutil.disk_usage(d).free for d in directories if object_store.is_local(d)]
             if jax.process_index() == 0:
                 for path in (p for d in directories for p in epath.Path(d).iterdir()):
                     if not path.name.isdigit():
                         path.rmtree(missing_ok=True)
             step, size = self._under_way or (0, 0)
-            standing = sealed.steps(self._directory)
+            standing = digests.steps(self._directory)
             stands = (
                 f"the checkpoint of step {standing[-1]} stands" if standing else "none is saved"
             )
@@ -303,8 +305,8 @@ def _bytes_in(directory: str) -> int:
 
 def _move_damaged(directory: str) -> None:
     """Moves checkpoints that are newer than the newest whole one, so damaged, out of the way."""
-    step, damaged = sealed.newest_whole(directory)
-    if step is None and processes.first_says(bool(damaged)):
+    step, damaged = digests.newest_whole(directory)
+    if step is None and distributed.first_says(bool(damaged)):
         listed = "; ".join(f"step {found}: {said}" for found, said in damaged.items())
         raise InputError(
             f"{directory}: no checkpoint is whole ({listed}); nothing was changed; put one back, "
@@ -316,7 +318,7 @@ def _move_damaged(directory: str) -> None:
             f"{directory}: the checkpoint of step {found} is damaged ({said}): moved to {where}; "
             f"going on from step {step}"
         )
-    processes.meet("checkpoints: damaged moved")
+    distributed.meet("checkpoints: damaged moved")
 
 
 def _move(directory: str, step: int) -> str:
@@ -337,7 +339,7 @@ def _set_aside(directory: str, step: int) -> None:
         aside = epath.Path(f"{directory}.replaced")
         aside.mkdir(parents=True, exist_ok=True)
         (epath.Path(directory) / str(step)).rename(aside / str(step))
-    processes.meet("checkpoints: set aside")
+    distributed.meet("checkpoints: set aside")
 
 
 def _put_back(directory: str) -> None:
@@ -350,4 +352,4 @@ def _put_back(directory: str) -> None:
             else:
                 path.rename(epath.Path(directory) / path.name)
         aside.rmdir()
-    processes.meet("checkpoints: put back")
+    distributed.meet("checkpoints: put back")

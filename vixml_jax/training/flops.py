@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from vixml_jax.labels.combiner import Combiner
+from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.tower import TowerConfig
 from vixml_jax.structs import Batch, PackedItems

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from vixml_jax import sharding
-from vixml_jax.sharding import ROWS
+from vixml_jax.parallel import sharding
+from vixml_jax.parallel.sharding import ROWS
 
 # The score that replaces that of a satisfied negative before the softmax, as published. It leaves
 # such a negative without weight, unless all negatives of the row are satisfied: then all are alike.

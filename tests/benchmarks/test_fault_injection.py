@@ -1,0 +1,84 @@
+"""Runs in processes of their own that are killed, stopped, damaged and starved of disk."""
+
+import time
+
+import numpy as np
+import pytest
+
+from vixml_jax.benchmarks import fault_injection
+
+
+class Runs:
+    """Makes runs on one data set, and knows the last state of one that nothing happened to."""
+
+    def __init__(self, root):
+        self.root, self.count = root, 0
+        self.data = fault_injection.make_data(str(root))
+        then = time.monotonic()
+        run = self()
+        status, said = run.finish()
+        assert status == 0, said
+        self.whole, self.seconds = run.state(), time.monotonic() - then
+
+    def __call__(self, **changes):
+        self.count += 1
+        changes = {"loop.epochs": 3} | changes
+        return fault_injection.Run(self.data, str(self.root / f"run{self.count}"), **changes)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("survival"))
+
+
+def test_killed_at_a_random_moment_and_while_it_saves(make):
+    seed = int(np.random.default_rng().integers(2**31))
+    rows = fault_injection.kills(make, make.whole, make.seconds, 2, seed)
+    assert [(row.count, row.lived) for row in rows] == [(1, 1), (1, 1)], (seed, rows)
+
+
+def test_stopped_by_the_signal_of_a_scheduler(make):
+    """In its steps: the status says so, and its last line the command that goes on."""
+    run = make(**{"loop.epochs": 200})
+    process = run.start()
+    assert fault_injection.wait_for(process, lambda: len(run.saved()) > 0)
+    process.terminate()
+    said, _ = process.communicate()
+    line = said.strip().split("\n")[-1]
+    step = run.saved()[-1]
+    assert process.returncode == 75 and "Traceback" not in said
+    assert line.startswith(f"stopped by SIGTERM: saved at step {step}; to resume: "), line
+    assert "-m vixml_jax.train --model.num_layers=1 " in line
+    assert f" --workdir={run.workdir}" in line
+
+
+def test_a_disk_that_fills(make, tmp_path):
+    row = fault_injection.full_disk(
+        lambda workdir: fault_injection.Run(make.data, workdir, **{"loop.epochs": 3}),
+        make.whole,
+        str(tmp_path / "disk"),
+    )
+    if not row.count:
+        pytest.skip(row.told)
+    assert row.lived == 1, row
+
+
+def test_a_loss_that_is_no_number_is_one_line(make):
+    row = fault_injection.not_finite(make(**{"optimizer.learning_rate": 1e30}))
+    assert row.lived == 1, row
+    assert "; that of step " in row.told or "no checkpoint is saved yet" in row.told
+
+
+@pytest.mark.slow
+def test_nothing_that_happens_to_a_run_loses_it(tmp_path):
+    rows = fault_injection.survive(str(tmp_path), num_kills=25, num_stops=10, seed=0)
+    assert sum(row.count for row in rows[:2]) == 25
+    assert [row for row in rows if row.lived < row.count] == []
+
+
+def test_states_are_compared_bit_for_bit():
+    one = {"a": np.array([0.0, np.nan]), "b": np.array([1])}
+    assert fault_injection.same(one, {"a": np.array([0.0, np.nan]), "b": np.array([1])})
+    assert not fault_injection.same(one, {"a": np.array([-0.0, np.nan]), "b": np.array([1])})
+    assert not fault_injection.same(one, {"a": one["a"]})
+    assert not fault_injection.same(one, {"a": one["a"], "b": np.array([1], np.int32)})

@@ -1,0 +1,605 @@
+"""Public data sets by name: small stand-ins in the published formats, from files to prepared."""
+
+import dataclasses
+import gzip
+import json
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from scipy import sparse
+
+from vixml_jax import prepare
+from vixml_jax.data.sources import catalog, published, tfds_records
+from vixml_jax.data.store import PreparedDataset
+from vixml_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[3]
+WORDS = np.array("red green blue Straße naïve 漢字 шина 🚲 car\ttab house".split(" "))
+SIZES = {"train": 23, "labels": 9, "test": 7}
+PREFIX = {"train": "trn", "labels": "lbl", "test": "tst"}
+
+
+def random_rows(seed=0):
+    """What a stand-in holds: for each part a list of published rows."""
+    rng = np.random.default_rng(seed)
+
+    def text(least):
+        return " ".join(rng.choice(WORDS, rng.integers(least, 6)))
+
+    held = {}
+    for part, count in SIZES.items():
+        held[part] = [
+            {"uid": f"B{part[:2]}{row:04}ß", "title": text(1), "content": text(0)}
+            for row in range(count)
+        ]
+        for row in held[part] if part != "labels" else ():
+            labels = rng.permutation(SIZES["labels"])[: rng.integers(0, 5)].tolist()
+            row |= {"target_ind": labels, "target_rel": [1.0] * len(labels)}
+    held["train"][0] |= {"target_ind": [3, 1], "target_rel": [1.0, 1.0]}  # Not in order.
+    return held
+
+
+def write_json(directory, held):
+    directory.mkdir(parents=True, exist_ok=True)
+    for part, rows in held.items():
+        lines = [json.dumps(row, ensure_ascii=n % 2 == 0) for n, row in enumerate(rows)]
+        with gzip.open(directory / f"{PREFIX[part]}.json.gz", "wt", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    return held
+
+
+def write_lines(directory, held, layout, encoding="utf-8"):
+    """The same in a layout of lines: titles, and relevance beside them."""
+    for part, rows in held.items():
+        path = directory / layout.texts[part][0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            row["content"] = ""
+            row["title"] = row["title"].encode(encoding, "ignore").decode(encoding)
+            row["uid"] = row["uid"].encode("ascii", "ignore").decode() if layout.with_ids else ""
+        lines = [f"{row['uid']}->" * layout.with_ids + row["title"] for row in rows]
+        path.write_bytes("".join(f"{line}\n" for line in lines).encode(encoding))
+        if part == "labels":
+            continue
+        path = directory / layout.relevance[part][0]
+        if path.suffix == ".npz":
+            sparse.save_npz(path, sparse.csr_matrix(relevance_of(rows)))
+        else:
+            lines = [" ".join(f"{label}:1.0" for label in row["target_ind"]) for row in rows]
+            path.write_text(f"{len(rows)} {SIZES['labels']}\n" + "".join(f"{x}\n" for x in lines))
+    return held
+
+
+def relevance_of(rows):
+    table = np.zeros((len(rows), SIZES["labels"]), np.float32)
+    for row, one in zip(table, rows, strict=True):
+        row[one["target_ind"]] = 1.0
+    return table
+
+
+def write_filters(directory, seed=1):
+    rng = np.random.default_rng(seed)
+    pairs = {}
+    for split in ("train", "test"):
+        flat = np.sort(rng.permutation(SIZES[split] * SIZES["labels"])[:6])
+        pairs[split] = np.stack([flat // SIZES["labels"], flat % SIZES["labels"]], axis=1)
+        text = "".join(f"{query} {label}\n" for query, label in rng.permutation(pairs[split]))
+        (directory / f"filter_labels_{split}.txt").write_text(text)
+    return pairs
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Every set of the catalogue with the sizes of the stand-ins, and shards of a few rows."""
+    for key, dataset in catalog.CATALOG.items():
+        monkeypatch.setitem(catalog.CATALOG, key, dataclasses.replace(dataset, **SIZES))
+    monkeypatch.setattr(tfds_records, "_SHARD", 5)
+    monkeypatch.setattr(tfds_records, "_CHUNK", 3)
+
+
+def read(tmp_path, name="lf_amazon_131k"):
+    return catalog.read(name, data_dir=str(tmp_path / "tfds"), manual_dir=str(tmp_path / "raw"))
+
+
+def refused(tmp_path, name="lf_amazon_131k"):
+    """The line on which reading ends; nothing is taken as built then."""
+    with pytest.raises(InputError) as error:
+        read(tmp_path, name)
+    message = str(error.value)
+    assert "\n" not in message
+    assert not list((tmp_path / "tfds").glob("*/[0-9]*"))
+    assert not list((tmp_path / "tfds").glob("*/incomplete*"))
+    return message
+
+
+def check_equal(raw, held, texts, with_ids=True):
+    for part, items in {
+        "labels": raw.labels,
+        "train": raw.train.items,
+        "test": raw.test.items,
+    }.items():
+        assert items.count == SIZES[part]
+        for _ in range(2):  # Texts can be read again.
+            assert [text for chunk in items.read_texts() for text in chunk] == texts(held[part])
+        if with_ids:
+            assert list(items.ids) == [row["uid"] for row in held[part]]
+        else:
+            assert items.ids is None and items.name(3) == "3"
+    for split in ("train", "test"):
+        matrix = getattr(raw, split).relevance
+        assert matrix.dtype == np.float32
+        np.testing.assert_array_equal(matrix.toarray(), relevance_of(held[split]))
+        for row, one in enumerate(held[split]):
+            assert matrix[row].indices.tolist() == sorted(one["target_ind"])
+
+
+def titles(rows):
+    return [row["title"].strip() for row in rows]
+
+
+def both(rows):
+    return [f"{row['title']} {row['content']}".strip() for row in rows]
+
+
+@pytest.mark.parametrize(
+    "name, texts", [("lf_amazontitles_1.3m", titles), ("lf_wikiseealso_320k", both)]
+)
+def test_json_arrives(tmp_path, name, texts):
+    held = write_json(tmp_path / "raw", random_rows())
+    assert titles(held["train"]) != both(held["train"])
+    pairs = write_filters(tmp_path / "raw")
+    raw = read(tmp_path, name)
+    check_equal(raw, held, texts)
+    assert raw.name == catalog.CATALOG[name].name
+    for split in ("train", "test"):
+        np.testing.assert_array_equal(getattr(raw, split).filter, pairs[split])
+    shutil.rmtree(tmp_path / "raw")  # What was built is whole by itself.
+    again = read(tmp_path, name)
+    check_equal(again, held, texts)
+    np.testing.assert_array_equal(again.test.filter, pairs["test"])
+    assert again.fingerprint == raw.fingerprint
+
+
+def test_without_filter_files_there_are_none(tmp_path):
+    write_json(tmp_path / "raw", random_rows())
+    raw = read(tmp_path)
+    assert raw.train.filter is None and raw.test.filter is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize(
+    "name, layout", [("eurlex_4k", published.PECOS), ("mm_amazontitles_300k", published.MUFIN)]
+)
+def test_lines_arrive(tmp_path, name, layout, encoding):
+    held = write_lines(tmp_path / "raw", random_rows(), layout, encoding)
+    raw = read(tmp_path, name)
+    assert any("ï" in text for text in titles(held["train"]))
+    check_equal(raw, held, titles, with_ids=layout.with_ids)
+
+
+def test_a_set_may_have_two_releases(tmp_path):
+    held = write_json(tmp_path / "raw", random_rows())
+    check_equal(read(tmp_path, "mm_amazontitles_300k"), held, titles)
+
+
+def test_plain_json_too(tmp_path):
+    held = write_json(tmp_path / "raw", random_rows())
+    with gzip.open(tmp_path / "raw" / "tst.json.gz") as file:
+        (tmp_path / "raw" / "tst.json").write_bytes(file.read())
+    (tmp_path / "raw" / "tst.json.gz").unlink()
+    check_equal(read(tmp_path), held, both)
+
+
+def test_tfds_reads_at_random(tmp_path):
+    """Through TFDS's own decoding, of our builder and of those that know the directory alone."""
+    import tensorflow_datasets as tfds
+
+    held = write_json(tmp_path / "raw", random_rows())
+    maker = catalog.builder(
+        "lf_amazontitles_1.3m", data_dir=str(tmp_path / "tfds"), manual_dir=str(tmp_path / "raw")
+    )
+    maker.download_and_prepare()
+    by_name = tfds.builder("lf_amazontitles_1_3m", data_dir=tmp_path / "tfds")
+    for opened in (maker, by_name, tfds.builder_from_directory(maker.data_dir)):
+        assert opened.info.citation == catalog.CATALOG["lf_amazontitles_1.3m"].citation
+        assert opened.info.disable_shuffling
+        for part, rows in held.items():
+            source = opened.as_data_source(part)
+            assert len(source) == len(rows)
+            for at in np.random.default_rng(0).permutation(len(rows)).tolist():
+                found = source[at]
+                for name in ("uid", "title", "content"):
+                    assert found[name].decode() == rows[at][name]
+                assert np.asarray(found["labels"]).tolist() == rows[at].get("target_ind", [])
+    names = [path.name for path in pathlib.Path(maker.data_dir).glob("*train*")]
+    assert len(names) == 5 and all("array_record" in name for name in names)
+
+
+def test_no_tensorflow_and_no_jax(tmp_path):
+    held = write_json(tmp_path / "raw", random_rows())
+    program = f"""
+import dataclasses, sys
+from vixml_jax.data import catalog
+key = "lf_amazon_131k"
+catalog.CATALOG[key] = dataclasses.replace(catalog.CATALOG[key], **{SIZES})
+raw = catalog.read(key, data_dir={str(tmp_path / "tfds")!r}, manual_dir={str(tmp_path / "raw")!r})
+texts = [text for chunk in raw.train.items.read_texts() for text in chunk]
+print(len(texts), "tensorflow" in sys.modules, "jax" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"{len(held['train'])} False False"
+
+
+def test_built_once(tmp_path, monkeypatch):
+    write_json(tmp_path / "raw", random_rows())
+    read(tmp_path)
+    monkeypatch.setattr(published, "read", lambda *_: pytest.fail("was built again"))
+    read(tmp_path)
+
+
+def test_files_that_changed_are_not_passed_over(tmp_path):
+    write_json(tmp_path / "raw", random_rows())
+    read(tmp_path)
+    write_filters(tmp_path / "raw")
+    with pytest.raises(InputError, match=r"built before filter_labels_test\.txt, filter_.*remove"):
+        read(tmp_path)
+    shutil.rmtree(tmp_path / "tfds" / "lf_amazon_131k")
+    assert read(tmp_path).test.filter is not None
+
+
+@pytest.mark.parametrize("part", SIZES)
+@pytest.mark.parametrize("change", [-1, 2])
+def test_other_sizes_are_refused(tmp_path, part, change):
+    held = random_rows()
+    held[part] = held[part][:change] if change < 0 else held[part] + held[part][:change]
+    write_json(tmp_path / "raw", held)
+    message = refused(tmp_path)
+    path = str(tmp_path / "raw" / f"{PREFIX[part]}.json.gz")
+    count = SIZES[part]
+    assert f"{path}: {count + change} rows, but LF-Amazon-131K" in message
+    assert f"published with {count} {part} rows" in message
+
+
+def test_rows_after_a_full_shard_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_records, "_SHARD", SIZES["train"])
+    held = random_rows()
+    held["train"].append(held["train"][0])
+    write_json(tmp_path / "raw", held)
+    assert "24 rows" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("layout", [published.PECOS, published.MUFIN])
+def test_other_sizes_of_relevance_are_refused(tmp_path, layout):
+    name = "eurlex_4k" if layout is published.PECOS else "mm_amazontitles_300k"
+    held = random_rows()
+    held["test"] = held["test"][:-1]
+    write_lines(tmp_path / "raw", held, layout)
+    assert re.search(r"6 queries, 9 labels, but .* with 7 test queries", refused(tmp_path, name))
+
+
+def test_missing_files_are_all_named(tmp_path):
+    write_json(tmp_path / "raw", random_rows())
+    for name in ("lbl", "tst"):
+        (tmp_path / "raw" / f"{name}.json.gz").unlink()
+    message = refused(tmp_path)
+    for name in ("lbl", "tst"):
+        assert str(tmp_path / "raw" / f"{name}.json.gz") in message
+    assert "trn.json.gz" not in message
+    dataset = catalog.CATALOG["lf_amazon_131k"]
+    assert dataset.homepage in message and dataset.download in message and "--manual_dir" in message
+    assert f"into {tmp_path / 'raw'}" in message
+
+
+def test_manual_directory_is_that_of_tfds(tmp_path):
+    with pytest.raises(InputError) as error:
+        catalog.read("eurlex_4k", data_dir=str(tmp_path))
+    assert str(tmp_path / "downloads" / "manual" / "eurlex_4k") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"target_ind": [1, 9]}, "9 in target_ind, expected 0 to 8"),
+        ({"target_ind": [-1]}, "-1 in target_ind, expected 0 to 8"),
+        ({"target_ind": [1.0]}, "1.0 in target_ind"),
+        ({"target_ind": [True]}, "True in target_ind"),
+        ({"target_ind": [2, 4, 2]}, "2 is in target_ind twice"),
+        ({"target_ind": "3"}, "target_ind is '3', expected a list"),
+        ({"target_ind": None}, "target_ind is None"),
+        ({"target_ind": [2, 4], "target_rel": [1.0]}, "target_rel is [1.0], expected a positive"),
+        ({"target_ind": [2], "target_rel": [0.0]}, "target_rel is [0.0]"),
+        ({"uid": None}, "no 'uid'"),
+        ({"uid": ""}, "no 'uid'"),
+        ({"title": None}, "no 'title'"),
+        ({"title": ["red"]}, "'title' is \"['red']\", expected text"),
+        ({"content": "\ud800"}, "half a character"),
+    ],
+)
+def test_broken_rows_are_named(tmp_path, change, expected):
+    held = random_rows()
+    held["train"][16] |= {"target_rel": None} | change
+    held["train"][16] = {
+        name: value for name, value in held["train"][16].items() if value is not None
+    }
+    write_json(tmp_path / "raw", held)
+    message = refused(tmp_path)
+    assert message.startswith(f"{tmp_path / 'raw' / 'trn.json.gz'}, line 17: ")
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        (b'{"uid": "a", "title": ', "not JSON"),
+        (b'{"uid": "\xff"}', "is not utf-8"),
+        (b"[1]", "object"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path, line, expected):
+    write_json(tmp_path / "raw", random_rows())
+    path = tmp_path / "raw" / "tst.json.gz"
+    lines = gzip.decompress(path.read_bytes()).split(b"\n")
+    lines[2] = line
+    path.write_bytes(gzip.compress(b"\n".join(lines)))
+    message = refused(tmp_path)
+    assert message.startswith(f"{path}, line 3: ") and expected in message
+
+
+def test_truncated_download(tmp_path):
+    write_json(tmp_path / "raw", random_rows())
+    path = tmp_path / "raw" / "trn.json.gz"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert f"{path}: truncated or damaged" in refused(tmp_path)
+
+
+def test_titles_are_not_taken_for_the_set_with_content(tmp_path):
+    held = random_rows()
+    for rows in held.values():
+        for row in rows:
+            row["content"] = ""
+    write_json(tmp_path / "raw", held)
+    assert "no row has 'content'" in refused(tmp_path)
+    check_equal(read(tmp_path, "lf_amazontitles_131k"), held, titles)
+
+
+def test_line_without_id(tmp_path):
+    write_lines(tmp_path / "raw", random_rows(), published.MUFIN)
+    path = tmp_path / "raw" / "raw_data" / "test.raw.txt"
+    path.write_text(path.read_text().replace("Bte0003->", "Bte0003 "))
+    assert f"{path}, line 4: found 'Bte0003" in refused(tmp_path, "mm_amazontitles_300k")
+
+
+def test_broken_filters_are_refused_at_once(tmp_path):
+    write_json(tmp_path / "raw", random_rows())
+    (tmp_path / "raw" / "filter_labels_test.txt").write_text("0 1\n0 99\n")
+    assert "filter_labels_test.txt, line 2" in refused(tmp_path)
+
+
+def test_a_fault_that_was_mended(tmp_path):
+    held = random_rows()
+    good = held["train"][20]["target_ind"]
+    held["train"][20] |= {"target_ind": [99], "target_rel": [1.0]}
+    write_json(tmp_path / "raw", held)
+    refused(tmp_path)
+    held["train"][20] |= {"target_ind": good, "target_rel": [1.0] * len(good)}
+    write_json(tmp_path / "raw", held)
+    check_equal(read(tmp_path), held, both)
+
+
+def test_a_killed_build_is_not_taken_as_built(tmp_path):
+    held = write_json(tmp_path / "raw", random_rows())
+    program = f"""
+import dataclasses, time
+from vixml_jax.data import catalog, published
+key = "lf_amazon_131k"
+catalog.CATALOG[key] = dataclasses.replace(catalog.CATALOG[key], **{SIZES})
+def slow(*arguments, read=published.read):
+    for n, row in enumerate(read(*arguments)):
+        if arguments[2] == "train" and n == 11:
+            print("half", flush=True)
+            time.sleep(60)
+        yield row
+published.read = slow
+catalog.read(key, data_dir={str(tmp_path / "tfds")!r}, manual_dir={str(tmp_path / "raw")!r})
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert any(line == "half\n" for line in process.stdout)
+        process.send_signal(signal.SIGKILL)
+    left = list((tmp_path / "tfds" / "lf_amazon_131k").iterdir())
+    assert left and all(path.name.startswith("incomplete") for path in left)
+    check_equal(read(tmp_path), held, both)
+
+
+def test_a_full_disk(tmp_path):
+    write_json(tmp_path / "raw", random_rows())
+    program = f"""
+import dataclasses, resource, signal
+from vixml_jax.data import catalog
+from vixml_jax.errors import InputError
+key = "lf_amazon_131k"
+catalog.CATALOG[key] = dataclasses.replace(catalog.CATALOG[key], **{SIZES})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+try:
+    catalog.read(key, data_dir={str(tmp_path / "tfds")!r}, manual_dir={str(tmp_path / "raw")!r})
+except InputError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("refused: --data_dir=") and "File too large" in last
+    assert not list((tmp_path / "tfds" / "lf_amazon_131k").iterdir())
+
+
+@pytest.mark.parametrize(
+    "what", ["rows", "published.json", "dataset_info.json", "a shard", "half a shard"]
+)
+def test_a_damaged_build_is_refused(tmp_path, what):
+    write_json(tmp_path / "raw", random_rows())
+    read(tmp_path)
+    built = tmp_path / "tfds" / "lf_amazon_131k" / "1.0.0"
+    if what == "rows":
+        info = json.loads((built / "dataset_info.json").read_text())
+        train = next(split for split in info["splits"] if split["name"] == "train")
+        train["shardLengths"] = train["shardLengths"][:-1]
+        (built / "dataset_info.json").write_text(json.dumps(info))
+    elif what == "half a shard":
+        path = sorted(built.glob("*train*"))[2]
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        (sorted(built.glob("*test*"))[1] if what == "a shard" else built / what).unlink()
+    with pytest.raises(InputError, match=f"remove {re.escape(str(built))}"):
+        read(tmp_path)
+
+
+def door(tmp_path, **options):
+    """What `python -m vixml_jax.prepare` makes."""
+    values = flags.FlagValues()
+    prepare.define_flags(values)
+    options = {
+        "source": "lf_wikiseealso_320k",
+        "out": tmp_path / "out",
+        "manual_dir": tmp_path / "raw",
+        "data_dir": tmp_path / "tfds",
+        "vocab_size": 64,
+        "max_tokens": 8,
+    } | options
+    values(["prepare", *(f"--{name}={value}" for name, value in options.items())])
+    prepare.run(values)
+    return PreparedDataset.open(options["out"]) if not options.get("dry_run") else None
+
+
+def test_prepared(tmp_path, capsys):
+    held = write_json(tmp_path / "raw", random_rows())
+    write_filters(tmp_path / "raw")
+    embeddings = np.random.default_rng(0).normal(size=(SIZES["train"], 2, 4)).astype(np.float32)
+    np.save(tmp_path / "raw" / "trn_image_embeddings.npy", embeddings)
+    dataset = door(tmp_path)
+    kept = [row for row, one in enumerate(held["train"]) if one["target_ind"]]
+    assert 0 < len(kept) < SIZES["train"]
+    assert list(dataset.train.texts) == [both(held["train"])[row] for row in kept]
+    assert list(dataset.labels.texts) == both(held["labels"])
+    assert list(dataset.train.ids) == [held["train"][row]["uid"] for row in kept]
+    np.testing.assert_array_equal(
+        dataset.train_relevance.toarray(), relevance_of(held["train"])[kept]
+    )
+    np.testing.assert_array_equal(
+        dataset.train.images.values, embeddings[kept].reshape(-1, 4).astype(np.float16)
+    )
+    assert len(dataset.test_filter) == 6
+    assert dataset.name == "LF-WikiSeeAlso-320K"
+    assert (dataset.propensity_a, dataset.propensity_b) == (0.55, 1.5)
+    capsys.readouterr()
+    door(tmp_path)
+    assert "prepared already" in capsys.readouterr().out
+    with pytest.raises(InputError, match="other propensity_b"):
+        door(tmp_path, propensity_b=0.4)
+
+
+def test_propensity_that_is_told_is_taken(tmp_path):
+    write_json(tmp_path / "raw", random_rows())
+    dataset = door(tmp_path, propensity_a=0.0, source="lf_wikititles_500k")
+    assert (dataset.propensity_a, dataset.propensity_b) == (0.0, 0.4)
+    dataset = door(tmp_path, source="glyphs", out=tmp_path / "glyphs")
+    assert (dataset.propensity_a, dataset.propensity_b) == (0.6, 2.6)
+
+
+def test_a_directory_of_that_name_goes_first(tmp_path, monkeypatch):
+    held = write_json(tmp_path / "lf_wikipedia_500k", random_rows())
+    monkeypatch.chdir(tmp_path)
+    dataset = door(tmp_path, source="lf_wikipedia_500k")
+    assert list(dataset.labels.ids) == [row["uid"] for row in held["labels"]]
+    assert (dataset.propensity_a, dataset.propensity_b) == (0.6, 2.6)
+    assert not (tmp_path / "tfds").exists()
+
+
+def test_dry_run_tells_what_to_cite(tmp_path, capsys):
+    write_json(tmp_path / "raw", random_rows())
+    door(tmp_path, dry_run=True)
+    said = capsys.readouterr().out
+    assert "@misc{Bhatia16" in said and "LF-WikiSeeAlso-320K of http" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_catalog_is_printed(capsys):
+    values = flags.FlagValues()
+    prepare.define_flags(values)
+    values(["prepare", "--catalog"])
+    prepare.run(values)
+    said = capsys.readouterr().out
+    for key, dataset in catalog.CATALOG.items():
+        line = next(line for line in said.splitlines() if line.split()[0] == key)
+        assert dataset.homepage in line
+        for fact in (*SIZES.values(), dataset.propensity_a, dataset.propensity_b):
+            assert str(fact) in line.split()
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="expected one of lf_amazontitles_131k, "):
+        catalog.builder("lf_amazontitles")
+
+
+DATASETS = list(catalog.CATALOG.values())  # As they are published.
+# Train, labels, test, A, B, as the papers have them.
+FACTS = {
+    "LF-AmazonTitles-131K": (294805, 131073, 134835, 0.6, 2.6),
+    "LF-Amazon-131K": (294805, 131073, 134835, 0.6, 2.6),
+    "MM-AmazonTitles-300K": (586781, 303296, 260536, 0.6, 2.6),
+    "LF-AmazonTitles-1.3M": (2248619, 1305265, 970237, 0.6, 2.6),
+    "LF-WikiSeeAlso-320K": (693082, 312330, 177515, 0.55, 1.5),
+    "LF-WikiSeeAlsoTitles-320K": (693082, 312330, 177515, 0.55, 1.5),
+    "LF-Wikipedia-500K": (1813391, 501070, 783743, 0.5, 0.4),
+    "LF-WikiTitles-500K": (1813391, 501070, 783743, 0.5, 0.4),
+    "EURLex-4K": (15449, 3956, 3865, 0.55, 1.5),
+}
+
+
+def test_there_is_every_set():
+    assert [dataset.name for dataset in DATASETS] == list(FACTS)
+
+
+@pytest.mark.parametrize("dataset", DATASETS, ids=lambda dataset: dataset.key)
+def test_every_set_has_its_facts(dataset):
+    sizes = (dataset.train, dataset.labels, dataset.test)
+    assert (*sizes, dataset.propensity_a, dataset.propensity_b) == FACTS[dataset.name]
+    assert dataset.key == dataset.name.lower().replace("-", "_")
+    assert dataset.fields == (
+        ("title",)
+        if "Titles" in dataset.name or dataset.key == "eurlex_4k"
+        else ("title", "content")
+    )
+    for fact in dataclasses.fields(dataset):
+        assert getattr(dataset, fact.name), fact.name
+    entries = re.findall(r"^@\w+\{\w+,$", dataset.citation, re.MULTILINE)
+    assert len(entries) == dataset.citation.count("@") > 0
+    assert dataset.citation.count("{") == dataset.citation.count("}")
+    for part in ("author", "title", "year"):
+        assert dataset.citation.count(f"  {part} = {{") == len(entries)
+    assert re.fullmatch(r"https?://\S+", dataset.homepage)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").glob("[lm][fm]_*.flags")), ids=lambda path: path.stem
+)
+def test_experiments_say_the_same(path):
+    """A, B and the text's length of the command that prepares the set which a flag file names."""
+    said = path.read_text()
+    dataset = {one.name: one for one in DATASETS}[said[2 : said.index(",")]]
+    assert f"--source=RAW/{dataset.name} " in said
+    told = [float(x) for x in re.findall(r"--propensity_[ab]=(\S+)", said)]
+    assert tuple(told or catalog.DEFAULT_PROPENSITY) == (dataset.propensity_a, dataset.propensity_b)
+    tokens = int(re.search(r"--max_tokens=(\d+)", said)[1])
+    assert (tokens == 32) == (dataset.fields == ("title",))

@@ -1,0 +1,36 @@
+"""Learning curves: read of the split that a run was judged on."""
+
+import json
+
+import pytest
+
+from vixml_jax.errors import InputError
+from vixml_jax.report import curves
+
+
+def write_run(path, lines, **last):
+    (path / "evaluation").mkdir(parents=True)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for split, value in last.items():
+        (path / "evaluation" / f"{split}-exact.json").write_text(json.dumps({"P@1": value}))
+    return str(path)
+
+
+def test_a_run_without_validation_is_read_as_judged_on_test(tmp_path):
+    lines = [{"step": 3, "loss": 1.0}, {"step": 4, "P@1": 20.0}, {"step": 8, "loss": 0.5}]
+    run = write_run(tmp_path / "run", lines, test=30.0)
+    assert curves.read_curve(run, "P@1") == ("test", [4, 8], [20.0, 30.0])
+
+
+def test_a_run_with_validation_is_never_mixed_with_test(tmp_path):
+    lines = [{"step": 4, "valid/P@1": 20.0}, {"step": 8, "valid/P@1": 15.0}]
+    # The file is of the epoch that was chosen, not of the last one.
+    run = write_run(tmp_path / "chosen", lines, valid=20.0, test=99.0)
+    assert curves.read_curve(run, "P@1") == ("valid", [4, 8], [20.0, 15.0])
+    run = write_run(tmp_path / "last", [*lines, {"step": 9, "loss": 1.0}], valid=16.0, test=99.0)
+    assert curves.read_curve(run, "P@1") == ("valid", [4, 8, 9], [20.0, 15.0, 16.0])
+
+
+def test_what_is_no_run_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: .* expected a run directory"):
+        curves.read_curve(str(tmp_path), "P@1")

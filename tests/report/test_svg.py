@@ -1,0 +1,127 @@
+"""Charts: shapes as long as the values, readable scales, texts of any kind."""
+
+import itertools
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vixml_jax.report import svg
+
+HOSTILE = '<script>alert("1")</script> & "quotes"'
+
+
+def parse(figure):
+    """Title, description, legend and shapes of a figure, which must be well-formed."""
+    root = ET.fromstring(figure)
+    chart = root.find("svg")
+    assert chart.attrib["role"] == "img"
+    title, description = chart.find("title"), chart.find("desc")
+    assert chart.attrib["aria-labelledby"].split() == [title.get("id"), description.get("id")]
+    return root, chart
+
+
+def shapes(chart, kind):
+    return [shape for shape in chart if shape.get("class") == kind]
+
+
+def test_bars_are_as_long_as_their_values():
+    series = {"one": {"head": 80.0, "tail": 20.0}, "two": {"head": 40.0, "tail": 0.0}}
+    root, chart = parse(svg.bars("R@100", "described", series))
+    assert root.find("figcaption").text == chart.find("title").text == "R@100"
+    assert [item.find("svg").tail for item in root.find("ul")] == ["one", "two"]
+    lengths = [[float(b.get("width")) for b in shapes(chart, f"s{i}")] for i in range(2)]
+    assert lengths[0][0] / lengths[0][1] == pytest.approx(4, rel=0.01)
+    assert lengths[0][0] / lengths[1][0] == pytest.approx(2, rel=0.01)
+    assert lengths[1][1] == 1.0  # Something is seen of nothing.
+    said = [text.text for text in chart.iter("text")]
+    assert said == ["head", "80.0", "40.0", "tail", "20.0", "0.0"]
+
+
+def test_columns_are_as_tall_as_their_values_and_may_lack():
+    series = {"one": [8.0, None, 4.0], "two": [2.0, 6.0, 0.0]}
+    _, chart = parse(
+        svg.columns("P@5", "described", series, ["1", "2", "3"], xlabel="decile", ylabel="percent")
+    )
+    tall = [[float(b.get("height")) for b in shapes(chart, f"s{i}")] for i in range(2)]
+    assert len(tall[0]) == 2 and tall[0][0] == pytest.approx(150) and tall[0][1] == 75
+    assert [round(value / 150 * 8, 2) for value in tall[1]] == [2.0, 6.0, 0.0]
+    bottoms = {
+        round(float(b.get("y")) + float(b.get("height")), 1)
+        for i in range(2)
+        for b in shapes(chart, f"s{i}")
+    }
+    assert len(bottoms) == 1
+    lefts = sorted(float(b.get("x")) for i in range(2) for b in shapes(chart, f"s{i}"))
+    assert min(b - a for a, b in itertools.pairwise(lefts)) > 10  # None hides another.
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+def test_lines_go_through_their_points(log_x):
+    points = [(10.0, 0.5), (100.0, 0.75), (1000.0, 1.0)]
+    _, chart = parse(
+        svg.lines("t", "d", {"a": points}, xlabel="x", ylabel="y", log_x=log_x)
+    )  # fmt: skip
+    (path,) = shapes(chart, "l0")
+    numbers = [float(n) for n in re.findall(r"[\d.]+", path.get("d"))]
+    xs, ys = numbers[::2], numbers[1::2]
+    assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2]) and ys[0] > ys[2]
+    middle = (xs[1] - xs[0]) / (xs[2] - xs[0])
+    assert middle == pytest.approx(0.5 if log_x else 90 / 990, abs=0.01)
+    assert len(shapes(chart, "m0")) == 3
+
+
+def test_series_differ_by_shape():
+    rows = {name: [(0.0, float(i)), (1.0, i + 1.0)] for i, name in enumerate("abc")}
+    _, chart = parse(svg.lines("t", "d", rows, xlabel="x", ylabel="y"))
+    marks = [shapes(chart, f"m{i}")[0] for i in range(3)]
+    marks = {(mark.tag, len(mark.get("d", ""))) for mark in marks}
+    assert len(marks) == 3
+    with pytest.raises(ValueError, match="4 series, of which 3"):
+        svg.lines("t", "d", rows | {"d": rows["a"]}, xlabel="x", ylabel="y")
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-9, 3.0, 99.99, 100.0, 123456.0])
+def test_any_value_fits(value):
+    parse(svg.bars("t", "d", {"a": {"g": value}}))
+    parse(svg.columns("t", "d", {"a": [value, None]}, ["1", "2"], xlabel="x", ylabel="y"))
+    _, chart = parse(svg.lines("t", "d", {"a": [(1.0, value)]}, xlabel="x", ylabel="y"))
+    (mark,) = shapes(chart, "m0")
+    assert 0 <= float(mark.get("cx")) <= svg.WIDTH
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(3, 6))
+def test_ticks_are_round_and_within(low, size, count):
+    ticks = svg._ticks(low, low + size, count)
+    assert 2 <= len(ticks) <= 2 * count + 1
+    slack = 1e-6 * (abs(low) + size)
+    assert low - slack <= ticks[0] and ticks[-1] <= low + size + slack
+    assert svg._top([size]) >= size * (1 - 1e-6)
+
+
+def test_texts_are_escaped():
+    for figure in (
+        svg.bars(HOSTILE, HOSTILE, {HOSTILE: {HOSTILE: 1.0}, "b": {HOSTILE: 2.0}}, unit=HOSTILE),
+        svg.columns(
+            HOSTILE, HOSTILE, {HOSTILE: [1.0], "b": [1.0]}, [HOSTILE],
+            xlabel=HOSTILE, ylabel=HOSTILE,
+        ),
+        svg.lines(HOSTILE, HOSTILE, {HOSTILE: [(0.0, 1.0)]}, xlabel=HOSTILE, ylabel=HOSTILE),
+    ):  # fmt: skip
+        root, _ = parse(figure)
+        assert not list(root.iter("script"))
+        assert root.find("figcaption").text == HOSTILE
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-2, 7), st.floats(0.01, 9))
+def test_ticks_of_a_logarithmic_axis_are_round_and_few(low, size):
+    ticks = svg._log_ticks(low, low + size)
+    assert 2 <= len(ticks) <= 10 and ticks == sorted(set(ticks))
+    for tick in ticks:
+        assert low - 1e-6 <= math.log10(tick) <= low + size + 1e-6
+        assert size < 1 or f"{tick:e}"[:8] in ("1.000000", "2.000000", "5.000000")

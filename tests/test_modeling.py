@@ -1,0 +1,59 @@
+"""The model as training and evaluation call it: on a mesh, activations stay spread."""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vixml_jax import workdir
+from vixml_jax.config import Config
+from vixml_jax.data.packing import Layout
+from vixml_jax.models.bert import BertConfig
+from vixml_jax.parallel import sharding
+from vixml_jax.structs import PackedItems
+
+TOWER = BertConfig(
+    vocab_size=50, num_layers=2, width=32, num_heads=4, mlp_width=64, max_positions=16
+)
+
+
+@pytest.fixture
+def packed():
+    rng = np.random.default_rng(0)
+    segments = np.repeat(np.arange(16), 8).reshape(8, 16)
+    return PackedItems(
+        tokens=rng.integers(50, size=(8, 16), dtype=np.int32),
+        segments=segments.astype(np.int32),
+        positions=np.tile(np.arange(8, dtype=np.int32), (8, 2)),
+        image_at=np.full((8, 16), -1, np.int32),
+        images=np.zeros((0, 1), np.float16),
+    )
+
+
+def vectors(mesh, packed):
+    model = workdir.build_model(Config(), TOWER, Layout(), 5, mesh)
+    stored = sharding.stored_tree(model.abstract_params, mesh)
+    params = nn.unbox(model.init_params(jax.random.key(0)))
+    params = jax.device_put(
+        sharding.pad(params, stored), jax.tree.map(lambda x: x.sharding, stored)
+    )
+    encode = jax.jit(lambda params, packed: model.tower_vectors(params, packed, 16))
+    lowered = encode.lower(params, sharding.to_devices(packed, mesh))
+    return np.asarray(lowered.compile()(params, sharding.to_devices(packed, mesh))), lowered
+
+
+def test_activations_are_laid_out_on_the_mesh(packed):
+    found, lowered = vectors(sharding.create_mesh(2, 2, 2), packed)
+    constraints = [line for line in lowered.as_text().splitlines() if "constraint" in line]
+    states = [line for line in constraints if "tensor<8x16x32xf32>" in line]
+    # Rows over (replica, fsdp): words, what enters the blocks, and what leaves each of them. Words
+    # are looked up by the devices that share the table, each its part of the width.
+    looked_up = [line for line in states if '[{"replica"}, {}, {"fsdp"}]' in line]
+    rest = [line for line in states if line not in looked_up]
+    assert len(looked_up) == 1
+    assert len(rest) == 2 + TOWER.num_layers
+    assert all('[{"replica", "fsdp"}, {}, {}]' in line for line in rest)
+    plain = workdir.build_model(Config(), TOWER, Layout(), 5, sharding.create_mesh(1, 8, 1))
+    params = nn.unbox(plain.init_params(jax.random.key(0)))
+    expected = plain.tower.apply({"params": params["tower"]}, packed, 16, deterministic=True)
+    np.testing.assert_allclose(found, expected, atol=2e-6)

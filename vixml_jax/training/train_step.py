@@ -1,0 +1,179 @@
+"""One training step: both sides through the tower, the four-term loss, one update."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from vixml_jax.labels import table
+from vixml_jax.modeling import Model, unit
+from vixml_jax.parallel import sharding
+from vixml_jax.runtime import tree_utils
+from vixml_jax.structs import Batch, LabelState, TrainState
+
+# (queries, labels, prototypes, relevance, row_mask, column_mask, key, mesh=) -> loss, scalars
+LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+
+
+class TrainStep:
+    """The training step, compiled once a shape of batches: (state, batch, key) -> state, scalars.
+
+    The state is donated and keeps its shardings; scalars are float32.
+
+    Args:
+      jitted: What is compiled.
+      like: The state's shapes, dtypes and shardings.
+    """
+
+    def __init__(self, jitted: Any, like: TrainState):
+        self._jitted, self._like = jitted, like
+        self._programs: dict[tuple[Any, ...], jax.stages.Compiled] = {}
+
+    def program(self, batch: Batch, key: Array) -> jax.stages.Compiled:
+        """The program for batches of this shape, on the mesh; compiled if it is the first."""
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+        if shapes not in self._programs:
+            self._programs[shapes] = self._jitted.lower(self._like, batch, key).compile()
+        return self._programs[shapes]
+
+    def __call__(
+        self, state: TrainState, batch: Batch, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return self.program(batch, key)(state, batch, key)
+
+
+def make_train_step(
+    model: Model,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    like: TrainState,
+    *,
+    centroid_momentum: float | None = None,
+    sparse_free: bool = False,
+) -> TrainStep:
+    """The step of a model under a loss and an optimizer.
+
+    Args:
+      model: Tower, combiner and table.
+      loss_fn: `losses.total_loss` with its settings bound.
+      optimizer: Acts on all of `state.params`; nothing touches `state.frozen`.
+      like: Shapes, dtypes and shardings of the state; these are pinned on the way out, so that the
+        next call finds what it was compiled for.
+      centroid_momentum: What a moving centroid keeps at each update (0.95); None: centroids are
+        left alone.
+      sparse_free: Whether the optimizer sees, of the free vectors and their moments, the rows of
+        the batch's labels alone, and the others stay as they are (as `torch.optim.SparseAdam`
+        does); False: all rows move by their momentum, as published.
+    """
+    sparse_free &= model.combiner is not None
+
+    def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        tower_key, combiner_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+        params, opt_state = state.params, state.opt_state
+        if sparse_free:
+            free_ids, place = model.table.distinct_free(state.labels, batch.label_ids)
+            look_up = functools.partial(table.gather_rows, model.mesh, ids=free_ids)
+            params, opt_state = (_map_free(look_up, tree) for tree in (params, opt_state))
+
+        def objective(trained: Any) -> tuple[Array, tuple[dict[str, Array], Array]]:
+            params = tree_utils.merge(trained, state.frozen)
+            num_queries, num_labels = batch.query_ids.shape[0], batch.label_ids.shape[0]
+            vectors = model.tower_vectors(
+                params, batch.items, num_queries + num_labels, sides=2, dropout=tower_key
+            )
+            queries = unit(vectors[:num_queries])
+            labels = vectors[num_queries:]
+            prototypes = None
+            if model.combiner is not None:
+                prototypes = model.prototypes(
+                    params,
+                    state.labels,
+                    labels,
+                    batch.label_ids,
+                    free=params["free"][place] if sparse_free else None,
+                    dropout=combiner_key,
+                )
+            loss, scalars = loss_fn(
+                queries,
+                unit(labels),
+                prototypes,
+                batch.relevance,
+                batch.query_ids >= 0,
+                batch.label_ids >= 0,
+                loss_key,
+                mesh=model.mesh,
+            )
+            return loss, (scalars, queries)
+
+        (loss, (scalars, queries)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if sparse_free:
+            write = functools.partial(table.scatter_rows, model.mesh, ids=free_ids)
+            params = _map_free(write, state.params, params)
+            opt_state = _map_free(write, state.opt_state, opt_state)
+        labels = state.labels
+        if centroid_momentum is not None:
+            labels = move_centroids(
+                model.table, labels, batch.label_ids, queries, centroid_momentum
+            )
+        scalars |= {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
+        return (
+            TrainState(
+                step=state.step + 1,
+                params=params,
+                frozen=state.frozen,
+                opt_state=opt_state,
+                labels=labels,
+                bank=table.scatter_rows(model.mesh, state.bank, batch.query_ids, queries),
+            ),
+            scalars,
+        )
+
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    jitted = jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(model.mesh))
+    )
+    return TrainStep(jitted, like)
+
+
+def _map_free(change: Callable[..., Array], whole: Any, rows: Any = None) -> Any:
+    """Changes what belongs to the free vectors (themselves, their moments) in a tree.
+
+    Args:
+      change: (rows=leaf of `whole`) -> leaf, or with `values=leaf of rows` beside it.
+      whole: Parameters or the optimizer's state.
+      rows: A tree of the same structure, which gives all the other leaves; None: `whole` does.
+    """
+
+    def at(path: tuple[Any, ...], leaf: Array, other: Array) -> Array:
+        if not any(getattr(key, "key", None) == "free" for key in path):
+            return other
+        return change(rows=leaf) if rows is None else change(rows=leaf, values=other)
+
+    return jax.tree_util.tree_map_with_path(at, whole, whole if rows is None else rows)
+
+
+def move_centroids(
+    label_table: table.LabelTable,
+    labels: LabelState,
+    label_ids: Int[Array, " c"],
+    queries: Float[Array, "b e"],
+    momentum: float,
+) -> LabelState:
+    """Moves the centroid of each label of the batch towards the mean of its queries there.
+
+    Candidate j was drawn for query j (paper, section 3, moving average). A label drawn for several
+    queries moves once, towards their mean, so the order in the batch does not matter.
+    """
+    same = (label_ids[:, None] == label_ids[None, :]).astype(jnp.float32)
+    mean = jnp.einsum("cb,be->ce", same, queries) / jnp.sum(same, axis=1, keepdims=True)
+    old = table.gather_rows(label_table.mesh, labels.centroids, label_ids)
+    moved = momentum * old + (1.0 - momentum) * mean
+    return labels._replace(
+        centroids=table.scatter_rows(label_table.mesh, labels.centroids, label_ids, moved)
+    )
