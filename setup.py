@@ -1,25 +1,36 @@
 """Installs vixml_jax; the requirements are those of requirements.txt."""
 
 import pathlib
+import re
 
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
 setuptools.setup(
     name="vixml_jax",
-    version="0.1.0",
-    description="Vision-enhanced extreme multi-label classification in JAX and Flax",
+    version=re.search(
+        r'__version__ = "(.+)"', (HERE / "vixml_jax/__init__.py").read_text(encoding="utf-8")
+    ).group(1),
+    description="Extreme multi-label classification with text and images in JAX and Flax",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["vixml_jax", "vixml_jax.*"]),
+    package_data={
+        "vixml_jax": ["py.typed", "presets/*.flags"],
+        "vixml_jax.report": ["templates/*"],
+    },
+    entry_points={"console_scripts": ["vixml_jax = vixml_jax.__main__:main"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1],
     extras_require={
         "benchmark": ["faiss-cpu>=1.10", "hnswlib>=0.8", "torch==2.13.0"],
+        "docs": DOCS,
         "gcs": ["gcsfs>=2024.6"],
         "test": [
+            *DOCS,
             "beartype>=0.20",
             "gcsfs>=2024.6",
             "google-crc32c>=1.5",

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice of a GKE cluster: fills gke_jobset.yaml, applies it, shows the first host's log.
+# Trains on a TPU slice of a GKE cluster: fills in gke_jobset.yaml, applies it, shows the first log.
 #
 #   NAME=mine IMAGE=REGISTRY/vixml_jax launch/gke.sh [--dry_run] -- --flagfile=experiments/lf_wiki.flags
 #   NAME=mine launch/gke.sh --delete
 #
-# --dry_run  prints what would be applied and the commands, and runs none.
-# --delete   deletes the JobSet, and does nothing else.
+# --dry_run  prints the JobSet and the commands, and runs none.
+# --delete   deletes the JobSet and exits.
 #
-# The image has the project installed ('.[tpu,gcs]') and its experiments in the working directory.
+# The image needs the project installed ('.[tpu,gcs]') and experiments/ in its working directory.
 set -euo pipefail
-# ---- What to change -----------------------------------------------------------------------------
+# ---- Settings -----------------------------------------------------------------------------------
 : "${NAME:=vixml-jax}"
 : "${IMAGE:=vixml_jax}"
 : "${ACCELERATOR:=tpu-v5-lite-podslice}"   # https://cloud.google.com/kubernetes-engine/docs/concepts/tpus
 : "${TOPOLOGY:=4x4}"
-: "${HOSTS:=4}"                            # Chips of the topology over those of a host.
-: "${CHIPS:=4}"                            # Of a host.
-: "${RESTARTS:=100}"                       # After preemptions and lost nodes.
+: "${HOSTS:=4}"                            # Chips of the topology divided by chips of a host.
+: "${CHIPS:=4}"                            # Chips of a host.
+: "${RESTARTS:=100}"                       # Restarts after preemptions and lost nodes.
 # -------------------------------------------------------------------------------------------------
 HERE=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -29,7 +29,7 @@ if ((DELETE)); then
   exit
 fi
 
-as_json() { # Words as a JSON list, which is YAML too.
+as_json() { # Prints arguments as a JSON list, which is YAML too.
   local word list=""
   for word in "$@"; do
     word=${word//\\/\\\\}

@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# What the launch scripts share: their arguments, commands that are shown and run, starting again.
+# Shared by the launch scripts: parsing arguments, showing and running commands, restarting.
 
 # shellcheck disable=SC2034 # Read by the scripts.
 DRY_RUN=0 TRAIN_FLAGS=()
 
-usage() { # The comment on top of the script.
+usage() { # Prints the comment at the top of the script.
   sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
 }
 
-# parse OPTION... -- ARGUMENT...: sets DRY_RUN, TRAIN_FLAGS (what follows --), and a variable for
-# each --option (a switch: 1) or --option=value that is among those named.
+# parse OPTION... -- ARGUMENT...: sets DRY_RUN, TRAIN_FLAGS (the arguments after --), and a variable
+# for each given --option (to 1) or --option=value among the known options.
 parse() {
   local known=" dry_run "
   while (($#)) && [[ $1 != -- ]]; do
@@ -46,25 +46,25 @@ parse() {
 }
 
 refuse() {
-  echo "error: unknown argument $1 (flags of train stand after --)" >&2
+  echo "error: unknown argument $1 (flags of train go after --)" >&2
   usage >&2
   exit 2
 }
 
-show() { # A command as it could be typed.
+show() { # Prints a command as it could be typed.
   printf '+' >&2
   printf ' %q' "$@" >&2
   echo >&2
 }
 
-run() { # Shows a command, and runs it unless this is a dry run.
+run() { # Prints a command, and runs it unless this is a dry run.
   show "$@"
   ((DRY_RUN)) || "$@"
 }
 
-quoted() { # Words as one string that a remote shell takes apart again.
+quoted() { # Quotes arguments as one string for a remote shell.
   printf '%q ' "$@"
 }
 
-# 75: stopped by a signal, all saved. 143: by one that came before anything was done.
-starts_again() { [[ $1 == 75 || $1 == 143 ]]; }
+# 75: stopped by a signal with everything saved. 143: stopped before there was anything to save.
+should_restart() { [[ $1 == 75 || $1 == 143 ]]; }

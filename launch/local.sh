@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Trains on this machine, on all devices that it has; starts again where a signal stopped the run.
+# Trains on all devices of this machine; restarts a run that a signal stopped.
 #
 #   launch/local.sh [--dry_run] [--processes=N] -- --flagfile=experiments/quickstart.flags
 #
-# --processes=N  starts N processes that find each other on this machine.
-# --dry_run      shows every command and runs none.
+# --processes=N  starts N processes on this machine.
+# --dry_run      prints every command and runs none.
 set -euo pipefail
-# ---- What to change -----------------------------------------------------------------------------
-: "${PYTHON:=python3.11}"        # Makes the environment.
-: "${VENV:=.venv}"               # Made where it is missing; the project is installed into it.
-: "${EXTRAS:=}"                  # "gpu" or "tpu": which jax to install.
-: "${PROCESSES:=1}"              # On this machine.
-: "${PORT:=8476}"                # Where they meet.
-: "${RESTART_DELAY:=5}"          # Seconds.
+# ---- Settings -----------------------------------------------------------------------------------
+: "${PYTHON:=python3}"           # Creates the environment; 3.11 to 3.13.
+: "${VENV:=.venv}"               # Created if missing, with the project installed.
+: "${EXTRAS:=}"                  # "gpu" or "tpu": the JAX to install.
+: "${PROCESSES:=1}"              # Processes on this machine.
+: "${PORT:=8476}"                # Port of the coordinator.
+: "${RESTART_DELAY:=5}"          # Seconds before a restart.
 # -------------------------------------------------------------------------------------------------
 HERE=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -21,7 +21,7 @@ parse processes= -- "$@"
 
 if [[ ! -x $VENV/bin/python ]]; then
   run "$PYTHON" -m venv "$VENV"
-  run "$VENV/bin/pip" install -q "$HERE/..${EXTRAS:+[$EXTRAS]}"
+  run "$VENV/bin/pip" install -q -c "$HERE/../constraints.txt" "$HERE/..${EXTRAS:+[$EXTRAS]}"
 fi
 
 train() {
@@ -45,7 +45,7 @@ train() {
     while true; do
       one=0
       wait "$child" || one=$?
-      # A signal ends the wait, not the child.
+      # A signal to this script ends `wait` but not the child.
       if ((one <= 128)) || ! kill -0 "$child" 2>/dev/null; then break; fi
     done
     ((one == 0)) || status=$one
@@ -53,11 +53,11 @@ train() {
   return "$status"
 }
 
-STOPPED=0 # By a signal to this script: whoever sent it wants an end.
+STOPPED=0 # 1 after a signal to this script, which must not restart then.
 while true; do
   status=0
   train || status=$?
-  if ((STOPPED)) || ! starts_again "$status"; then exit "$status"; fi
-  echo "stopped by a signal: starting again in $RESTART_DELAY s" >&2
+  if ((STOPPED)) || ! should_restart "$status"; then exit "$status"; fi
+  echo "stopped by a signal: restarting in $RESTART_DELAY s" >&2
   sleep "$RESTART_DELAY"
 done

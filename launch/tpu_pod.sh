@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Trains on a slice of Cloud TPUs: makes it or takes the one that is there, installs this commit on
-# all of its hosts, trains, shows the log of the first host, and goes on after a preemption.
+# Trains on a slice of Cloud TPUs: creates it or uses the existing one, installs this commit on all of
+# its hosts, trains, shows the log of the first host, and continues after a preemption.
 #
 #   NAME=mine ZONE=us-west4-a launch/tpu_pod.sh [--dry_run] -- --flagfile=experiments/lf_wiki.flags
 #   NAME=mine ZONE=us-west4-a launch/tpu_pod.sh --delete
 #
-# --dry_run  shows every command and runs none (it takes the slice to be absent).
-# --delete   deletes the slice, and does nothing else. Nothing else deletes one that is alive.
+# --dry_run  prints every command and runs none (as if the slice did not exist).
+# --delete   deletes the slice and exits. A running slice is never deleted otherwise.
 set -euo pipefail
-# ---- What to change -----------------------------------------------------------------------------
-: "${NAME:=vixml-jax}"                # Of the slice.
+# ---- Settings -----------------------------------------------------------------------------------
+: "${NAME:=vixml-jax}"                # Name of the slice.
 : "${ZONE:=us-west4-a}"
-: "${PROJECT:=}"                      # Empty: that of gcloud's configuration.
+: "${PROJECT:=}"                      # Empty: the project of gcloud's configuration.
 : "${TYPE:=v5litepod-16}"             # https://cloud.google.com/tpu/docs/v5e
 : "${VERSION:=v2-alpha-tpuv5-lite}"   # https://cloud.google.com/tpu/docs/runtimes
-: "${SPOT:=1}"                        # 1: cheaper, and may be taken away at any time.
-: "${PYTHON:=python3.11}"             # On the hosts.
+: "${SPOT:=1}"                        # 1: cheaper, but may be preempted at any time.
+: "${PYTHON:=python3}"                # On the hosts; 3.11 to 3.13.
 : "${DIRECTORY:=vixml_jax}"           # On the hosts, in the home directory.
-: "${POLL:=20}"                       # Seconds between looks.
+: "${POLL:=20}"                       # Seconds between checks of the state.
 # -------------------------------------------------------------------------------------------------
 HERE=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -29,10 +29,10 @@ WHERE=("$NAME" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 KIND=()
 if ((SPOT)); then KIND=(--spot); fi
 tpu() { run gcloud compute tpus tpu-vm "$@"; }
-on() { # on WORKERS COMMAND: on these hosts of the slice.
+on() { # on WORKERS COMMAND: runs a command on these hosts of the slice.
   tpu ssh "${WHERE[@]}" --worker="$1" --command="$2"
 }
-state() { # READY, CREATING, PREEMPTED, ...; empty: there is none.
+state() { # READY, CREATING, PREEMPTED, ...; empty if there is no slice.
   ((DRY_RUN)) || gcloud compute tpus tpu-vm describe "${WHERE[@]}" --format='value(state)' 2>/dev/null || true
 }
 
@@ -41,7 +41,7 @@ if ((DELETE)); then
   exit
 fi
 
-make_ready() { # Returns once there is a slice; 1: it was there already.
+make_ready() { # Waits until the slice is ready; status 1 if it existed already.
   local found new=1
   while true; do
     found=$(state)
@@ -53,7 +53,7 @@ make_ready() { # Returns once there is a slice; 1: it was there already.
         ((DRY_RUN)) && return 0
         ;;
       PREEMPTED | TERMINATED | STOPPED)
-        echo "$NAME is $found: what is left of it makes room for a new one" >&2
+        echo "$NAME is $found: deleting it to create a new one" >&2
         tpu delete "${WHERE[@]}" --quiet
         ;;
       *) sleep "$POLL" ;;
@@ -66,17 +66,17 @@ install() {
   archive=$(mktemp -d)/source.tar.gz
   run git -C "$HERE/.." archive --format=tar.gz -o "$archive" HEAD
   tpu scp "$archive" "$NAME:source.tar.gz" "${WHERE[@]:1}" --worker=all
-  on all "mkdir -p $DIRECTORY && tar -xzf source.tar.gz -C $DIRECTORY && cd $DIRECTORY && { [ -d .venv ] || $PYTHON -m venv .venv; } && .venv/bin/pip install -q '.[tpu,gcs]' -f https://storage.googleapis.com/jax-releases/libtpu_releases.html"
+  on all "mkdir -p $DIRECTORY && tar -xzf source.tar.gz -C $DIRECTORY && cd $DIRECTORY && { [ -d .venv ] || $PYTHON -m venv .venv; } && .venv/bin/pip install -q -c constraints.txt '.[tpu,gcs]' -f https://storage.googleapis.com/jax-releases/libtpu_releases.html"
 }
 
-begin() { # On all hosts, in the background, so that a lost connection loses nothing.
+begin() { # Starts training in the background on all hosts, so that a lost connection does no harm.
   local command
   command=$(quoted .venv/bin/python -m vixml_jax.train --coordinator=auto "${TRAIN_FLAGS[@]}")
   command="cd $DIRECTORY && rm -f status && : > log && { nohup sh -c $(quoted "$command > log 2>&1; echo \$? > status.new; mv status.new status") > /dev/null 2>&1 & }"
   on all "$command"
 }
 
-follow() { # The log of the first host until the run ends; the status is that of the run.
+follow() { # Shows the log of the first host until the run ends; exits with the status of the run.
   on 0 "cd $DIRECTORY && { while [ ! -e status ]; do sleep 2; done & tail --pid=\$! -n +1 -F log; } && exit \$(cat status)"
 }
 
@@ -87,10 +87,10 @@ while true; do
   status=0
   follow || status=$?
   ((DRY_RUN)) && exit
-  if starts_again "$status"; then
-    echo "stopped by a signal: starting again" >&2
+  if should_restart "$status"; then
+    echo "stopped by a signal: restarting" >&2
     begin
-  elif [[ $status == 255 ]]; then # The connection was lost, or the host.
+  elif [[ $status == 255 ]]; then # The connection or the host was lost.
     sleep "$POLL"
     if make_ready; then
       install

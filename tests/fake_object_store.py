@@ -1,7 +1,8 @@
-"""A store of objects that answers as Google Cloud Storage does, in this process's memory.
+"""An in-memory fake of Google Cloud Storage, served by this process.
 
-As much of https://cloud.google.com/storage/docs/json_api as gcsfs and tensorstore ask for: objects
-with generations, preconditions, ranges, listings by folder, copies, and uploads whole or in pieces.
+Implements the part of https://cloud.google.com/storage/docs/json_api that gcsfs and tensorstore
+use: objects with generations, preconditions, ranges, listings by folder, copies, simple, multipart
+and resumable uploads, and batch deletion.
 """
 
 import base64
@@ -53,7 +54,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         found = re.fullmatch(rf"(/upload|/download)?/storage/v1/b/{BUCKET}(/o)?(/.*)?", path)
         if not found:
             return self._answer(404, {"error": {"code": 404, "message": f"no {path}"}})
-        how, objects, rest = found.groups()
+        kind, objects, rest = found.groups()
         if not objects:
             return self._answer(200, {"kind": "storage#bucket", "name": BUCKET})
         if rest is None:
@@ -62,7 +63,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._upload(query, body)
         source, _, target = rest[1:].partition(f"/rewriteTo/b/{BUCKET}/o/")
         name = urllib.parse.unquote(source)
-        status = self._met(name, query)
+        status = self._precondition(name, query)
         if status:
             return self._answer(status)
         if name not in self.objects:
@@ -71,14 +72,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             del self.objects[name]
             return self._answer(204)
         if target:
-            made = self._put(urllib.parse.unquote(target), self.objects[name][1])
-            return self._answer(200, {"done": True, "resource": made})
-        if query.get("alt") == "media" or how == "/download":
+            copy = self._put(urllib.parse.unquote(target), self.objects[name][1])
+            return self._answer(200, {"done": True, "resource": copy})
+        if query.get("alt") == "media" or kind == "/download":
             return self._read(*self.objects[name])
-        return self._answer(200, self._about(name))
+        return self._answer(200, self._metadata(name))
 
-    def _met(self, name, query):
-        """304 or 412 where a precondition is not met."""
+    def _precondition(self, name, query):
+        """Status 304 or 412 if a precondition is not met, otherwise None."""
         generation = self.objects.get(name, (0, b""))[0]
         if int(query.get("ifGenerationMatch", generation)) != generation:
             return 412
@@ -88,9 +89,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _put(self, name, content):
         self.objects[name] = next(self.generations), content
-        return self._about(name)
+        return self._metadata(name)
 
-    def _about(self, name):
+    def _metadata(self, name):
         generation, content = self.objects[name]
         return {
             "kind": "storage#object", "name": name, "bucket": BUCKET,
@@ -113,28 +114,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if end and end in rest:
                 folders.add(prefix + rest.split(end)[0] + end)
             elif "endOffset" not in query or name < query["endOffset"]:
-                items.append(self._about(name))
+                items.append(self._metadata(name))
         return {"kind": "storage#objects", "items": items, "prefixes": sorted(folders)}
 
     def _upload(self, query, body):
         name = query.get("name")
         if query.get("uploadType") == "multipart":
             kind = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-            about, _ = email.message_from_bytes(kind + body).get_payload()
-            name, body = json.loads(about.get_payload())["name"], _between(body)
+            metadata, _ = email.message_from_bytes(kind + body).get_payload()
+            name, body = json.loads(metadata.get_payload())["name"], _second_part(body)
         elif query.get("uploadType") == "resumable":
             return self._resume(query, body)
-        status = self._met(name, query)
+        status = self._precondition(name, query)
         return self._answer(status) if status else self._answer(200, self._put(name, body))
 
     def _resume(self, query, body):
-        """An upload in pieces: where to send them, then each of them."""
+        """A resumable upload: the first request gets a session URL, to which chunks are sent."""
         if "upload_id" not in query:
             name = query.get("name") or json.loads(body)["name"]
             self.sessions.append((name, bytearray()))
-            where = f"http://{self.headers['Host']}/upload/storage/v1/b/{BUCKET}/o"
-            where += f"?uploadType=resumable&upload_id={len(self.sessions) - 1}"
-            return self._answer(200, Location=where)
+            location = f"http://{self.headers['Host']}/upload/storage/v1/b/{BUCKET}/o"
+            location += f"?uploadType=resumable&upload_id={len(self.sessions) - 1}"
+            return self._answer(200, Location=location)
         name, content = self.sessions[int(query["upload_id"])]
         content += body
         if self.headers["Content-Range"].endswith("/*"):
@@ -143,10 +144,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _read(self, generation, content):
         headers = {"x_goog_generation": str(generation), "Content_Type": "application/octet-stream"}
-        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if not asked:
+        requested = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if not requested:
             return self._answer(200, content, **headers)
-        first, last = (int(text) if text else None for text in asked.groups())
+        first, last = (int(text) if text else None for text in requested.groups())
         start = len(content) - last if first is None else first
         stop = len(content) if last is None or first is None else min(last + 1, len(content))
         if start >= len(content):
@@ -155,30 +156,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._answer(206, content[start:stop], **headers)
 
     def _batch(self, body):
-        """Deletions, many in one request."""
+        """Several deletions in one request."""
         answers = []
         for name in re.findall(rf"DELETE /storage/v1/b/{BUCKET}/o/(\S+)", body.decode()):
-            gone = self.objects.pop(urllib.parse.unquote(name), None)
+            deleted = self.objects.pop(urllib.parse.unquote(name), None)
             answers.append(
                 "--x\r\nContent-Type: application/http\r\n\r\n"
-                f"HTTP/1.1 {'404 Not Found' if gone is None else '204 No Content'}\r\n\r\n\r\n"
+                f"HTTP/1.1 {'404 Not Found' if deleted is None else '204 No Content'}\r\n\r\n\r\n"
             )
         self._answer(
             200, ("".join(answers) + "--x--").encode(), Content_Type="multipart/mixed; boundary=x"
         )
 
 
-def _between(body):
-    """The second part of a multipart body, byte for byte."""
-    mark = body.split(b"\n", 1)[0].strip()
-    part = body.split(mark)[2]
+def _second_part(body):
+    """The content of the second part of a multipart body, byte for byte."""
+    boundary = body.split(b"\n", 1)[0].strip()
+    part = body.split(boundary)[2]
     content = part.split(b"\n\n" if b"\r\n\r\n" not in part else b"\r\n\r\n", 1)[1]
     return re.sub(rb"\r?\n$", b"", content, count=1)
 
 
 @contextlib.contextmanager
 def serve():
-    """Yields the environment that leads gcsfs and tensorstore there, to the bucket `shop`."""
+    """Serves the bucket `shop`; yields environment variables for gcsfs and tensorstore."""
     handler = type("Handler", (_Handler,), {"objects": {}, "sessions": []})
     server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -190,7 +191,7 @@ def serve():
             "TENSORSTORE_GCS_HTTP_URL": url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
             "FSSPEC_GCS_TOKEN": "anon",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # It would ask by gRPC.
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # It would use gRPC.
         }
     finally:
         server.shutdown()

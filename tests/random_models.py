@@ -1,4 +1,4 @@
-"""Tiny models of `transformers` (torch), for tests and golden files: every weight is random."""
+"""Tiny models of `transformers` (torch) with random weights, for tests and golden files."""
 
 import torch
 import transformers
@@ -12,7 +12,7 @@ _LLAMA_ROPE = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 
-# model_type -> (config, model, sizes).
+# model_type -> (config class, model class, sizes).
 ENCODERS = {
     "bert": (
         transformers.BertConfig,
@@ -52,30 +52,30 @@ VISION = dict(
 
 
 def draw(model, config, scale, seed=0):
-    """A model of this class and config; norms and biases are as random as the rest.
+    """A model with random weights, including norms and biases.
 
     Args:
-      model: Class.
-      config: Of the class.
-      scale: Standard deviation of what is added to fresh weights, those of norms aside.
-      seed: Of all of it.
+      model: Model class.
+      config: Instance of its config class.
+      scale: Standard deviation of the noise added to initial weights other than those of norms.
+      seed: Random seed.
     """
     torch.manual_seed(seed)
-    made = model(config).eval()
+    drawn = model(config).eval()
     with torch.no_grad():
-        for name, value in made.named_parameters():
+        for name, value in drawn.named_parameters():
             value.add_(torch.randn(value.shape) * (0.3 if "norm" in name.lower() else scale))
-    return made
+    return drawn
 
 
 def text_model(family, seed=0, **changes):
-    """An encoder or decoder; `changes`: fields of its config."""
-    config, model, sizes = (ENCODERS | DECODERS)[family]
-    about = config(**{**sizes, **changes}, attn_implementation="eager")
-    return draw(model, about, 0.3 if family in ENCODERS else 0.15, seed)
+    """An encoder or decoder; `changes` replace fields of its config."""
+    config_class, model_class, sizes = (ENCODERS | DECODERS)[family]
+    config = config_class(**{**sizes, **changes}, attn_implementation="eager")
+    return draw(model_class, config, 0.3 if family in ENCODERS else 0.15, seed)
 
 
 def vision_model(seed=0, **changes):
-    """A SigLIP vision tower with its pooling head; `changes`: fields of its config."""
-    about = transformers.SiglipVisionConfig(**{**VISION, **changes})
-    return draw(transformers.SiglipVisionModel, about, 0.1, seed)
+    """A SigLIP vision tower with its pooling head; `changes` replace fields of its config."""
+    config = transformers.SiglipVisionConfig(**{**VISION, **changes})
+    return draw(transformers.SiglipVisionModel, config, 0.1, seed)

@@ -1,33 +1,33 @@
-"""How a door is left: one line and a status."""
+"""Errors about the disk."""
 
-import signal
-import subprocess
-import sys
+import errno
+import os
 
 import pytest
 
-PROGRAM = """
-import os, signal
 from vixml_jax import errors
 
-def main(argv):
-    {what}
 
-errors.launch(main)
-"""
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EISDIR])
+def test_disk_errors_while_writing_become_input_errors(number):
+    with pytest.raises(errors.InputError) as error, errors.writing("--out=DIR"):
+        raise OSError(number, os.strerror(number))
+    assert str(error.value).startswith(f"--out=DIR: {os.strerror(number)} while writing")
+
+
+def test_other_errors_while_writing_are_raised_unchanged():
+    with pytest.raises(ConnectionResetError), errors.writing("--out=DIR"):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
 
 
 @pytest.mark.parametrize(
-    "what,status,line",
+    ("error", "message"),
     [
-        ("raise errors.InputError('a\\nb')", 2, "error: a b"),
-        ("raise errors.NotFiniteError('no number')", 1, "error: no number"),
-        ("os.kill(os.getpid(), signal.SIGINT)", 128 + signal.SIGINT, "interrupted"),
-        ("print('done')", 0, ""),
+        (OSError(errno.ENOSPC, "full"), os.strerror(errno.ENOSPC)),
+        (ValueError("a write failed [os_error_code='30']"), os.strerror(errno.EROFS)),
+        (OSError(errno.ENOENT, "missing"), None),
+        (ValueError("no number"), None),
     ],
 )
-def test_a_door_is_left_in_one_line(what, status, line):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(what=what)], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr.strip()) == (status, line)
+def test_disk_faults(error, message):
+    assert errors.disk_fault(error) == message

@@ -1,4 +1,4 @@
-"""From the door to the page: what `evaluate --report` writes of a trained run."""
+"""Files and report that `evaluate --report` writes for a trained run."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from vixml_jax import train
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.evaluation import bootstrap, per_query
 
-KINDS = ("", "-memory", "-vote_text", "-vote_picture", "-vote_both")
+KINDS = ("", "-neighbours", "-knn_text", "-knn_image", "-knn_both")
 
 
 def run_module(name, *flags):
@@ -28,16 +28,16 @@ def run_module(name, *flags):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny run with memory, evaluated with a report; what was printed."""
+    """Returns a tiny run evaluated with neighbours and a report, and what was printed."""
     root = tmp_path_factory.mktemp("report")
     config = configuration(make_data(root, valid=0.2), root / "run")
     config = dataclasses.replace(
         config,
-        eval=dataclasses.replace(config.eval, vote=True),
+        eval=dataclasses.replace(config.eval, knn_baseline=True),
         loop=dataclasses.replace(config.loop, epochs=1),
     )
     train.train(config)
-    done = run_module("evaluate", f"--workdir={config.workdir}", "--report", "--memory_weight=0.3")
+    done = run_module("evaluate", f"--workdir={config.workdir}", "--report", "--knn.weight=0.3")
     assert done.returncode == 0, done.stderr
     return config, done.stdout
 
@@ -55,43 +55,44 @@ def read_queries(config, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_queries_sum_to_the_metrics(trained, results, kind):
-    found, about = read_queries(trained[0], kind)
+def test_metrics_per_query_average_to_the_metrics(trained, results, kind):
+    queries, about = read_queries(trained[0], kind)
     dataset = PreparedDataset.open(trained[0].data)
     assert about == (dataset.name, dataset.content_hash, "test", "exact")
-    assert len(found.values) == len(dataset.test)
-    rows = {"": results, "-memory": results["with_memory"]}
-    rows |= {f"-{name.replace(', ', '_')}": row for name, row in results["vote"].items()}
-    expected = {name: rows[kind][name] for name in found.names}
-    assert found.metrics() == pytest.approx(expected, rel=1e-5)
+    assert len(queries.values) == len(dataset.test)
+    rows = {"": results, "-neighbours": results["with_neighbours"]}
+    for name, row in results["knn_baseline"].items():
+        rows[f"-knn_{name.removeprefix('kNN baseline, ')}"] = row
+    expected = {name: rows[kind][name] for name in queries.names}
+    assert queries.metrics() == pytest.approx(expected, rel=1e-5)
     key = kind.lstrip("-") or "run"
-    for name, ends in bootstrap.intervals(found).items():
-        assert results["intervals"][key][name] == pytest.approx(ends), name
+    for name, bounds in bootstrap.intervals(queries).items():
+        assert results["intervals"][key][name] == pytest.approx(bounds), name
 
 
-def test_groups_are_of_the_same_results(trained, results):
+def test_groups_agree_with_the_metrics(trained, results):
     dataset = PreparedDataset.open(trained[0].data)
     frequency = np.bincount(dataset.train_relevance.indices, minlength=20)
     groups = results["groups"]["run"]
     torso = groups["label frequency"]["torso"]
     assert torso["labels"] == np.count_nonzero((frequency > 5) & (frequency <= 100))
-    assert sum(found["pairs"] for found in groups["label frequency"].values()) == (
+    assert sum(group["pairs"] for group in groups["label frequency"].values()) == (
         dataset.test_relevance.nnz
     )
     for kind in ("label frequency", "frequency decile"):
-        added = sum(found["metrics"].get("P@5", 0.0) for found in groups[kind].values())
+        total = sum(group["metrics"].get("P@5", 0.0) for group in groups[kind].values())
         unseen = groups["label frequency"].get("unseen", {}).get("metrics", {}).get("P@5", 0.0)
         if kind == "frequency decile":
-            added += unseen
-        assert added == pytest.approx(results["P@5"])
-    assert {name: found["queries"] for name, found in groups["pictures"].items()} == (
-        {"with pictures": 15, "without": 15}
+            total += unseen
+        assert total == pytest.approx(results["P@5"])
+    assert {name: group["queries"] for name, group in groups["images"].items()} == (
+        {"with images": 15, "without": 15}
     )
     lengths = groups["text length"].values()
-    assert sum(found["queries"] for found in lengths) == 30
+    assert sum(group["queries"] for group in lengths) == 30
 
 
-def test_the_page_shows_the_run(trained, results):
+def test_report_shows_the_run(trained, results):
     config, printed = trained
     path = os.path.join(config.workdir, "evaluation", "test-exact.report.html")
     assert f"report written to {path}" in printed
@@ -99,30 +100,30 @@ def test_the_page_shows_the_run(trained, results):
         text = file.read()
     for name in ("P@1", "PSP@5", "nDCG@5"):
         assert f"<dt>{name}</dt><dd>{results[name]:.2f}" in text
-    for words in (
-        "--report --memory_weight=0.3",
-        "this run, text and pictures, memory",
+    for expected in (
+        "--report --knn.weight=0.3",
+        "this run, text and images, with neighbours",
         "Learning curves",
         "Loss in training",
         "data:image/png;base64,",
         "Label neighbours",
         "weight 0.3, k 100, temperature 0.05, joint False",
-        "P@1 by pictures",
+        "P@1 by images",
         PreparedDataset.open(config.data).content_hash,
     ):
-        assert words in text, words
-    assert "Recall and speed of the index" not in text  # Of exact search there is none.
+        assert expected in text, expected
+    assert "Recall and speed of the index" not in text  # Only for ScaNN.
     assert not [name for name in os.listdir(os.path.dirname(path)) if "tmp" in name]
 
 
-def test_runs_are_compared_by_what_was_written(trained, tmp_path):
+def test_compare_reads_the_written_files(trained, tmp_path):
     config, _ = trained
-    path = os.path.join(config.workdir, "evaluation", "test-exact-vote_text.queries.npz")
+    path = os.path.join(config.workdir, "evaluation", "test-exact-knn_text.queries.npz")
     out = tmp_path / "comparison.json"
     done = run_module("evaluation.compare", f"--runs={config.workdir},{path}", f"--out={out}")
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["metrics"]
-    expected = bootstrap.compare(read_queries(config, "")[0], read_queries(config, "-vote_text")[0])
+    expected = bootstrap.compare(read_queries(config, "")[0], read_queries(config, "-knn_text")[0])
     assert found == {name: c._asdict() for name, c in expected.items()}
     assert f"written to {out}" in done.stdout and "30 queries" in done.stdout
     done = run_module("evaluation.compare", f"--runs={config.workdir},nowhere")
@@ -131,3 +132,9 @@ def test_runs_are_compared_by_what_was_written(trained, tmp_path):
         "error: nowhere/evaluation/test-exact.queries.npz: not found; python -m vixml_jax.evaluate "
         "--workdir=... writes it"
     )
+
+
+def test_evaluate_loads_templates_only_for_a_report():
+    code = "import sys, vixml_jax.evaluate; print({'jinja2', 'markdown_it'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""The flag files of the paper's experiments: each parses, and its model is the published one."""
+"""Flag files of the paper's experiments: each parses and builds the published model."""
 
 import json
 import math
@@ -12,10 +12,11 @@ import tokenizers
 from absl import flags
 from flax import linen as nn
 
+from vixml_jax import command_line, workdir
 from vixml_jax import config as config_lib
-from vixml_jax import train, workdir
 from vixml_jax.benchmarks.support import towers
 from vixml_jax.models import hf_checkpoints
+from vixml_jax.training import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.flags"))
@@ -30,7 +31,7 @@ DATA = {
     "lf_wikiseealso": (312_330, 128),
     "lf_wiki": (501_070, 256),
 }
-# What is read of each tower: as published, without heads that a tower does not have.
+# Parameters of each tower as published, without the heads that a tower does not have.
 PUBLISHED = {
     "minilm_l3": 17_241_984,
     "distilbert": 66_362_880,
@@ -47,15 +48,13 @@ PUBLISHED = {
 def parse(path):
     values = flags.FlagValues()
     config_lib.define_flags(values)
-    flags.DEFINE_string("flagfile", None, "", flag_values=values)
-    values(["train", f"--flagfile={path.relative_to(ROOT)}"])
+    values(["train", *command_line.expand([f"--flagfile={path}"])])
     return config_lib.from_flags(values)
 
 
 @pytest.fixture(autouse=True)
 def hub(tmp_path, monkeypatch):
-    """A hub that has nothing but the published config.json of each tower; flag files by name."""
-    monkeypatch.chdir(ROOT)
+    """A model hub that has only the published config.json of each tower."""
 
     def resolve(name, weights=True):
         path = tmp_path / name
@@ -91,18 +90,18 @@ def parts(path):
     return name, path.name.removesuffix(".flags").removeprefix(name).lstrip("_") or "distilbert"
 
 
-def test_there_is_one_for_every_tower_and_data_set():
+def test_every_tower_and_data_set_has_a_flag_file():
     found = {parts(path) for path in PAPER}
     paper = {(data, tower) for data in DATA if "wiki" not in data for tower in PUBLISHED}
     assert found == paper | {("lf_wiki", "distilbert"), ("lf_wikiseealso", "distilbert")}
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_it_parses_and_builds_the_published_model(path, tokenizer):
+def test_it_builds_the_published_model(path, tokenizer):
     data, name = parts(path)
     config = parse(path)
     num_labels, length = DATA[data]
-    tower, layout = train.make_tower(config, dataset_of(length, tokenizer))
+    tower, layout = build.make_tower(config, dataset_of(length, tokenizer))
     model = workdir.build_model(config, tower, layout, num_labels, workdir.make_mesh(config))
     trained, frozen = workdir.split_params(model.abstract_params, tower)
     images = 1153 * tower.width if config.model.num_images else 0
@@ -133,5 +132,5 @@ def test_it_parses_and_builds_the_published_model(path, tokenizer):
 @pytest.mark.parametrize(
     "path", [f for f in FILES if f not in PAPER and f.stem != "base"], ids=lambda path: path.stem
 )
-def test_the_others_parse(path):
+def test_other_flag_files_parse(path):
     assert parse(path).workdir == f"runs/{path.stem}"

@@ -1,4 +1,4 @@
-"""The model as training and evaluation call it: on a mesh, activations stay spread."""
+"""The model on a mesh: activations are constrained to it."""
 
 import jax
 import numpy as np
@@ -42,12 +42,12 @@ def vectors(mesh, packed):
     return np.asarray(lowered.compile()(params, sharding.to_devices(packed, mesh))), lowered
 
 
-def test_activations_are_laid_out_on_the_mesh(packed):
+def test_activations_are_sharded_over_the_mesh(packed):
     found, lowered = vectors(sharding.create_mesh(2, 2, 2), packed)
     constraints = [line for line in lowered.as_text().splitlines() if "constraint" in line]
     states = [line for line in constraints if "tensor<8x16x32xf32>" in line]
-    # Rows over (replica, fsdp): words, what enters the blocks, and what leaves each of them. Words
-    # are looked up by the devices that share the table, each its part of the width.
+    # Rows are sharded over (replica, fsdp) after the lookup, before the blocks, and after each
+    # block. During the lookup of token embeddings the width is sharded over fsdp.
     looked_up = [line for line in states if '[{"replica"}, {}, {"fsdp"}]' in line]
     rest = [line for line in states if line not in looked_up]
     assert len(looked_up) == 1

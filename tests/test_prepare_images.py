@@ -1,4 +1,4 @@
-"""Image files to embeddings: pixels as `transformers` has them, one a content, stops, faults."""
+"""Preparing data with image files: embeddings, resuming, invalid files, and URLs."""
 
 import http.server
 import json
@@ -14,22 +14,23 @@ import transformers
 from absl import flags
 from PIL import Image
 
-from vixml_jax import modeling, prepare
+from vixml_jax import image_encoding, prepare
 from vixml_jax.data.images import image_files
+from vixml_jax.data.images.image_embeddings import EmbeddingStore
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 
 SIZE = 16
 
 
-def picture(rng, mode="RGB", size=(23, 11)):
+def image(rng, size=(23, 11)):
     values = rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
-    return Image.fromarray(values, "RGBA").convert(mode)
+    return Image.fromarray(values, "RGBA").convert("RGB")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny SigLIP as `transformers` writes it, and the same in torch."""
+    """Directory of a tiny SigLIP of `transformers`, its tower and its image processor."""
     path = tmp_path_factory.mktemp("siglip")
     torch.manual_seed(0)
     tower = transformers.SiglipVisionModel(
@@ -48,24 +49,25 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def source(tmp_path):
-    """Three training queries, two test queries, two labels; a duplicate, a broken, a missing."""
+    """Three training queries, two test queries, two labels; one file is a duplicate, one broken,
+    one missing."""
     rng = np.random.default_rng(0)
     root = tmp_path / "shop"
-    (root / "pictures").mkdir(parents=True)
+    (root / "images").mkdir(parents=True)
     for name in ("a", "b", "c"):
-        picture(rng).save(root / "pictures" / f"{name}.png")
-    shutil.copy(root / "pictures" / "a.png", root / "pictures" / "same_as_a.png")
-    whole = (root / "pictures" / "b.png").read_bytes()
-    (root / "pictures" / "half.png").write_bytes(whole[: len(whole) // 2])
+        image(rng).save(root / "images" / f"{name}.png")
+    shutil.copy(root / "images" / "a.png", root / "images" / "same_as_a.png")
+    content = (root / "images" / "b.png").read_bytes()
+    (root / "images" / "half.png").write_bytes(content[: len(content) // 2])
     (root / "trn.raw.txt").write_text("red shoe\nblue shoe\ngreen hat\n")
     (root / "tst.raw.txt").write_text("red hat\nblue hat\n")
     (root / "lbl.raw.txt").write_text("shoe\nhat\n")
     (root / "trn_X_Y.txt").write_text("3 2\n0:1\n0:1\n1:1\n")
     (root / "tst_X_Y.txt").write_text("2 2\n1:1\n1:1\n")
     (root / "trn_images.txt").write_text(
-        "pictures/a.png\tpictures/b.png\n\npictures/half.png\tpictures/c.png\n"
+        "images/a.png\timages/b.png\n\nimages/half.png\timages/c.png\n"
     )
-    (root / "tst_images.txt").write_text("pictures/same_as_a.png\npictures/gone.png\n")
+    (root / "tst_images.txt").write_text("images/same_as_a.png\nimages/gone.png\n")
     return root
 
 
@@ -78,38 +80,15 @@ def run(source, out, model, **changes):
     return PreparedDataset.open(str(out))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
-def test_pixels_match_transformers(mode, model, tmp_path):
-    path, _, theirs = model
-    file = picture(np.random.default_rng(3), mode)
-    file.save(tmp_path / "x.png")
-    ours = image_files.read_processor(path + "/preprocessor_config.json")
-    expected = theirs(Image.open(tmp_path / "x.png").convert("RGB"), return_tensors="np")
-    np.testing.assert_allclose(
-        image_files.load_pixels(str(tmp_path / "x.png"), ours),
-        expected["pixel_values"][0].transpose(1, 2, 0),
-        atol=1e-6,
-    )
-
-
-def test_aspect_is_kept_on_white(model, tmp_path):
-    processor = image_files.read_processor(model[0] + "/preprocessor_config.json")
-    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "x.png")
-    found = image_files.load_pixels(str(tmp_path / "x.png"), processor, keep_aspect=True)
-    expected = np.ones((SIZE, SIZE, 3), np.float32)  # White, scaled.
-    expected[4:12, :, 1:] = -1.0  # Red.
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_from_files_to_the_prepared_data(model, source, tmp_path, capsys):
-    path, tower, theirs = model
+def test_image_files_are_embedded(model, source, tmp_path, capsys):
+    path, tower, processor = model
     dataset = run(source, tmp_path / "out", path)
     assert dataset.image_width == 8 and dataset.labels.images is None
     np.testing.assert_array_equal(dataset.train.images.offsets, [0, 2, 2, 3])
     np.testing.assert_array_equal(dataset.test.images.offsets, [0, 1, 1])
-    files = [Image.open(source / "pictures" / f"{name}.png") for name in "abc"]
+    files = [Image.open(source / "images" / f"{name}.png") for name in "abc"]
     with torch.no_grad():
-        expected = tower(**theirs(files, return_tensors="pt")).pooler_output
+        expected = tower(**processor(files, return_tensors="pt")).pooler_output
     np.testing.assert_allclose(dataset.train.images.values, expected, atol=2e-3)  # float16.
     np.testing.assert_array_equal(dataset.test.images.values[0], dataset.train.images.values[0])
     stored = (tmp_path / "out.images" / "digests.txt").read_text().split()
@@ -119,22 +98,22 @@ def test_from_files_to_the_prepared_data(model, source, tmp_path, capsys):
     assert "2 missing or broken, listed in" in capsys.readouterr().out
 
 
-def test_a_stop_costs_nothing_and_changes_nothing(model, source, tmp_path, monkeypatch):
+def test_interrupted_embedding_resumes(model, source, tmp_path, monkeypatch):
     path = model[0]
-    whole = run(source, tmp_path / "whole", path)
-    add = image_files.EmbeddingStore.add
+    expected = run(source, tmp_path / "expected", path)
+    add = EmbeddingStore.add
 
     def stop(self, digests, vectors):
         add(self, digests, vectors)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_files.EmbeddingStore, "add", stop)
+    monkeypatch.setattr(EmbeddingStore, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out", path)
     monkeypatch.undo()
     store = tmp_path / "out.images"
     assert len((store / "digests.txt").read_text().split()) == 2
-    # Killed in the middle of the next batch: a vector and half of another, half a digest.
+    # As if killed in the next batch: one and a half vectors, and part of a digest.
     with open(store / "vectors.f16", "ab") as file:
         file.write(b"x" * 24)
     with open(store / "digests.txt", "a") as file:
@@ -146,26 +125,28 @@ def test_a_stop_costs_nothing_and_changes_nothing(model, source, tmp_path, monke
     )  # fmt: skip
     again = run(source, tmp_path / "out", path)
     assert sorted(name.rsplit("/", 1)[1] for name in embedded) == ["c.png", "half.png"]
-    np.testing.assert_array_equal(again.train.images.values, whole.train.images.values)
-    np.testing.assert_array_equal(again.test.images.values, whole.test.images.values)
+    np.testing.assert_array_equal(again.train.images.values, expected.train.images.values)
+    np.testing.assert_array_equal(again.test.images.values, expected.test.images.values)
 
 
-def test_vectors_of_another_model_are_not_mixed_in(model, source, tmp_path):
+def test_embeddings_of_another_model_are_refused(model, source, tmp_path):
     run(source, tmp_path / "out", model[0])
-    with pytest.raises(InputError, match=r"about\.json: embeddings of another model or of other"):
+    with pytest.raises(InputError, match=r"about\.json: embeddings of another model or with other"):
         run(source, tmp_path / "out", model[0], keep_aspect=True, overwrite=True)
 
 
-def test_what_is_wrong_with_the_files_is_named(model, source, tmp_path):
-    (source / "tst_images.txt").write_text("pictures/a.png\n")
-    with pytest.raises(InputError, match=r"tst_images.txt: 1 lines, but there are 2 texts"):
+def test_error_messages_name_the_file(model, source, tmp_path):
+    (source / "tst_images.txt").write_text("images/a.png\n")
+    with pytest.raises(
+        InputError, match=r"tst_images.txt: found 1 lines, expected 2, as many as texts"
+    ):
         run(source, tmp_path / "out", model[0])
     for name in ("trn", "tst"):
         (source / f"{name}_images.txt").unlink()
     with pytest.raises(InputError, match=r"names no image files"):
         run(source, tmp_path / "out", model[0])
-    (source / "trn_images.txt").write_bytes(b"pictures/a.png\n\xff\n\n")
-    with pytest.raises(InputError, match=r"trn_images.txt: paths that are not UTF-8"):
+    (source / "trn_images.txt").write_bytes(b"images/a.png\n\xff\n\n")
+    with pytest.raises(InputError, match=r"trn_images.txt: paths are not UTF-8"):
         run(source, tmp_path / "out", model[0])
     rows = [{"text": "a", "labels": ["x"], "image": name} for name in ("b.png", {"bytes": "b"})]
     (source / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -176,17 +157,17 @@ def test_what_is_wrong_with_the_files_is_named(model, source, tmp_path):
     about = json.loads((other / "preprocessor_config.json").read_text())
     about["size"] = {"height": 8, "width": 8}
     (other / "preprocessor_config.json").write_text(json.dumps(about))
-    (source / "trn_images.txt").write_text("pictures/a.png\n\n\n")
-    with pytest.raises(InputError, match="pictures of 8 x 8 for a model of 16 x 16"):
+    (source / "trn_images.txt").write_text("images/a.png\n\n\n")
+    with pytest.raises(InputError, match="images of 8 x 8, but the model expects 16 x 16"):
         run(source, tmp_path / "out", str(other))
     (other / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"preprocessor_config.json: not found"):
         run(source, tmp_path / "out", str(other))
 
 
-def test_files_that_are_no_pictures_are_listed(model, tmp_path, monkeypatch):
-    picture(np.random.default_rng(0)).save(tmp_path / "fine.png")
-    picture(np.random.default_rng(0), size=(90, 90)).save(tmp_path / "huge.png")
+def test_invalid_image_files_are_listed(model, tmp_path, monkeypatch):
+    image(np.random.default_rng(0)).save(tmp_path / "valid.png")
+    image(np.random.default_rng(0), size=(90, 90)).save(tmp_path / "huge.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("text")
     (tmp_path / "directory.png").mkdir()
@@ -201,21 +182,21 @@ def test_files_that_are_no_pictures_are_listed(model, tmp_path, monkeypatch):
         "no\0file.png": "cannot be read",
         "gone.png": "cannot be read",
     }
-    rows = [{"text": name, "labels": ["x"], "image": name} for name in ("fine.png", *faults)]
+    rows = [{"text": name, "labels": ["x"], "image": name} for name in ("valid.png", *faults)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = run(tmp_path / "q.jsonl", tmp_path / "out", model[0])
-    given = (len(part.images.values) for part in (found.train, found.test) if part.images)
-    assert sum(given) == 1
+    dataset = run(tmp_path / "q.jsonl", tmp_path / "out", model[0])
+    counts = (len(part.images.values) for part in (dataset.train, dataset.test) if part.images)
+    assert sum(counts) == 1
     broken = (tmp_path / "out.images" / "broken.txt").read_text()
     for name, fault in faults.items():
-        line = next(one for one in broken.split("\n") if f"{os.sep}{name}\t" in one)
+        line = next(line for line in broken.split("\n") if f"{os.sep}{name}\t" in line)
         assert fault in line
 
 
-def test_a_store_without_pictures(tmp_path):
-    store = image_files.EmbeddingStore(str(tmp_path / "s"), width=4, about={})
+def test_store_without_images(tmp_path):
+    store = EmbeddingStore(str(tmp_path / "s"), width=4, about={})
     assert store.vectors().shape == (0, 4)
-    row_of, faults = modeling.embed_files(
+    row_of, faults = image_encoding.embed_files(
         None, {}, [str(tmp_path / "no.png")], store, None, batch=2, keep_aspect=False, threads=1
     )
     assert row_of == {} and list(faults.values()) == ["cannot be read"]
@@ -224,15 +205,15 @@ def test_a_store_without_pictures(tmp_path):
 
 @pytest.fixture
 def server(source):
-    """Serves the pictures; counts what is asked for."""
-    asked = []
+    """Serves the images; yields its address and a list of the requested paths."""
+    requested = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
-            super().__init__(*args, directory=str(source / "pictures"))
+            super().__init__(*args, directory=str(source / "images"))
 
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             super().do_GET()
 
         def log_message(self, *args):
@@ -240,36 +221,36 @@ def server(source):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{serving.server_port}", asked
+        yield f"http://127.0.0.1:{serving.server_port}", requested
         serving.shutdown()
 
 
-def test_an_image_column_of_paths_and_urls(model, source, tmp_path, server, capsys):
-    address, asked = server
+def test_image_column_of_paths_and_urls(model, source, tmp_path, server, capsys):
+    address, requested = server
     expected = run(source, tmp_path / "expected", model[0])
-    pictures = [
-        f"pictures/a.png|{address}/b.png", "", f"{address}/half.png|{address}/c.png",
+    item_images = [
+        f"images/a.png|{address}/b.png", "", f"{address}/half.png|{address}/c.png",
         f"{address}/same_as_a.png", f"{address}/gone.png",
     ]  # fmt: skip
     texts = ["red shoe", "blue shoe", "green hat", "red hat", "blue hat"]
     rows = [
-        f"{text},{text.split()[1]},{'train' if row < 3 else 'test'},{picture}\n"
-        for row, (text, picture) in enumerate(zip(texts, pictures, strict=True))
+        f"{text},{text.split()[1]},{'train' if row < 3 else 'test'},{image}\n"
+        for row, (text, image) in enumerate(zip(texts, item_images, strict=True))
     ]
     (source / "shop.csv").write_text("text,labels,split,image\n" + "".join(rows))
     table, out = source / "shop.csv", tmp_path / "out"
     refused = run(table, tmp_path / "refused", model[0])
-    assert len(refused.train.images.values) == 1  # The file alone:
-    assert asked == []  # the urls are of a loopback address.
-    found = run(table, out, model[0], allow_private_hosts=True)
-    assert len(asked) == len(set(asked)) == 5
+    assert len(refused.train.images.values) == 1  # Only the file;
+    assert requested == []  # the URLs have a loopback address.
+    dataset = run(table, out, model[0], allow_private_hosts=True)
+    assert len(requested) == len(set(requested)) == 5
     for split in ("train", "test"):
-        ours, theirs = getattr(found, split).images, getattr(expected, split).images
-        np.testing.assert_array_equal(ours.offsets, theirs.offsets)
-        np.testing.assert_array_equal(ours.values, theirs.values)
-    assert found.labels.images is None
+        images, same = getattr(dataset, split).images, getattr(expected, split).images
+        np.testing.assert_array_equal(images.offsets, same.offsets)
+        np.testing.assert_array_equal(images.values, same.values)
+    assert dataset.labels.images is None
     assert "2 missing or broken, listed in" in capsys.readouterr().out
     broken = (tmp_path / "out.images" / "broken.txt").read_text()
     assert f"{address}/gone.png\t" in broken and f"{address}/half.png\t" in broken
     run(table, out, model[0], allow_private_hosts=True, overwrite=True)
-    assert sorted(asked[5:]) == ["/gone.png"]  # The others are there.
+    assert sorted(requested[5:]) == ["/gone.png"]  # The others exist already.

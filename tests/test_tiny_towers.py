@@ -1,7 +1,7 @@
-"""A tiny decoder under adapters and a tiny SigLIP, through the doors, from picture files to labels.
+"""A tiny decoder with adapters and a tiny SigLIP, from image files to metrics.
 
-Both start from random weights, written as Hugging Face directories: what is shown is that pictures
-pass through every door and teach the decoder more than the texts alone.
+Both have random weights, saved as Hugging Face models. The commands `prepare` and `train` use the
+images, and the decoder then predicts better than from texts alone.
 """
 
 import json
@@ -24,7 +24,7 @@ WIDTH = 192
 
 
 def write_decoder(path, vocab_size):
-    """A random Qwen3 whose words are of unit size, as those of a trained one beside its layers."""
+    """Writes a random Qwen3 whose token embeddings have unit variance, as in trained models."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=WIDTH // 4)
@@ -37,7 +37,7 @@ def write_decoder(path, vocab_size):
 
 
 def write_items(path, prefix, items, relevance):
-    """One split in the XML repository's layout, its pictures as files."""
+    """Writes one split in the format of the XML repository, with its images as PNG files."""
     from PIL import Image
 
     texts = [text for chunk in items.read_texts() for text in chunk]
@@ -49,19 +49,20 @@ def write_items(path, prefix, items, relevance):
     sizes = " ".join(map(str, relevance.shape))
     (path / f"{prefix}_X_Y.txt").write_text("\n".join([sizes, *lines, ""]))
     names = []
-    for n, (pictures, present) in enumerate(
+    for n, (item_images, present) in enumerate(
         zip(items.images.embeddings, items.images.present, strict=True)
     ):
         files = [f"png/{prefix}{n}_{slot}.png" for slot in np.flatnonzero(present)]
-        for file, picture in zip(files, pictures[present], strict=True):
-            grey = np.clip(128 + 512 * picture.astype(np.float32), 0, 255).astype(np.uint8)
+        for file, image in zip(files, item_images[present], strict=True):
+            grey = np.clip(128 + 512 * image.astype(np.float32), 0, 255).astype(np.uint8)
             Image.fromarray(grey.reshape(glyphs.SIDE, glyphs.SIDE)).save(path / file)
         names.append("\t".join(files))
     (path / f"{prefix}_images.txt").write_text("\n".join([*names, ""]))
 
 
-def run(door, *flags):
-    command = [sys.executable, "-m", f"vixml_jax.{door}", *flags]
+def run(name, *flags):
+    """Runs a command on one device."""
+    command = [sys.executable, "-m", f"vixml_jax.{name}", *flags]
     one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     subprocess.run(command, cwd=ROOT, check=True, env=one_device)
 
@@ -71,7 +72,7 @@ def precision(workdir):
 
 
 @pytest.mark.slow
-def test_a_decoder_with_pictures_beats_its_text_only_twin(tmp_path):
+def test_decoder_with_images_beats_the_text_only_decoder(tmp_path):
     source, data, decoder = tmp_path / "glyphs", tmp_path / "data", tmp_path / "decoder"
     (source / "png").mkdir(parents=True)
     raw = glyphs.make()
@@ -82,13 +83,13 @@ def test_a_decoder_with_pictures_beats_its_text_only_twin(tmp_path):
     images = f"--images={tmp_path / 'siglip'}"
     run("prepare", f"--source={source}", f"--out={data}", "--max_tokens=16", images)
     write_decoder(decoder, PreparedDataset.open(str(data)).vocab_size)
-    found = {}
+    results = {}
     for num_images in (3, 0):
         workdir = tmp_path / f"run{num_images}"
         flags = ["--flagfile=experiments/quickstart_decoder.flags", f"--data={data}"]
         adapters = [f"--model.pretrained={decoder}", "--lora.rank=64", "--lora.alpha=64"]
-        # Their scale of 8 multiplies each update: a smaller rate than without them.
+        # The scale of the adapters, 8, multiplies each update, so the learning rate is smaller.
         adapters += ["--optimizer.learning_rate=3e-5", "--loop.epochs=24"]
         run("train", *flags, *adapters, f"--model.num_images={num_images}", f"--workdir={workdir}")
-        found[num_images] = precision(workdir)
-    assert found[3] > found[0] + 5, found
+        results[num_images] = precision(workdir)
+    assert results[3] > results[0] + 5, results

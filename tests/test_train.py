@@ -1,10 +1,10 @@
-"""The whole line on a tiny data set: one seed one run, stopped and resumed, on one device and
-eight."""
+"""Training of a tiny model: reproducible, resumable, on one device and eight; what it writes."""
 
 import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from vixml_jax import workdir as workdir_lib
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 from vixml_jax.parallel import sharding
+from vixml_jax.runtime import console, flag_fields
 from vixml_jax.training import metric_logger, trainer
 
 
@@ -29,99 +30,203 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_run(data, tmp_path_factory):
-    config = configuration(data, tmp_path_factory.mktemp("whole") / "run")
+def finished_run(data, tmp_path_factory):
+    """The configuration of a run that was not interrupted."""
+    config = configuration(data, tmp_path_factory.mktemp("finished") / "run")
     train.train(config)
     return config
 
 
-def test_the_run_learns_and_writes_what_it_says(whole_run):
-    with open(os.path.join(whole_run.workdir, "evaluation", "test-exact.json")) as file:
-        found = json.load(file)
-    assert found["counts"] == {"queries": 30, "labels": 20, "filter_pairs": 0}
-    assert found["R@10"] > 50.0 + 5.0  # Chance is 50.
-    lines = [json.loads(line) for line in open(os.path.join(whole_run.workdir, "metrics.jsonl"))]
+def metric_lines(config):
+    with open(os.path.join(config.workdir, "metrics.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+def test_run_learns_and_writes_metrics(finished_run):
+    results = evaluated_at_the_end(finished_run, "test")
+    assert results["counts"] == {"queries": 30, "labels": 20, "filter_pairs": 0}
+    assert results["R@10"] > 50.0 + 5.0  # A random order gives 50.
+    lines = metric_lines(finished_run)
     assert [line["step"] for line in lines] == [3, 6, 9, 12, 15, 18]
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 class Stopped(Exception):
-    """Stands for whatever ends a run."""
+    """Ends a run in the middle, as any error would."""
 
 
-@pytest.mark.parametrize("at", [1, 5, 6, 11, 17])
-def test_a_stopped_run_resumes_bit_for_bit(data, whole_run, tmp_path, monkeypatch, at):
-    config = configuration(data, tmp_path / "run")
-    advance = metric_logger.Telemetry.advance
-    seen = []
+def train_interrupted(config, num_steps):
+    """Trains for some steps and then raises `Stopped` in the run."""
+    advance, seen = metric_logger.MetricLogger.advance, []
 
     def stop(self, epoch):
         advance(self, epoch)
         seen.append(epoch)
-        if len(seen) == at:
+        if len(seen) == num_steps:
             raise Stopped
 
-    with monkeypatch.context() as patched:
-        patched.setattr(metric_logger.Telemetry, "advance", stop)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(metric_logger.MetricLogger, "advance", stop)
         with pytest.raises(Stopped):
             train.train(config)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 6, 11, 17])
+def test_interrupted_run_resumes_bit_for_bit(data, finished_run, tmp_path, num_steps):
+    config = configuration(data, tmp_path / "run")
+    train_interrupted(config, num_steps)
     train.train(config)
-    assert_same_state(final_state(whole_run), final_state(config))
-    steps = [
-        json.loads(line)["step"] for line in open(os.path.join(config.workdir, "metrics.jsonl"))
-    ]
+    assert_same_state(final_state(finished_run), final_state(config))
+    steps = [line["step"] for line in metric_lines(config)]
     assert steps == sorted(set(steps))
+
+
+def test_log_opens_with_five_lines(data, tmp_path, capsys):
+    config = configuration(data, tmp_path / "run")
+    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=1))
+    train_interrupted(config, 3)
+    output = capsys.readouterr().out.splitlines()
+    name = os.path.basename(os.path.dirname(data))
+    sizes = "90 train and 30 test queries, 20 labels, images of width 12"
+    assert output[0] == f"data: {name}, {sizes}"
+    assert re.fullmatch(
+        r"model: encoder from scratch, 1 layers x 16, [\d,]+ trained and 0 frozen parameters, "
+        "float32, label prototypes",
+        output[1],
+    )
+    assert re.fullmatch(
+        "devices: 8 x cpu, mesh replica:1,fsdp:8,tensor:1, batches of 16 queries in "
+        r"about \d+ rows of 16",
+        output[2],
+    )
+    assert re.fullmatch(r"memory: 0\.\d\d( of [\d.]+)? GiB per device planned", output[3])
+    assert output[4] == f"output: {config.workdir}, new run"
+    assert output[5:] == []
+    train.train(config)
+    output = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in output[:4]] == ["data", "model", "devices", "memory"]
+    assert output[4] == f"output: {config.workdir}, resumed at step 2 of 6"
+    assert re.fullmatch(
+        r"epoch 1/1, step 6 of 6: loss \d\.\d{4}, violators \d\.\d\d, [\d,]+ queries/s.*", output[5]
+    )
+    assert output[-1] == (
+        f"written to {config.workdir}: config.json (flags), checkpoints/ (model and training "
+        "state), metrics.jsonl and tensorboard/ (training curves), evaluation/ (results), serving/ "
+        "(label vectors for predict)"
+    )
+
+
+def test_log_is_quiet_or_verbose_on_request(data, tmp_path, monkeypatch, capfd):
+    config = configuration(data, tmp_path / "run")
+    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=1))
+    monkeypatch.setattr(console, "_level", console.Level.QUIET)
+    train.train(config)
+    quiet = capfd.readouterr()
+    assert quiet.err == ""
+    assert "P@1" in quiet.out  # The results.
+    for start in ("data:", "memory", "epoch", "written to", "training step", "final model", "\r"):
+        assert start not in quiet.out
+    monkeypatch.setattr(console, "_level", console.Level.VERBOSE)
+    train.train(dataclasses.replace(config, workdir=str(tmp_path / "verbose")))
+    verbose = capfd.readouterr().out
+    assert "padded: label from 90 to 96" in verbose and "\noptimizer: mu/" in verbose
+    assert "memory per device (GiB): " in verbose and "checkpoints: " in verbose
+
+
+def tensorboard_events(config):
+    """All events of a run's TensorBoard files, in order."""
+    from tensorboardX.proto import event_pb2
+
+    directory = os.path.join(config.workdir, "tensorboard")
+    events = []
+    for name in sorted(os.listdir(directory)):
+        with open(os.path.join(directory, name), "rb") as file:
+            while header := file.read(12):
+                size = int.from_bytes(header[:8], "little")
+                events.append(event_pb2.Event.FromString(file.read(size)))
+                file.read(4)  # The checksum.
+    return events
+
+
+def test_tensorboard_has_the_scalars_and_flags(chosen_run):
+    """Loss, step times, learning rates and evaluations with their steps; all flags as text."""
+    events = tensorboard_events(chosen_run)
+    points, texts = {}, {}
+    for event in events:
+        for value in event.summary.value:
+            if value.metadata.plugin_data.plugin_name == "text":
+                texts[value.tag] = value.tensor.string_val[0].decode()
+            else:
+                points.setdefault(value.tag, {})[event.step] = value.simple_value
+    steps = [3, 6, 9, 12, 15, 18]
+    for name in ("loss", "violators", "step_time/step_s", "step_time/queries_per_s"):
+        assert list(points[name]) == steps, name
+    assert not any(name.startswith("watch/") for name in points)
+    for name in ("valid/P@1", "valid/nDCG@3", "valid/R@10"):
+        assert list(points[name]) == [6, 12, 18], name
+    # The optimizer's own schedule: 3 warm-up steps to 3e-3, then linear to 0 at step 18.
+    for group in ("tower", "labels", "images"):
+        rates = points[f"learning_rate/{group}"]
+        expected = {step: 3e-3 * min((step - 1) / 3, (18 - (step - 1)) / 15) for step in steps}
+        assert rates == pytest.approx(expected, rel=1e-5)
+    (text,) = texts.values()
+    assert text.splitlines() == [f"    {line}" for line in flag_fields.lines(chosen_run)]
+    assert "    --optimizer.learning_rate=0.003\n" in text and "    --loop.epochs=3\n" in text
+    on_disk = {(line["step"], line["epoch"]) for line in metric_lines(chosen_run)}
+    assert on_disk == {(3, 0), (6, 0), (9, 1), (12, 1), (15, 2), (18, 2)}
+    logged = next(line for line in metric_lines(chosen_run) if line["step"] == 9)
+    assert logged["learning_rate/tower"] == pytest.approx(3e-3 * 10 / 15, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
 def divided(tmp_path_factory):
-    """Data with a validation split, and as many training queries: the programs are the same."""
+    """Data with a validation split and 90 training queries too, so compiled programs are shared."""
     return make_data(tmp_path_factory.mktemp("divided"), train=112, valid=0.2)
 
 
-class Sealed(PreparedDataset):
-    """Data whose test split cannot be read."""
+class WithoutTest(PreparedDataset):
+    """Data whose test split must not be read."""
 
     def __getattribute__(self, name):
         assert not name.startswith("test"), f"{name} was read"
         return super().__getattribute__(name)
 
 
-def choosing(config, **changes):
-    changes = {"eval_every": 1, "choose_by": "nDCG@3", **changes}
+def with_monitor(config, **changes):
+    changes = {"eval_every": 1, "monitor": "nDCG@3", **changes}
     return dataclasses.replace(config, loop=dataclasses.replace(config.loop, **changes))
 
 
-def open_sealed(config, *_):
+def open_without_test(config, *_):
     dataset = PreparedDataset.open(config.data)
-    return Sealed(**{f.name: getattr(dataset, f.name) for f in dataclasses.fields(dataset)})
+    return WithoutTest(**{f.name: getattr(dataset, f.name) for f in dataclasses.fields(dataset)})
 
 
 @pytest.fixture(scope="module")
 def chosen_run(divided, tmp_path_factory):
-    """A run that is judged after every epoch, but never sees the test split."""
-    config = choosing(configuration(divided, tmp_path_factory.mktemp("chosen") / "run"))
+    """A run that is evaluated after every epoch and never reads the test split."""
+    config = with_monitor(configuration(divided, tmp_path_factory.mktemp("chosen") / "run"))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(workdir_lib, "open_dataset", open_sealed)
+        patched.setattr(workdir_lib, "open_dataset", open_without_test)
         train.train(config)
     return config
 
 
-def judged_on_the_way(config, name="nDCG@3"):
-    """Epochs and what they reached on the validation split."""
-    lines = [json.loads(line) for line in open(os.path.join(config.workdir, "metrics.jsonl"))]
+def evaluated_in_training(config, name="nDCG@3"):
+    """The metric on the validation split, by epoch."""
+    lines = metric_lines(config)
     assert not any(name in line for line in lines)
     return {line["epoch"]: line[f"valid/{name}"] for line in lines if f"valid/{name}" in line}
 
 
-def judged_at_the_end(config, split="valid"):
+def evaluated_at_the_end(config, split="valid"):
     path = os.path.join(config.workdir, "evaluation", f"{split}-exact.json")
     with open(path) as file:
         return json.load(file)
 
 
 def run_evaluate(config, split):
-    """What the door prints and writes."""
+    """Runs the command; returns what it prints and the results that it writes."""
     flags = [f"--workdir={config.workdir}", f"--split={split}"]
     done = subprocess.run(
         [sys.executable, "-m", "vixml_jax.evaluate", *flags],
@@ -129,211 +234,188 @@ def run_evaluate(config, split):
         text=True,
         check=True,
     )
-    return done.stdout, judged_at_the_end(config, split)
+    return done.stdout, evaluated_at_the_end(config, split)
 
 
-def test_the_test_split_rests_until_it_is_judged(chosen_run):
-    assert open_sealed(chosen_run).split("valid")
+def test_test_split_is_not_read_in_training(chosen_run):
+    assert open_without_test(chosen_run).split("valid")
     with pytest.raises(AssertionError, match="test was read"):
-        open_sealed(chosen_run).split("test")
+        open_without_test(chosen_run).split("test")
     written = os.listdir(os.path.join(chosen_run.workdir, "evaluation"))
     assert "valid-exact.json" in written and all(name.startswith("valid-") for name in written)
-    found = judged_on_the_way(chosen_run)
-    assert list(found) == [0, 1, 2]
-    assert judged_at_the_end(chosen_run)["nDCG@3"] == max(found.values())
-    assert judged_at_the_end(chosen_run)["counts"]["queries"] == 22
-    said, on_test = run_evaluate(chosen_run, "test")
+    by_epoch = evaluated_in_training(chosen_run)
+    assert list(by_epoch) == [0, 1, 2]
+    assert evaluated_at_the_end(chosen_run)["nDCG@3"] == max(by_epoch.values())
+    assert evaluated_at_the_end(chosen_run)["counts"]["queries"] == 22
+    output, on_test = run_evaluate(chosen_run, "test")
     assert on_test["counts"]["queries"] == 30
-    best = max(found, key=found.get)
-    assert f"checkpoint of step {6 * (best + 1)}, the best in nDCG@3 on valid" in said
+    best = max(by_epoch, key=by_epoch.get)
+    assert f"checkpoint of step {6 * (best + 1)}, the best in nDCG@3 on valid" in output
 
 
-def test_training_is_the_same_whether_it_is_judged_or_not(chosen_run, divided, tmp_path, capsys):
+def test_evaluations_do_not_change_training(chosen_run, divided, tmp_path, capsys):
     config = configuration(divided, tmp_path / "run")
     train.train(config)
     assert_same_state(final_state(chosen_run), final_state(config))
-    assert not judged_on_the_way(config)
+    assert not evaluated_in_training(config)
     assert not os.path.exists(os.path.join(config.workdir, workdir_lib.BEST))
-    said = capsys.readouterr().out
-    assert "model: of the last epoch, 2\n" in said
-    assert f"python -m vixml_jax.evaluate --workdir={config.workdir}\n" in said
-    # The last epoch is judged on the way and at the end by the same arrays.
-    assert judged_at_the_end(config)["nDCG@3"] == judged_on_the_way(chosen_run)[2]
+    output = capsys.readouterr().out
+    assert "final model: from the last epoch, 3/3\n" in output
+    assert f"python -m vixml_jax.evaluate --workdir={config.workdir}\n" in output
+    # Evaluations after the last epoch, in training and at the end, use the same arrays.
+    assert evaluated_at_the_end(config)["nDCG@3"] == evaluated_in_training(chosen_run)[2]
 
 
-def test_a_run_that_is_ruined_keeps_what_it_was(divided, tmp_path, monkeypatch, capsys):
-    """Zero parameters after the second epoch: all labels look alike, and patience is over."""
-    config = choosing(configuration(divided, tmp_path / "run"), patience=1)
+def test_best_epoch_is_kept_when_later_ones_are_worse(divided, tmp_path, monkeypatch, capsys):
+    """All parameters are set to zero after the second epoch, which ends patience."""
+    config = with_monitor(configuration(divided, tmp_path / "run"), patience=1)
     run_batches = trainer.Trainer._run_batches
 
-    def ruin(self, state, clusters, position, telemetry):
-        state, done = run_batches(self, state, clusters, position, telemetry)
+    def set_to_zero(self, state, clusters, position, logger):
+        state, done = run_batches(self, state, clusters, position, logger)
         if position.epoch == 1:
             state = state._replace(params=jax.tree.map(jax.numpy.zeros_like, state.params))
         return state, done
 
-    monkeypatch.setattr(trainer.Trainer, "_run_batches", ruin)
+    monkeypatch.setattr(trainer.Trainer, "_run_batches", set_to_zero)
     train.train(config)
-    found = judged_on_the_way(config)
-    assert list(found) == [0, 1]
-    assert found[0] > found[1]
+    by_epoch = evaluated_in_training(config)
+    assert list(by_epoch) == [0, 1]
+    assert by_epoch[0] > by_epoch[1]
+    output = capsys.readouterr().out
+    assert f"\nepoch 1/3, valid: nDCG@3 {by_epoch[0]:.2f}, P@1 " in output
     assert (
-        f"model: of epoch 0, the best in nDCG@3 on valid, {found[0]:.2f}; training ended with "
-        "epoch 1, as --loop.patience says\n"
-    ) in capsys.readouterr().out
-    at_the_end = judged_at_the_end(config)
-    said, again = run_evaluate(config, "valid")
-    assert "checkpoint of step 6, the best in nDCG@3 on valid" in said
-    assert at_the_end["nDCG@3"] == again["nDCG@3"] == found[0]
-    # Started again, it is judged again and trains no more.
+        f"final model: from epoch 1/3, the best in nDCG@3 on valid ({by_epoch[0]:.2f}); training "
+        "stopped after epoch 2/3 (--loop.patience=1)\n"
+    ) in output
+    at_the_end = evaluated_at_the_end(config)
+    output, again = run_evaluate(config, "valid")
+    assert "checkpoint of step 6, the best in nDCG@3 on valid" in output
+    assert at_the_end["nDCG@3"] == again["nDCG@3"] == by_epoch[0]
+    # Started again, the run is evaluated again without further training.
     before = final_state(config)
     train.train(config)
     assert_same_state(before, final_state(config))
-    assert judged_on_the_way(config) == found
+    assert evaluated_in_training(config) == by_epoch
 
 
-def test_stopped_after_an_evaluation_it_chooses_the_same(
-    chosen_run, divided, tmp_path, monkeypatch
-):
-    config = choosing(configuration(divided, tmp_path / "run"))
-    advance = metric_logger.Telemetry.advance
-    seen = []
-
-    def stop(self, epoch):
-        advance(self, epoch)
-        seen.append(epoch)
-        if len(seen) == 7:
-            raise Stopped
-
-    monkeypatch.setattr(metric_logger.Telemetry, "advance", stop)
-    with pytest.raises(Stopped):
-        train.train(config)
-    monkeypatch.undo()
+def test_run_interrupted_after_an_evaluation_selects_the_same(chosen_run, divided, tmp_path):
+    config = with_monitor(configuration(divided, tmp_path / "run"))
+    train_interrupted(config, 7)
     train.train(config)
     assert_same_state(final_state(chosen_run), final_state(config))
-    assert judged_on_the_way(config) == judged_on_the_way(chosen_run)
-    assert judged_at_the_end(config)["nDCG@3"] == judged_at_the_end(chosen_run)["nDCG@3"]
+    assert evaluated_in_training(config) == evaluated_in_training(chosen_run)
+    assert evaluated_at_the_end(config)["nDCG@3"] == evaluated_at_the_end(chosen_run)["nDCG@3"]
     assert (
         workdir_lib.find_model(config.workdir)[1] == workdir_lib.find_model(chosen_run.workdir)[1]
     )
 
 
-def test_what_cannot_be_chosen_by_is_refused(data, divided, tmp_path):
-    config = choosing(configuration(data, tmp_path / "run"))
-    with pytest.raises(InputError, match=r"choose_by=nDCG@3: .* no validation .* --valid=0.02"):
+def test_monitor_that_cannot_be_computed_is_rejected(data, divided, tmp_path):
+    config = with_monitor(configuration(data, tmp_path / "run"))
+    with pytest.raises(InputError, match=r"monitor=nDCG@3: .* no validation .* --valid=0.02"):
         train.train(config)
-    config = choosing(configuration(divided, tmp_path / "run"), choose_by="R@100")
-    with pytest.raises(InputError, match=r"choose_by=R@100: expected one of P@1, .* R@10, MRR"):
+    config = with_monitor(configuration(divided, tmp_path / "run"), monitor="R@100")
+    with pytest.raises(InputError, match=r"monitor=R@100: expected one of P@1, .* R@10, MRR"):
         train.train(config)
     assert not os.path.exists(config.workdir)
 
 
-def test_one_device_equals_eight(data, whole_run, tmp_path, monkeypatch):
+def test_one_device_gives_the_result_of_eight(data, tmp_path, monkeypatch):
     config = configuration(data, tmp_path / "run")
-    one = jax.devices()[:1]
-    create = functools.partial(sharding.create_mesh, devices=one)
+    create = functools.partial(sharding.create_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "create_mesh", create)
-    # Dropout draws by position in the packed rows, which differ; without it all is equal.
-    plain = {
+    # Dropout depends on positions in packed rows, which differ; without it all values are equal.
+    changes = {
         "model": dataclasses.replace(config.model, dropout=0.0),
         "labels": dataclasses.replace(config.labels, dropout=0.0),
         "loop": dataclasses.replace(config.loop, epochs=1),
     }
-    config = dataclasses.replace(config, **plain)
+    config = dataclasses.replace(config, **changes)
     train.train(config)
-    alone = final_state(config)
+    one_device = final_state(config)
     monkeypatch.undo()
-    spread = dataclasses.replace(config, workdir=str(tmp_path / "spread"))
-    train.train(spread)
-    together = final_state(spread)
-    for name, value in alone.items():
-        rows = min(len(value), len(together[name])) if value.ndim else None
-        np.testing.assert_allclose(
-            together[name][:rows] if value.ndim else together[name],
-            value[:rows] if value.ndim else value,
-            atol=2e-4,
-            err_msg=name,
-        )
+    config = dataclasses.replace(config, workdir=str(tmp_path / "eight"))
+    train.train(config)
+    eight_devices = final_state(config)
+    for name, value in one_device.items():
+        assert_close_rows(eight_devices[name], value, name)
+
+
+def assert_close_rows(actual, expected, name):
+    """Checks that arrays agree in the rows that both have; numbers of padding rows may differ."""
+    if expected.ndim:
+        rows = min(len(expected), len(actual))
+        actual, expected = actual[:rows], expected[:rows]
+    np.testing.assert_allclose(actual, expected, atol=2e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("before,after", [(8, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
-def test_a_run_goes_on_upon_other_devices(data, tmp_path, monkeypatch, before, after):
-    """Without dropout, to rounding."""
+def test_run_resumes_on_another_number_of_devices(data, tmp_path, monkeypatch, before, after):
+    """Without dropout, the results are equal up to rounding."""
     create = sharding.create_mesh
 
-    def upon(count):
-        def made(*sizes, **_):
-            return create(*sizes, devices=jax.devices()[:count])
+    def use_devices(count):
+        def create_mesh(*args, **sizes):
+            return create(*args, **(sizes | {"devices": jax.devices()[:count]}))
 
-        monkeypatch.setattr(sharding, "create_mesh", made)
+        monkeypatch.setattr(sharding, "create_mesh", create_mesh)
 
     config = configuration(data, tmp_path / "run")
-    plain = {
+    changes = {
         "model": dataclasses.replace(config.model, dropout=0.0),
         "labels": dataclasses.replace(config.labels, dropout=0.0),
         "loop": dataclasses.replace(config.loop, epochs=2),
         "batch": dataclasses.replace(config.batch, cluster_start=-1),
     }
-    config = dataclasses.replace(config, **plain)
-    whole = dataclasses.replace(config, workdir=str(tmp_path / "whole"))
-    upon(before)
-    train.train(whole)
-    advance, seen = metric_logger.Telemetry.advance, []
-
-    def stop(self, epoch):
-        advance(self, epoch)
-        seen.append(epoch)
-        if len(seen) == 9:
-            raise Stopped
-
-    with monkeypatch.context() as patched:
-        patched.setattr(metric_logger.Telemetry, "advance", stop)
-        with pytest.raises(Stopped):
-            train.train(config)
-    left = final_state(config)
-    upon(after)
+    config = dataclasses.replace(config, **changes)
+    uninterrupted = dataclasses.replace(config, workdir=str(tmp_path / "uninterrupted"))
+    use_devices(before)
+    train.train(uninterrupted)
+    train_interrupted(config, 9)
+    at_interruption = final_state(config)
+    use_devices(after)
     train.train(config)
-    expected, found = final_state(whole), final_state(config)
-    assert found["['training']['step']"] == 12 > left["['training']['step']"]
-    moved = 0.0
+    expected, actual = final_state(uninterrupted), final_state(config)
+    step = "['training']['step']"
+    assert actual[step] == 12 > at_interruption[step]
+    largest_change = 0.0
     for name, value in expected.items():
-        rows = min(len(value), len(found[name])) if value.ndim else None
-        np.testing.assert_allclose(
-            found[name][:rows] if value.ndim else found[name],
-            value[:rows] if value.ndim else value,
-            atol=2e-4,
-            err_msg=name,
-        )
-        moved = max(moved, float(np.max(np.abs(left[name] - value), initial=0.0)))
-    assert moved > 1e-2  # There was something to be trained after it.
+        assert_close_rows(actual[name], value, name)
+        change = np.max(np.abs(at_interruption[name] - value), initial=0.0)
+        largest_change = max(largest_change, float(change))
+    assert largest_change > 1e-2  # The resumed run did train.
 
 
-def test_another_configuration_is_refused(whole_run):
-    with pytest.raises(InputError, match="--seed: 0 there, 1 here"):
-        train.train(dataclasses.replace(whole_run, seed=1))
+def test_resuming_with_other_flags_is_rejected(finished_run):
+    with pytest.raises(InputError, match="--seed: was 0, now 1"):
+        train.train(dataclasses.replace(finished_run, seed=1))
 
 
-def test_how_often_to_save_is_no_part_of_what_a_run_is(whole_run, tmp_path):
+def test_checkpoint_flags_may_change_when_resuming(finished_run, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     for name in (workdir_lib.CONFIG, workdir_lib.TOWER):
-        shutil.copy(os.path.join(whole_run.workdir, name), workdir / name)
-    loop_flags = dataclasses.replace(whole_run.loop, keep=5, save_every=7, save_minutes=1.5)
-    changed = dataclasses.replace(whole_run, workdir=str(workdir), loop=loop_flags)
+        shutil.copy(os.path.join(finished_run.workdir, name), workdir / name)
+    loop_flags = dataclasses.replace(
+        finished_run.loop, max_to_keep=5, save_every=7, save_minutes=1.5
+    )
+    changed = dataclasses.replace(finished_run, workdir=str(workdir), loop=loop_flags)
     tower, layout = workdir_lib.read_tower(workdir)
     content = workdir_lib.open_dataset(changed).content_hash
     workdir_lib.open_run(changed, tower, layout, content, sharding.create_mesh())
     assert config_lib.load(str(workdir / workdir_lib.CONFIG)) == changed
-    more = dataclasses.replace(changed, loop=dataclasses.replace(loop_flags, keep=1, epochs=9))
-    with pytest.raises(InputError, match=r"configuration \(--loop.epochs: 3 there, 9 here\)"):
+    more = dataclasses.replace(
+        changed, loop=dataclasses.replace(loop_flags, max_to_keep=1, epochs=9)
+    )
+    with pytest.raises(InputError, match=r"configuration \(--loop.epochs: was 3, now 9\)"):
         workdir_lib.open_run(more, tower, layout, content, sharding.create_mesh())
     assert config_lib.load(str(workdir / workdir_lib.CONFIG)) == changed
 
 
-def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
-    with open(os.path.join(whole_run.workdir, "evaluation", "test-exact.json")) as file:
-        trained = json.load(file)
-    config = config_lib.load(os.path.join(whole_run.workdir, workdir_lib.CONFIG))
+def test_evaluate_needs_only_the_run_directory(finished_run, capsys):
+    trained = evaluated_at_the_end(finished_run, "test")
+    config = config_lib.load(os.path.join(finished_run.workdir, workdir_lib.CONFIG))
     dataset = workdir_lib.open_dataset(config)
     model = workdir_lib.build_model(
         config,
@@ -344,22 +426,21 @@ def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
     params, labels, step = workdir_lib.restore_model(config.workdir, model)
     assert step == 18
     evaluate.show(config, model, params, labels, dataset, split="test", search="exact")
-    with open(os.path.join(whole_run.workdir, "evaluation", "test-exact.json")) as file:
-        again = json.load(file)
+    again = evaluated_at_the_end(finished_run, "test")
     assert {k: v for k, v in again.items() if "@" in k} == {
         k: v for k, v in trained.items() if "@" in k
     }
     assert "P@1" in capsys.readouterr().out
-    for _ in range(2):  # Builds the index, then loads it.
+    for _ in range(2):  # Builds the index, then reads it.
         evaluate.show(config, model, params, labels, dataset, split="test", search="scann")
-    with open(os.path.join(whole_run.workdir, "evaluation", "test-scann.json")) as file:
+    with open(os.path.join(finished_run.workdir, "evaluation", "test-scann.json")) as file:
         approximate = json.load(file)
-    assert approximate["search"]["recall@10"] == 1.0  # So few labels are searched exactly.
+    assert approximate["search"]["recall@10"] == 1.0  # Few labels are searched exactly.
     np.testing.assert_allclose(approximate["P@5"], trained["P@5"])
 
 
-def test_evaluate_without_pictures(whole_run, capsys):
-    config = config_lib.load(os.path.join(whole_run.workdir, workdir_lib.CONFIG))
+def test_evaluate_without_images(finished_run, capsys):
+    config = config_lib.load(os.path.join(finished_run.workdir, workdir_lib.CONFIG))
     dataset = workdir_lib.open_dataset(config)
     model = workdir_lib.build_model(
         config,
@@ -372,47 +453,47 @@ def test_evaluate_without_pictures(whole_run, capsys):
     shown, bare = (
         model.encode_queries(params, data.test, block=32).values for data in (dataset, hidden)
     )
-    moved = np.abs(shown - bare).max(axis=1)
-    assert moved[::2].min() > 1e-3  # Every other query has a picture.
-    np.testing.assert_allclose(moved[1::2], 0.0, atol=1e-6)
+    change = np.abs(shown - bare).max(axis=1)
+    assert change[::2].min() > 1e-3  # Every other query has an image.
+    np.testing.assert_allclose(change[1::2], 0.0, atol=1e-6)
     evaluate.show(
-        config, model, params, labels, dataset, split="test", search="exact", hide_images=True
+        config, model, params, labels, dataset, split="test", search="exact", drop_images=True
     )
     assert "this run, text " in capsys.readouterr().out
-    path = os.path.join(whole_run.workdir, "evaluation", "test-exact-without_images.json")
+    path = os.path.join(finished_run.workdir, "evaluation", "test-exact-without_images.json")
     with open(path) as file:
-        assert "vote" not in json.load(file)
+        assert "knn_baseline" not in json.load(file)
 
 
-def test_the_votes_that_stand_beside_a_run(whole_run):
-    dataset = workdir_lib.open_dataset(whole_run)
+def test_knn_baselines_of_a_run(finished_run):
+    dataset = workdir_lib.open_dataset(finished_run)
     rows = {
-        name: evaluator.measure(vote, dataset, "test")
-        for name, vote in evaluator.baselines(dataset, 10).items()
+        name: evaluator.measure(result, dataset, "test")
+        for name, result in evaluator.baselines(dataset, 10).items()
     }
-    assert list(rows) == ["vote, text", "vote, picture", "vote, both"]
+    assert list(rows) == [f"kNN baseline, {kind}" for kind in ("text", "image", "both")]
     assert all(0.0 <= value <= 100.0 for row in rows.values() for value in row.values())
 
 
-def test_collapse_is_told_once():
+def test_collapse_is_reported_once():
     guard = metric_logger.CollapseGuard(margin=0.1, num_negatives=10, patience=5)
     fine = {"loss_text": 0.05, "violators": 3.0}
     collapsed = {"loss_text": 0.1001, "violators": 9.99}
-    said = [guard.warning(x) for x in [fine] * 3 + [collapsed] * 5]
-    assert said[:-1] == [None] * 7
-    assert "collapsed?" in said[-1]
+    warnings = [guard.warning(x) for x in [fine] * 3 + [collapsed] * 5]
+    assert warnings[:-1] == [None] * 7
+    assert warnings[-1].startswith("warning: training seems to have collapsed: for 5 steps")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
+def test_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
     config = configuration(data, tmp_path / "run")
     config = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30)
     )
-    with pytest.raises(FloatingPointError, match=r"at step \d+ \(epoch \d+\)"):
+    with pytest.raises(FloatingPointError, match=r"at step \d+ \(epoch \d/3\)"):
         train.train(config)
 
 
-def test_more_negatives_than_queries_is_refused(data, tmp_path):
+def test_batch_larger_than_the_data_is_rejected(data, tmp_path):
     config = configuration(data, tmp_path / "run")
     config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, size=200))
     with pytest.raises(InputError, match=r"--batch\.size=200 is more than the 90"):

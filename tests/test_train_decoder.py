@@ -1,4 +1,4 @@
-"""A decoder through the doors: adapters beside a frozen base, prompts, pictures, a stop."""
+"""Training of a decoder: adapters of a frozen base, prompts, images, resuming, evaluation."""
 
 import dataclasses
 import json
@@ -12,13 +12,13 @@ from tests.tiny import assert_same_state, configuration, final_state, make_data,
 from vixml_jax import config as config_lib
 from vixml_jax import evaluate, train
 from vixml_jax import workdir as workdir_lib
-from vixml_jax.augmentation import neighbors
+from vixml_jax.augmentation import neighbours
 from vixml_jax.config import LoraConfig, PromptConfig
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf_checkpoints
 from vixml_jax.runtime import tree_utils
-from vixml_jax.training import optimizer
+from vixml_jax.training import build, optimizer
 from vixml_jax.training import train_state as state_lib
 
 
@@ -29,7 +29,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(data, tmp_path_factory):
-    """A tiny Qwen2.5 that knows the data's tokens."""
+    """A tiny Qwen2.5 with embeddings for the tokens of the data."""
     return make_qwen(
         tmp_path_factory.mktemp("qwen"),
         vocab_size=PreparedDataset.open(data).vocab_size + 3,
@@ -46,26 +46,28 @@ def decoder_run(data, checkpoint, workdir, **changes):
         model=dataclasses.replace(config.model, pretrained=checkpoint, scan=True, remat=True),
         prompt=PromptConfig(text="a1", images="b1"),
         lora=LoraConfig(rank=2, alpha=4.0, maps=["query", "value", "down"]),
-        batch=dataclasses.replace(config.batch, row_width=24, encode_chunk=1, image_dropout=0.2),
+        batch=dataclasses.replace(config.batch, row_width=24, microbatch_rows=1, image_dropout=0.2),
         loop=dataclasses.replace(config.loop, epochs=2),
-        eval=dataclasses.replace(config.eval, memory_weight=0.1),
+        knn=dataclasses.replace(config.knn, weight=0.1),
         **changes,
     )
 
 
 @pytest.fixture(scope="module")
-def whole_run(data, checkpoint, tmp_path_factory):
-    config = decoder_run(data, checkpoint, tmp_path_factory.mktemp("run") / "whole")
+def finished_run(data, checkpoint, tmp_path_factory):
+    config = decoder_run(data, checkpoint, tmp_path_factory.mktemp("run") / "finished")
     train.train(config)
     return config
 
 
-def test_the_base_is_frozen_and_kept_once(whole_run, checkpoint):
-    tower, layout = workdir_lib.read_tower(whole_run.workdir)
+def test_base_is_frozen_and_saved_once(finished_run, checkpoint):
+    tower, layout = workdir_lib.read_tower(finished_run.workdir)
     assert (tower.lora_rank, tower.lora_maps) == (2, ("query", "value", "down"))
     assert layout.seen[-1] == layout.unseen[-1] and "images" in layout.seen
-    model = workdir_lib.build_model(whole_run, tower, layout, 20, workdir_lib.make_mesh(whole_run))
-    params, _, _ = workdir_lib.restore_model(whole_run.workdir, model)
+    model = workdir_lib.build_model(
+        finished_run, tower, layout, 20, workdir_lib.make_mesh(finished_run)
+    )
+    params, _, _ = workdir_lib.restore_model(finished_run.workdir, model)
     _, base = hf_checkpoints.load_hf_tower(checkpoint, dtype="bfloat16")
     trained, frozen = workdir_lib.split_params(params, tower)
     jax.tree.map(np.testing.assert_array_equal, frozen, {"tower": base})
@@ -73,21 +75,21 @@ def test_the_base_is_frozen_and_kept_once(whole_run, checkpoint):
     assert {path[-2] for path in adapters} == {"query", "value", "down"}
     changed = trained["tower"]["encoder"]["blocks"]["query"]["lora_b"]
     assert np.abs(changed).max() > 0 and changed.dtype == np.float32
-    # Of the frozen weights there is neither a copy in the checkpoints nor a moment.
-    saved = [name for name in final_state(whole_run) if "blocks" in name or "word_emb" in name]
+    # Checkpoints contain neither frozen weights nor optimizer moments of them.
+    saved = [name for name in final_state(finished_run) if "blocks" in name or "word_emb" in name]
     assert saved and all("lora_" in name for name in saved)
 
 
-def test_what_was_read_is_never_copied(data, checkpoint, tmp_path, monkeypatch):
+def test_weights_that_were_read_are_never_copied(data, checkpoint, tmp_path, monkeypatch):
     config = decoder_run(data, checkpoint, tmp_path / "run")
     dataset, mesh = workdir_lib.open_dataset(config), workdir_lib.make_mesh(config)
-    tower, layout = train.make_tower(config, dataset)
+    tower, layout = build.make_tower(config, dataset)
     model = workdir_lib.build_model(config, tower, layout, dataset.num_labels, mesh)
     read, load = [], hf_checkpoints.load_hf_tower
     monkeypatch.setattr(
         hf_checkpoints, "load_hf_tower", lambda *a, **k: read.append(load(*a, **k)) or read[0]
     )
-    params = train.first_params(config, model, dataset)
+    params = build.initial_params(config, model, dataset)
     params, frozen = workdir_lib.split_params(params, tower)
     tx = optimizer.make_optimizer(total_steps=1, **dataclasses.asdict(config.optimizer))
     split = workdir_lib.split_params(model.abstract_params, tower)
@@ -99,13 +101,13 @@ def test_what_was_read_is_never_copied(data, checkpoint, tmp_path, monkeypatch):
     def addresses(x):
         return [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards]
 
-    there, kept = (jax.tree.map(addresses, x) for x in (read[0][1], state.frozen["tower"]))
-    assert there == kept
+    as_read, in_state = (jax.tree.map(addresses, x) for x in (read[0][1], state.frozen["tower"]))
+    assert as_read == in_state
 
 
-def test_stopped_and_resumed_it_is_the_same(data, checkpoint, whole_run, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_bit_for_bit(data, checkpoint, finished_run, tmp_path, monkeypatch):
     config = decoder_run(data, checkpoint, tmp_path / "run")
-    advance = train.Telemetry.advance
+    advance = train.MetricLogger.advance
     seen = []
 
     def stop(self, epoch):
@@ -114,20 +116,20 @@ def test_stopped_and_resumed_it_is_the_same(data, checkpoint, whole_run, tmp_pat
             raise KeyboardInterrupt
         advance(self, epoch)
 
-    monkeypatch.setattr(train.Telemetry, "advance", stop)
+    monkeypatch.setattr(train.MetricLogger, "advance", stop)
     with pytest.raises(KeyboardInterrupt):
         train.train(config)
     monkeypatch.undo()
     train.train(config)
-    assert_same_state(final_state(whole_run), final_state(config))
+    assert_same_state(final_state(finished_run), final_state(config))
 
 
-def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
-    path = os.path.join(whole_run.workdir, "evaluation", "test-exact.json")
+def test_evaluate_needs_only_the_run_directory(finished_run, capsys):
+    path = os.path.join(finished_run.workdir, "evaluation", "test-exact.json")
     with open(path) as file:
         trained = json.load(file)
-    config = config_lib.load(os.path.join(whole_run.workdir, workdir_lib.CONFIG))
-    assert config == whole_run
+    config = config_lib.load(os.path.join(finished_run.workdir, workdir_lib.CONFIG))
+    assert config == finished_run
     dataset = workdir_lib.open_dataset(config)
     model = workdir_lib.build_model(
         config,
@@ -144,16 +146,16 @@ def test_evaluate_from_the_run_directory_alone(whole_run, capsys):
         dataset,
         split="test",
         search="exact",
-        mixing=neighbors.as_trained(config.eval),
+        mixing=neighbours.as_trained(config.knn),
     )
     with open(path) as file:
         again = json.load(file)
-    assert again["with_memory"] == trained["with_memory"] != again["P@1"]
+    assert again["with_neighbours"] == trained["with_neighbours"] != again["P@1"]
     assert again["P@5"] == trained["P@5"]
-    assert "this run, text and pictures, memory" in capsys.readouterr().out
+    assert "this run, text and images, with neighbours" in capsys.readouterr().out
 
 
-def test_a_decoder_from_scratch_learns(data, tmp_path):
+def test_decoder_from_scratch_learns(data, tmp_path):
     config = configuration(data, tmp_path / "run")
     config = dataclasses.replace(
         config,
@@ -165,22 +167,22 @@ def test_a_decoder_from_scratch_learns(data, tmp_path):
     )
     train.train(config)
     with open(os.path.join(config.workdir, "evaluation", "test-exact.json")) as file:
-        assert json.load(file)["P@1"] > 60  # By chance 10.
+        assert json.load(file)["P@1"] > 60  # A random order gives 10.
 
 
-@pytest.mark.parametrize("changes,named", [
-    ({"lora": LoraConfig(rank=2)}, "--lora.rank=2: adapters stand beside pretrained"),
-    ({"lora": LoraConfig(rank=2, maps=["query", "values"])}, r"unknown maps \['values'\]"),
-    ({"model": {"pooling": "last"}}, "--model.pooling=last: an encoder has no such thing"),
+@pytest.mark.parametrize("changes,message", [
+    ({"lora": LoraConfig(rank=2)}, "--lora.rank=2: adapters need pretrained weights"),
+    ({"lora": LoraConfig(rank=2, maps=["query", "values"])}, r"unknown lora_maps \['values'\]"),
+    ({"model": {"pooling": "last"}}, "--model.pooling=last: works with decoders only"),
     ({"model": {"family": "decoder"}, "batch": {"row_width": 10}}, "row_width=10 is too narrow"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_refused(changes, named, data, checkpoint, tmp_path):
+def test_flags_that_do_not_fit_are_rejected(changes, message, data, checkpoint, tmp_path):
     config = configuration(data, tmp_path / "run")
-    with pytest.raises(InputError, match=named):
+    with pytest.raises(InputError, match=message):
         for name, value in changes.items():
             if isinstance(value, dict):
                 value = dataclasses.replace(getattr(config, name), **value)
-            elif "unknown" in named:
+            elif "unknown" in message:
                 model = dataclasses.replace(config.model, pretrained=checkpoint)
                 config = dataclasses.replace(config, model=model)
             config = dataclasses.replace(config, **{name: value})

@@ -1,4 +1,4 @@
-"""`train --plan`: what a run would take, of devices here and of TPUs elsewhere."""
+"""`train --plan`: planned device memory, for the devices here and for TPU slices."""
 
 import dataclasses
 import importlib.util
@@ -19,7 +19,8 @@ from vixml_jax import workdir as workdir_lib
 from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import LoraConfig
 from vixml_jax.errors import InputError
-from vixml_jax.runtime import host_memory
+from vixml_jax.runtime import console, host_memory
+from vixml_jax.training import build, memory_planner, trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
@@ -37,62 +38,64 @@ def data(tmp_path_factory):
 
 
 def tower(path, name, **changes):
-    """A directory with nothing but the configuration of a published tower."""
+    """Makes a directory with only the configuration of a published tower; returns its path."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps({**towers.about(name), **changes}))
     return str(path)
 
 
-def door(*arguments):
+def run_plan(*arguments):
     command = [sys.executable, "-m", "vixml_jax.train", "--plan", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def totals(said):
-    """GiB of each group, of a step, of all, and of the device, from the last lines."""
-    (line,) = re.findall(r"^memory a device, GiB: (.*)$", said, re.M)
-    *groups, step = line.split(", ")
-    step, rest = step.removeprefix("a step ").split(": ")
-    found = {name: float(size) for name, size in (part.rsplit(" ", 1) for part in groups)}
-    return found, float(step), *map(float, rest.split(" of "))
+def totals(output):
+    """Reads GiB of each group, of the step, in total and of the device."""
+    (line,) = re.findall(r"^memory per device \(GiB\): (.*)$", output, re.M)
+    *groups, step, total = line.split(", ")
+    step, total = step.removeprefix("training step "), total.removeprefix("total ")
+    sizes = {name: float(size) for name, size in (part.rsplit(" ", 1) for part in groups)}
+    return sizes, float(step), *map(float, total.split(" of "))
 
 
-def test_what_is_planned_is_what_train_plans(data, tmp_path, capsys, monkeypatch):
+def test_plan_is_that_of_train(data, tmp_path, capsys, monkeypatch):
     config = configuration(data, tmp_path / "run")
     planned = []
-    plan_memory = train.plan_lib.plan_memory
-    for room in (train.plan_lib, train.loop):
+    plan_memory = memory_planner.plan_memory
+    for module in (memory_planner, trainer):
         monkeypatch.setattr(
-            room, "plan_memory", lambda *a: planned.append(plan_memory(*a)) or planned[-1]
+            module, "plan_memory", lambda *a: planned.append(plan_memory(*a)) or planned[-1]
         )
     train.plan(config)
     assert not os.path.exists(config.workdir)
-    said = capsys.readouterr().out
-    assert said.startswith(
+    output = capsys.readouterr().out
+    assert output.startswith(
         "plan: 8 x cpu, --mesh=replica:1,fsdp:8,tensor:1; 90 queries, 20 labels; a batch of 16 in "
     )
-    assert "padded: label from 90 to 96, a multiple of replica:1 x fsdp:8, in bank" in said
-    assert said.splitlines()[-1].endswith("it fits")
+    assert "padded: label from 90 to 96, a multiple of replica:1 x fsdp:8, in bank" in output
+    assert output.splitlines()[-1].endswith("the run fits")
+    monkeypatch.setattr(console, "_level", console.Level.VERBOSE)
     train.train(dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=0)))
-    again = capsys.readouterr().out
-    of_plan, of_train = (text[text.index("\narray ") :] for text in (said, again))
-    table = of_plan[: of_plan.index("\nmemory a device")]
-    assert of_train.startswith(table)  # The same arrays, in the same places.
-    one, other = planned
-    assert one.held == other.held and one.device == other.device
-    assert 0.5 < one.step / other.step < 2  # A batch of the expected size, and the first one.
+    of_train = capsys.readouterr().out
+    of_plan, of_train = (text[text.index("\narray ") :] for text in (output, of_train))
+    table = of_plan[: of_plan.index("\nmemory per device")]
+    assert of_train.startswith(table)  # The same arrays with the same shardings.
+    by_plan, by_train = planned
+    assert by_plan.held == by_train.held and by_plan.device == by_train.device
+    # One is for a batch of the expected size, the other for the first batch.
+    assert 0.5 < by_plan.step / by_train.step < 2
 
 
-def test_what_does_not_fit_ends_after_the_table(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(host_memory, "of_a_device", lambda device: 1000)
+def test_run_that_does_not_fit_is_rejected_after_the_table(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(host_memory, "device_memory", lambda device: 1000)
     config = configuration(data, tmp_path / "run")
-    with pytest.raises(InputError, match=r"^memory a device, GiB: .* it does not fit; the step's"):
+    with pytest.raises(InputError, match=r"^memory per device \(GiB\): .* the run does not fit;"):
         train.plan(config)
     assert "optimizer: mu/" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "devices,sizes,found",
+    "devices,sizes,message",
     [
         ("v5e", "", "--plan_devices=v5e: expected v4 or v5e or v5p or v6e and a topology"),
         ("v9:2x2", "", "--plan_devices=v9:2x2: expected v4 or v5e or v5p or v6e and a topology"),
@@ -101,30 +104,30 @@ def test_what_does_not_fit_ends_after_the_table(data, tmp_path, capsys, monkeypa
         ("", "queries:10", "--batch.size=16 is more than the 10 training queries"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(devices, sizes, found, data, tmp_path):
+def test_bad_devices_and_sizes_are_rejected(devices, sizes, message, data, tmp_path):
     with pytest.raises(InputError) as error:
         train.plan(configuration(data, tmp_path / "run"), devices=devices, sizes=sizes)
-    assert found in str(error.value)
+    assert message in str(error.value)
 
 
-def test_sizes_without_a_plan_are_refused(tmp_path):
+def test_plan_size_without_plan_is_rejected(tmp_path):
     command = [sys.executable, "-m", "vixml_jax.train", "--plan_size=labels:3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2 and "add --plan" in done.stderr
 
 
-def test_without_the_compiler_of_tpus_it_says_how_to_get_it(data, tmp_path, monkeypatch):
+def test_missing_tpu_compiler_is_reported(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(InputError, match="pip install libtpu"):
         train.plan(configuration(data, tmp_path / "run"), devices="v5e:2x2")
 
 
 @needs_libtpu
-def test_a_slice_that_is_not_here(data, tmp_path):
-    """Eight TPUs, 100,001 labels: neither they nor the weights nor such data exist."""
+def test_plan_for_absent_tpus(data, tmp_path):
+    """Eight TPUs, 100,001 labels and a decoder of which only the configuration exists."""
     checkpoint = tower(tmp_path / "qwen", "qwen2.5-0.5b", **TINY)
     workdir = tmp_path / "run"
-    done = door(
+    done = run_plan(
         f"--data={data}", f"--workdir={workdir}", f"--model.pretrained={checkpoint}",
         "--lora.rank=4", "--model.scan", "--model.remat", "--model.dtype=bfloat16",
         "--model.num_images=1", "--batch.size=16", "--loss.num_negatives=4",
@@ -152,13 +155,13 @@ def test_a_slice_that_is_not_here(data, tmp_path):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["", "replica:4,fsdp:64"])
-def test_a_language_model_of_seven_billion_with_ten_million_labels(mesh, data, tmp_path):
+def test_plan_for_seven_billion_parameters_and_ten_million_labels(mesh, data, tmp_path):
     checkpoint = tower(tmp_path / "qwen", "qwen2.5-7b")
-    done = door(
+    done = run_plan(
         f"--data={data}", f"--workdir={tmp_path / 'run'}", f"--model.pretrained={checkpoint}",
         "--lora.rank=64", "--model.scan", "--model.remat", "--model.dtype=bfloat16",
         "--model.num_images=1", "--batch.size=16384", "--batch.row_width=128",
-        "--batch.encode_chunk=8", "--labels.num_free=10000000", f"--mesh={mesh}",
+        "--batch.microbatch_rows=8", "--labels.num_free=10000000", f"--mesh={mesh}",
         "--plan_devices=v5e:16x16", "--plan_size=queries:2000000,labels:10000000",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -172,7 +175,7 @@ def test_a_language_model_of_seven_billion_with_ten_million_labels(mesh, data, t
     assert groups["frozen parameters"] == pytest.approx(base, rel=0.05, abs=0.01)
 
 
-def test_weights_are_not_needed_here_either(data, tmp_path, capsys):
+def test_plan_needs_no_weights(data, tmp_path, capsys):
     checkpoint = tower(tmp_path / "qwen", "qwen2.5-0.5b", **TINY)
     config = configuration(data, tmp_path / "run")
     config = dataclasses.replace(
@@ -183,12 +186,12 @@ def test_weights_are_not_needed_here_either(data, tmp_path, capsys):
         batch=dataclasses.replace(config.batch, row_width=32),
     )
     train.plan(config, sizes="queries:5000")
-    said = capsys.readouterr().out
-    assert "; 5000 queries, 20 labels; " in said
-    found = train.make_tower(config, workdir_lib.open_dataset(config))
-    model = workdir_lib.build_model(config, *found, 20, workdir_lib.make_mesh(config))
+    output = capsys.readouterr().out
+    assert "; 5000 queries, 20 labels; " in output
+    tower_and_layout = build.make_tower(config, workdir_lib.open_dataset(config))
+    model = workdir_lib.build_model(config, *tower_and_layout, 20, workdir_lib.make_mesh(config))
     base = model.abstract_params["tower"]["encoder"]["blocks"]["gate"]["kernel"].value
     assert base.shape == (2, 48, 96)
     size = math.prod(base.shape) * 2 / len(jax.devices()) / 2**20
-    (row,) = (line for line in said.splitlines() if "blocks/gate/kernel" in line)
+    (row,) = (line for line in output.splitlines() if "blocks/gate/kernel" in line)
     assert row.split()[3:] == ["2x48x96", "bfloat16", ".", "fsdp", "tensor", f"{size:.2f}"]

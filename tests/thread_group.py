@@ -1,4 +1,4 @@
-"""Processes as threads: for what they do together on the host alone."""
+"""A group of threads that stands for processes, to test exchange of host arrays."""
 
 import threading
 from concurrent import futures
@@ -9,25 +9,25 @@ class _Group:
         self.index, self.count = index, count
         self._table, self._barrier = table, barrier
 
-    def _swap(self, given, take):
-        self._table[self.index] = given
+    def _swap(self, value, select):
+        self._table[self.index] = value
         self._barrier.wait()
-        taken = [take(x) for x in self._table]
+        selected = [select(x) for x in self._table]
         self._barrier.wait()
-        return taken
+        return selected
 
     def gather(self, x, rows=None):
         if rows is not None:
             assert len(x) == rows[self.index]
-        return self._swap(x.copy(), lambda given: given)
+        return self._swap(x.copy(), lambda value: value)
 
     def exchange(self, parts):
         assert len(parts) == self.count
-        return self._swap([part.copy() for part in parts], lambda given: given[self.index])
+        return self._swap([part.copy() for part in parts], lambda parts: parts[self.index])
 
 
 def together(count, work):
-    """What `work(group)` returns in each of `count` processes."""
+    """Results of `work(group)` in each of `count` threads."""
     table, barrier = [None] * count, threading.Barrier(count, timeout=120)
 
     def run(index):

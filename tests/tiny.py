@@ -1,4 +1,4 @@
-"""A tiny data set and run, for the tests that go through the doors."""
+"""A tiny data set, tiny models and a tiny configuration for tests of whole commands."""
 
 import dataclasses
 import json
@@ -16,7 +16,18 @@ from vixml_jax.storage import digests, object_store
 
 
 def make_data(root, *, train=90, **settings):
-    """Queries "aK bJ" have labels "label aK" and "label bJ"; every other one has a picture."""
+    """Prepares data in which queries "aK bJ" have the labels "label aK" and "label bJ".
+
+    Every other query has an image.
+
+    Args:
+      root: Directory for source files and prepared data.
+      train: Number of training queries.
+      settings: Of `preprocessing.Settings`.
+
+    Returns:
+      Path of the prepared data.
+    """
     rng = np.random.default_rng(0)
     words = [f"{stem}{n}" for stem in "ab" for n in "0123456789"]
     (root / "lbl.raw.txt").write_text("".join(f"label {word}\n" for word in words))
@@ -38,7 +49,7 @@ def make_data(root, *, train=90, **settings):
 
 
 def make_qwen(path, **sizes):
-    """A Qwen2.5 of two layers with random weights, written by `transformers`; where it lies."""
+    """Writes a random Qwen2.5 of two layers with `transformers`; returns its path."""
     import torch
     import transformers
 
@@ -56,7 +67,7 @@ def make_qwen(path, **sizes):
 
 
 def make_siglip(path, side, patch, width=192):
-    """A random SigLIP for square pictures of `side` pixels; where it lies."""
+    """Writes a random SigLIP for square images of `side` pixels; returns its path."""
     import torch
     import transformers
 
@@ -66,17 +77,18 @@ def make_siglip(path, side, patch, width=192):
         **sizes, num_attention_heads=6, image_size=side, patch_size=patch
     )
     transformers.SiglipVisionModel(config).save_pretrained(path)
-    about = {
+    processor = {
         "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side},
         "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
     }  # fmt: skip
-    (path / "preprocessor_config.json").write_text(json.dumps(about))
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
     return str(path)
 
 
 def configuration(data, workdir, **changes):
-    made = config_lib.from_dict(
+    """Returns the configuration of a tiny run: 3 epochs of 6 steps."""
+    config = config_lib.from_dict(
         {
             "data": data,
             "workdir": str(workdir),
@@ -107,11 +119,15 @@ def configuration(data, workdir, **changes):
             "eval": {"k": 10, "block": 32},
         }
     )
-    return dataclasses.replace(made, **changes)
+    return dataclasses.replace(config, **changes)
 
 
-def door(name, *arguments, status=0):
-    """What a door prints, where it must leave with this status; on standard error if not 0."""
+def run_command(name, *arguments, status=0):
+    """Runs `python -m vixml_jax.NAME` and checks its exit status.
+
+    Returns:
+      Standard output if the status is 0, else standard error.
+    """
     command = [sys.executable, "-m", f"vixml_jax.{name}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
@@ -119,26 +135,27 @@ def door(name, *arguments, status=0):
 
 
 def final_state(config):
-    """Everything of the newest checkpoint, as numpy arrays by path, whoever wrote it."""
+    """Returns all arrays of the newest checkpoint by path, however many processes wrote it."""
     import orbax.checkpoint as ocp
 
     directory = os.path.join(config.workdir, workdir_lib.CHECKPOINTS)
     newest = os.path.join(object_store.absolute(directory), str(digests.steps(directory)[-1]))
-    found = {}
+    items = {}
     for item in ("model", "training"):
         with ocp.PyTreeCheckpointer() as checkpointer:
             path = os.path.join(newest, item)
             tree = checkpointer.metadata(path).item_metadata.tree
             on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            found[item] = checkpointer.restore(path, restore_args=on_host)
-    leaves = jax.tree_util.tree_leaves_with_path(found)
+            items[item] = checkpointer.restore(path, restore_args=on_host)
+    leaves = jax.tree_util.tree_leaves_with_path(items)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def assert_same_state(one, other, **tolerance):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
+def assert_same_state(expected, actual, **tolerance):
+    """Checks that two results of `final_state` are equal, or close if a tolerance is given."""
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
         if tolerance:
-            np.testing.assert_allclose(other[name], value, err_msg=name, **tolerance)
+            np.testing.assert_allclose(actual[name], value, err_msg=name, **tolerance)
         else:
-            np.testing.assert_array_equal(other[name], value, err_msg=name)
+            np.testing.assert_array_equal(actual[name], value, err_msg=name)

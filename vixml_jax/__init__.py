@@ -1,4 +1,4 @@
-"""ViXML (https://arxiv.org/abs/2511.13189) in JAX: queries to the few right of millions of labels.
+"""Extreme multi-label classification with text and images in JAX (ViXML, arXiv 2511.13189).
 
 from vixml_jax import Predictor
 predictor = Predictor.load("runs/mine")
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vixml_jax.serving.predictor import Predictor
 
-__all__ = ["Predictor"]
+__version__ = "0.2.0"
+
+__all__ = ["Predictor", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads JAX when it is asked for, not wherever a module of this package is imported."""
+    """Imports `Predictor`, and JAX with it, on first use."""
     if name != "Predictor":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vixml_jax.serving.predictor import Predictor

@@ -1,90 +1,97 @@
-"""Every flag of a run: frozen dataclasses, a group a room, checked together, saved with it."""
+"""The configuration of a run: one flag per dataclass field, checked together, saved as JSON."""
 
 import dataclasses
 import json
 import re
 from typing import Any
 
+import msgspec
 from absl import flags
 from etils import epath
 
 from vixml_jax.errors import InputError
-
-
-def _flag(default: Any, help: str, **checks: Any) -> Any:
-    """A field that becomes a flag; `checks` are lower_bound, upper_bound or choices."""
-    made = (
-        {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    )
-    return dataclasses.field(**made, metadata={"help": help, **checks})
+from vixml_jax.runtime import flag_fields
+from vixml_jax.runtime.flag_fields import flag
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The tower that reads text and pictures."""
+    """The tower: the encoder or decoder that embeds text and images."""
 
-    pretrained: str = _flag(
-        "", "Hugging Face directory or hub name to start from; empty: from scratch, by the sizes."
+    pretrained: str = flag(
+        "",
+        "Hugging Face directory or model name to start from. Empty: a tower from scratch with the "
+        "sizes below.",
     )
-    family: str = _flag(
+    family: str = flag(
         "encoder",
-        "Kind of a tower from scratch: an 'encoder' as BERT, or a 'decoder' as Qwen3.",
+        "Kind of a tower from scratch. An encoder is like BERT, a decoder like Qwen3.",
         choices=("encoder", "decoder"),
     )
-    num_layers: int = _flag(4, "Layers of a tower from scratch.", lower_bound=1)
-    width: int = _flag(256, "Width of a tower from scratch.", lower_bound=1)
-    num_heads: int = _flag(4, "Attention heads of a tower from scratch.", lower_bound=1)
-    mlp_width: int = _flag(1024, "Feed-forward width of a tower from scratch.", lower_bound=1)
-    dropout: float = _flag(
+    num_layers: int = flag(4, "Layers of a tower from scratch.", lower_bound=1)
+    width: int = flag(256, "Width of a tower from scratch.", lower_bound=1)
+    num_heads: int = flag(4, "Attention heads of a tower from scratch.", lower_bound=1)
+    mlp_width: int = flag(1024, "Feed-forward width of a tower from scratch.", lower_bound=1)
+    dropout: float = flag(
         -1.0,
-        "Dropout of the tower in training; -1: as the checkpoint says, 0.1 from scratch.",
+        "Dropout rate of an encoder in training. -1: that of the checkpoint, or 0.1 from scratch.",
         lower_bound=-1.0,
         upper_bound=0.9,
     )
-    num_images: int = _flag(3, "Pictures read of each item at most; 0: text only.", lower_bound=0)
-    image_init: str = _flag(
+    num_images: int = flag(3, "Images read per item at most; 0: text only.", lower_bound=0)
+    image_init: str = flag(
         "regression",
-        "Start of the image projection: 'regression' onto the mean word embedding of the "
-        "item's labels in training, or 'random' as published.",
+        "Initial image projection. regression: fitted to the mean token embedding of the labels of "
+        "training items; random: as published.",
         choices=("regression", "random"),
     )
-    pooling: str = _flag(
+    pooling: str = flag(
         "mean",
-        "An item's vector: the 'mean' of its states, or the 'last' (decoders alone).",
+        "How token states become one vector. mean: their mean; last: the last state, with decoders "
+        "only.",
         choices=("mean", "last"),
     )
-    causal: bool = _flag(
-        True, "Whether a decoder's positions see only those before them, as pretrained."
+    causal: bool = flag(
+        True,
+        "Causal attention in a decoder, as in pretraining. Off: positions attend in both "
+        "directions.",
     )
-    dtype: str = _flag("float32", "What the tower computes in.", choices=("float32", "bfloat16"))
-    scan: bool = _flag(
-        False, "Compile one layer and loop over it: faster to compile, slower on small towers."
+    dtype: str = flag(
+        "float32", "Data type that the tower computes in.", choices=("float32", "bfloat16")
     )
-    remat: bool = _flag(False, "Recompute activations in the backward pass: less memory.")
+    scan: bool = flag(
+        False,
+        "Compile one layer and loop over it. Compilation is faster, but steps of small towers are "
+        "slower.",
+    )
+    remat: bool = flag(False, "Recompute activations in the backward pass to save memory.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """What stands around the text and the pictures of an item before a decoder."""
+    """The prompt around the text and images of an item, for decoders."""
 
-    text: str = _flag("Text: ", "Before the text.")
-    images: str = _flag(" Images: ", "Before the pictures, where there are some.")
-    order: str = _flag("text_image", "Which comes first.", choices=("text_image", "image_text"))
+    text: str = flag("Text: ", "Prompt before the text.")
+    images: str = flag(" Images: ", "Prompt before the images; left out of items without images.")
+    order: str = flag(
+        "text_image", "Order of text and images.", choices=("text_image", "image_text")
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters, beside a decoder that is itself frozen."""
+    """Low-rank adapters of a frozen decoder, rank-stabilised (rsLoRA)."""
 
-    rank: int = _flag(0, "Rank of the adapters; 0: the whole tower is trained.", lower_bound=0)
-    alpha: float = _flag(
-        256.0, "Adapters are multiplied by alpha / sqrt(rank) (rsLoRA).", lower_bound=0.0
+    rank: int = flag(
+        0, "Rank of LoRA adapters (decoders only); 0: train all weights.", lower_bound=0
     )
-    maps: list[str] = _flag(
-        ["query", "key", "value", "out", "gate", "up", "down"], "Which linear maps have one."
+    alpha: float = flag(256.0, "Adapters are scaled by alpha / sqrt(rank).", lower_bound=0.0)
+    maps: list[str] = flag(
+        ["query", "key", "value", "out", "gate", "up", "down"],
+        "Linear maps that have adapters.",
     )
-    base_dtype: str = _flag(
-        "bfloat16", "What the frozen weights are kept in.", choices=("float32", "bfloat16")
+    base_dtype: str = flag(
+        "bfloat16", "Data type of the frozen weights.", choices=("float32", "bfloat16")
     )
 
 
@@ -92,199 +99,235 @@ class LoraConfig:
 class LabelsConfig:
     """Label prototypes: free vectors, centroids and the network that combines them."""
 
-    prototypes: bool = _flag(True, "Enrich labels by the combiner; off: the tower's vector alone.")
-    num_free: int = _flag(
-        65536, "Free vectors shared by all labels, at most one a label.", lower_bound=1
+    prototypes: bool = flag(
+        True,
+        "Represent labels by prototypes. Off: by the tower's vector of the label text alone.",
     )
-    free_init: str = _flag(
+    num_free: int = flag(
+        65536,
+        "Number of free vectors, which labels share. At most one per label is used.",
+        lower_bound=1,
+    )
+    free_init: str = flag(
         "uniform",
-        "Start of the free vectors: small and 'uniform', or the mean 'embedding' of their labels.",
+        "Initial free vectors. uniform: small random values; embedding: the mean embedding of the "
+        "labels that share one.",
         choices=("uniform", "embedding"),
     )
-    free_update: str = _flag(
+    free_update: str = flag(
         "dense",
-        "Which free vectors a step moves: all by their momentum, 'dense' as published, or those of "
-        "the batch's labels alone, 'sparse', so that the others cost nothing.",
+        "Free vectors that a step updates. dense: all, by their momentum, as published; sparse: "
+        "those of the labels in the batch, which is faster with many labels.",
         choices=("dense", "sparse"),
     )
-    centroids: str = _flag(
+    centroids: str = flag(
         "stale",
-        "How centroids follow training: 'stale' from embeddings as last seen in "
-        "training, 'exact' by encoding anew each epoch, 'moving' average.",
+        "How label centroids follow training. stale: from the embeddings last seen in training; "
+        "exact: all training queries are encoded again each epoch; moving: a moving average.",
         choices=("stale", "exact", "moving"),
     )
-    num_heads: int = _flag(8, "Attention heads of the combiner.", lower_bound=1)
-    mlp_width: int = _flag(1024, "Feed-forward width of the combiner.", lower_bound=1)
-    dropout: float = _flag(0.1, "Dropout of the combiner.", lower_bound=0.0, upper_bound=0.9)
+    num_heads: int = flag(8, "Attention heads of the combiner.", lower_bound=1)
+    mlp_width: int = flag(1024, "Feed-forward width of the combiner.", lower_bound=1)
+    dropout: float = flag(0.1, "Dropout rate of the combiner.", lower_bound=0.0, upper_bound=0.9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The contrastive loss."""
 
-    num_negatives: int = _flag(10, "Hardest negatives of each row.", lower_bound=1)
-    margin_min: float = _flag(0.1, "Smallest margin.", lower_bound=0.0, upper_bound=2.0)
-    margin_max: float = _flag(0.3, "Largest margin.", lower_bound=0.0, upper_bound=2.0)
-    temperature: float = _flag(
-        0.1, "Softmax temperature that weighs the negatives.", lower_bound=1e-4
+    num_negatives: int = flag(10, "Hardest negatives per row.", lower_bound=1)
+    margin_min: float = flag(0.1, "Smallest margin.", lower_bound=0.0, upper_bound=2.0)
+    margin_max: float = flag(0.3, "Largest margin.", lower_bound=0.0, upper_bound=2.0)
+    temperature: float = flag(
+        0.1, "Temperature of the softmax that weights the negatives.", lower_bound=1e-4
     )
-    regulariser: float = _flag(0.1, "Weight of the prototype margin term.", lower_bound=0.0)
-    tie_gradient: bool = _flag(
-        True, "Half a gradient where a hinge is exactly zero, as published; off: none."
+    regulariser: float = flag(0.1, "Weight of the prototype margin loss.", lower_bound=0.0)
+    tie_gradient: bool = flag(
+        True, "Gradient 0.5 where a hinge is exactly zero, as published. Off: gradient 0."
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """Which queries meet which labels, and how they are packed."""
+    """Sampling and packing of batches."""
 
-    size: int = _flag(1024, "Queries of a batch, over all devices.", lower_bound=2)
-    row_width: int = _flag(64, "Positions of a packed row.", lower_bound=8)
-    positives: str = _flag(
+    size: int = flag(1024, "Queries per batch, over all devices.", lower_bound=2)
+    row_width: int = flag(64, "Positions per packed row.", lower_bound=8)
+    positives: str = flag(
         "inverse_propensity",
-        "How the positive of a query is drawn.",
+        "How the positive label of a query is sampled.",
         choices=("inverse_propensity", "uniform"),
     )
-    image_dropout: float = _flag(
+    image_dropout: float = flag(
         0.0,
-        "Share of queries and labels, drawn anew each time, whose pictures training hides, so "
-        "that the model stays good without them.",
+        "Fraction of items whose images are dropped in training. Drawn anew in each batch; keeps "
+        "the model accurate for items without images.",
         lower_bound=0.0,
         upper_bound=1.0,
     )
-    cluster_start: int = _flag(
+    cluster_start: int = flag(
         10,
-        "Epoch (from 0) at whose end queries are first clustered; -1: batches stay random.",
+        "Epoch (from 0) after which queries are first clustered. -1: batches stay random.",
         lower_bound=-1,
     )
-    cluster_every: int = _flag(5, "Epochs between clusterings.", lower_bound=1)
-    cluster_size: int = _flag(16, "Queries of a cluster at first.", lower_bound=1)
-    curriculum: list[int] = _flag([], "Epochs at whose end the cluster size doubles.")
-    threads: int = _flag(1, "Threads that prepare batches.", lower_bound=1)
-    encode_chunk: int = _flag(
+    cluster_every: int = flag(5, "Epochs between clusterings.", lower_bound=1)
+    cluster_size: int = flag(16, "Queries per cluster at first.", lower_bound=1)
+    curriculum: list[int] = flag([], "Epochs (from 0) after which the cluster size doubles.")
+    threads: int = flag(1, "Threads that prepare batches.", lower_bound=1)
+    microbatch_rows: int = flag(
         0,
-        "Packed rows a device that the tower reads at a time, computed again in the backward "
-        "pass: memory grows with it, not with the batch; 0: all at once.",
+        "Packed rows per device that the tower reads at once; 0: all. Rows are recomputed in the "
+        "backward pass, so memory grows with this number instead of the batch size.",
         lower_bound=0,
     )
-    prefetch: int = _flag(4, "Batches prepared ahead.", lower_bound=1)
+    prefetch: int = flag(4, "Batches prepared ahead.", lower_bound=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, its groups and its schedule."""
+    """AdamW with parameter groups and a schedule."""
 
-    learning_rate: float = _flag(1e-4, "Peak rate of the tower.", lower_bound=0.0)
-    label_learning_rate: float = _flag(
-        1e-3, "Peak rate of the combiner and the free vectors.", lower_bound=0.0
+    learning_rate: float = flag(1e-4, "Peak learning rate of the tower.", lower_bound=0.0)
+    label_learning_rate: float = flag(
+        1e-3, "Peak learning rate of the combiner and free vectors.", lower_bound=0.0
     )
-    image_learning_rate: float = _flag(1e-3, "Peak rate of the image projection.", lower_bound=0.0)
-    weight_decay: float = _flag(
-        0.01, "Decay of all but biases, norms and free vectors.", lower_bound=0.0
+    image_learning_rate: float = flag(
+        1e-3, "Peak learning rate of the image projection.", lower_bound=0.0
     )
-    warmup_steps: int = _flag(100, "Steps from rate zero to the peak.", lower_bound=0)
-    clip_norm: float = _flag(0.0, "Largest norm of a gradient; 0: not clipped.", lower_bound=0.0)
+    weight_decay: float = flag(
+        0.01, "Weight decay, except of biases, norms and free vectors.", lower_bound=0.0
+    )
+    warmup_steps: int = flag(
+        100, "Steps of linear warm-up from 0 to the peak learning rates.", lower_bound=0
+    )
+    clip_norm: float = flag(0.0, "Largest global gradient norm; 0: no clipping.", lower_bound=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long, and what is written on the way."""
+    """Length of training, evaluations, checkpoints and logging."""
 
-    epochs: int = _flag(10, "Passes over the training queries.", lower_bound=0)
-    eval_every: int = _flag(
+    epochs: int = flag(10, "Passes over the training queries.", lower_bound=0)
+    eval_every: int = flag(
         0,
-        "Epochs between evaluations, on the validation split where the data have one; 0: at the "
-        "end alone.",
+        "Epochs between evaluations in training; 0: only at the end. They use the validation split "
+        "if the data have one, else the test split.",
         lower_bound=0,
     )
-    choose_by: str = _flag(
+    monitor: str = flag(
         "",
-        "Metric of the validation split, P@1 say, by which the best of the epochs evaluated "
-        "becomes the run's model (each evaluation then reads the training queries once more); "
-        "empty: the last epoch, as published.",
+        "Validation metric that selects the best epoch, such as P@1. Empty: the last epoch is the "
+        "model, as published. Needs --loop.eval_every; each evaluation then also reads the "
+        "training queries.",
     )
-    patience: int = _flag(
+    patience: int = flag(
         0,
-        "Evaluations in a row without a better --loop.choose_by after which training stops; "
-        "0: never.",
+        "Evaluations without improvement before stopping; 0: never. Needs --loop.monitor.",
         lower_bound=0,
     )
-    save_every: int = _flag(
+    save_every: int = flag(
         500,
-        "Steps between checkpoints, written in the background; each epoch ends in one, too.",
+        "Steps between checkpoints. They are written in the background; each epoch ends with one "
+        "as well.",
         lower_bound=1,
     )
-    save_minutes: float = _flag(
-        0.0, "Minutes after which one is due whatever the step; 0: never.", lower_bound=0.0
+    save_minutes: float = flag(
+        0.0, "Minutes between checkpoints, in addition; 0: no such limit.", lower_bound=0.0
     )
-    keep: int = _flag(
-        2, "Newest checkpoints kept; while one is written there is one more.", lower_bound=1
+    max_to_keep: int = flag(
+        2,
+        "Newest checkpoints to keep. There is one more while it is written.",
+        lower_bound=1,
     )
-    log_every: int = _flag(10, "Steps between lines of metrics.jsonl.", lower_bound=1)
+    log_every: int = flag(10, "Steps between lines of metrics.jsonl.", lower_bound=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How a run is judged."""
+    """Evaluation of a run."""
 
-    block: int = _flag(1024, "Items encoded at a time.", lower_bound=8)
-    k: int = _flag(100, "Labels retrieved for each query.", lower_bound=1)
-    memory_weight: float = _flag(
+    block: int = flag(1024, "Items encoded at a time.", lower_bound=8)
+    k: int = flag(100, "Labels retrieved per query.", lower_bound=1)
+    knn_baseline: bool = flag(False, "Also evaluate the training-free kNN baseline.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnnConfig:
+    """Retrieval-augmented inference: labels of the nearest training queries are mixed in."""
+
+    weight: float = flag(
         0.0,
-        "What the labels of near training queries count beside those found by their own vectors "
-        "(retrieval-augmented inference; 0.1 as published); 0: nothing.",
+        "Weight of labels of the nearest training queries; 0: off. They are mixed with the labels "
+        "found by search; the paper uses 0.1.",
         lower_bound=0.0,
         upper_bound=1.0,
     )
-    memory_k: int = _flag(100, "Training queries that each query remembers.", lower_bound=1)
-    memory_temperature: float = _flag(
-        0.05, "What scores are divided by before labels and memory share.", lower_bound=1e-4
+    k: int = flag(100, "Training queries retrieved per query.", lower_bound=1)
+    temperature: float = flag(
+        0.05,
+        "Softmax temperature of label and training query scores.",
+        lower_bound=1e-4,
     )
-    memory_joint: bool = _flag(
+    joint: bool = flag(
         False,
-        "Labels and training queries are searched as one set, of which the best count, as many as "
-        "there would be labels; off: each by itself.",
+        "Search labels and training queries as one set. The best of both are kept. Off: each set "
+        "is searched by itself.",
     )
-    vote: bool = _flag(False, "Set the learning-free nearest-neighbour vote beside the result.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How labels are searched. No part of a run: it may differ each time."""
+    """How labels are searched. Not part of a run: it may differ each time."""
 
-    recall: float = _flag(
+    recall: float = flag(
         0.99,
-        "Share of the exact best labels that --search=scann is tuned to find.",
+        "Recall of exact search that --search=scann must reach. The index is tuned to it.",
         lower_bound=0.01,
         upper_bound=1.0,
     )
-    sample: int = _flag(1000, "Queries that it is tuned on at most.", lower_bound=1)
-    query_block: int = _flag(1024, "Queries searched exactly at a time.", lower_bound=1)
-    label_block: int = _flag(
+    sample: int = flag(1000, "Queries that the index is tuned on at most.", lower_bound=1)
+    query_block: int = flag(1024, "Queries searched exactly at a time.", lower_bound=1)
+    label_block: int = flag(
         65536,
-        "Labels scored exactly at a time on each device: the scores of a block take "
-        "4 * query_block * label_block bytes.",
+        "Labels scored exactly at a time on each device. The scores of a block take 4 * "
+        "query_block * label_block bytes.",
         lower_bound=1,
     )
-    memory_gb: float = _flag(
-        0.0, "Memory of the host that search may take; 0: what is left.", lower_bound=0.0
+    memory_gb: float = flag(
+        0.0, "Host memory in GB that search may use; 0: what is available.", lower_bound=0.0
     )
 
 
 SEARCH = SearchConfig()
+
+# Flags of version 0.1 and their new names. Commands refuse an old name with an error that gives the
+# new one; saved configurations with old names are still read.
+RENAMED = {
+    "batch.encode_chunk": "batch.microbatch_rows",
+    "eval.memory_weight": "knn.weight",
+    "eval.memory_k": "knn.k",
+    "eval.memory_temperature": "knn.temperature",
+    "eval.memory_joint": "knn.joint",
+    "eval.vote": "eval.knn_baseline",
+    "loop.choose_by": "loop.monitor",
+    "loop.keep": "loop.max_to_keep",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that defines a run."""
 
-    data: str = _flag("glyphs", "Directory written by prepare, or 'glyphs', the built-in data.")
-    workdir: str = _flag("runs/default", "Run directory; an unfinished run in it is resumed.")
-    seed: int = _flag(0, "One seed, one run.", lower_bound=0)
-    mesh: str = _flag(
+    data: str = flag("glyphs", "Directory written by prepare; glyphs: the built-in data.")
+    workdir: str = flag("runs/default", "Run directory; an unfinished run in it is resumed.")
+    seed: int = flag(
+        0, "Seed of all random draws. Equal flags and seed give equal results.", lower_bound=0
+    )
+    mesh: str = flag(
         "replica:1,fsdp:-1,tensor:1",
-        "Devices along each axis of the mesh: copies of the weights (replica, the slowest links), "
-        "their rows and those of batches (fsdp), heads and wide layers (tensor); -1: the rest.",
+        "Devices along each mesh axis; -1: all that remain. replica holds copies of the weights "
+        "(for the slowest links), fsdp shards weights and batches, tensor shards attention heads "
+        "and wide layers.",
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
@@ -295,10 +338,10 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    knn: KnnConfig = dataclasses.field(default_factory=KnnConfig)
 
     def __post_init__(self) -> None:
-        for group, field, value in _leaves(self):
-            _check_bounds(group + field.name, value, field.metadata)
+        flag_fields.check_bounds(self)
         if self.loss.margin_min > self.loss.margin_max:
             raise InputError(
                 f"--loss.margin_min={self.loss.margin_min} is above "
@@ -307,26 +350,27 @@ class Config:
         if self.loss.num_negatives >= self.batch.size:
             raise InputError(
                 f"--loss.num_negatives={self.loss.num_negatives}: a batch of "
-                f"--batch.size={self.batch.size} has at most {self.batch.size - 1} negatives"
+                f"--batch.size={self.batch.size} has at most {self.batch.size - 1} negatives per "
+                "row"
             )
         if self.model.num_images >= self.batch.row_width:
             raise InputError(
-                f"--model.num_images={self.model.num_images} leaves no place for text in rows of "
-                f"--batch.row_width={self.batch.row_width}"
+                f"--model.num_images={self.model.num_images} leaves no positions for text in rows "
+                f"of --batch.row_width={self.batch.row_width}"
             )
-        if self.loop.patience and not self.loop.choose_by:
+        if self.loop.patience and not self.loop.monitor:
             raise InputError(
-                f"--loop.patience={self.loop.patience}: nothing to wait for; set "
-                "--loop.choose_by=P@1, say"
+                f"--loop.patience={self.loop.patience} needs a metric to wait for: set "
+                "--loop.monitor, for example to P@1"
             )
-        if self.loop.choose_by and not self.loop.eval_every:
+        if self.loop.monitor and not self.loop.eval_every:
             raise InputError(
-                f"--loop.choose_by={self.loop.choose_by}: no epoch is evaluated; set "
-                "--loop.eval_every=1, say"
+                f"--loop.monitor={self.loop.monitor} needs evaluations in training: set "
+                "--loop.eval_every, for example to 1"
             )
         if self.lora.rank and not self.model.pretrained:
             raise InputError(
-                f"--lora.rank={self.lora.rank}: adapters stand beside pretrained weights; set "
+                f"--lora.rank={self.lora.rank}: adapters need pretrained weights: set "
                 "--model.pretrained"
             )
         if not self.model.pretrained and self.model.width % self.model.num_heads:
@@ -337,161 +381,119 @@ class Config:
         mesh_sizes(self.mesh)
 
     def to_json(self) -> str:
-        """The flags as JSON text, sorted, so that equal runs have equal text."""
+        """Returns the flags as JSON with sorted keys, so equal configurations give equal text."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
 
 
 def mesh_sizes(mesh: str) -> dict[str, int]:
-    """Devices along each axis that `--mesh` names, by the axis; at most one is -1, the rest.
+    """Returns the number of devices along each axis of `--mesh`; at most one is -1 (the rest).
 
     Raises:
-      InputError: If it is not a mesh.
+      InputError: If the flag is malformed.
     """
     sizes = {"replica": 1, "fsdp": -1, "tensor": 1}
     expected = (
-        f"--mesh={mesh}: expected sizes as in --mesh=replica:1,fsdp:-1,tensor:1 (an axis left out "
-        "is as there; -1 takes the devices that are left)"
+        f"--mesh={mesh}: expected sizes such as --mesh=replica:1,fsdp:-1,tensor:1 (these are the "
+        "defaults of each axis; -1 takes the remaining devices)"
     )
-    named = set()
+    given = set()
     for part in str(mesh).split(",") if mesh else ():
         name, _, size = part.partition(":")
         if name not in sizes:
             raise InputError(f"{expected}; {name!r} is none of {', '.join(sizes)}")
-        if name in named:
-            raise InputError(f"{expected}; {name} is named twice")
+        if name in given:
+            raise InputError(f"{expected}; {name} is given twice")
         if not re.fullmatch("-1|[1-9][0-9]{0,8}", size):
-            raise InputError(f"{expected}; {size!r} is no number of devices for {name}")
-        named.add(name)
+            raise InputError(f"{expected}; {size!r} is not a number of devices for {name}")
+        given.add(name)
         sizes[name] = int(size)
     if list(sizes.values()).count(-1) > 1:
         rest = [name for name, size in sizes.items() if size == -1]
-        raise InputError(f"{expected}; {' and '.join(rest)} cannot both be the rest")
+        raise InputError(f"{expected}; {' and '.join(rest)} cannot both take the rest")
     return sizes
 
 
-def _leaves(config: Any, prefix: str = "") -> list[tuple[str, dataclasses.Field, Any]]:
-    found = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            found += _leaves(value, f"{prefix}{field.name}.")
-        else:
-            found.append((prefix, field, value))
-    return found
-
-
-def _check_bounds(name: str, value: Any, checks: Any) -> None:
-    low, high, choices = (checks.get(key) for key in ("lower_bound", "upper_bound", "choices"))
-    if choices and value not in choices:
-        raise InputError(f"--{name}={value}: expected one of {', '.join(choices)}")
-    if (low is not None and value < low) or (high is not None and value > high):
-        wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise InputError(f"--{name}={value}: expected {wanted}")
-
-
-_DEFINE = {
-    bool: flags.DEFINE_boolean,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    str: flags.DEFINE_string,
-}
-
-
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines one flag a field: `--group.field`. Call it once, in a door.
-
-    Bounds and choices are checked when the `Config` is made, so that flags and saved files are
-    held to the same.
-    """
-    _define(_leaves(Config()), values)
+    """Defines one flag per field, `--group.field`; to be called once, in an entry point."""
+    flag_fields.define(Config(), values)
 
 
 def define_group(name: str, group: type, values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags of a group that is no part of a run's configuration: `--name.field`."""
-    _define(_leaves(group(), f"{name}."), values)
-
-
-def _define(leaves: list[tuple[str, dataclasses.Field, Any]], values: flags.FlagValues) -> None:
-    for prefix, field, value in leaves:
-        text = field.metadata["help"]
-        if field.metadata.get("choices"):
-            text += f" One of: {', '.join(field.metadata['choices'])}."
-        if isinstance(value, list):
-            default = [str(item) for item in value]
-            flags.DEFINE_list(prefix + field.name, default, text, flag_values=values)
-        else:
-            _DEFINE[type(value)](prefix + field.name, value, text, flag_values=values)
+    """Defines the flags `--name.field` of a group that is not part of a run's configuration."""
+    flag_fields.define(group(), values, f"{name}.")
 
 
 def from_flags(values: flags.FlagValues) -> Config:
-    """The configuration that the parsed flags say.
+    """Returns the configuration of the parsed flags.
 
     Raises:
-      InputError: If a value is out of its bounds or flags contradict each other.
+      InputError: If a value is out of bounds, or flags contradict each other.
     """
-    return from_dict(_parsed(_leaves(Config()), values))
+    return from_dict(flag_fields.parsed(Config(), values))
 
 
 def group_from_flags(name: str, group: type, values: flags.FlagValues) -> Any:
-    """The group, of that type, that the parsed flags say.
+    """Returns the group of the parsed flags, of the given type.
 
     Raises:
-      InputError: If a value is out of its bounds.
+      InputError: If a value is out of bounds.
     """
-    made = group(**_parsed(_leaves(group(), f"{name}."), values)[name])
-    for prefix, field, value in _leaves(made, f"{name}."):
-        _check_bounds(prefix + field.name, value, field.metadata)
-    return made
-
-
-def _parsed(
-    leaves: list[tuple[str, dataclasses.Field, Any]], values: flags.FlagValues
-) -> dict[str, Any]:
-    """What the flags say, a dict for each group."""
-    tree: dict[str, Any] = {}
-    for prefix, field, default in leaves:
-        value = values[prefix + field.name].value
-        if isinstance(default, list):
-            kind = type(default[0]) if default else int
-            try:
-                value = [kind(item) for item in value]
-            except ValueError:
-                raise InputError(
-                    f"--{prefix}{field.name}={','.join(value)}: expected integers separated by "
-                    "commas"
-                ) from None
-        group = tree.setdefault(prefix[:-1], {}) if prefix else tree
-        group[field.name] = value
-    return tree
+    config = group(**flag_fields.parsed(group(), values, f"{name}.")[name])
+    flag_fields.check_bounds(config, f"{name}.")
+    return config
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-    """The inverse of `dataclasses.asdict`; missing fields take their defaults."""
-    made = dict(tree)
-    for field in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(field.default_factory) and field.name in made:
-            made[field.name] = field.default_factory(**made[field.name])
-    return Config(**made)
+    """Returns the configuration of `dataclasses.asdict`; missing fields take their defaults.
+
+    Raises:
+      InputError: If a field is unknown or of another type, or a value is out of bounds.
+    """
+    known = {name for name, _, _ in flag_fields.leaves(Config())}
+    unknown = sorted(flag_fields.names(tree) - known)
+    if unknown:
+        raise InputError(f"unknown settings {', '.join(unknown)}")
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        # "Expected `str`, got `array` - at `$.mesh`" -> "--mesh: expected str, got array".
+        problem, _, path = str(error).replace("`", "").partition(" - at $.")
+        problem = f"--{path}: {problem[0].lower()}{problem[1:]}" if path else problem
+        raise InputError(problem) from None
 
 
 def load(path: str) -> Config:
-    """Reads a configuration that `to_json` wrote.
+    """Reads a configuration that `to_json` wrote, in this version or version 0.1.
 
     Raises:
-      InputError: If there is no such file or it is not a configuration of this version.
+      InputError: If there is no such file, or it is not a configuration.
     """
     if not epath.Path(path).exists():
-        raise InputError(f"{path}: not found; expected a run directory that train wrote")
+        raise InputError(f"{path}: not found; expected a run directory written by train")
     try:
-        return from_dict(json.loads(epath.Path(path).read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise InputError(f"{path}: not a configuration of this version: {error}") from None
+        tree = json.loads(epath.Path(path).read_bytes())  # Not by msgspec, which refuses Infinity.
+        return from_dict(_with_new_names(msgspec.convert(tree, dict[str, Any])))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a valid configuration: {error}") from None
+
+
+def _with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns a nested dict in which settings of version 0.1 have their new names."""
+    tree = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    for old, new in RENAMED.items():
+        (group, name), (new_group, new_name) = old.split("."), new.split(".")
+        source, target = tree.get(group), tree.setdefault(new_group, {})
+        groups = isinstance(source, dict) and isinstance(target, dict)
+        if groups and name in source and new_name not in target:  # Both: `from_dict` refuses old.
+            target[new_name] = source.pop(name)
+    return tree
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """The flags in which two configurations differ, as `--flag=old (was), new`."""
+    """Returns the flags in which two configurations differ, with both values."""
+    pairs = zip(flag_fields.leaves(old), flag_fields.leaves(new), strict=True)
     return [
-        f"--{prefix}{field.name}: {was} there, {now} here"
-        for (prefix, field, was), (_, _, now) in zip(_leaves(old), _leaves(new), strict=True)
-        if was != now
+        f"--{name}: was {old_value}, now {new_value}"
+        for (name, _, old_value), (_, _, new_value) in pairs
+        if old_value != new_value
     ]

@@ -1,4 +1,4 @@
-"""The door that judges a run: encode, search, measure, and write it all down."""
+"""Evaluates a run on a split: searches labels, prints metrics, writes JSON and an HTML report."""
 
 import importlib.metadata
 import os
@@ -12,10 +12,10 @@ import jax
 from absl import flags
 from etils import epath
 
+from vixml_jax import command_line, evaluator
 from vixml_jax import config as config_lib
-from vixml_jax import errors, evaluator
 from vixml_jax import workdir as workdir_lib
-from vixml_jax.augmentation import neighbors
+from vixml_jax.augmentation import neighbours
 from vixml_jax.augmentation.mixing import Mixing
 from vixml_jax.config import Config, SearchConfig
 from vixml_jax.data.store import PreparedDataset
@@ -25,16 +25,29 @@ from vixml_jax.evaluation import per_query as per_query_lib
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import distributed
 from vixml_jax.parallel.distributed import Group
-from vixml_jax.report import page as page_lib
-from vixml_jax.report import render, tables
-from vixml_jax.runtime import compilation_cache, host_memory
+from vixml_jax.report import tables
+from vixml_jax.runtime import compilation_cache, console, host_memory
 from vixml_jax.serving import label_updates
 from vixml_jax.storage import atomic, object_store
 from vixml_jax.structs import LabelState
 
+COMMON_FLAGS = (
+    "workdir",
+    "split",
+    "report",
+    "report_images",
+    "search",
+    "search.recall",
+    "tune",
+    "knn.weight",
+    "drop_images",
+    "data",
+    "mesh",
+)
+
 
 def write_results(workdir: str, name: str, results: dict[str, Any]) -> str:
-    """Writes the contract's json, metrics at its top level; returns its path."""
+    """Writes evaluation/NAME.json of a run, metrics at its top level; returns the path."""
     path = os.path.join(workdir, "evaluation", f"{name}.json")
     flat = {**results["metrics"], **{k: v for k, v in results.items() if k != "metrics"}}
     tables.write_json(path, flat)
@@ -50,150 +63,152 @@ def show(
     *,
     split: str,
     search: str,
-    searched: SearchConfig = config_lib.SEARCH,
+    search_config: SearchConfig = config_lib.SEARCH,
     mixing: Mixing | None = None,
     tune: Sequence[str] = (),
-    hide_images: bool = False,
-    keep: evaluator.Keep | None = None,
+    drop_images: bool = False,
+    save: evaluator.SaveVectors | None = None,
     with_report: bool = False,
-    pictures: str = "",
+    images: str = "",
     group: Group = distributed.ALONE,
 ) -> dict[str, Any]:
-    """Evaluates, writes the json and what each query adds, prints the table and where it lies.
+    """Evaluates a model, writes the results and prints a table of the metrics.
+
+    Written to evaluation/ of the run directory: a JSON file, one npz file of metrics per query for
+    each row of the table, and the report if asked for. With several processes, the first one writes
+    and prints.
 
     Args:
-      config, model, params, labels, dataset, split, search, searched, mixing, tune, keep, group: As
-        of `search_model`.
-      hide_images: Whether queries are judged by their texts alone.
-      with_report: Whether to write the page, too; by one process alone.
-      pictures: A table that names the pictures of the queries, for the page; empty: none.
+      config: Configuration of the run.
+      model, params, labels, dataset, split, search, search_config, mixing, tune, save, group: As in
+        `evaluator.search_model`.
+      drop_images: Whether to evaluate queries by their texts only.
+      with_report: Whether to write the HTML report too; only with a single process.
+      images: Table with the image files of the queries, for the report; empty: none.
 
     Returns:
-      What is written.
+      The results as written; in all processes but the first, those of `evaluator.search_model`.
     """
-    if hide_images:
+    if drop_images:
         dataset = evaluator.without_images(dataset, split)
     k = min(config.eval.k, dataset.num_labels)
-    found = evaluator.search_model(
+    evaluation = evaluator.search_model(
         model,
         params,
         labels,
         dataset,
         split=split,
         search=search,
-        searched=searched,
+        search_config=search_config,
         k=k,
         block=config.eval.block,
         mixing=mixing,
         tune=tune,
         index_dir=os.path.join(config.workdir, "evaluation", "scann"),
-        keep=keep,
+        save=save,
         group=group,
     )
-    if group.index:  # The first process tells.
-        return found.results
-    results = found.results
-    votes = {}
-    if config.eval.vote and split != "train" and not hide_images:
-        votes = evaluator.baselines(dataset, k, split)
-        results["vote"] = {row: evaluator.measure(r, dataset, split) for row, r in votes.items()}
-    shown = model.layout.num_images and not hide_images
-    name = "this run" + (", text and pictures" if shown else ", text")
-    saved = f"{split}-{search}" + ("-without_images" if hide_images else "")
-    rows = {**results.get("vote", {}), name: results["metrics"]}
-    if "with_memory" in results:
-        rows[name + evaluator.MEMORY] = results["with_memory"]
-    # By the name of the row: the key in the json, and in the name of the file.
-    keys = {row: row.replace(", ", "_") for row in votes}
-    keys |= {name: "run", name + evaluator.MEMORY: "memory"}
-    searches = votes | {name + added: result for added, result in found.searches.items()}
+    results = evaluation.results
+    if group.index:
+        return results
+    baselines = {}
+    if config.eval.knn_baseline and split != "train" and not drop_images:
+        baselines = evaluator.baselines(dataset, k, split)
+        results["knn_baseline"] = {
+            row: evaluator.measure(result, dataset, split) for row, result in baselines.items()
+        }
+    uses_images = model.layout.num_images and not drop_images
+    name = "this run" + (", text and images" if uses_images else ", text")
+    saved = f"{split}-{search}" + ("-without_images" if drop_images else "")
+    rows = {**results.get("knn_baseline", {}), name: results["metrics"]}
+    if "with_neighbours" in results:
+        rows[name + evaluator.NEIGHBOURS] = results["with_neighbours"]
+    # Row name -> key in the JSON file and in file names.
+    keys = {row: row.replace("kNN baseline, ", "knn_") for row in baselines}
+    keys |= {name: "run", name + evaluator.NEIGHBOURS: "neighbours"}
+    searches = baselines | {name + suffix: result for suffix, result in evaluation.searches.items()}
     about = per_query_lib.About(dataset.name, dataset.content_hash, split, search)
-    judged = {row: evaluator.judge(result, dataset, split) for row, result in searches.items()}
-    intervals = {row: bootstrap.intervals(all_of.queries) for row, all_of in judged.items()}
-    results["intervals"] = {keys[row]: between for row, between in intervals.items()}
-    results["groups"] = {keys[row]: all_of.groups for row, all_of in judged.items()}
-    for row, judgement in judged.items():
+    sliced = {
+        row: evaluator.slice_metrics(result, dataset, split) for row, result in searches.items()
+    }
+    intervals = {row: bootstrap.intervals(metrics.queries) for row, metrics in sliced.items()}
+    results["intervals"] = {keys[row]: bounds for row, bounds in intervals.items()}
+    results["groups"] = {keys[row]: metrics.groups for row, metrics in sliced.items()}
+    directory = os.path.join(config.workdir, "evaluation")
+    for row, metrics in sliced.items():
         file = saved + ("" if row == name else f"-{keys[row]}") + per_query_lib.SUFFIX
-        place = os.path.join(config.workdir, "evaluation", file)
-        per_query_lib.save(place, judgement.queries, about)
+        per_query_lib.save(os.path.join(directory, file), metrics.queries, about)
     path = write_results(config.workdir, saved, results)
     print(tables.format_table(rows))
-    print(
-        f"{dataset.name}, {split}: {results['counts']['queries']} queries, "
-        f"{results['counts']['labels']} labels, {search} search; written to {path}"
+    console.status(
+        f"{dataset.name}, {split}: {results['counts']['queries']:,} queries, "
+        f"{results['counts']['labels']:,} labels, {search} search; written to {path}"
     )
     if with_report:
-        place = os.path.join(config.workdir, "evaluation", f"{saved}.report.html")
+        from vixml_jax.report import page as page_lib
+        from vixml_jax.report import render
+
         page = page_lib.assemble(
             config.workdir,
             dataset,
             split,
             results=results,
-            kept=found.searches[""],
-            label_vectors=found.label_vectors.values,
+            result=evaluation.searches[""],
+            label_vectors=evaluation.label_vectors.values,
             frequency=evaluator.label_frequency(dataset),
-            judged={row: judged[row] for row in searches if row not in votes},
+            sliced={row: metrics for row, metrics in sliced.items() if row not in baselines},
             intervals=intervals,
             rows=rows,
             command=shlex.join(sys.orig_argv),
             versions=versions(),
             settings=config.to_json(),
-            pictures=pictures,
+            images=images,
         )
-        atomic.write_bytes(place, render.render(page).encode("utf-8"))
-        print(f"report written to {place}")
+        path = os.path.join(directory, f"{saved}.report.html")
+        atomic.write_bytes(path, render.render(page).encode("utf-8"))
+        console.status(f"report written to {path}")
     return results
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of the packages that decide what comes out, and the kind of device."""
-    found = {"python": platform.python_version()}
+    """Returns versions of Python and of the libraries that affect results, and the devices."""
+    versions = {"python": platform.python_version()}
     for name in ("vixml_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "scann"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
+            versions[name] = "not installed as a package"
     devices = jax.devices()
-    return found | {"device": f"{len(devices)} x {devices[0].device_kind} ({platform.machine()})"}
+    device = f"{len(devices)} x {devices[0].device_kind} ({platform.machine()})"
+    return versions | {"device": device}
 
 
 def main(argv: Sequence[str]) -> None:
+    """Evaluates the run that the flags name."""
     del argv
     values = flags.FLAGS
     if not values.workdir:
-        raise InputError("--workdir: missing; expected a run directory that train wrote")
+        raise InputError("--workdir: missing; expected a run directory written by train")
     host_memory.keep_freed_pages()
     distributed.start(values.coordinator, values.num_processes, values.process_index)
     group = distributed.world()
-    if values.search == "scann" and not object_store.is_local(values.workdir):
-        raise InputError(
-            f"--search=scann: an index is kept beside the run, and ScaNN writes no "
-            f"{values.workdir}: copy the run to this machine first"
-        )
-    if values.search == "scann" and group.count > 1:
-        raise InputError(
-            "--search=scann: an index is built and searched by one process; leave out --coordinator"
-        )
-    if values.report and group.count > 1:
-        raise InputError("--report: is made by one process; leave out --coordinator")
-    if values.report_pictures and not (values.report and os.path.isfile(values.report_pictures)):
-        what = "no such file" if values.report else "is for the report; say --report, too"
-        raise InputError(f"--report_pictures={values.report_pictures}: {what}")
-    compilation_cache.keep_in(values.compile_cache)
+    _check_flags(values, group)
+    compilation_cache.enable(values.compile_cache)
     object_store.check(values.workdir, "workdir")
     config = workdir_lib.read_config(values.workdir, data=values.data, mesh=values.mesh)
     dataset = workdir_lib.open_dataset(config, values.data_cache)
-    _check_tuning(values.tune_memory, dataset, config)
+    _check_tuning(values.tune, dataset, config)
     mesh = workdir_lib.make_mesh(config)
     tower, layout = workdir_lib.read_tower(config.workdir)
     model = workdir_lib.build_model(config, tower, layout, dataset.num_labels, mesh)
     params, labels, step = workdir_lib.restore_model(config.workdir, model)
-    chosen = (epath.Path(config.workdir) / workdir_lib.BEST / str(step)).is_dir()
-    why = f", the best in {config.loop.choose_by} on valid" if chosen else ""
-    print(f"{config.workdir}: checkpoint of step {step}{why}")
+    is_best = (epath.Path(config.workdir) / workdir_lib.BEST / str(step)).is_dir()
+    selected = f", the best in {config.loop.monitor} on valid" if is_best else ""
+    console.status(f"{config.workdir}: checkpoint of step {step}{selected}")
     if object_store.is_local(config.workdir) and label_updates.steps(config.workdir):
         print(
-            "judged with the labels of its data: not those that predict added, and all it removed"
+            "note: labels that predict added or removed are ignored; the run is evaluated on the "
+            "labels of the prepared data"
         )
     results = show(
         config,
@@ -203,62 +218,95 @@ def main(argv: Sequence[str]) -> None:
         dataset,
         split=values.split,
         search=values.search,
-        searched=config_lib.group_from_flags("search", SearchConfig, values),
-        mixing=neighbors.as_told(config.eval, values, config.workdir, step),
-        tune=values.tune_memory,
-        hide_images=values.hide_images,
+        search_config=config_lib.group_from_flags("search", SearchConfig, values),
+        mixing=neighbours.from_flags(config.knn, values, config.workdir, step),
+        tune=values.tune,
+        drop_images=values.drop_images,
         with_report=values.report,
-        pictures=values.report_pictures,
+        images=values.report_images,
         group=group,
     )
-    if values.tune_memory and not group.index:
+    if values.tune and not group.index:
         tried = results["tuning"]
-        print(f"memory tuned on valid by {', '.join(values.tune_memory)}, of {len(tried)} tried:")
+        print(
+            f"training neighbours tuned on the validation split by {', '.join(values.tune)}; best "
+            f"of {len(tried)} settings:"
+        )
         for row in tried[:3]:
-            print(f"  {row['value']:.2f}  {neighbors.describe(neighbors.mixing(row))}")
-        path = neighbors.keep_tuned(config.workdir, step, values.tune_memory, tried)
-        print(f"kept in {path}, which evaluate and predict follow from now on")
+            print(f"  {row['value']:.2f}  {neighbours.describe(neighbours.mixing(row))}")
+        path = neighbours.save_tuned(config.workdir, step, values.tune, tried)
+        console.status(f"written to {path}; evaluate and predict use the best from now on")
+
+
+def _check_flags(values: flags.FlagValues, group: Group) -> None:
+    """Raises an InputError for flags that cannot be combined."""
+    if values.search == "scann" and not object_store.is_local(values.workdir):
+        raise InputError(
+            f"--search=scann: ScaNN writes its index to the run directory, and cannot write to "
+            f"{values.workdir}; copy the run to this machine first"
+        )
+    if group.count > 1 and (values.search == "scann" or values.report):
+        flag = "report" if values.report else "search=scann"
+        raise InputError(f"--{flag}: works with one process only; leave out --coordinator")
+    if values.report_images and not values.report:
+        raise InputError(f"--report_images={values.report_images}: add --report")
+    if values.report_images and not os.path.isfile(values.report_images):
+        raise InputError(f"--report_images={values.report_images}: no such file")
 
 
 def _check_tuning(names: Sequence[str], dataset: PreparedDataset, config: Config) -> None:
-    """Refuses a `--tune_memory` that the data do not allow, before anything is done."""
+    """Raises an InputError if `--tune` names unknown metrics or there is no validation split."""
     if not names:
         return
     dataset.split("valid")
     known = evaluator.metric_names(min(config.eval.k, dataset.num_labels))
     for name in names:
         if name not in known:
-            raise InputError(f"--tune_memory={name}: expected some of {', '.join(known)}")
+            raise InputError(f"--tune={name}: expected metrics among {', '.join(known)}")
 
 
 def define_flags() -> None:
-    """The flags of this door; all else comes from the run directory."""
-    flags.DEFINE_string("workdir", "", "Run directory that train wrote.")
-    flags.DEFINE_string("data", "", "Prepared data, if it has moved since training.")
+    """Defines the flags of this command; the rest of the configuration is that of the run."""
+    flags.DEFINE_string("workdir", "", "Run directory written by train.")
+    flags.DEFINE_string("data", "", "Prepared data, if moved since training.")
     flags.DEFINE_string(
-        "mesh", "", "Mesh to judge on, if not as trained: fsdp:-1 fits any devices."
+        "mesh",
+        "",
+        "Device mesh; empty: as in training. fsdp:-1 fits any number of devices.",
     )
-    flags.DEFINE_enum("split", "test", ["test", "valid", "train"], "Which queries to judge on.")
-    neighbors.define_flags()
+    flags.DEFINE_enum("split", "test", ["test", "valid", "train"], "Split to evaluate.")
+    neighbours.define_flags()
     flags.DEFINE_list(
-        "tune_memory",
+        "tune",
         [],
-        "Metrics, P@1,PSP@5 say, whose mean on the validation split first chooses how the labels "
-        "of near training queries count; kept with the run.",
+        "Tune --knn.* by these metrics on the validation split. For example --tune=P@1,PSP@5 takes "
+        "the mean of both. The best settings are saved in the run directory and used by later "
+        "calls of evaluate and predict.",
     )
     flags.DEFINE_boolean(
-        "hide_images", False, "Judge queries by their texts alone: what their pictures bring."
+        "drop_images",
+        False,
+        "Evaluate queries by their texts only. Compared with the usual evaluation, this shows what "
+        "their images contribute.",
     )
-    flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How labels are searched.")
+    flags.DEFINE_enum(
+        "search",
+        "exact",
+        ["exact", "scann"],
+        "Exact search, or ScaNN (approximate). ScaNN is tuned to reach --search.recall.",
+    )
     config_lib.define_group("search", SearchConfig)
     flags.DEFINE_boolean(
-        "report", False, "Write evaluation/SPLIT-SEARCH.report.html, a page to look at, as well."
+        "report",
+        False,
+        "Also write an HTML report. It is evaluation/SPLIT-SEARCH.report.html of the run "
+        "directory.",
     )
     flags.DEFINE_string(
-        "report_pictures",
+        "report_images",
         "",
-        "Table that names the pictures of the queries by their ids, shop.csv say: the report shows "
-        "those of its best and worst queries.",
+        "Table with the queries' image files, for the report. For example the CSV or JSONL file "
+        "that the data were prepared from: the report shows images of the best and worst queries.",
     )
     compilation_cache.define_flag()
     object_store.define_flag()
@@ -266,5 +314,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.launch(main)
+    command_line.launch(main, define_flags, common=COMMON_FLAGS)

@@ -1,4 +1,4 @@
-"""A model judged on a split: its labels and queries encoded, searched, measured."""
+"""Evaluation of a model on a split: encode labels and queries, search, compute metrics."""
 
 import dataclasses
 import os
@@ -13,14 +13,14 @@ from scipy import sparse
 
 from vixml_jax import config as config_lib
 from vixml_jax.augmentation import mixing as mixing_lib
-from vixml_jax.augmentation import neighbors
+from vixml_jax.augmentation import neighbours
 from vixml_jax.augmentation.mixing import Mixing
 from vixml_jax.config import SearchConfig
 from vixml_jax.data import propensity
 from vixml_jax.data.store import Items, PreparedDataset
 from vixml_jax.evaluation import knn_baseline, sliced_metrics, slices
 from vixml_jax.evaluation import metrics as metrics_lib
-from vixml_jax.evaluation.sliced_metrics import Judgement
+from vixml_jax.evaluation.sliced_metrics import SlicedMetrics
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import distributed
 from vixml_jax.parallel.distributed import Group
@@ -28,35 +28,36 @@ from vixml_jax.search import index as index_lib
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.factory import open_index
 from vixml_jax.search.index import Index
-from vixml_jax.structs import LabelState, SearchResult, Share
+from vixml_jax.structs import LabelState, SearchResult, Shard
 
-TUNED_ON = 5000  # Validation queries at most.
-# Vectors of the labels, and of the training queries or None.
-Keep = Callable[[Float[np.ndarray, "n e"], Float[np.ndarray, "t e"] | None], None]
-MEMORY = ", memory"  # Added to the name of what was found with memory.
+MAX_TUNING_QUERIES = 5000  # Validation queries used to tune training neighbours.
+# Called with the vectors of the labels, and those of the training queries or None.
+SaveVectors = Callable[[Float[np.ndarray, "n e"], Float[np.ndarray, "t e"] | None], None]
+NEIGHBOURS = ", with neighbours"  # Appended to the row name of results with training neighbours.
 
 
-class Found(NamedTuple):
-    """An evaluation: what is written of it, and what a report is made from.
+class Evaluation(NamedTuple):
+    """The results of an evaluation, and what a report needs in addition.
 
     Attributes:
-      results: Values of json.
-      searches: What was found, without filter pairs, by what is added to the name of the run.
+      results: Contents of the JSON file.
+      searches: Search results without filter pairs, by the suffix of their row name: "", and
+        NEIGHBOURS if training neighbours are used.
       label_vectors: Unit vectors of the labels.
     """
 
     results: dict[str, Any]
     searches: dict[str, SearchResult]
-    label_vectors: Share
+    label_vectors: Shard
 
 
 def label_frequency(dataset: PreparedDataset) -> Int[np.ndarray, " l"]:
-    """Training queries of each label."""
+    """Returns the number of training queries of each label."""
     return np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
 
 
 def inverse_propensity(dataset: PreparedDataset) -> Float[np.ndarray, " l"]:
-    """Weights of the labels by their training frequency."""
+    """Returns the inverse propensity of each label, from its training frequency."""
     return propensity.inverse_propensity(
         label_frequency(dataset), len(dataset.train), dataset.propensity_a, dataset.propensity_b
     )
@@ -68,13 +69,13 @@ def measure(
     split: str,
     rows: Int[np.ndarray, " r"] | None = None,
 ) -> dict[str, float]:
-    """The metrics of search results without filter pairs.
+    """Returns the metrics of search results, in percent.
 
     Args:
-      result: Of the queries of a split.
-      dataset: Which has it.
+      result: Labels found for the queries, filter pairs removed.
+      dataset: Prepared data.
       split: 'test', 'valid' or 'train'.
-      rows: Which of its queries these are; None: all.
+      rows: Queries of the split that the result is for; None: all.
     """
     relevance = dataset.split(split)[1]
     return metrics_lib.compute_metrics(
@@ -85,12 +86,18 @@ def measure(
     )
 
 
-def judge(result: SearchResult, dataset: PreparedDataset, split: str) -> Judgement:
-    """All there is to say of search results without filter pairs: by query, label and groups."""
+def slice_metrics(result: SearchResult, dataset: PreparedDataset, split: str) -> SlicedMetrics:
+    """Returns metrics of search results per query and per group.
+
+    Args:
+      result: Labels found for all queries of the split, filter pairs removed.
+      dataset: Prepared data.
+      split: 'test', 'valid' or 'train'.
+    """
     queries, relevance, _ = dataset.split(split)
     frequency = label_frequency(dataset)
     occurrences = np.bincount(relevance.indices, minlength=dataset.num_labels)
-    return sliced_metrics.judge(
+    return sliced_metrics.compute(
         result.ids,
         relevance,
         inverse_propensity(dataset),
@@ -99,8 +106,8 @@ def judge(result: SearchResult, dataset: PreparedDataset, split: str) -> Judgeme
             "frequency decile": slices.by_decile(frequency, occurrences),
         },
         query_groups={
-            "pictures": slices.by_pictures(queries),
-            "text length": slices.by_length(np.asarray(queries.whole)),
+            "images": slices.by_images(queries),
+            "text length": slices.by_length(np.asarray(queries.full_lengths)),
         },
         recall_ks=_recall_ks(result.ids.shape[1]),
     )
@@ -111,13 +118,13 @@ def _recall_ks(k: int) -> tuple[int, ...]:
 
 
 def metric_names(k: int) -> list[str]:
-    """What `measure` measures, where k labels are kept of each query."""
-    nothing = np.full((1, k), -1), sparse.csr_matrix((1, 1)), np.ones(1)
-    return list(metrics_lib.compute_metrics(*nothing, recall_ks=_recall_ks(k)))
+    """Returns the names of the metrics that `measure` computes for k labels per query."""
+    empty = np.full((1, k), -1), sparse.csr_matrix((1, 1)), np.ones(1)
+    return list(metrics_lib.compute_metrics(*empty, recall_ks=_recall_ks(k)))
 
 
 def evaluate_model(*args: Any, **settings: Any) -> dict[str, Any]:
-    """What is written of `search_model`, with the same arguments."""
+    """Returns the results of `search_model`, which has the same arguments."""
     return search_model(*args, **settings).results
 
 
@@ -129,34 +136,38 @@ def search_model(
     *,
     split: str = "test",
     search: str = "exact",
-    searched: SearchConfig = config_lib.SEARCH,
+    search_config: SearchConfig = config_lib.SEARCH,
     k: int,
     block: int,
     mixing: Mixing | None = None,
     tune: Sequence[str] = (),
     index_dir: str | None = None,
-    keep: Keep | None = None,
+    save: SaveVectors | None = None,
     titles: bool = True,
     group: Group = distributed.ALONE,
-) -> Found:
-    """Metrics of a model on a split, with counts and seconds of each phase.
+) -> Evaluation:
+    """Evaluates a model on a split.
 
     Args:
-      model, params, labels: What to judge.
+      model, params, labels: The model.
       dataset: Prepared data of the run.
       split: 'test', 'valid' or 'train'.
       search: 'exact' or 'scann'.
-      searched: How, in detail.
-      k: Labels kept of each query after filtering.
+      search_config: Settings of the search.
+      k: Labels per query after filtering.
       block: Items encoded at a time.
-      mixing: How the labels of near training queries shall count; the metrics with them stand under
-        `with_memory`. None: they do not.
-      tune: Metrics whose mean on the validation split chooses another mixing first; none: it stays.
-      index_dir: Where ScaNN indexes are kept; needed for 'scann'.
-      keep: Is given the vectors of the labels and, with memory, of the training queries; None:
-        nobody wants them.
+      mixing: Settings of training neighbours; the metrics with them are under `with_neighbours` of
+        the results. None: no training neighbours, unless `tune` is given.
+      tune: Metrics whose mean on the validation split selects the settings of training neighbours,
+        which then replace `mixing`; empty: no tuning.
+      index_dir: Directory of ScaNN indexes; needed for 'scann'.
+      save: Called with the vectors of the labels and, with training neighbours, of the training
+        queries.
       titles: Whether to show progress.
       group: The processes of the model's mesh.
+
+    Returns:
+      Metrics, counts and seconds per phase as `results`, and the search results.
     """
     queries, _, pairs = dataset.split(split)
     seconds, clock = {}, time.perf_counter()
@@ -171,8 +182,8 @@ def search_model(
     lap("encode_labels")
 
     def encode(items: Items, title: str) -> Float[np.ndarray, "n e"]:
-        share = model.encode_queries(params, items, block=block, title=title if titles else "")
-        return distributed.whole(share, len(items), group)
+        shard = model.encode_queries(params, items, block=block, title=title if titles else "")
+        return distributed.gather_rows(shard, len(items), group)
 
     query_vectors = encode(queries, f"{split} queries")
     lap("encode_queries")
@@ -184,7 +195,7 @@ def search_model(
         k=k,
         mesh=model.mesh,
         num_labels=dataset.num_labels,
-        **dataclasses.asdict(searched),
+        **dataclasses.asdict(search_config),
     )
     lap("index")
     result = index_lib.search_filtered(index, query_vectors, pairs, k)
@@ -192,44 +203,44 @@ def search_model(
     settings = {"kind": search, **index.settings, "k": k}
     settings[f"recall@{k}"] = _recall(index, label_vectors, query_vectors, k, model, dataset)
     lap("recall")
-    results = measure(result, dataset, split)
+    metrics = measure(result, dataset, split)
     lap("metrics")
-    remembered, searches = {}, {"": result}
-    if keep is not None and mixing is None:
-        keep(label_vectors.values, None)
+    with_neighbours, searches = {}, {"": result}
+    if save is not None and mixing is None:
+        save(label_vectors.values, None)
     if mixing is not None or tune:
         vectors = query_vectors if split == "train" else encode(dataset.train, "training queries")
-        lap("encode_memory")
-        if keep is not None:
-            keep(label_vectors.values, vectors)
-        memory = open_index(
+        lap("encode_training_queries")
+        if save is not None:
+            save(label_vectors.values, vectors)
+        train_index = open_index(
             vectors,
             kind=search,
-            directory=os.path.join(index_dir, "memory") if index_dir else "",
+            directory=os.path.join(index_dir, "training_queries") if index_dir else "",
             queries=query_vectors,
             k=min(k, len(vectors)) if mixing is None else min(mixing.k, len(vectors)),
             mesh=model.mesh,
-            **dataclasses.asdict(searched),
+            **dataclasses.asdict(search_config),
         )
-        lap("index_memory")
+        lap("index_training_queries")
         if tune:
             vectors = encode(dataset.valid, "valid queries")
-            mixing, remembered["tuning"] = tune_mixing(
-                index, memory, vectors, dataset, tune, k, titles
+            mixing, with_neighbours["tuning"] = tune_mixing(
+                index, train_index, vectors, dataset, tune, k, titles
             )
             lap("tuning")
         itself = np.arange(len(query_vectors)) if split == "train" else None
-        near = neighbors.nearest(memory, query_vectors, max(mixing.k, k), itself)
-        mixed = mixing_lib.mix_in_memory(
-            result, near, dataset.train_relevance, mixing, k, pairs if len(pairs) else None
+        nearest = neighbours.nearest(train_index, query_vectors, max(mixing.k, k), itself)
+        mixed = mixing_lib.mix_neighbours(
+            result, nearest, dataset.train_relevance, mixing, k, pairs if len(pairs) else None
         )
-        remembered["with_memory"] = measure(mixed, dataset, split)
-        remembered["mixing"] = mixing._asdict()
+        with_neighbours["with_neighbours"] = measure(mixed, dataset, split)
+        with_neighbours["mixing"] = mixing._asdict()
         lap("mixing")
-        searches[MEMORY] = mixed
+        searches[NEIGHBOURS] = mixed
     results = {
-        "metrics": results,
-        **remembered,
+        "metrics": metrics,
+        **with_neighbours,
         "counts": {
             "queries": len(queries),
             "labels": dataset.num_labels,
@@ -239,46 +250,48 @@ def search_model(
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     }
-    return Found(results, searches, label_vectors)
+    return Evaluation(results, searches, label_vectors)
 
 
 def tune_mixing(
     index: Index,
-    memory: Index,
+    train_index: Index,
     vectors: Float[np.ndarray, "v e"],
     dataset: PreparedDataset,
     names: Sequence[str],
     k: int,
     titles: bool = True,
 ) -> tuple[Mixing, list[dict[str, Any]]]:
-    """The mixing with the best mean of some metrics on the validation split.
+    """Selects the settings of training neighbours by metrics on the validation split.
 
     Args:
-      index, memory: Of the labels and of the training queries.
-      vectors: Of all validation queries; at most TUNED_ON of them, drawn at random, are used.
-      dataset: With a validation split.
-      names: Metrics that `measure` measures.
-      k: Labels kept of each query.
+      index: Index of the labels.
+      train_index: Index of the training queries.
+      vectors: Vectors of all validation queries. At most MAX_TUNING_QUERIES of them, drawn at
+        random, are used.
+      dataset: Prepared data with a validation split.
+      names: Names of metrics that `measure` returns; settings are compared by their mean.
+      k: Labels per query.
       titles: Whether to show progress.
 
     Returns:
-      The mixing, and all that were tried with their values, best first.
+      The best settings, and all settings that were tried with their values, best first.
     """
-    rows = np.sort(np.random.default_rng(0).permutation(len(vectors))[:TUNED_ON])
+    rows = np.sort(np.random.default_rng(0).permutation(len(vectors))[:MAX_TUNING_QUERIES])
     pairs = index_lib.pairs_of(dataset.split("valid")[2], rows)
     most = min(max(mixing_lib.KS), len(dataset.train))
 
-    def judge(result: SearchResult) -> float:
-        found = measure(result, dataset, "valid", rows)
-        return float(np.mean([found[name] for name in names]))
+    def evaluate(result: SearchResult) -> float:
+        metrics = measure(result, dataset, "valid", rows)
+        return float(np.mean([metrics[name] for name in names]))
 
     tried = mixing_lib.tune(
         index_lib.search_filtered(index, vectors[rows], pairs, k),
-        neighbors.nearest(memory, vectors[rows], max(most, k)),
+        neighbours.nearest(train_index, vectors[rows], max(most, k)),
         dataset.train_relevance,
-        judge,
+        evaluate,
         mixing_lib.grid(most),
-        "memory tuned" if titles else "",
+        "tuning" if titles else "",
         pairs if len(pairs) else None,
     )
     return tried[0][0], [{**mixing._asdict(), "value": value} for mixing, value in tried]
@@ -286,13 +299,13 @@ def tune_mixing(
 
 def _recall(
     index: Index,
-    labels: Share,
+    labels: Shard,
     queries: Float[np.ndarray, "q e"],
     k: int,
     model: Model,
     dataset: PreparedDataset,
 ) -> float:
-    """The share of the exact k best labels that an index finds, of a sample of the queries."""
+    """Returns the recall of an index against exact search, on a sample of the queries."""
     if isinstance(index, ExactIndex):
         return 1.0
     sample = queries[np.random.default_rng(1).permutation(len(queries))[:1000]]
@@ -301,15 +314,26 @@ def _recall(
 
 
 def without_images(dataset: PreparedDataset, split: str) -> PreparedDataset:
-    """The data with the pictures of one split's queries hidden."""
-    bare = dataclasses.replace(getattr(dataset, split), images=None)
-    return dataclasses.replace(dataset, **{split: bare})
+    """Returns the data set without the images of one split's queries."""
+    queries = dataclasses.replace(getattr(dataset, split), images=None)
+    return dataclasses.replace(dataset, **{split: queries})
 
 
 def baselines(dataset: PreparedDataset, k: int, split: str = "test") -> dict[str, SearchResult]:
-    """The nearest-neighbour votes that the data allow: text, pictures, both."""
+    """Returns results of the kNN baseline by text and, if the data have images, by image and both.
+
+    Args:
+      dataset: Prepared data.
+      k: Labels per query after filtering.
+      split: 'test' or 'valid'.
+
+    Returns:
+      Search results without filter pairs, by row name: 'kNN baseline, text' and so on.
+    """
     pairs = dataset.split(split)[2]
     fetched = min(k + index_lib.over_fetch(pairs), dataset.num_labels)
-    kinds = ["text"] + (["picture", "both"] if dataset.image_width else [])
-    found = {kind: knn_baseline.vote(dataset, split=split, by=kind, k=fetched) for kind in kinds}
-    return {f"vote, {kind}": index_lib.drop_filtered(found[kind], pairs, k) for kind in kinds}
+    results = {}
+    for kind in ("text", "image", "both") if dataset.image_width else ("text",):
+        result = knn_baseline.predict(dataset, split=split, by=kind, k=fetched)
+        results[f"kNN baseline, {kind}"] = index_lib.drop_filtered(result, pairs, k)
+    return results

@@ -1,4 +1,7 @@
-"""The door out: a run's tower and labels in formats that other programs read."""
+"""Exports a run's tower and label vectors to formats that other programs read.
+
+python -m vixml_jax.export --workdir=runs/shop --out=exported
+"""
 
 import itertools
 import json
@@ -8,29 +11,33 @@ from typing import Any
 
 from absl import flags
 
-from vixml_jax import errors, workdir
+from vixml_jax import command_line, errors, workdir
+from vixml_jax.data import store
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.bert import BertConfig
-from vixml_jax.runtime import compilation_cache, host_memory
+from vixml_jax.runtime import compilation_cache, console, host_memory
 from vixml_jax.serving import exporting
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.storage import atomic, object_store
 
-_TRIED_ON = 16  # Texts that a program is tried on.
+COMMON_FLAGS = (
+    "workdir", "out", "like", "tower", "program", "data", "mesh",
+)  # fmt: skip
+_NUM_CHECKED = 16  # Label texts on which the program is checked.
 
 _README = """# {name}
 
 Exported by vixml_jax from a run on {name}.
 
-| file | what it holds |
+| file | content |
 |---|---|
-| labels.npy | unit vectors of {labels} labels, float32, {width} wide |
+| labels.npy | unit vectors of {labels} labels, float32, width {width} |
 | labels.parquet | id, text and vector of the same labels, in the same order |
-| export.json | how texts become vectors, for programs |
+| export.json | how texts are turned into vectors, for programs |
 {more}
-A query's vector is the unit vector of the tower's {pooling}. Its inner product with a label's is
-their score: any index for inner products will do.
+The vector of a query is the tower's {pooling}, scaled to unit length. The score of a label is the
+inner product of both vectors, so any index for maximum inner product search can be used.
 """
 
 _SNIPPETS = {
@@ -69,64 +76,69 @@ or `sentence_transformers.SentenceTransformer("tower").encode(["a query"])`.
 def write(
     directory: str, predictor: Predictor, *, like: str | None, tower: bool, program: bool
 ) -> list[str]:
-    """Fills a directory; returns the names of what is in it.
+    """Writes an export into an empty directory; returns the names of its files.
 
     Args:
       directory: Empty.
       predictor: Of the run.
-      like: The Hugging Face directory or name that the tower was loaded from; None: none.
-      tower, program: Whether to write these.
+      like: Hugging Face directory or name that the tower was loaded from; None: trained from
+        scratch.
+      tower: Whether to write the tower as a Hugging Face directory.
+      program: Whether to write the tower as StableHLO.
 
     Raises:
-      InputError: If the tower cannot be written so.
+      InputError: If the tower cannot be written in one of these formats.
     """
-    model, answers = predictor.model, predictor.answers
+    model, artifacts = predictor.model, predictor.artifacts
     config, about = model.tower.config, exporting.describe(predictor, model.tower.config)
     params = exporting.host_tower(model, predictor.params)
-    more, after = [], ""
+    rows, snippet = [], ""
     if tower:
-        place = os.path.join(directory, exporting.TOWER)
-        os.mkdir(place)
+        path = os.path.join(directory, exporting.TOWER)
+        os.mkdir(path)
         exporting.write_tower(
-            place,
+            path,
             model,
             params,
             like=like,
-            tokenizer=os.path.join(answers.path, "tokenizer.json"),
+            tokenizer=os.path.join(artifacts.path, store.TOKENIZER),
             max_tokens=about["max_tokens"],
         )
-        more.append("| tower/ | the tower and its tokenizer, for transformers; texts alone |\n")
-        after = _SNIPPETS["encoder" if isinstance(config, BertConfig) else "decoder"]
+        rows.append("| tower/ | the tower and its tokenizer, for transformers; texts only |\n")
+        snippet = _SNIPPETS["encoder" if isinstance(config, BertConfig) else "decoder"]
     if program:
-        texts = [text or "a" for text in itertools.islice(answers.texts, _TRIED_ON)]
-        place = os.path.join(directory, exporting.PROGRAM)
-        difference = exporting.write_program(place, predictor, params, texts)
-        print(f"{exporting.PROGRAM}: differs from the run by {difference:.1e} at most")
-        more.append(
+        texts = [text or "a" for text in itertools.islice(artifacts.texts, _NUM_CHECKED)]
+        path = os.path.join(directory, exporting.PROGRAM)
+        difference = exporting.write_program(path, predictor, params, texts)
+        console.status(f"{exporting.PROGRAM}: differs from the run by at most {difference:.1e}")
+        rows.append(
             "| tower.stablehlo | token ids and mask [b, t], int32, to unit vectors [b, e]: "
             "`jax.export.deserialize(bytearray(data)).call(ids, mask)` |\n"
         )
-    if about["pictures"]:
-        place = os.path.join(directory, "image_projection.npz")
-        exporting.write_projection(place, params)
-        more.append("| image_projection.npz | picture embeddings to the tower's tokens |\n")
+    if about["images"]:
+        exporting.write_projection(os.path.join(directory, "image_projection.npz"), params)
+        rows.append("| image_projection.npz | image embeddings to inputs of the tower |\n")
     exporting.write_labels(directory, predictor)
-    pooling = "mean state" if about["pooling"] == "mean" else "last state"
-    text = _README.format(name=answers.about["name"], more="".join(more), **about | {
-        "pooling": pooling
-    })  # fmt: skip
-    atomic.write_text(os.path.join(directory, "README.md"), text + after)
+    readme = _README.format(
+        name=artifacts.about.name,
+        labels=about["labels"],
+        width=about["width"],
+        more="".join(rows),
+        pooling="mean state" if about["pooling"] == "mean" else "last state",
+    )
+    atomic.write_text(os.path.join(directory, "README.md"), readme + snippet)
     atomic.write_text(os.path.join(directory, exporting.ABOUT), json.dumps(about, indent=2) + "\n")
     return sorted(os.listdir(directory))
 
 
 def _check_out(path: str) -> None:
-    """Refuses to replace a directory that is something else."""
+    """Checks that `--out` is free, or an earlier export that may be replaced."""
     if not path:
         raise InputError("--out: missing; expected a directory to write")
     if os.path.exists(path) and not os.path.exists(os.path.join(path, exporting.ABOUT)):
         raise InputError(
-            f"--out={path}: is there, and no export of a run; choose another name, or remove it"
+            f"--out={path}: exists and is not an export of a run; choose another directory, or "
+            "remove it"
         )
 
 
@@ -137,10 +149,10 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--workdir: missing; expected a run directory that train wrote")
     _check_out(values.out)
     host_memory.keep_freed_pages()
-    compilation_cache.keep_in(values.compile_cache)
+    compilation_cache.enable(values.compile_cache)
     like: Any = values.like or workdir.read_config(values.workdir).model.pretrained or None
     if like and values.tower:
-        hf_checkpoints.resolve(like, weights=False)  # Found before anything is encoded.
+        hf_checkpoints.resolve(like, weights=False)  # Fails before anything is encoded.
     predictor = Predictor.load(
         values.workdir, data=values.data, data_cache=values.data_cache, mesh=values.mesh, warm=False
     )
@@ -150,19 +162,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def define_flags() -> None:
-    """The flags of this door; all else comes from the run directory."""
+    """Defines the flags of the command; everything else comes from the run directory."""
     text = flags.DEFINE_string
     text("workdir", "", "Run directory that train wrote.")
-    text("out", "", "Directory to write; an earlier export there is replaced.")
-    text("like", "", "Hugging Face directory that the tower began as, if it has moved.")
+    text("out", "", "Directory to write. An earlier export there is replaced.")
+    text("like", "", "Hugging Face directory of the original tower, if moved.")
     flags.DEFINE_boolean("tower", True, "Write the tower as a Hugging Face directory.")
-    flags.DEFINE_boolean("program", True, "Write the query tower as StableHLO.")
-    text("data", "", "Prepared data, if they have moved; read only where labels must be encoded.")
-    text("mesh", "", "Mesh to encode on, if not as trained: fsdp:-1 fits any devices.")
+    flags.DEFINE_boolean("program", True, "Write the tower as a StableHLO program.")
+    text(
+        "data",
+        "",
+        "Prepared data, if they have moved. Read only if the serving artifacts must be written.",
+    )
+    text("mesh", "", "Mesh, if not as in training. 'fsdp:-1' fits any number of devices.")
     compilation_cache.define_flag()
     object_store.define_flag()
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.launch(main)
+    command_line.launch(main, define_flags, common=COMMON_FLAGS)

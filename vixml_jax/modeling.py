@@ -1,10 +1,8 @@
-"""Vectors of whole data sets: items through the tower in packed blocks, labels through the
-combiner, image files through a frozen vision model."""
+"""The model: tower, prototype network and label table, and embeddings of whole data sets."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,34 +12,34 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from vixml_jax.data import packing
-from vixml_jax.data.images import image_files
 from vixml_jax.data.store import Items
 from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.labels.table import LabelTable
-from vixml_jax.models.siglip import VisionTower
-from vixml_jax.models.tower import Shares, Tower
+from vixml_jax.models.tower import ShardLayout, Tower
 from vixml_jax.parallel import sharding
-from vixml_jax.structs import LabelState, PackedItems, Share
+from vixml_jax.runtime import progress
+from vixml_jax.structs import LabelState, PackedItems, Shard
 
 
 def unit(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
-    """Rows of length one; a zero row stays zero (floor 1e-12, as the paper's program)."""
+    """Rows scaled to unit length; a zero row stays zero (floor 1e-12, as in the paper's code)."""
     norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
     return x / norm
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """Tower, combiner and label table together, and how items are packed for them.
+    """Tower, prototype network and label table, and how items are packed for them.
 
     Attributes:
-      tower: Packed items -> one vector an item, not normalised.
-      combiner: Tower vector, free vector, centroid -> unit prototype; None: no prototypes.
-      table: The rows of the labels.
-      mesh: Where all of it runs.
-      row_width: Positions of a packed row.
-      layout: How the sequence of an item is written.
-      encode_chunk: Rows a device that the tower reads at a time in training; 0: all at once.
+      tower: Maps packed items to one vector per item, not normalised.
+      combiner: Maps tower vector, free vector and centroid of a label to its unit prototype; None
+        if labels are represented by their own vectors.
+      table: The label table.
+      mesh: Mesh on which the model runs.
+      row_width: Number of positions of a packed row.
+      layout: Layout of items.
+      microbatch_rows: Rows per device that the tower processes at a time in training; 0 for all.
     """
 
     tower: Tower
@@ -50,10 +48,10 @@ class Model:
     mesh: Mesh
     row_width: int
     layout: packing.Layout
-    encode_chunk: int = 0
+    microbatch_rows: int = 0
 
     def init_params(self, key: Array) -> Any:
-        """Fresh parameters of tower, combiner and free vectors, boxed with their logical axes."""
+        """Initial parameters of tower, combiner and free vectors, boxed with logical axes."""
         tower_key, combiner_key, free_key = jax.random.split(key, 3)
         row = jnp.zeros((1, 8), jnp.int32)
         packed = PackedItems(
@@ -76,30 +74,31 @@ class Model:
     def abstract_params(self) -> Any:
         """Logical shapes, dtypes and axes of all parameters.
 
-        On a mesh they are stored as `sharding.stored_tree` says, where need be with zeros at their
-        ends; here, where they are used, they are cut to these shapes.
+        On a mesh they are stored with the padded shapes of `sharding.stored_tree`. The methods of
+        this class cut them to their logical shapes.
         """
         return jax.eval_shape(lambda: self.init_params(jax.random.key(0)))
 
-    def row_sizes(self, length: float, batch_size: int, shares: int) -> packing.RowSizes:
-        """How many rows a share of a training batch may have.
+    def row_sizes(self, length: float, batch_size: int, num_shards: int) -> packing.RowSizes:
+        """Possible numbers of rows of one shard of a training batch.
 
         Args:
-          length: Positions of a query and a label together, on average.
-          batch_size: Queries, and labels.
-          shares: Of a batch; a multiple of the row shards of the mesh.
+          length: Mean number of positions of a query and a label together.
+          batch_size: Number of queries, and of labels.
+          num_shards: Number of shards of a batch; a multiple of the row shards of the mesh.
         """
-        each = shares // sharding.num_row_shards(self.mesh)  # Shares of a device.
+        shards_per_device = num_shards // sharding.num_row_shards(self.mesh)
         return packing.RowSizes.expected(
             length,
             batch_size=batch_size,
             width=self.row_width,
-            blocks=shares,
-            chunk=self.encode_chunk and self.encode_chunk // math.gcd(self.encode_chunk, each),
+            blocks=num_shards,
+            chunk=self.microbatch_rows
+            and self.microbatch_rows // math.gcd(self.microbatch_rows, shards_per_device),
         )
 
     def mean_length(self, items: Items) -> float:
-        """Positions that an item takes in a packed row, on average."""
+        """Mean number of positions of an item in a packed row."""
         lengths = packing.item_lengths(items, width=self.row_width, layout=self.layout)
         return float(np.mean(lengths))
 
@@ -112,30 +111,30 @@ class Model:
         sides: int = 1,
         dropout: Array | None = None,
     ) -> Float[Array, "b d"]:
-        """Pooled tower vectors, float32, not normalised; with a key, as in training.
+        """Pooled tower vectors, float32, not normalised.
 
         Args:
-          params: Of the model.
-          packed: Packed in blocks, one a device or several.
-          num_items: Over all devices.
-          sides: 2 where they are queries, then as many labels.
-          dropout: A key.
+          params: Parameters of the model.
+          packed: Items packed in blocks, one or several per device.
+          num_items: Number of items over all devices.
+          sides: 2 if the items are queries followed by as many labels, otherwise 1.
+          dropout: Random key of dropout in training; None to disable dropout and microbatches.
         """
         devices = sharding.num_row_shards(self.mesh)
-        shares = Shares(devices, sides)
-        chunks = 0
-        if dropout is not None and self.encode_chunk:
-            chunks = packed.tokens.shape[0] // devices // self.encode_chunk
+        shards = ShardLayout(devices, sides)
+        num_microbatches = 0
+        if dropout is not None and self.microbatch_rows:
+            num_microbatches = packed.tokens.shape[0] // devices // self.microbatch_rows
         tower = sharding.unpad(params["tower"], self.abstract_params["tower"])
-        with sharding.laid_out(self.mesh):
+        with sharding.activation_sharding(self.mesh):
             return self.tower.apply(
                 {"params": tower},
                 packed,
                 num_items,
                 deterministic=dropout is None,
                 rngs=None if dropout is None else {"dropout": dropout},
-                shares=shares,
-                chunks=chunks,
+                shards=shards,
+                num_microbatches=num_microbatches,
             )
 
     def prototypes(
@@ -149,15 +148,17 @@ class Model:
         centroids: Float[Array, "c e"] | None = None,
         dropout: Array | None = None,
     ) -> Float[Array, "c e"]:
-        """What a label is searched by: the combiner's unit output, or its own unit vector.
+        """Unit prototypes of labels: the combiner's output, or without it their tower vectors.
 
         Args:
-          params, labels: Of the model.
-          vectors: The tower's, not normalised.
-          label_ids: Whose they are.
-          free, centroids: Theirs, where the caller has them; None: looked up in `params` and
-            `labels`. With both, `labels` and `label_ids` may be None.
-          dropout: A key, in training.
+          params: Parameters of the model.
+          labels: Label state.
+          vectors: Tower vectors of the labels, not normalised.
+          label_ids: Ids of the labels.
+          free: Free vectors of the labels; None to look them up in `params`.
+          centroids: Centroids of the labels; None to look them up in `labels`. If both `free` and
+            `centroids` are given, `labels` and `label_ids` may be None.
+          dropout: Random key of dropout in training; None to disable it.
         """
         if self.combiner is None:
             return unit(vectors)
@@ -175,9 +176,18 @@ class Model:
             rngs=None if dropout is None else {"dropout": dropout},
         )
 
-    def encode_queries(self, params: Any, items: Items, *, block: int, title: str = "") -> Share:
-        """Unit vectors of items, float32 on the host: those rows that this process would hold of an
-        array of them spread over the mesh (`sharding.row_ids`); alone, all."""
+    def encode_queries(self, params: Any, items: Items, *, block: int, title: str = "") -> Shard:
+        """Unit vectors of the items, float32, on the host.
+
+        Args:
+          params: Parameters of the model.
+          items: Tokens and images of the items.
+          block: Number of items encoded at a time, over all devices.
+          title: Title of the progress display; empty for none.
+
+        Returns:
+          The rows that belong to this process (`sharding.row_ids`); a single process gets all.
+        """
         return self._stream(
             lambda packed, ids: self._encode_block(params, packed, ids.shape[0]),
             items,
@@ -187,8 +197,8 @@ class Model:
 
     def encode_labels(
         self, params: Any, labels: LabelState, items: Items, *, block: int, title: str = ""
-    ) -> Share:
-        """Unit prototypes of labels, as `encode_queries` has them."""
+    ) -> Shard:
+        """Unit prototypes of the labels; arguments and result as for `encode_queries`."""
         return self._stream(
             lambda packed, ids: self._label_block(params, labels, packed, ids, ids.shape[0]),
             items,
@@ -199,7 +209,7 @@ class Model:
     def encode_packed(
         self, params: Any, packed: PackedItems, num_items: int
     ) -> Float[Array, "b e"]:
-        """Unit vectors of packed items, compiled once a shape."""
+        """Unit vectors of packed items; compiled once per shape."""
         return self._encode_block(params, packed, num_items)
 
     def new_prototypes(
@@ -209,7 +219,7 @@ class Model:
         free: Float[Array, "c e"],
         centroids: Float[Array, "c e"],
     ) -> Float[Array, "c e"]:
-        """Unit prototypes of labels that the table does not have."""
+        """Unit prototypes of labels that are not in the label table."""
         return self._new_block(params, packed, free, centroids)
 
     @functools.cached_property
@@ -241,123 +251,49 @@ class Model:
 
         return jax.jit(encode, static_argnums=4, out_shardings=sharding.rows_sharding(self.mesh))
 
-    def _stream(self, encode: Any, items: Items, block: int, title: str) -> Share:
-        """Runs `encode` over blocks of items; the device works while the host packs.
+    def _stream(self, encode: Any, items: Items, block: int, title: str) -> Shard:
+        """Encodes items in blocks; the devices encode one block while the host packs the next.
 
-        A device reads the items of its own rows, so that what it finds lies where it belongs.
+        Each device encodes the items of its own rows, so that the results need no communication.
         """
-        import tqdm
-
         mesh, num = self.mesh, len(items)
-        shards, here = sharding.num_row_shards(mesh), sharding.row_shards(mesh)
-        each = sharding.pad_rows(num, mesh) // shards  # Rows of a device.
-        size = min(-(-block // shards), each)  # Of these, so many at a time.
+        shards, local_shards = sharding.num_row_shards(mesh), sharding.row_shards(mesh)
+        per_shard = sharding.pad_rows(num, mesh) // shards
+        size = min(-(-block // shards), per_shard)  # Rows of a shard encoded at a time.
         rows = packing.RowSizes.expected(
             self.mean_length(items), batch_size=size * shards, width=self.row_width, blocks=shards
         )
-        vectors = np.empty((len(here), each, self.table.width), np.float32)
+        vectors = np.empty((len(local_shards), per_shard, self.table.width), np.float32)
         pending: tuple[int, Any] | None = None
 
         def store(pending: tuple[int, Any]) -> None:
-            start, found = pending
-            count = min(size, each - start)
-            share = sharding.share_of(found, found.shape[0], mesh)
-            vectors[:, start : start + count] = share.values.reshape(len(here), size, -1)[:, :count]
+            start, encoded = pending
+            count = min(size, per_shard - start)
+            values = sharding.shard_of(encoded, encoded.shape[0], mesh).values
+            values = values.reshape(len(local_shards), size, -1)
+            vectors[:, start : start + count] = values[:, :count]
 
-        starts = range(0, each, size)
-        for start in tqdm.tqdm(starts, desc=title, unit="block", disable=not title, leave=False):
-            at = start + np.arange(size)
-            ids = np.arange(shards)[:, None] * each + at  # [shards, size]
-            ids[(ids >= num) | (at >= each)] = -1
-            packed = packing.pack(
-                items,
-                ids.reshape(-1),
-                width=self.row_width,
-                layout=self.layout,
-                rows=rows,
-                blocks=shards,
-                read=here,
-            )
-            ids = ids[here].reshape(-1).astype(np.int32)
-            found = encode(*sharding.to_devices((packed, ids), mesh))
-            if pending is not None:
-                store(pending)
-            pending = (start, found)
+        with progress.track(title, num, shown=bool(title)) as update:
+            for start in range(0, per_shard, size):
+                rows_of_shard = start + np.arange(size)
+                ids = np.arange(shards)[:, None] * per_shard + rows_of_shard  # [shards, size]
+                ids[(ids >= num) | (rows_of_shard >= per_shard)] = -1
+                packed = packing.pack(
+                    items,
+                    ids.reshape(-1),
+                    width=self.row_width,
+                    layout=self.layout,
+                    rows=rows,
+                    blocks=shards,
+                    read=local_shards,
+                )
+                local_ids = ids[local_shards].reshape(-1).astype(np.int32)
+                encoded = encode(*sharding.to_devices((packed, local_ids), mesh))
+                if pending is not None:
+                    store(pending)
+                pending = (start, encoded)
+                update(np.count_nonzero(ids >= 0))
         if pending is not None:
             store(pending)
         ids = sharding.row_ids(num, mesh)
-        return Share(ids, vectors.reshape(-1, self.table.width)[: len(ids)])
-
-
-def embed_files(
-    tower: VisionTower,
-    params: Any,
-    paths: Sequence[str],
-    store: image_files.EmbeddingStore,
-    processor: image_files.ImageProcessor,
-    *,
-    batch: int,
-    keep_aspect: bool,
-    threads: int,
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Embeds image files, each content once, those first that are named first.
-
-    Args:
-      tower: A frozen vision model.
-      params: Its parameters.
-      paths: Of the files; several may have the same content.
-      store: Where vectors go, and from where they are not made again.
-      processor: What the model wants its pixels to be.
-      batch: Pictures embedded together.
-      keep_aspect: See `images.load_pixels`.
-      threads: That read and decode files.
-
-    Returns:
-      The row of each path's vector in the store, and what is wrong with the paths that have none.
-    """
-    import concurrent.futures
-
-    import tqdm
-
-    encode = jax.jit(lambda params, pixels: tower.apply({"params": params}, pixels))
-    params = jax.device_put(params)
-    paths = list(dict.fromkeys(paths))
-    broken: dict[str, str] = {}
-
-    def decode(path: str) -> np.ndarray | str:
-        try:
-            return image_files.load_pixels(path, processor, keep_aspect=keep_aspect)
-        except (OSError, ValueError) as error:
-            return " ".join(str(error).split())
-
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        digests = dict(zip(paths, pool.map(image_files.digest, paths), strict=True))
-        first = {}  # Digest -> the first path that has it, if it is not embedded yet.
-        for path, found in digests.items():
-            if found is not None and found not in store.row_of:
-                first.setdefault(found, path)
-        todo = list(first.items())
-        with tqdm.tqdm(total=len(todo), desc="pictures", unit="", disable=not todo) as bar:
-            for start in range(0, len(todo), batch):
-                part = todo[start : start + batch]
-                decoded = list(pool.map(decode, (path for _, path in part)))
-                fine = [i for i, pixels in enumerate(decoded) if not isinstance(pixels, str)]
-                pixels = np.zeros((batch, processor.height, processor.width, 3), np.float32)
-                for row, i in enumerate(fine):
-                    pixels[row] = decoded[i]
-                vectors = np.asarray(encode(params, pixels))[: len(fine)]
-                with np.errstate(over="ignore"):
-                    finite = np.isfinite(vectors.astype(np.float16)).all(axis=1)
-                store.add([part[i][0] for i, ok in zip(fine, finite, strict=True) if ok],
-                          vectors[finite])  # fmt: skip
-                for i, said in enumerate(decoded):
-                    if isinstance(said, str):
-                        broken[part[i][0]] = said
-                bar.update(len(part))
-    row_of, faults = {}, {}
-    for path, found in digests.items():
-        if found in store.row_of:
-            row_of[path] = store.row_of[found]
-        else:
-            faults[path] = broken.get(found, "no finite vector") if found else "cannot be read"
-    return row_of, faults
+        return Shard(ids, vectors.reshape(-1, self.table.width)[: len(ids)])

@@ -1,4 +1,4 @@
-"""The structures that pass from room to room: named tuples, so pytrees without importing jax."""
+"""Structures shared by several packages; named tuples, so pytrees without importing jax."""
 
 from typing import Any, NamedTuple
 
@@ -6,62 +6,62 @@ from jaxtyping import Bool, Float, Int
 
 
 class PackedItems(NamedTuple):
-    """Items of a batch (queries or labels), several to a row of fixed width.
+    """Items of a batch (queries or labels), several in each row of fixed width.
 
-    An item lies unbroken in one row: first its pictures, then its tokens. What is not an item
-    is empty (segment -1), and takes part in nothing.
+    Each item occupies consecutive positions of one row, by default its images and then its tokens.
+    Positions of no item are empty and have no effect.
     """
 
-    tokens: Int[Any, "p s"]  # 0 where an image or nothing is.
-    segments: Int[Any, "p s"]  # Which item of the batch; -1 = empty.
+    tokens: Int[Any, "p s"]  # Token ids; 0 at images and empty positions.
+    segments: Int[Any, "p s"]  # Index of the item in the batch; -1 at empty positions.
     positions: Int[Any, "p s"]  # Position within the item, as the tower's embeddings count it.
-    image_at: Int[Any, "p s"]  # Row of `images` that stands here; -1 = a token or nothing.
-    images: Float[Any, "i v"]  # Embeddings of the pictures, float16; absent ones are zero.
+    image_at: Int[Any, "p s"]  # Index into `images`; -1 at tokens and empty positions.
+    images: Float[Any, "i v"]  # Image embeddings, float16; zero where an item has no image.
 
 
 class Batch(NamedTuple):
-    """One training batch: b queries, c candidate labels, and which belongs to which.
+    """One training batch: b queries, c candidate labels, and their relevance.
 
-    Both are packed together, so that the tower reads them in one pass: item i < b is query i, item
-    b + j is label j.
+    Queries and labels are packed together, so that the tower encodes them in one pass: item i < b
+    is query i, item b + j is label j.
     """
 
     items: PackedItems
-    query_ids: Int[Any, " b"]  # Row of the training set; -1 = padding of the last batch.
-    label_ids: Int[Any, " c"]  # Row of the label set; -1 = padding. Duplicates are kept.
+    query_ids: Int[Any, " b"]  # Row of the training set; -1 for padding of the last batch.
+    label_ids: Int[Any, " c"]  # Row of the label set; -1 for padding. May repeat.
     relevance: Bool[Any, "b c"]  # All true labels of the query among the candidates.
 
 
 class LabelState(NamedTuple):
-    """What is known of each label beside its text; rows are padded to the mesh.
+    """State of each label besides its text; rows are padded to a multiple of the row shards.
 
-    The free vectors themselves are trained, so they live with the parameters (`params["free"]`).
+    The free vectors themselves are trained and belong to the parameters (`params["free"]`).
     """
 
     centroids: Float[Any, "n e"]
-    cluster_of: Int[Any, " n"]  # Row of the free vectors that the label shares.
+    cluster_of: Int[Any, " n"]  # Index of the free vector that the label shares.
 
 
 class TrainState(NamedTuple):
-    """All that a training step reads and writes; what a checkpoint holds."""
+    """The state that a training step updates and a checkpoint holds."""
 
-    step: Any  # int32 scalar: updates done.
-    params: Any  # What is trained of {"tower": ..., "combiner": ..., "free": [f, e]}, float32.
-    frozen: Any  # What is not: the tower under adapters; else {}. No gradient of it ever exists.
+    step: Any  # Number of updates done, int32 scalar.
+    params: Any  # Trained part of {"tower": ..., "combiner": ..., "free": [f, e]}, float32.
+    frozen: Any  # Frozen part: the tower if it has adapters, otherwise {}. It has no gradients.
     opt_state: Any
     labels: LabelState
-    bank: Float[Any, "n e"]  # Unit embedding of each training query when last seen.
+    bank: Float[Any, "n e"]  # Unit embedding of each training query from its last batch.
 
 
-class Share(NamedTuple):
-    """Those rows of an array that one process has, the array being spread over several."""
+class Shard(NamedTuple):
+    """The rows on one process of an array that is sharded over several processes."""
 
-    ids: Int[Any, " m"]  # Rows of the whole, ascending.
+    ids: Int[Any, " m"]  # Row ids in the full array, ascending.
     values: Float[Any, "m e"]
 
 
 class SearchResult(NamedTuple):
-    """The best labels of each query, best first; absent = id -1 and score -inf."""
+    """The best labels of each query, best first; missing ones have id -1 and score -inf."""
 
     scores: Float[Any, "q k"]
     ids: Int[Any, "q k"]

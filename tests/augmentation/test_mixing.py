@@ -1,4 +1,4 @@
-"""Retrieval-augmented inference against the formula written out, a query at a time."""
+"""Mixing of training neighbours against the formula, evaluated for one query at a time."""
 
 import numpy as np
 import pytest
@@ -16,28 +16,27 @@ def best(vectors, queries, k):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.7, 1.0])
-def test_against_the_formula(weight, monkeypatch):
+def test_scores_follow_the_formula(weight, monkeypatch):
     monkeypatch.setattr(mixing_lib, "_BLOCK", 7)
     rng = np.random.default_rng(3)
-    labels, memory, queries = (rng.normal(size=(n, 6)) / 2.5 for n in (30, 40, 20))
+    labels, train, queries = (rng.normal(size=(n, 6)) / 2.5 for n in (30, 40, 20))
     relevance = sparse.random(40, 30, 0.15, "csr", random_state=rng, data_rvs=np.ones)
-    near_labels, near_memory = best(labels, queries, 9), best(memory, queries, 5)
+    near_labels, near_queries = best(labels, queries, 9), best(train, queries, 5)
     near_labels.ids[0, -2:], near_labels.scores[0, -2:] = -1, -np.inf
-    found = mixing_lib.mix_in_memory(
-        near_labels, near_memory, relevance, Mixing(weight, 5, 0.3), 12
+    found = mixing_lib.mix_neighbours(
+        near_labels, near_queries, relevance, Mixing(weight, 5, 0.3), 12
     )
     dense = relevance.toarray()
     for q in range(20):
         expected = np.zeros(30)
-        both = np.exp(
-            np.concatenate([near_labels.scores[q], near_memory.scores[q]]).astype(np.float64) / 0.3
-        )
-        both /= both.sum()
-        for share, label in zip(both[:9], near_labels.ids[q], strict=True):
+        scores = np.concatenate([near_labels.scores[q], near_queries.scores[q]])
+        softmax = np.exp(scores.astype(np.float64) / 0.3)
+        softmax /= softmax.sum()
+        for probability, label in zip(softmax[:9], near_labels.ids[q], strict=True):
             if label >= 0:
-                expected[label] += (1 - weight) * share
-        for share, query in zip(both[9:], near_memory.ids[q], strict=True):
-            expected += weight * share * dense[query]
+                expected[label] += (1 - weight) * probability
+        for probability, query in zip(softmax[9:], near_queries.ids[q], strict=True):
+            expected += weight * probability * dense[query]
         candidates = set(np.flatnonzero(expected))
         real = found.ids[q] >= 0
         assert real.sum() == min(12, len(candidates))
@@ -49,74 +48,75 @@ def test_against_the_formula(weight, monkeypatch):
         assert (found.scores[q][~real] == -np.inf).all()
 
 
-def test_of_equal_scores_the_lower_id_comes_first():
-    one = SearchResult(np.zeros((1, 3), np.float32), np.array([[5, 2, 4]], np.int32))
-    nothing = SearchResult(np.full((1, 1), -np.inf, np.float32), np.array([[-1]], np.int32))
-    found = mixing_lib.mix_in_memory(
-        one, nothing, sparse.csr_matrix((1, 6)), Mixing(0.5, 1, 1.0), 4
+def test_ties_go_to_the_lower_id():
+    labels = SearchResult(np.zeros((1, 3), np.float32), np.array([[5, 2, 4]], np.int32))
+    no_queries = SearchResult(np.full((1, 1), -np.inf, np.float32), np.array([[-1]], np.int32))
+    found = mixing_lib.mix_neighbours(
+        labels, no_queries, sparse.csr_matrix((1, 6)), Mixing(0.5, 1, 1.0), 4
     )
     np.testing.assert_array_equal(found.ids, [[2, 4, 5, -1]])
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.6])
-def test_joint_mixing_is_a_search_of_labels_and_training_queries_together(weight):
+def test_joint_mixing_equals_one_search_over_labels_and_training_queries(weight):
     rng = np.random.default_rng(5)
-    labels, memory, queries = (rng.normal(size=(n, 6)) for n in (30, 40, 20))
+    labels, train, queries = (rng.normal(size=(n, 6)) for n in (30, 40, 20))
     relevance = sparse.random(40, 30, 0.15, "csr", random_state=rng, data_rvs=np.ones)
     k, temperature = 9, 0.4
-    found = mixing_lib.mix_in_memory(
+    found = mixing_lib.mix_neighbours(
         best(labels, queries, k),
-        best(memory, queries, k + 3),  # More than can count.
+        best(train, queries, k + 3),  # More than are used.
         relevance,
         Mixing(weight, 2, temperature, joint=True),
         30,
     )
-    stacked = np.concatenate([labels, memory])
+    stacked = np.concatenate([labels, train])
     scores = queries @ stacked.T
     for q in range(20):
         nearest = np.argsort(-scores[q])[:k]
-        shares = np.exp(scores[q, nearest] / temperature)
-        shares /= shares.sum()
+        softmax = np.exp(scores[q, nearest] / temperature)
+        softmax /= softmax.sum()
         expected = np.zeros(30)
-        for share, row in zip(shares, nearest, strict=True):
+        for probability, row in zip(softmax, nearest, strict=True):
             if row < 30:
-                expected[row] += (1 - weight) * share
+                expected[row] += (1 - weight) * probability
             else:
-                expected += weight * share * relevance.toarray()[row - 30]
+                expected += weight * probability * relevance.toarray()[row - 30]
         real = found.ids[q] >= 0
         assert real.sum() == np.count_nonzero(expected)
         np.testing.assert_allclose(found.scores[q][real], expected[found.ids[q][real]], rtol=1e-5)
 
 
-def test_only_the_first_k_training_queries_count():
+def test_only_the_first_k_training_queries_are_used():
     rng = np.random.default_rng(6)
-    labels, memory, queries = (rng.normal(size=(n, 6)) for n in (30, 40, 20))
+    labels, train, queries = (rng.normal(size=(n, 6)) for n in (30, 40, 20))
     relevance = sparse.random(40, 30, 0.15, "csr", random_state=rng, data_rvs=np.ones)
     mixed = [
-        mixing_lib.mix_in_memory(
-            best(labels, queries, 9), best(memory, queries, many), relevance, Mixing(0.4, 4, 0.3), 9
+        mixing_lib.mix_neighbours(
+            best(labels, queries, 9), best(train, queries, many), relevance, Mixing(0.4, 4, 0.3), 9
         )
         for many in (4, 11)
     ]
     np.testing.assert_array_equal(mixed[0].ids, mixed[1].ids)
 
 
-def test_tuning_finds_the_best_of_its_grid_and_keeps_the_first_of_equals():
+def test_tuning_finds_the_best_of_its_grid_and_the_first_of_equals():
     rng = np.random.default_rng(7)
-    labels, memory, queries = (rng.normal(size=(n, 6)) for n in (30, 40, 20))
+    labels, train, queries = (rng.normal(size=(n, 6)) for n in (30, 40, 20))
     relevance = sparse.random(40, 30, 0.15, "csr", random_state=rng, data_rvs=np.ones)
-    near = best(labels, queries, 9), best(memory, queries, 12), relevance
+    near = best(labels, queries, 9), best(train, queries, 12), relevance
     true = rng.integers(0, 30, 20)
 
-    def judge(result):
+    def evaluate(result):
         return float((result.ids[:, :3] == true[:, None]).any(axis=1).mean())
 
     mixings = mixing_lib.grid(12)
     assert mixings[0] == Mixing(0.1, 12, 0.05) and len(set(mixings)) == len(mixings)
     assert {mixing.k for mixing in mixings} == {3, 5, 10, 12}
-    tried = mixing_lib.tune(*near, judge, mixings)
+    tried = mixing_lib.tune(*near, evaluate, mixings)
     values = {
-        mixing: judge(mixing_lib.mix_in_memory(*near, mixing, 9)) for mixing in reversed(mixings)
+        mixing: evaluate(mixing_lib.mix_neighbours(*near, mixing, 9))
+        for mixing in reversed(mixings)
     }
     assert dict(tried) == values
     top = max(values.values())

@@ -1,4 +1,4 @@
-"""Runs in processes of their own that are killed, stopped, damaged and starved of disk."""
+"""Training runs that are killed, stopped, damaged, or run out of disk space."""
 
 import time
 
@@ -9,16 +9,16 @@ from vixml_jax.benchmarks import fault_injection
 
 
 class Runs:
-    """Makes runs on one data set, and knows the last state of one that nothing happened to."""
+    """Makes runs on one data set; holds the final state of an undisturbed run."""
 
     def __init__(self, root):
         self.root, self.count = root, 0
         self.data = fault_injection.make_data(str(root))
         then = time.monotonic()
         run = self()
-        status, said = run.finish()
-        assert status == 0, said
-        self.whole, self.seconds = run.state(), time.monotonic() - then
+        status, output = run.finish()
+        assert status == 0, output
+        self.expected, self.seconds = run.state(), time.monotonic() - then
 
     def __call__(self, **changes):
         self.count += 1
@@ -28,16 +28,16 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("survival"))
+    return Runs(tmp_path_factory.mktemp("faults"))
 
 
-def test_killed_at_a_random_moment_and_while_it_saves(make):
+def test_killed_runs_resume_to_the_same_bits(make):
     seed = int(np.random.default_rng().integers(2**31))
-    rows = fault_injection.kills(make, make.whole, make.seconds, 2, seed)
-    assert [(row.count, row.lived) for row in rows] == [(1, 1), (1, 1)], (seed, rows)
+    rows = fault_injection.kills(make, make.expected, make.seconds, 2, seed)
+    assert [(row.count, row.recovered) for row in rows] == [(1, 1), (1, 1)], (seed, rows)
 
 
-def test_stopped_by_the_signal_of_a_scheduler(make):
+def test_sigterm_saves_and_prints_the_command_to_resume(make):
     """In its steps: the status says so, and its last line the command that goes on."""
     run = make(**{"loop.epochs": 200})
     process = run.start()
@@ -52,28 +52,28 @@ def test_stopped_by_the_signal_of_a_scheduler(make):
     assert f" --workdir={run.workdir}" in line
 
 
-def test_a_disk_that_fills(make, tmp_path):
+def test_a_full_disk_loses_nothing(make, tmp_path):
     row = fault_injection.full_disk(
         lambda workdir: fault_injection.Run(make.data, workdir, **{"loop.epochs": 3}),
-        make.whole,
+        make.expected,
         str(tmp_path / "disk"),
     )
     if not row.count:
-        pytest.skip(row.told)
-    assert row.lived == 1, row
+        pytest.skip(row.note)
+    assert row.recovered == 1, row
 
 
-def test_a_loss_that_is_no_number_is_one_line(make):
+def test_a_loss_that_is_not_finite_ends_in_one_line(make):
     row = fault_injection.not_finite(make(**{"optimizer.learning_rate": 1e30}))
-    assert row.lived == 1, row
-    assert "; that of step " in row.told or "no checkpoint is saved yet" in row.told
+    assert row.recovered == 1, row
+    assert "; the checkpoint of step " in row.note or "no checkpoint is saved yet" in row.note
 
 
 @pytest.mark.slow
-def test_nothing_that_happens_to_a_run_loses_it(tmp_path):
-    rows = fault_injection.survive(str(tmp_path), num_kills=25, num_stops=10, seed=0)
+def test_no_fault_loses_a_run(tmp_path):
+    rows = fault_injection.inject_all(str(tmp_path), num_kills=25, num_stops=10, seed=0)
     assert sum(row.count for row in rows[:2]) == 25
-    assert [row for row in rows if row.lived < row.count] == []
+    assert [row for row in rows if row.recovered < row.count] == []
 
 
 def test_states_are_compared_bit_for_bit():

@@ -31,7 +31,7 @@ def test_a_checkpoint_in_parts_that_loads(tmp_path):
     assert 0.015 < words.std() < 0.025
 
 
-@pytest.mark.parametrize("program", ["ours, 8 devices", load.PEER])
+@pytest.mark.parametrize("program", ["ours, 8 devices", load.BASELINE])
 def test_a_round(program, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # Left alone otherwise: jax is awake already.
     load.write_checkpoint(str(tmp_path), 1e-4)
@@ -44,7 +44,7 @@ def test_prints_a_line_for_each_program(capfd):
     load.define_flags()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(gigabytes=1e-4, devices=["1", "2"], peer="none", rounds=1):
+    with flagsaver.flagsaver(gigabytes=1e-4, devices=["1", "2"], baseline="none", rounds=1):
         load.main([])
     lines = capfd.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == ["ours, 1 device", "ours, 2 devices"]

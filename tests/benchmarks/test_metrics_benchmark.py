@@ -25,14 +25,14 @@ def test_prints_one_table_of_programs_that_agree(capfd):
     printed = capfd.readouterr().out
     assert "40 queries x 12 results, 50 labels" in printed
     assert [line.split("  ")[0] for line in printed.splitlines()[2:5]] == list(metrics.PROGRAMS)
-    assert "all agree" in printed
+    assert "all values agree" in printed
 
 
-def test_page_says_seconds_and_memory(capfd):
+def test_page_prints_seconds_and_memory(capfd):
     with flagsaver.flagsaver(**SMALL, page=True):
         metrics.main([])
     printed = capfd.readouterr().out
-    for word in ("metrics, by all groups", "intervals, 1000", "file of queries", "GiB", "load"):
+    for word in ("sliced metrics", "intervals, 1000", "per-query values", "GiB", "load"):
         assert word in printed
 
 

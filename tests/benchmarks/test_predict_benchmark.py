@@ -1,4 +1,4 @@
-"""The benchmark of answers, on a few labels: both programs answer, and find the same."""
+"""The prediction benchmark on a few labels: both programs find the same."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("programs", [predict.PROGRAMS[:2], predict.PROGRAMS[2:]])
-def test_a_round_of_answers(data, programs, monkeypatch):
+def test_a_round_of_predictions(data, programs, monkeypatch):
     small = {**towers.about("all-minilm-l6"), "num_hidden_layers": 1}
     monkeypatch.setitem(towers.CONFIGS, "sentence-transformers/all-MiniLM-L6-v2", small)
     prepared = predict.prepare(list(programs), {**SETTINGS, "data": data})

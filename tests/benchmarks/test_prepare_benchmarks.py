@@ -1,4 +1,4 @@
-"""The benchmarks of prepare and of tokenising, on very little."""
+"""The benchmarks of prepare and of tokenizing on little data."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def parsed():
         flags.FLAGS.mark_as_parsed()
 
 
-def test_a_stand_in_is_what_it_says(tmp_path):
+def test_synthetic_data_have_the_given_sizes(tmp_path):
     synthetic_data.write(str(tmp_path), LIKE, tokenizer="train")
     raw = xml_repository.read_xml_repository(str(tmp_path))
     assert (raw.train.items.count, raw.test.items.count, raw.labels.count) == (300, 20, 90)
@@ -40,8 +40,8 @@ def test_a_stand_in_is_what_it_says(tmp_path):
     (values,) = raw.labels.images.read(np.arange(90))
     assert values.shape == (180, 5) and np.isfinite(values).all() and np.ptp(values) > 2
     sizes = {name: os.path.getsize(tmp_path / name) for name in os.listdir(tmp_path)}
-    pictures = sum(size for name, size in sizes.items() if name.endswith(".npy"))
-    assert pictures == LIKE.image_bytes + 3 * 128
+    item_images = sum(size for name, size in sizes.items() if name.endswith(".npy"))
+    assert item_images == LIKE.image_bytes + 3 * 128
     spoken = sum(size for name, size in sizes.items() if name.endswith(".raw.txt"))
     assert 0.5 < spoken / LIKE.text_bytes < 2
 
@@ -64,7 +64,7 @@ def test_ranks_by_zipf():
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_prints_a_line_a_step_and_cleans_up(tmp_path, capfd, monkeypatch, keep):
+def test_prints_a_line_per_step_and_cleans_up(tmp_path, capfd, monkeypatch, keep):
     prepare.define_flags()
     parsed()
     with flagsaver.flagsaver(dir=str(tmp_path), batch=32, keep=keep):
@@ -76,7 +76,7 @@ def test_prints_a_line_a_step_and_cleans_up(tmp_path, capfd, monkeypatch, keep):
     assert os.listdir(tmp_path) == (["prepared"] if keep else [])
 
 
-def test_what_does_not_fit_the_disk_is_refused(tmp_path):
+def test_data_that_do_not_fit_on_the_disk_are_refused(tmp_path):
     big = synthetic_data.Like(10**9, 10**9, 10**9, 4.0, (3, 6), (1, 2), 8)
     with pytest.raises(InputError, match=r"GB free, expected"):
         prepare.check_free(str(tmp_path), big)
@@ -108,7 +108,7 @@ def settings(**changes):
             "texts": 50, "max_tokens": 8, "threads": 1, "words": 1000, **changes}  # fmt: skip
 
 
-def test_programs_tokenise_alike():
+def test_programs_give_the_same_tokens():
     rounds = []
     for name in tokenize.PROGRAMS:
         run = tokenize.prepare([name], settings())[name][1]

@@ -16,7 +16,7 @@ SMALL = {"n": ["12000"], "width": 16, "queries": 64, "k": 100, "rounds": 1}
 
 @pytest.fixture(autouse=True)
 def defined_flags():
-    if "peers" not in flags.FLAGS:
+    if "baselines" not in flags.FLAGS:
         search.define_flags()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
@@ -44,10 +44,10 @@ def test_exact_programs_take_turns(capfd):
 
 
 @pytest.mark.parametrize("name", list(search_indexes.BUILD))
-def test_each_peer_reaches_its_recall(name, tmp_path, capfd):
+def test_each_baseline_reaches_its_recall(name, tmp_path, capfd):
     pytest.importorskip(name)
     out = str(tmp_path / "out.json")
-    with flagsaver.flagsaver(**SMALL, what="approximate", peers=[name], out=out):
+    with flagsaver.flagsaver(**SMALL, what="approximate", baselines=[name], out=out):
         search.main([])
     assert f"\n  {name} " in capfd.readouterr().out
     with open(out, encoding="utf-8") as file:
@@ -63,20 +63,20 @@ def test_each_peer_reaches_its_recall(name, tmp_path, capfd):
 
 def test_results_are_gathered(tmp_path):
     out = tmp_path / "out.json"
-    kept = {"12000 x 16, 64 queries": {"older": {"peer": "older", "queries_per_s": 1.0}}}
+    kept = {"12000 x 16, 64 queries": {"older": {"baseline": "older", "queries_per_s": 1.0}}}
     out.write_text(json.dumps(kept))
-    found = search.measure_peers(["scann"], 12_000, 16, 64, str(out))
-    assert [one["peer"] for one in found] == ["older", "exact", "scann"]
+    found = search.measure_baselines(["scann"], 12_000, 16, 64, str(out))
+    assert [one["baseline"] for one in found] == ["older", "exact", "scann"]
     assert len(search.table(found).split("\n")) == 4
 
 
 @pytest.mark.parametrize(
-    "peers,expected", [(["annoyed"], "expected some of scann"), (["faiss"], "not installed")]
+    "baselines,expected", [(["annoyed"], "expected some of scann"), (["faiss"], "not installed")]
 )
-def test_peers_that_cannot_be_measured(peers, expected, monkeypatch):
+def test_baselines_that_cannot_be_measured(baselines, expected, monkeypatch):
     monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
     with (
-        flagsaver.flagsaver(**SMALL, what="approximate", peers=peers),
+        flagsaver.flagsaver(**SMALL, what="approximate", baselines=baselines),
         pytest.raises(InputError, match=expected),
     ):
         search.main([])

@@ -1,4 +1,4 @@
-"""The benchmarks beside torch, on a tiny tower: every program runs, on the texts it should."""
+"""The benchmarks with PyTorch baselines on a tiny tower: every program runs on the right texts."""
 
 import dataclasses
 import tempfile
@@ -79,23 +79,23 @@ def test_a_round_of_training(whose, tower, data):
 
 
 @pytest.mark.parametrize("num_images", [0, 2])
-def test_peers_read_the_same(num_images, data):
-    """The same weights and items: the peer's vectors are ours."""
+def test_baselines_read_the_same(num_images, data):
+    """The same weights and items: the baseline's vectors are ours."""
     settings = {**SETTINGS, "images": num_images, "data": data}
     dataset = train_step.data_of(settings, full=True)
     layout = train_step.layout_of("qwen2.5-0.5b", num_images)
-    peer = torch_models.Tower(
+    baseline = torch_models.Tower(
         towers.about("qwen2.5-0.5b"), layout=layout, image_width=train_step.IMAGE_WIDTH
     ).eval()
     with tempfile.TemporaryDirectory() as where:
-        peer.model.save_pretrained(where)
+        baseline.model.save_pretrained(where)
         config, params = hf_checkpoints.load_hf_tower(where)
     ids = np.arange(5)
     packed = packing_lib.pack(dataset.labels, ids, width=64, layout=layout)
     images = None
     if num_images:
         config = dataclasses.replace(config, image_width=train_step.IMAGE_WIDTH)
-        weight, bias = (value.detach().numpy() for value in peer.project.parameters())
+        weight, bias = (value.detach().numpy() for value in baseline.project.parameters())
         params["image_projection"] = {"kernel": weight.T, "bias": bias}
         images = np.array(dataset.labels.images.values[: 5 * num_images])
         images = torch.from_numpy(images.reshape(5, num_images, -1))
@@ -103,7 +103,7 @@ def test_peers_read_the_same(num_images, data):
     offsets = dataset.labels.tokens.offsets
     texts = [np.asarray(dataset.labels.tokens.values[offsets[i] : offsets[i + 1]]) for i in ids]
     with torch.no_grad():
-        theirs = peer(*torch_models.pad(texts, None), images).numpy()
+        theirs = baseline(*torch_models.pad(texts, None), images).numpy()
     np.testing.assert_allclose(np.asarray(ours), theirs, atol=2e-5)
 
 
@@ -115,7 +115,7 @@ def test_a_round_of_encoding(data):
         assert np.isfinite(run()["sum"])
 
 
-def test_a_round_of_pictures(monkeypatch):
+def test_a_round_of_images(monkeypatch):
     tiny = {"image_size": 16, "patch_size": 8, "num_layers": 1, "width": 16, "num_heads": 2,
             "mlp_width": 16}  # fmt: skip
     monkeypatch.setitem(vision.SIZES, "base", tiny)
@@ -123,7 +123,7 @@ def test_a_round_of_pictures(monkeypatch):
     prepared = vision.prepare(list(vision.PROGRAMS), settings)
     assert list(prepared) == list(vision.PROGRAMS)
     for about, run in prepared.values():
-        assert about == {"pictures": 3} and np.isfinite(run()["sum"])
+        assert about == {"images": 3} and np.isfinite(run()["sum"])
 
 
 def test_programs_take_turns(monkeypatch, capsys):
@@ -141,11 +141,11 @@ def test_programs_take_turns(monkeypatch, capsys):
     names = ["ours", "ours, other", "torch"]
     said = workers.compare(
         "nowhere", names, [("ours", "torch"), ("ours", "absent")], {"threads": 1}, rounds=3,
-        texts=lambda about: about["count"], unit="pictures",
+        texts=lambda about: about["count"], unit="images",
     )  # fmt: skip
     assert [len(said[name]) for name in names] == [3, 3, 3]
     printed = capsys.readouterr().out
-    assert "pictures/s" in printed and "ours : torch = 2.00 (2.00 to 2.00)" in printed
+    assert "images/s" in printed and "ours : torch = 2.00 (2.00 to 2.00)" in printed
     assert [line.split()[-1] for line in printed.splitlines()[1:4]] == ["3.0", "2.0", "1.5"]
 
 
@@ -158,10 +158,10 @@ def test_full_texts_have_32_tokens(data):
     np.testing.assert_array_equal(full.train.tokens.values[:32], np.resize(first, 32))
 
 
-def test_packing_counts_what_is_empty(data):
+def test_packing_counts_empty_positions(data):
     items = inputs.open_data(data).train
     found = packing.measure(items, batch=40, width=64, layout=packing_lib.Layout())
     lengths = np.diff(items.tokens.offsets)
-    assert found["padded to 32, text alone"][1] == pytest.approx(1 - lengths.sum() / (40 * 32))
+    assert found["padded to 32, text only"][1] == pytest.approx(1 - lengths.sum() / (40 * 32))
     seconds, empty = found["packed"]
     assert seconds > 0 and 0 <= empty < 0.3

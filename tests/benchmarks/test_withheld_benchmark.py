@@ -1,4 +1,4 @@
-"""The benchmark of new labels: what is withheld is gone, and is searched among all again."""
+"""The benchmark of new labels: withheld labels are removed, then searched among all labels."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_a_source_without_some_labels(tmp_path):
         assert found[1] == [(text, own) for text, own in left if own or split == "tst"]
 
 
-def test_withheld_labels_alone_are_true():
+def test_only_withheld_labels_are_true():
     rng = np.random.default_rng()
     vectors, queries = rng.normal(size=(300, 6)), rng.normal(size=(40, 6))
     dense = rng.random((40, 300)) < 0.02

@@ -1,4 +1,4 @@
-"""Runs of rows of mapped files arrive, however large the file; looking leaves nothing behind."""
+"""Rows of memory-mapped files: copied correctly, without pages that count as memory."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def mapped(tmp_path, values, name="values.npy"):
 
 
 def resident():
-    """Bytes of mapped files that count as this process's memory."""
+    """Bytes of mapped files that count as memory of this process."""
     with open("/proc/self/status", encoding="utf-8") as file:
         fields = dict(line.split(":", 1) for line in file)
     return 1024 * int(fields["RssFile"].split()[0])
@@ -20,7 +20,7 @@ def resident():
 
 @pytest.mark.parametrize("small", [0, 1 << 28])
 @pytest.mark.parametrize("shape,dtype", [((500,), np.int32), ((500, 3), np.float16)])
-def test_runs_arrive(tmp_path, monkeypatch, small, shape, dtype):
+def test_runs_are_copied(tmp_path, monkeypatch, small, shape, dtype):
     monkeypatch.setattr(mapped_rows, "_SMALL", small)
     rng = np.random.default_rng(0)
     values = rng.integers(0, 1000, shape).astype(dtype)
@@ -32,22 +32,22 @@ def test_runs_arrive(tmp_path, monkeypatch, small, shape, dtype):
     file = mapped(tmp_path, values)
     longer = mapped(tmp_path, np.concatenate([values[-5:], values]), "longer.npy")
     for source in (values, file, longer[5:]):
-        found = np.zeros_like(expected)
-        mapped_rows.copy_runs(source, starts, lengths, found, at)
-        np.testing.assert_array_equal(found, expected)
+        copied = np.zeros_like(expected)
+        mapped_rows.copy_runs(source, starts, lengths, copied, at)
+        np.testing.assert_array_equal(copied, expected)
 
 
-def test_a_file_that_was_cut_is_told(tmp_path, monkeypatch):
+def test_truncated_file_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(mapped_rows, "_SMALL", 0)
     file = mapped(tmp_path, np.arange(10_000))
-    with open(tmp_path / "values.npy", "r+b") as cut:
-        cut.truncate(40_000)
+    with open(tmp_path / "values.npy", "r+b") as content:
+        content.truncate(40_000)
     one = np.array([1])
-    with pytest.raises(OSError, match=r"values\.npy: ends before byte"):
+    with pytest.raises(OSError, match=r"values\.npy: the file ends before byte"):
         mapped_rows.copy_runs(file, one * 9_000, one, np.zeros(1, np.int64), one * 0)
 
 
-def test_what_was_looked_at_is_given_back(tmp_path, monkeypatch):
+def test_pages_that_were_read_are_released(tmp_path, monkeypatch):
     monkeypatch.setattr(mapped_rows, "_SMALL", 0)
     file = mapped(tmp_path, np.ones(1 << 23))  # 64 MB.
     before, rows = resident(), np.arange(0, 1 << 23, 1 << 20)
@@ -57,4 +57,4 @@ def test_what_was_looked_at_is_given_back(tmp_path, monkeypatch):
     assert resident() - before > 5e7
     mapped_rows.release(file)
     assert resident() - before < 1e7
-    mapped_rows.release(np.ones(3))  # Nothing to do.
+    mapped_rows.release(np.ones(3))  # Does nothing.

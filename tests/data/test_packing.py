@@ -1,4 +1,4 @@
-"""Packing, sampling and the pipeline against their promises, on random items."""
+"""Packing, sampling of positives and the input pipeline, on random items."""
 
 import dataclasses
 
@@ -12,20 +12,20 @@ from vixml_jax.data import input_pipeline, packing, sampling
 from vixml_jax.data.store import Items, PreparedDataset, Ragged
 
 
-def random_items(rng, n, longest=12, image_width=0, most_images=3):
+def random_items(rng, n, longest=12, image_width=0, max_images=3):
     lengths = rng.integers(1, longest + 1, n)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = Ragged(rng.integers(1, 1000, offsets[-1]).astype(np.int32), offsets)
     images = None
     if image_width:
-        counts = rng.integers(0, most_images + 1, n)
+        counts = rng.integers(0, max_images + 1, n)
         at = np.concatenate([[0], np.cumsum(counts)])
         images = Ragged(rng.normal(size=(at[-1], image_width)).astype(np.float16), at)
     return Items([str(i) for i in range(n)], tokens, images)
 
 
 def check(packed, items, ids, width, num_images):
-    """Every item once, unbroken, in order: pictures first, then its tokens."""
+    """Checks that each item is packed once, in consecutive positions: images, then tokens."""
     flat = packed.segments.reshape(-1)
     for k, i in enumerate(ids):
         at = np.flatnonzero(flat == k)
@@ -34,21 +34,21 @@ def check(packed, items, ids, width, num_images):
             continue
         tokens = items.tokens.values[items.tokens.offsets[i] : items.tokens.offsets[i + 1]]
         tokens = tokens[: width - num_images]
-        pictures = np.zeros((0, 1))
+        item_images = np.zeros((0, 1))
         if items.images is not None:
-            pictures = items.images.values[items.images.offsets[i] : items.images.offsets[i + 1]]
-            pictures = pictures[:num_images]
-        assert len(at) == len(pictures) + len(tokens)
+            item_images = items.images.values[items.images.offsets[i] : items.images.offsets[i + 1]]
+            item_images = item_images[:num_images]
+        assert len(at) == len(item_images) + len(tokens)
         assert len(at) == 0 or at[-1] - at[0] == len(at) - 1
         assert len(set(at // width)) <= 1
         image_at = packed.image_at.reshape(-1)[at]
-        if len(pictures):
-            np.testing.assert_array_equal(packed.images[image_at[: len(pictures)]], pictures)
-        assert (image_at[len(pictures) :] == -1).all()
-        np.testing.assert_array_equal(packed.tokens.reshape(-1)[at[len(pictures) :]], tokens)
+        if len(item_images):
+            np.testing.assert_array_equal(packed.images[image_at[: len(item_images)]], item_images)
+        assert (image_at[len(item_images) :] == -1).all()
+        np.testing.assert_array_equal(packed.tokens.reshape(-1)[at[len(item_images) :]], tokens)
         np.testing.assert_array_equal(
             packed.positions.reshape(-1)[at],
-            [*range(len(pictures)), *range(num_images, num_images + len(tokens))],
+            [*range(len(item_images)), *range(num_images, num_images + len(tokens))],
         )
     empty = flat == -1
     assert (packed.tokens.reshape(-1)[empty] == 0).all()
@@ -57,7 +57,7 @@ def check(packed, items, ids, width, num_images):
 
 @hypothesis.given(st.integers(0, 2**32 - 1), st.integers(0, 3), st.sampled_from([1, 2, 4]))
 @hypothesis.settings(max_examples=40, deadline=None)
-def test_every_item_is_packed_once_and_whole(seed, num_images, blocks):
+def test_every_item_is_packed_once_in_consecutive_positions(seed, num_images, blocks):
     rng = np.random.default_rng(seed)
     items = random_items(rng, 50, image_width=5 if num_images and seed % 2 else 0)
     ids = np.where(rng.random(16) < 0.2, -1, rng.integers(0, 50, 16))
@@ -69,8 +69,9 @@ def test_every_item_is_packed_once_and_whole(seed, num_images, blocks):
     rows = len(packed.tokens) // blocks
     assert len(packed.tokens) % blocks == 0
     assert rows >= sizes.least and (rows - sizes.least) % sizes.step == 0
-    where = np.flatnonzero((packed.segments >= 0).any(axis=1))
-    for row in where:  # A block holds its own items alone.
+    for row in np.flatnonzero(
+        (packed.segments >= 0).any(axis=1)
+    ):  # The rows of a block have only items of that block.
         segments = packed.segments[row][packed.segments[row] >= 0]
         assert set(segments // (16 // blocks)) == {row // rows}
 
@@ -81,10 +82,10 @@ def test_joined_sides_keep_their_items(seed, blocks):
     rng = np.random.default_rng(seed)
     queries, labels = random_items(rng, 30, image_width=4), random_items(rng, 20)
     ids, label_ids = rng.integers(0, 30, 8), rng.integers(0, 20, 8)
-    one = packing.pack(queries, ids, width=16, layout=packing.Layout(2), blocks=blocks)
-    two = packing.pack(labels, label_ids, width=16, layout=packing.Layout(2), blocks=blocks)
-    sizes = packing.RowSizes(3, 5)
-    both = packing.join(one, two, 8, rows=sizes, blocks=blocks)
+    layout, sizes = packing.Layout(2), packing.RowSizes(3, 5)
+    first = packing.pack(queries, ids, width=16, layout=layout, blocks=blocks)
+    second = packing.pack(labels, label_ids, width=16, layout=layout, blocks=blocks)
+    both = packing.join(first, second, 8, rows=sizes, blocks=blocks)
     rows = len(both.tokens) // blocks
     assert rows >= 3 and (rows - 3) % 5 == 0
     check(
@@ -98,12 +99,12 @@ def test_joined_sides_keep_their_items(seed, blocks):
         16,
         2,
     )
-    mine = both.segments >= 8
+    is_label = both.segments >= 8
     check(
         both._replace(
-            segments=np.where(mine, both.segments - 8, -1),
-            tokens=np.where(mine, both.tokens, 0),
-            image_at=np.where(mine, both.image_at, -1),
+            segments=np.where(is_label, both.segments - 8, -1),
+            tokens=np.where(is_label, both.tokens, 0),
+            image_at=np.where(is_label, both.image_at, -1),
         ),
         labels,
         label_ids,
@@ -111,13 +112,12 @@ def test_joined_sides_keep_their_items(seed, blocks):
         2,
     )
     assert both.tokens.dtype == both.segments.dtype == np.int32
-    first = both.segments.reshape(blocks, rows, 16)
-    for block in range(blocks):
-        found = first[block][first[block] >= 0] % 8
-        assert set(found // (8 // blocks)) == {block}
+    for block, segments in enumerate(both.segments.reshape(blocks, rows, 16)):
+        items = segments[segments >= 0] % 8
+        assert set(items // (8 // blocks)) == {block}
 
 
-def test_titles_leave_few_positions_empty():
+def test_short_texts_fill_rows_well():
     rng = np.random.default_rng(0)
     items = random_items(rng, 20000, longest=20)
     mean = float(np.mean(np.diff(items.tokens.offsets)))
@@ -139,7 +139,7 @@ def random_relevance(rng, n, labels):
     return dense, sparse.csr_matrix(dense, dtype=np.float32)
 
 
-def test_positives_follow_their_weights():
+def test_positives_are_sampled_by_label_weight():
     rng = np.random.default_rng(3)
     dense, relevance = random_relevance(rng, 6, 9)
     weights = rng.random(9).astype(np.float32) * 5 + 0.1
@@ -156,14 +156,14 @@ def test_positives_follow_their_weights():
             assert stats.chisquare(counts[true], draws * mass / mass.sum()).pvalue > 1e-4
 
 
-def test_pair_weights_count_beside_those_of_labels():
+def test_positives_are_sampled_by_pair_and_label_weight():
     rng = np.random.default_rng()
     dense = rng.random((5, 7)) < 0.4
     dense[:, [1, 4]] = True
     relevance = sparse.csr_matrix(dense, dtype=np.float32)
     pairs = (rng.random(relevance.nnz) * 2 + 0.5).astype(np.float32)
     owner = np.repeat(np.arange(5), np.diff(relevance.indptr))
-    pairs[owner == 2] *= 1e-20  # Of no account beside the other queries, all to its own labels.
+    pairs[owner == 2] *= 1e-20  # Tiny compared to other queries, but not among its own.
     by_pair = sparse.csr_matrix((pairs, relevance.indices, relevance.indptr), (5, 7)).toarray()
     of_label = (rng.random(7) * 2 + 0.5).astype(np.float32)
     draws = 20000
@@ -180,7 +180,7 @@ def test_pair_weights_count_beside_those_of_labels():
             assert stats.chisquare(counts[true], draws * mass / mass.sum()).pvalue > 1e-7
 
 
-def test_a_pair_that_weighs_nothing_is_never_drawn(dataset):
+def test_pairs_of_weight_zero_are_never_sampled(dataset):
     relevance = dataset.train_relevance
     several = np.diff(relevance.indptr) > 1
     weights = np.ones(relevance.nnz, np.float32)
@@ -188,25 +188,26 @@ def test_a_pair_that_weighs_nothing_is_never_drawn(dataset):
     last = np.where(several, relevance.indices[relevance.indptr[1:] - 1], -2)
 
     def drew_last(data):
-        found = [batch for epoch in range(9) for batch in batches(data, epoch=epoch)]
-        ids, labels = (np.concatenate([batch[at] for batch in found]) for at in (1, 2))
+        drawn = [batch for epoch in range(9) for batch in batches(data, epoch=epoch)]
+        ids = np.concatenate([batch.query_ids for batch in drawn])
+        labels = np.concatenate([batch.label_ids for batch in drawn])
         return (last[ids] == labels)[ids >= 0].sum()
 
     assert drew_last(dataset) > 0
     assert drew_last(dataclasses.replace(dataset, train_weights=weights)) == 0
 
 
-def test_relevance_of_a_batch_is_that_of_the_matrix():
+def test_relevance_block_matches_the_matrix():
     rng = np.random.default_rng(4)
     dense, relevance = random_relevance(rng, 30, 17)
     for _ in range(20):
         ids, label_ids = rng.integers(-1, 30, 12), rng.integers(-1, 17, 9)
-        found = sampling.relevance_block(relevance, ids, label_ids)
+        block = sampling.relevance_block(relevance, ids, label_ids)
         expected = dense[ids][:, label_ids] & (ids >= 0)[:, None] & (label_ids >= 0)
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(block, expected)
 
 
-def test_orders_visit_every_query_once():
+def test_orders_have_every_query_once():
     rng = np.random.default_rng(5)
     np.testing.assert_array_equal(np.sort(sampling.shuffled_order(50, rng)), np.arange(50))
     clusters = rng.permutation(np.repeat(np.arange(10), 5))
@@ -252,42 +253,42 @@ def batches(dataset, **changes):
     return input_pipeline.epoch_batches(dataset, order, **{**settings, **changes})
 
 
-def assert_same(one, other):
-    for a, b in zip((*one.items, *one[1:]), (*other.items, *other[1:]), strict=True):
+def assert_same(first, second):
+    for a, b in zip((*first.items, *first[1:]), (*second.items, *second[1:]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_batch_is_a_function_of_seed_epoch_and_index(dataset):
+def test_batch_depends_only_on_seed_epoch_and_index(dataset):
     first, again = list(batches(dataset)), list(batches(dataset, num_threads=1, prefetch=1))
     assert len(first) == 6
-    for one, other in zip(first, again, strict=True):
-        assert_same(one, other)
+    for batch, same in zip(first, again, strict=True):
+        assert_same(batch, same)
     ids = np.concatenate([batch.query_ids for batch in first])
     np.testing.assert_array_equal(np.sort(ids), [-1] * 3 + list(range(45)))
     np.testing.assert_array_equal(first[-1].label_ids[-3:], -1)
     assert not first[-1].relevance[-3:].any()
     real = first[0].relevance[np.arange(8), np.arange(8)]
-    assert real.all()  # The label drawn for a query is one of its own.
+    assert real.all()  # The label sampled for a query is one of its labels.
     other = next(batches(dataset, epoch=3))
     assert not np.array_equal(other.label_ids, first[0].label_ids)
 
 
-@pytest.mark.parametrize("seen", [1, 4])
-def test_an_epoch_resumes_where_it_stood(dataset, seen):
+@pytest.mark.parametrize("num_read", [1, 4])
+def test_epoch_resumes_from_its_state(dataset, num_read):
     iterator = batches(dataset)
-    for _ in range(seen):
+    for _ in range(num_read):
         next(iterator)
     state = iterator.get_state()
     rest = list(iterator)
     resumed = batches(dataset)
     resumed.set_state(state)
-    for one, other in zip(rest, list(resumed), strict=True):
-        assert_same(one, other)
+    for batch, same in zip(rest, list(resumed), strict=True):
+        assert_same(batch, same)
 
 
 @pytest.mark.parametrize("order", ["text_image", "image_text"])
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_prompts_of_both_orders(order, blocks):
+def test_prompts_in_both_orders(order, blocks):
     rng = np.random.default_rng(5)
     items = random_items(rng, 30, image_width=4)
     text_piece, image_piece, end = (901, 902), (903,), (904,)
@@ -307,31 +308,31 @@ def test_prompts_of_both_orders(order, blocks):
             assert not len(at)
             continue
         text = items.tokens.values[items.tokens.offsets[i] : items.tokens.offsets[i + 1]]
-        pictures = items.images.values[items.images.offsets[i] : items.images.offsets[i + 1]][:2]
+        item_images = items.images.values[items.images.offsets[i] : items.images.offsets[i + 1]][:2]
         if hidden[k]:
-            pictures = pictures[:0]
+            item_images = item_images[:0]
         else:
             assert len(at) == lengths[i]
         expected = []
-        for part in seen if len(pictures) else layout.unseen:
+        for part in seen if len(item_images) else layout.unseen:
             if part == "text":
                 expected += list(text[1:-1][: 24 - 2 - 4])
             elif part == "images":
-                expected += [None] * len(pictures)
+                expected += [None] * len(item_images)
             else:
                 expected += part
-        pictures = iter(pictures)
+        item_images = iter(item_images)
         assert len(at) == len(expected) and at[-1] - at[0] == len(at) - 1
         np.testing.assert_array_equal(flat[2][at], np.arange(len(at)))
         for position, wanted in zip(at, expected, strict=True):
             if wanted is None:
                 assert flat[0][position] == 0
-                np.testing.assert_array_equal(packed.images[flat[3][position]], next(pictures))
+                np.testing.assert_array_equal(packed.images[flat[3][position]], next(item_images))
             else:
                 assert (flat[0][position], flat[3][position]) == (wanted, -1)
 
 
-def test_hidden_pictures_are_drawn_at_their_rate(dataset):
+def test_image_dropout_drops_the_given_fraction(dataset):
     shown = []
     for rate in (0.0, 0.4, 1.0):
         items = [batch.items for batch in batches(dataset, image_dropout=rate)]

@@ -1,4 +1,4 @@
-"""Inverse propensities against the numbers of the literature and a loop in plain Python."""
+"""Tests of inverse propensities against published values and a loop in plain Python."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 from vixml_jax.data import propensity
 
 
-def test_known_values():
+def test_published_values():
     found = propensity.inverse_propensity(np.array([1, 10, 1000]), 294_805, 0.6, 2.6)
     np.testing.assert_allclose(found, [12.59, 6.47, 1.40], atol=0.005)
     assert found.dtype == np.float32
@@ -22,5 +22,5 @@ def test_matches_a_plain_loop():
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_weights_stay_positive_in_tiny_sets():
+def test_weights_are_one_for_tiny_data_sets():
     assert np.all(propensity.inverse_propensity(np.array([0, 1, 2]), 1, 0.6, 2.6) == 1.0)

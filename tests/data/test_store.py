@@ -1,4 +1,4 @@
-"""Prepared data on disk: read back as written, whole or not at all, damage told."""
+"""Prepared data on disk: read back as written, written atomically, damage reported."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ def offsets(rows):
     return np.cumsum([0, *map(len, rows)])
 
 
-def write(path, *, pictures=3.0, info=INFO, tokenizer="{}", overwrite=False):
+def write(path, *, image_value=3.0, info=INFO, tokenizer="{}", overwrite=False):
     with store.write(path, overwrite=overwrite) as writer:
         for split in TEXTS:
             with writer.strings(f"{split}_texts") as add:
@@ -37,7 +37,7 @@ def write(path, *, pictures=3.0, info=INFO, tokenizer="{}", overwrite=False):
             with writer.array(f"{split}_tokens", np.int32) as array:
                 for row in TOKENS[split]:
                     array.append(np.array(row, np.int32))
-        writer.add("train_images", np.full((2, 4), pictures, np.float16))
+        writer.add("train_images", np.full((2, 4), image_value, np.float16))
         writer.add("train_images_offsets", np.array([0, 0, 2, 2]))
         writer.add("test_images", np.zeros((0, 4), np.float16))
         writer.add("test_images_offsets", np.array([0, 0]))
@@ -60,7 +60,7 @@ def test_read_back_as_written(path):
         items = getattr(dataset, split)
         assert list(items.texts) == TEXTS[split]
         assert list(items.ids) == [f"{split} {i}" for i in range(len(items))]
-        np.testing.assert_array_equal(items.whole, np.arange(len(items)))
+        np.testing.assert_array_equal(items.full_lengths, np.arange(len(items)))
         begin = items.tokens.offsets
         rows = [items.tokens.values[a:b].tolist() for a, b in itertools.pairwise(begin)]
         assert rows == TOKENS[split]
@@ -82,7 +82,7 @@ def test_read_back_as_written(path):
     assert open(dataset.tokenizer).read() == "{}"
 
 
-def test_arrays_are_mapped_not_read(path):
+def test_arrays_are_memory_mapped(path):
     dataset = PreparedDataset.open(path)
     for array in (
         dataset.train.tokens.values, dataset.train.images.values, dataset.train_relevance.indices,
@@ -94,42 +94,42 @@ def test_arrays_are_mapped_not_read(path):
         assert not array.flags.writeable
 
 
-def test_hash_follows_the_content_alone(path, tmp_path):
+def test_hash_depends_only_on_the_content(path, tmp_path):
     first = PreparedDataset.open(path).content_hash
     same = {"info": {**INFO, "name": "other"}}
     changed = [
-        {"pictures": 2.0},
+        {"image_value": 2.0},
         {"tokenizer": "{ }"},
         {"info": {**INFO, "propensity_a": 0.5}},
         {"info": {**INFO, "max_tokens": 5}},
     ]
     for number, options in enumerate([same, *changed]):
         write(tmp_path / str(number), **options)
-        found = PreparedDataset.open(tmp_path / str(number)).content_hash
-        assert (found == first) == (number == 0)
+        content_hash = PreparedDataset.open(tmp_path / str(number)).content_hash
+        assert (content_hash == first) == (number == 0)
 
 
-def test_failure_leaves_nothing(tmp_path):
+def test_failure_leaves_no_files(tmp_path):
     with pytest.raises(ZeroDivisionError), store.write(tmp_path / "a" / "set") as writer:
         writer.add("train_texts", np.zeros(3, np.uint8))
         raise ZeroDivisionError
     assert os.listdir(tmp_path / "a") == []
 
 
-def test_only_a_prepared_set_is_replaced_and_only_when_told(path, tmp_path):
-    with pytest.raises(InputError, match="holds a prepared data set; --overwrite"):
+def test_only_prepared_data_is_replaced_and_only_with_overwrite(path, tmp_path):
+    with pytest.raises(InputError, match="holds a prepared data set; replace it with --overwrite"):
         write(path)
-    write(path, pictures=1.0, overwrite=True)
+    write(path, image_value=1.0, overwrite=True)
     assert PreparedDataset.open(path).train.images.values[0, 0] == 1.0
     with pytest.raises(ZeroDivisionError), store.write(path, overwrite=True):
         raise ZeroDivisionError
     assert PreparedDataset.open(path).train.images.values[0, 0] == 1.0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="exists and is no prepared data set"):
+    with pytest.raises(InputError, match="exists and is not a prepared data set"):
         write(tmp_path / "mine", overwrite=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="exists and is no prepared data set"):
+    with pytest.raises(InputError, match="exists and is not a prepared data set"):
         write(tmp_path / "file", overwrite=True)
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty")
@@ -141,9 +141,9 @@ def test_only_a_prepared_set_is_replaced_and_only_when_told(path, tmp_path):
     ["train_tokens.npy", "train_images.npy", "train_relevance_indices.npy", "test_texts.npy"],
 )
 def test_missing_and_truncated_files_are_named(path, name):
-    whole = (path / name).read_bytes()
-    for kept in (len(whole) - 1, 100, 0):
-        (path / name).write_bytes(whole[:kept])
+    content = (path / name).read_bytes()
+    for size in (len(content) - 1, 100, 0):
+        (path / name).write_bytes(content[:size])
         with pytest.raises(InputError, match=f"{name}: truncated or damaged"):
             PreparedDataset.open(path)
     np.save(path / name, np.zeros(9, np.float32))
@@ -154,7 +154,7 @@ def test_missing_and_truncated_files_are_named(path, name):
         PreparedDataset.open(path)
 
 
-def test_what_is_no_prepared_set_is_told(path, tmp_path):
+def test_other_and_incomplete_directories_are_refused(path, tmp_path):
     with pytest.raises(InputError, match=r"absent/dataset\.json: not found; expected a directory"):
         PreparedDataset.open(tmp_path / "absent")
     info = json.loads((path / "dataset.json").read_text())
@@ -162,7 +162,27 @@ def test_what_is_no_prepared_set_is_told(path, tmp_path):
     with pytest.raises(InputError, match=r"dataset\.json: format 99, expected 2"):
         PreparedDataset.open(path)
     (path / "dataset.json").write_text('{"format": 1')
-    with pytest.raises(InputError, match=r"dataset\.json: not readable as JSON"):
+    with pytest.raises(InputError, match=r"dataset\.json: .*truncated; prepare it again"):
+        PreparedDataset.open(path)
+    without_width = {key: value for key, value in info.items() if key != "image_width"}
+    (path / "dataset.json").write_text(json.dumps(without_width))
+    with pytest.raises(InputError, match=r"json: .*missing required field `image_width`; prepare"):
+        PreparedDataset.open(path)
+    (path / "dataset.json").write_text(json.dumps({**info, "max_tokens": "4"}))
+    with pytest.raises(InputError, match=r"json: Expected `int`, got `str` - at `\$.max_tokens`;"):
+        PreparedDataset.open(path)
+    for num_labels in (-1, 10**30):
+        (path / "dataset.json").write_text(json.dumps({**info, "num_labels": num_labels}))
+        with pytest.raises(InputError, match=r"dataset\.json: .*; prepare it again"):
+            PreparedDataset.open(path)
+    wrong = {**info["arrays"]["test_tokens"], "dtype": "int33"}
+    arrays = {**info["arrays"], "test_tokens": wrong}
+    (path / "dataset.json").write_text(json.dumps({**info, "arrays": arrays}))
+    with pytest.raises(InputError, match=r"dataset\.json: array 'test_tokens': .*int33.*; prepare"):
+        PreparedDataset.open(path)
+    arrays = {name: array for name, array in info["arrays"].items() if name != "test_tokens"}
+    (path / "dataset.json").write_text(json.dumps({**info, "arrays": arrays}))
+    with pytest.raises(InputError, match=r"dataset\.json: no array 'test_tokens' is listed; prep"):
         PreparedDataset.open(path)
     (path / "dataset.json").write_text(json.dumps(info))
     os.remove(path / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""Intervals and p-values against closed forms, plain loops and scipy; the file of queries."""
+"""Intervals and p-values against closed forms, plain loops and scipy; files per query."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ ABOUT = About("glyphs", "abc", "test", "exact")
 
 
 def table(rng, num, *, shift=0.0):
-    """A mean of normal values, one of few values, and a ratio of two sums."""
+    """Returns three metrics: a mean of normal values, a rate, and a ratio of two sums."""
     values = np.stack(
         [
             rng.normal(0.5 + shift, 0.2, num),
@@ -41,7 +41,7 @@ def test_metrics_are_means_and_ratios():
 
 
 @pytest.mark.parametrize("num", [1, 3, 1024, 1025, 5000])
-def test_every_resample_is_a_draw_of_as_many_queries(num):
+def test_every_resample_has_as_many_queries(num):
     counts = np.concatenate([w for _, w in bootstrap._draws(num, 300, 7)], axis=1)
     assert counts.shape == (300, num)
     assert (counts.sum(axis=1) == num).all() and (counts >= 0).all()
@@ -49,8 +49,8 @@ def test_every_resample_is_a_draw_of_as_many_queries(num):
         assert counts.var() == pytest.approx(1 - 1 / num, abs=0.1)
 
 
-def test_draws_are_alike_within_and_across_blocks(monkeypatch):
-    """Covariances of the counts are those of one multinomial draw, wherever blocks end."""
+def test_draws_do_not_depend_on_blocks(monkeypatch):
+    """Covariances of the counts are those of one multinomial draw, whatever the block size."""
     monkeypatch.setattr(bootstrap, "_BLOCK", 4)
     counts = np.concatenate([w for _, w in bootstrap._draws(10, 40_000, 1)], axis=1)
     expected = np.eye(10) - 0.1
@@ -59,18 +59,19 @@ def test_draws_are_alike_within_and_across_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("num", [200, 4000])
-def test_standard_errors_are_the_closed_forms(num):
+def test_standard_errors_match_closed_forms(num):
     found = table(np.random.default_rng(num), num)
     spread = bootstrap.resample(found, resamples=4000, seed=3).std(axis=0)
     x = found.values.astype(np.float64)
-    of = found.possible[:, 0].astype(np.float64)
-    ratio = x[:, 2].sum() / of.sum()
-    expected = [x[:, 0].std(), x[:, 1].std(), (x[:, 2] - ratio * of).std() / of.mean()]
-    # 4000 draws know a spread to 1.1 %; the last is that of a linearised ratio.
+    possible = found.possible[:, 0].astype(np.float64)
+    ratio = x[:, 2].sum() / possible.sum()
+    ratio_error = (x[:, 2] - ratio * possible).std() / possible.mean()  # Linearised.
+    expected = [x[:, 0].std(), x[:, 1].std(), ratio_error]
+    # With 4000 resamples the relative error of a standard deviation is 1.1 %.
     np.testing.assert_allclose(spread, 100 * np.array(expected) / math.sqrt(num), rtol=0.06)
 
 
-def test_intervals_are_those_of_the_normal_where_there_are_many():
+def test_intervals_approach_the_normal_interval():
     found = table(np.random.default_rng(9), 3000)
     low, high = bootstrap.intervals(found, resamples=4000)["mean"]
     error = 100 * float(found.values[:, 0].std()) / math.sqrt(3000)
@@ -79,24 +80,24 @@ def test_intervals_are_those_of_the_normal_where_there_are_many():
     assert high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+def test_intervals_have_nominal_coverage():
     rng = np.random.default_rng(11)
     inside = np.zeros(2)
     for _ in range(300):
         low_high = bootstrap.intervals(table(rng, 150), resamples=400, seed=int(rng.integers(9**9)))
         for i, (name, truth) in enumerate((("mean", 50.0), ("rate", 30.0))):
             inside[i] += low_high[name][0] <= truth <= low_high[name][1]
-    # 95 % of 300 are 285; a standard deviation is 3.8.
+    # Expected are 95 % of 300, 285, with a standard deviation of 3.8.
     assert (np.abs(inside - 285) < 16).all()
 
 
-def test_the_same_seed_is_the_same_and_another_is_not():
+def test_intervals_are_determined_by_the_seed():
     found = table(np.random.default_rng(0), 50)
     assert bootstrap.intervals(found) == bootstrap.intervals(found)
     assert bootstrap.intervals(found) != bootstrap.intervals(found, seed=1)
 
 
-def test_p_value_against_all_permutations_of_scipy():
+def test_p_values_match_exact_permutation_test():
     rng = np.random.default_rng(2)
     one, other = table(rng, 11), table(rng, 11, shift=0.1)
     found = bootstrap.compare(one, other, permutations=40_000)
@@ -112,8 +113,8 @@ def test_p_value_against_all_permutations_of_scipy():
         assert found[name].p_value == pytest.approx(exact, abs=5 * error + 1e-4), name
 
 
-def test_p_value_by_all_swaps_with_ties():
-    """Differences of few values, many of them nothing: sums that are equal count as equal."""
+def test_p_value_with_ties_matches_all_sign_flips():
+    """With few distinct differences, many sums are equal and must count as equal."""
     differences = np.array([1, 1, 0, -1, 1, 0, 1, 1], np.float32) / 3
     sums = [sum(s * d for s, d in zip(signs, differences.tolist(), strict=True))
             for signs in itertools.product((1, -1), repeat=8)]  # fmt: skip
@@ -124,7 +125,7 @@ def test_p_value_by_all_swaps_with_ties():
     assert found.p_value == pytest.approx(exact, abs=0.012)
 
 
-def test_p_values_are_uniform_where_runs_are_equally_good():
+def test_p_values_are_uniform_for_equally_good_runs():
     rng = np.random.default_rng(4)
     p_values = []
     for _ in range(400):
@@ -132,11 +133,11 @@ def test_p_values_are_uniform_where_runs_are_equally_good():
         found = bootstrap.compare(one, other, resamples=100, permutations=499)
         p_values.append([found["mean"].p_value, found["PSP@1"].p_value])
     for column in np.array(p_values).T:
-        # The distance that 400 uniform numbers exceed once in a thousand times is 0.097.
+        # 400 uniform numbers exceed a distance of 0.097 once in a thousand times.
         assert scipy.stats.kstest(column, "uniform").statistic < 0.097
 
 
-def test_a_difference_that_is_there_is_found():
+def test_true_difference_is_significant():
     rng = np.random.default_rng(6)
     one = table(rng, 500)
     other = one._replace(values=one.values - rng.normal(0.05, 0.02, (500, 3)).astype(np.float32))
@@ -149,28 +150,28 @@ def test_a_difference_that_is_there_is_found():
     assert swapped.difference == pytest.approx(-found["mean"].difference)
 
 
-def test_a_run_is_as_good_as_itself():
+def test_run_does_not_differ_from_itself():
     found = table(np.random.default_rng(8), 30)
     for c in bootstrap.compare(found, found).values():
         assert (c.difference, c.low, c.high, c.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_refuses_other_queries_and_other_truth():
+def test_different_queries_or_true_labels_are_rejected():
     found = table(np.random.default_rng(0), 30)
-    with pytest.raises(InputError, match=r"30 queries .* 29"):
+    with pytest.raises(InputError, match=r"30 queries .* 29 with"):
         bootstrap.compare(found, found._replace(values=found.values[:29]))
-    with pytest.raises(InputError, match="other true labels"):
+    with pytest.raises(InputError, match="different true labels"):
         bootstrap.compare(found, found._replace(possible=found.possible + 1))
 
 
-def test_file_of_queries_comes_back(tmp_path):
+def test_file_per_query_round_trip(tmp_path):
     path = tmp_path / "evaluation" / "test-exact.queries.npz"
     found = table(np.random.default_rng(0), 30)
     per_query.save(path, found, ABOUT)
-    again, about = per_query.load(path)
-    assert (again.names, again.ratios, about) == (found.names, found.ratios, ABOUT)
-    np.testing.assert_array_equal(again.values, found.values)
-    np.testing.assert_array_equal(again.possible, found.possible)
+    loaded, about = per_query.load(path)
+    assert (loaded.names, loaded.ratios, about) == (found.names, found.ratios, ABOUT)
+    np.testing.assert_array_equal(loaded.values, found.values)
+    np.testing.assert_array_equal(loaded.possible, found.possible)
     assert os.listdir(path.parent) == [path.name]
     bare = PerQuery(("P@1",), found.values[:, :1], (), found.values[:, :0])
     per_query.save(path, bare, ABOUT)
@@ -178,7 +179,7 @@ def test_file_of_queries_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["missing", "text", "cut", "other", "pickle"])
-def test_file_of_something_else_is_told(tmp_path, broken):
+def test_damaged_file_is_rejected(tmp_path, broken):
     path = tmp_path / "x.queries.npz"
     if broken == "text":
         path.write_text("no archive")
@@ -202,7 +203,7 @@ def defined_flags():
         flags.FLAGS.mark_as_parsed()
 
 
-def test_the_door_prints_and_writes(tmp_path, defined_flags, capsys):
+def test_command_prints_and_writes_comparison(tmp_path, defined_flags, capsys):
     rng = np.random.default_rng(1)
     one, other = table(rng, 80, shift=0.1), table(rng, 80)
     for name, found in (("a", one), ("b", other)):
@@ -224,13 +225,13 @@ def test_the_door_prints_and_writes(tmp_path, defined_flags, capsys):
     assert f"written to {out}" in printed
 
 
-def test_the_door_refuses_what_cannot_be_compared(tmp_path, defined_flags):
+def test_command_rejects_runs_that_cannot_be_compared(tmp_path, defined_flags):
     found = table(np.random.default_rng(1), 8)
     for name, about in (("a", ABOUT), ("b", ABOUT._replace(content_hash="other"))):
         per_query.save(tmp_path / name / "evaluation" / "test-exact.queries.npz", found, about)
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
     with flagsaver.flagsaver(runs=runs, split="test", search="exact"):
-        with pytest.raises(InputError, match=r"content_hash abc, .* of other"):
+        with pytest.raises(InputError, match=r"content_hash abc, .* has other"):
             compare.main([])
     with flagsaver.flagsaver(runs=runs[:1]), pytest.raises(InputError, match="--runs: found 1"):
         compare.main([])

@@ -1,4 +1,4 @@
-"""The vote against plain loops in float64, ties and absent pictures included."""
+"""The kNN baseline against plain loops in float64, including ties and missing images."""
 
 import collections
 import itertools
@@ -18,9 +18,9 @@ WORDS = np.array("red green blue car house tree Big big, small.".split())
 
 def some_items(rng, count, width):
     texts = [" ".join(rng.choice(WORDS, rng.integers(0, 5))) for _ in range(count)]
-    pictures = rng.integers(0, 3, count)
-    values = rng.normal(size=(pictures.sum(), width)).astype(np.float16)
-    return Items(texts, None, Ragged(values, np.cumsum([0, *pictures])))
+    item_images = rng.integers(0, 3, count)
+    values = rng.normal(size=(item_images.sum(), width)).astype(np.float16)
+    return Items(texts, None, Ragged(values, np.cumsum([0, *item_images])))
 
 
 def some_dataset(seed, *, train=60, test=23, labels=15):
@@ -52,7 +52,7 @@ def text_cosines(dataset):
                      for a in vectors[1]])  # fmt: skip
 
 
-def picture_cosines(dataset):
+def image_cosines(dataset):
     vectors = []
     for items in (dataset.train, dataset.test):
         values, begin = items.images
@@ -65,7 +65,7 @@ def picture_cosines(dataset):
 
 
 def ranked(cosines, relevance, k, neighbours):
-    """Ids and scores, by sorting everything."""
+    """Returns ids and scores of the baseline, by sorting everything."""
     ids = np.full((len(cosines), k), -1)
     scores = np.full((len(cosines), k), -np.inf)
     dense = relevance.toarray()
@@ -78,28 +78,28 @@ def ranked(cosines, relevance, k, neighbours):
     return ids, scores
 
 
-@pytest.mark.parametrize("by", ["text", "picture", "both"])
+@pytest.mark.parametrize("by", ["text", "image", "both"])
 @pytest.mark.parametrize("k,neighbours", [(15, 20), (4, 5), (10, 100)])
 def test_matches_a_plain_loop(by, k, neighbours):
     dataset = some_dataset(k)
-    cosines = {"text": text_cosines(dataset), "picture": picture_cosines(dataset)}
-    cosines["both"] = (cosines["text"] + cosines["picture"]) / 2
+    cosines = {"text": text_cosines(dataset), "image": image_cosines(dataset)}
+    cosines["both"] = (cosines["text"] + cosines["image"]) / 2
     _, scores = ranked(cosines[by], dataset.train_relevance, k, min(neighbours, 60))
-    found = knn_baseline.vote(
+    found = knn_baseline.predict(
         dataset, by=by, k=k, neighbours=neighbours, query_block=7, train_block=16
     )
     np.testing.assert_allclose(found.scores, scores, rtol=1e-3, atol=1e-5)
     assert found.ids.shape == found.scores.shape == (23, k)
     assert np.all((found.ids >= 0) == np.isfinite(found.scores))
     assert found.ids.dtype == np.int32 and found.scores.dtype == np.float32
-    whole = knn_baseline.vote(dataset, by=by, k=k, neighbours=neighbours)
-    np.testing.assert_allclose(whole.scores, found.scores, rtol=1e-4)
+    one_block = knn_baseline.predict(dataset, by=by, k=k, neighbours=neighbours)
+    np.testing.assert_allclose(one_block.scores, found.scores, rtol=1e-4)
 
 
-def test_ids_are_the_labels_of_the_scores():
+def test_ids_match_the_scores():
     dataset = some_dataset(3)
-    ids, scores = ranked(picture_cosines(dataset), dataset.train_relevance, 15, 20)
-    found = knn_baseline.vote(dataset, by="picture", k=15)
+    ids, scores = ranked(image_cosines(dataset), dataset.train_relevance, 15, 20)
+    found = knn_baseline.predict(dataset, by="image", k=15)
     gaps = np.abs(np.diff(np.where(np.isfinite(scores), scores, -1.0), axis=1)) > 1e-4
     clear = np.pad(gaps, ((0, 0), (1, 0)), constant_values=True)
     clear &= np.pad(gaps, ((0, 0), (0, 1)), constant_values=True)
@@ -107,12 +107,12 @@ def test_ids_are_the_labels_of_the_scores():
     np.testing.assert_array_equal(found.ids[clear], ids[clear])
 
 
-def test_another_split_is_judged_alike():
+def test_validation_split_gives_the_same_result():
     dataset = some_dataset(4)
-    expected = knn_baseline.vote(dataset, by="both", k=9)
+    expected = knn_baseline.predict(dataset, by="both", k=9)
     dataset.valid, dataset.test = dataset.test, None
     for one, other in zip(
-        knn_baseline.vote(dataset, split="valid", by="both", k=9), expected, strict=True
+        knn_baseline.predict(dataset, split="valid", by="both", k=9), expected, strict=True
     ):
         np.testing.assert_array_equal(one, other)
 
@@ -124,14 +124,14 @@ def test_ties_go_to_the_first(train_block):
         train=train, test=Items(["b A!", "unheard"], None, None),
         train_relevance=sparse.csr_matrix(np.eye(5, 6, dtype=np.float32)[:, ::-1]),
     )  # fmt: skip
-    found = knn_baseline.vote(dataset, k=4, neighbours=3, train_block=train_block)
-    # Neighbours 0, 1, 2 have labels 5, 4, 3; equal votes are ranked by label.
+    found = knn_baseline.predict(dataset, k=4, neighbours=3, train_block=train_block)
+    # Neighbours 0, 1, 2 have labels 5, 4, 3; equal scores are ranked by label.
     np.testing.assert_array_equal(found.ids, [[3, 4, 5, -1], [3, 4, 5, -1]])
     np.testing.assert_allclose(found.scores[:, :3], [[1.0] * 3, [1e-6] * 3], rtol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_top_is_the_head_of_a_stable_sort(seed):
+def test_top_matches_a_stable_sort(seed):
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 4, (9, 30)).astype(np.float32)
     expected = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :7], axis=1)

@@ -1,4 +1,4 @@
-"""Metrics against plain loops, at their bounds, and on the cases where programs differ."""
+"""Metrics against plain loops, at their bounds, and in edge cases."""
 
 import math
 import tracemalloc
@@ -16,12 +16,13 @@ KS, RECALL_KS = (1, 3, 5), (4, 8)
 
 
 def expected_metrics(ids, truth, weights, ks, recall_ks):
-    """The metrics by their definitions, one query and one rank at a time.
+    """Returns the metrics by their definitions, one query and one rank at a time.
 
     Args:
-      ids: Lists of retrieved labels; -1 = absent.
-      truth: Sets of true labels.
-      weights: Of the labels.
+      ids: Retrieved labels of each query; -1 = absent.
+      truth: Set of true labels of each query.
+      weights: Weight of each label.
+      ks, recall_ks: Cut-offs.
     """
 
     def discounted(gains):
@@ -50,8 +51,8 @@ def expected_metrics(ids, truth, weights, ks, recall_ks):
             average.append(sum(precisions) / min(k, len(true)) if true else 0.0)
         result[f"MAP@{k}"] = mean(average)
     for k in recall_ks:
-        shares = [len(true & set(row[:k])) / len(true) if true else 0.0 for row, true in queries]
-        result[f"R@{k}"] = mean(shares)
+        recalls = [len(true & set(row[:k])) / len(true) if true else 0.0 for row, true in queries]
+        result[f"R@{k}"] = mean(recalls)
     occurring = set().union(*truth)
     for k in (*ks, *recall_ks):
         covered = set().union(*(true & set(row[:k]) for row, true in queries))
@@ -69,7 +70,7 @@ def matrix(truth, num_labels):
 
 
 def random_case(rng, num_queries, num_labels, num_columns, *, density=0.2, absent=0.1):
-    """Retrieved labels without repetition, some absent, some true; true labels; weights."""
+    """Returns retrieved labels (distinct, some absent), true labels, and label weights."""
     ids = np.argsort(rng.random((num_queries, num_labels)), axis=1)[:, :num_columns]
     ids[rng.random(ids.shape) < absent] = -1
     truth = [set(np.flatnonzero(rng.random(num_labels) < density)) for _ in range(num_queries)]
@@ -94,8 +95,8 @@ def cases(draw):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_against_loops(seed, dtype, monkeypatch):
-    monkeypatch.setattr(metrics, "_BLOCK", 7)  # Many blocks, the last not full.
+def test_matches_loops(seed, dtype, monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", 7)  # Several blocks, the last one partial.
     ids, truth, weights = random_case(np.random.default_rng(seed), 50, 30, 8, density=0.1)
     truth[3] = truth[20] = set()  # Queries without labels.
     ids[4] = -1  # A query without results.
@@ -109,12 +110,12 @@ def test_against_loops(seed, dtype, monkeypatch):
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
-def test_against_loops_anywhere(case):
+def test_matches_loops_for_random_cases(case):
     expected = expected_metrics(*case, KS, RECALL_KS)
     assert compute(*case) == pytest.approx(expected, abs=1e-9)
 
 
-def test_defaults_and_names():
+def test_default_metric_names():
     ids, truth, weights = random_case(np.random.default_rng(0), 5, 150, 100)
     found = metrics.compute_metrics(ids, matrix(truth, 150), weights)
     kinds = ("P", "nDCG", "PSP", "PSnDCG", "MAP")
@@ -126,14 +127,14 @@ def test_defaults_and_names():
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
-def test_bounds(case):
+def test_values_are_percentages(case):
     for name, value in compute(*case).items():
         assert 0.0 <= value <= 100.0 + 1e-9, name
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases(), st.randoms(use_true_random=False))
-def test_order_of_queries_is_nothing(case, random):
+def test_order_of_queries_does_not_matter(case, random):
     ids, truth, weights = case
     order = list(range(len(ids)))
     random.shuffle(order)
@@ -143,7 +144,7 @@ def test_order_of_queries_is_nothing(case, random):
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
-def test_perfect_ranking_gives_all_that_is_possible(case):
+def test_perfect_ranking_reaches_the_maximum(case):
     ids, truth, weights = case
     truth[0] = truth[0] or {1}
     ids = np.full(ids.shape, -1)
@@ -164,8 +165,8 @@ def test_perfect_ranking_gives_all_that_is_possible(case):
         assert found["R@4"] == pytest.approx(with_labels)
 
 
-def test_by_hand():
-    # Three queries: hits at ranks 1 and 3 of three labels; none; no labels at all.
+def test_values_computed_by_hand():
+    # Three queries: hits at ranks 1 and 3 for three true labels; no hit; no true labels.
     ids = np.array([[4, 0, 2], [1, 3, -1], [0, 1, 2]])
     truth = [{4, 2, 1}, {0}, set()]
     weights = np.array([8.0, 4.0, 2.0, 1.0, 1.0])
@@ -184,21 +185,21 @@ def test_by_hand():
         "PSP@3": 100.0 * (1 + 2) / (4 + 2 + 1 + 8),
         "PSnDCG@3": 100.0 * (1 + 2 / 2) / ideal / ((4 + 2 / math.log2(3) + 1 / 2) / ideal + 8),
         "R@2": third * 1 / 3,
-        "coverage@1": 25.0,  # Of 0, 1, 2 and 4 only 4 is a first result where it is true.
+        "coverage@1": 25.0,  # Of the true labels 0, 1, 2, 4, only 4 is ranked first.
         "coverage@2": 25.0,
         "coverage@3": 50.0,
-        "MRR": third,  # One query of three; the two without a hit count 0, not 1.
+        "MRR": third,  # One query of three; the two without a hit count as 0.
     }
     assert found == pytest.approx(expected)
 
 
-def test_nothing_to_find_is_zero():
+def test_queries_without_labels_give_zero():
     found = compute(np.array([[0, 1, 2]]), [set()], np.ones(5), ks=(1, 3), recall_ks=(3,))
     assert set(found.values()) == {0.0}
 
 
-def test_form_of_the_relevance_is_nothing():
-    """Unsorted, repeated and explicitly zero entries, read-only memory; and none is changed."""
+def test_any_csr_form_of_relevance_gives_the_same_metrics():
+    """Entries may be unsorted, repeated or explicitly zero, in read-only arrays."""
     ids, truth, weights = random_case(np.random.default_rng(1), 20, 15, 8)
     expected = compute(ids, truth, weights)
     rows, columns = map(list, matrix(truth, 15).nonzero())
@@ -220,7 +221,7 @@ def test_form_of_the_relevance_is_nothing():
     np.testing.assert_array_equal(messy.indices, before)
 
 
-def test_memory_does_not_grow_with_the_queries(monkeypatch):
+def test_memory_does_not_grow_with_the_number_of_queries(monkeypatch):
     monkeypatch.setattr(metrics, "_BLOCK", 200)
     peaks = []
     for num_queries in (400, 4000):
@@ -240,7 +241,7 @@ def test_hits_of_absent_ids_and_the_last_label():
 
 
 @pytest.mark.parametrize(
-    "ids,shape,num_weights,ks,words",
+    "ids,shape,num_weights,ks,message",
     [
         (np.zeros((0, 5), int), (0, 9), 9, (1,), "no queries"),
         (np.zeros((2, 5), int), (2, 9), 9, (1, 7), "metrics at 7: found 5 results"),
@@ -251,8 +252,8 @@ def test_hits_of_absent_ids_and_the_last_label():
         (np.full((2, 5), -2), (2, 9), 9, (1,), "ids from -2"),
     ],
 )
-def test_refuses(ids, shape, num_weights, ks, words):
+def test_invalid_arguments_are_rejected(ids, shape, num_weights, ks, message):
     relevance = sparse.csr_matrix(shape, dtype=np.float32)
-    with pytest.raises(InputError, match=words) as error:
+    with pytest.raises(InputError, match=message) as error:
         metrics.compute_metrics(ids, relevance, np.ones(num_weights), ks=ks, recall_ks=())
     assert "\n" not in str(error.value)

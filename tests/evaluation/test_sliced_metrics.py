@@ -1,4 +1,4 @@
-"""Metrics by groups against plain loops over queries and labels; how groups are made."""
+"""Sliced metrics against plain loops over queries and labels, and the groups themselves."""
 
 import math
 
@@ -6,18 +6,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_metrics import KS, RECALL_KS, cases, expected_metrics, matrix, random_case
 
+from tests.evaluation.test_metrics import (
+    KS,
+    RECALL_KS,
+    cases,
+    expected_metrics,
+    matrix,
+    random_case,
+)
 from vixml_jax.data.card import stats
 from vixml_jax.data.store import Items, Ragged
 from vixml_jax.evaluation import metrics, sliced_metrics, slices
 from vixml_jax.evaluation.slices import Groups
 
-ADDING = ("P", "nDCG", "PSP", "PSnDCG", "MAP", "MRR")  # Groups of labels sum to the whole.
+# Metrics whose values over groups of labels sum to the value over all labels.
+ADDITIVE = ("P", "nDCG", "PSP", "PSnDCG", "MAP", "MRR")
 
 
-def judge(ids, truth, weights, label_groups=None, query_groups=None):
-    return sliced_metrics.judge(
+def compute(ids, truth, weights, label_groups=None, query_groups=None):
+    return sliced_metrics.compute(
         ids,
         matrix(truth, len(weights)),
         weights,
@@ -28,8 +36,8 @@ def judge(ids, truth, weights, label_groups=None, query_groups=None):
     )
 
 
-def expected_of_labels(ids, truth, weights, group, ks, recall_ks):
-    """What the hits with labels of a group add, by their definitions, a query at a time."""
+def expected_of_group(ids, truth, weights, group, ks, recall_ks):
+    """Returns the metrics of a group of labels by their definitions, one query at a time."""
     result = {}
     queries = list(zip(ids, truth, strict=True))
 
@@ -37,7 +45,7 @@ def expected_of_labels(ids, truth, weights, group, ks, recall_ks):
         return sum(1 / math.log2(j + 1) for j in range(1, n + 1)) or 1.0
 
     for k in ks:
-        sums = dict.fromkeys(ADDING, 0.0)
+        sums = dict.fromkeys(ADDITIVE, 0.0)
         best = {"PSP": 0.0, "PSnDCG": 0.0}
         for row, true in queries:
             z = ideal(min(k, len(true)))
@@ -56,12 +64,12 @@ def expected_of_labels(ids, truth, weights, group, ks, recall_ks):
             best["PSP"] += sum(largest)
             best["PSnDCG"] += sum(w / math.log2(j + 1) / z for j, w in enumerate(largest, 1))
         for name in ("P", "nDCG", "PSP", "PSnDCG", "MAP"):
-            of = best.get(name, len(ids))
-            result[f"{name}@{k}"] = sums[name] / of if of else 0.0
+            total = best.get(name, len(ids))
+            result[f"{name}@{k}"] = sums[name] / total if total else 0.0
     for k in recall_ks:
-        shares = [len(true & group & set(row[:k])) / len(true & group)
-                  for row, true in queries if true & group]  # fmt: skip
-        result[f"R@{k}"] = sum(shares) / len(shares) if shares else 0.0
+        recalls = [len(true & group & set(row[:k])) / len(true & group)
+                   for row, true in queries if true & group]  # fmt: skip
+        result[f"R@{k}"] = sum(recalls) / len(recalls) if recalls else 0.0
     first = []
     for row, true in queries:
         ranks = [(j, i) for j, i in enumerate(row, start=1) if i in true]
@@ -76,13 +84,13 @@ def expected_of_labels(ids, truth, weights, group, ks, recall_ks):
 
 @settings(max_examples=40, deadline=None)
 @given(cases(), st.integers(0, 2**32), st.integers(1, 5))
-def test_groups_of_labels_against_loops(case, seed, count):
+def test_groups_of_labels_match_loops(case, seed, count):
     ids, truth, weights = case
-    of = np.random.default_rng(seed).integers(-1, count, len(weights))
+    group_ids = np.random.default_rng(seed).integers(-1, count, len(weights)).astype(np.int8)
     names = tuple(f"group {i}" for i in range(count))
-    found = judge(ids, truth, weights, {"some": Groups(names, of.astype(np.int8))}).groups["some"]
+    found = compute(ids, truth, weights, {"some": Groups(names, group_ids)}).groups["some"]
     for i, name in enumerate(names):
-        group = set(np.flatnonzero(of == i).tolist())
+        group = set(np.flatnonzero(group_ids == i).tolist())
         if not group:
             assert name not in found
             continue
@@ -90,62 +98,62 @@ def test_groups_of_labels_against_loops(case, seed, count):
         assert found[name]["labels"] == len(group)
         assert found[name]["pairs"] == pairs
         assert found[name]["queries"] == sum(bool(true & group) for true in truth)
-        expected = expected_of_labels(ids, truth, weights, group, KS, RECALL_KS) if pairs else {}
+        expected = expected_of_group(ids, truth, weights, group, KS, RECALL_KS) if pairs else {}
         assert found[name]["metrics"] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_groups_of_queries_against_loops(seed, monkeypatch):
+def test_groups_of_queries_match_loops(seed, monkeypatch):
     monkeypatch.setattr(metrics, "_BLOCK", 7)
     rng = np.random.default_rng(seed)
     ids, truth, weights = random_case(rng, 50, 30, 8, density=0.1)
     truth[3] = set()
-    of = rng.integers(-1, 3, 50).astype(np.int8)
-    found = judge(ids, truth, weights, None, {"q": Groups(("a", "b", "c", "empty"), of)})
+    group_ids = rng.integers(-1, 3, 50).astype(np.int8)
+    found = compute(ids, truth, weights, None, {"q": Groups(("a", "b", "c", "empty"), group_ids)})
     assert list(found.groups["q"]) == ["a", "b", "c"]
-    for i, told in enumerate(found.groups["q"].values()):
-        rows = np.flatnonzero(of == i)
+    for i, group in enumerate(found.groups["q"].values()):
+        rows = np.flatnonzero(group_ids == i)
         part = [truth[row] for row in rows]
         expected = expected_metrics(ids[rows], part, weights, KS, RECALL_KS)
-        assert told["metrics"] == pytest.approx(expected, abs=1e-9)
-        assert told["queries"] == len(rows)
-        assert told["pairs"] == sum(map(len, part))
-        assert told["labels"] == len(set().union(*part))
+        assert group["metrics"] == pytest.approx(expected, abs=1e-9)
+        assert group["queries"] == len(rows)
+        assert group["pairs"] == sum(map(len, part))
+        assert group["labels"] == len(set().union(*part))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_groups_of_labels_sum_to_the_whole(seed):
+def test_groups_of_labels_sum_to_the_metrics(seed):
     rng = np.random.default_rng(seed)
     ids, truth, weights = random_case(rng, 40, 60, 20)
-    of = rng.integers(0, 4, 60).astype(np.int8)
-    told = judge(ids, truth, weights, {"some": Groups(tuple("abcd"), of)}).groups["some"]
-    whole = metrics.compute_metrics(ids, matrix(truth, 60), weights, recall_ks=())
-    for name, value in whole.items():
-        if name.split("@")[0] in ADDING:
-            summed = sum(group["metrics"][name] for group in told.values())
+    group_ids = rng.integers(0, 4, 60).astype(np.int8)
+    groups = compute(ids, truth, weights, {"some": Groups(tuple("abcd"), group_ids)}).groups["some"]
+    overall = metrics.compute_metrics(ids, matrix(truth, 60), weights, recall_ks=())
+    for name, value in overall.items():
+        if name.split("@")[0] in ADDITIVE:
+            summed = sum(group["metrics"][name] for group in groups.values())
             assert summed == pytest.approx(value, abs=1e-9), name
-    assert sum(group["pairs"] for group in told.values()) == sum(map(len, truth))
+    assert sum(group["pairs"] for group in groups.values()) == sum(map(len, truth))
 
 
-def test_each_query_alone(monkeypatch):
-    """Every row of the table holds what the metrics of that query alone are."""
+def test_terms_per_query(monkeypatch):
+    """The row of each query gives the metrics of that query alone."""
     monkeypatch.setattr(metrics, "_BLOCK", 5)
     ids, truth, weights = random_case(np.random.default_rng(5), 23, 30, 8, density=0.1)
-    found = judge(ids, truth, weights).queries
+    found = compute(ids, truth, weights).queries
     assert found.values.dtype == np.float32 and found.possible.dtype == np.float32
     for i in range(len(ids)):
         expected = expected_metrics(ids[i : i + 1], truth[i : i + 1], weights, KS, RECALL_KS)
         alone = found._replace(values=found.values[i : i + 1], possible=found.possible[i : i + 1])
         expected = {name: expected[name] for name in found.names}
         assert alone.metrics() == pytest.approx(expected, rel=1e-5)
-    whole = expected_metrics(ids, truth, weights, KS, RECALL_KS)
-    assert found.metrics() == pytest.approx({n: whole[n] for n in found.names}, rel=1e-5)
+    overall = expected_metrics(ids, truth, weights, KS, RECALL_KS)
+    assert found.metrics() == pytest.approx({n: overall[n] for n in found.names}, rel=1e-5)
 
 
-def test_frequency_groups_are_those_of_the_data_card():
+def test_frequency_groups_match_the_data_card():
     frequency = np.array([0, 1, 5, 6, 100, 101, 5000])
     found = slices.by_frequency(frequency)
-    named = [found.names[i] for i in found.of]
+    named = [found.names[i] for i in found.group_ids]
     assert named == ["unseen", "tail", "tail", "torso", "torso", "head", "head"]
     for name, least, most in stats.GROUPS:
         inside = stats.Distribution.of(frequency).between(least, most).items
@@ -154,55 +162,56 @@ def test_frequency_groups_are_those_of_the_data_card():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 300))
-def test_deciles(seed, num):
+def test_deciles_have_equal_pairs_and_descending_frequency(seed, num):
     rng = np.random.default_rng(seed)
     frequency = rng.zipf(1.5, num).clip(0, 10**6) - 1
     pairs = rng.poisson(frequency**0.7 + 0.3)
     found = slices.by_decile(frequency, pairs)
-    assert ((found.of < 0) == (frequency == 0)).all()
+    group_ids = found.group_ids
+    assert ((group_ids < 0) == (frequency == 0)).all()
     total = pairs[frequency > 0].sum()
-    held = np.bincount(found.of[frequency > 0], weights=pairs[frequency > 0], minlength=10)
-    assert held.sum() == total and len(held) == 10
+    counts = np.bincount(group_ids[frequency > 0], weights=pairs[frequency > 0], minlength=10)
+    assert counts.sum() == total and len(counts) == 10
     largest = pairs[frequency > 0].max(initial=0)
     if total:
-        assert np.abs(held - total / 10).max() <= max(largest, 1)
-    for i in range(9):  # No label of a later group is more frequent than one of an earlier.
-        rest = frequency[found.of > i]
-        assert frequency[found.of == i].min(initial=10**9) >= rest.max(initial=0)
+        assert np.abs(counts - total / 10).max() <= max(largest, 1)
+    for i in range(9):  # No label of a later group is more frequent than one of an earlier group.
+        rest = frequency[group_ids > i]
+        assert frequency[group_ids == i].min(initial=10**9) >= rest.max(initial=0)
 
 
-def test_deciles_by_hand():
-    # 20 labels, each in one pair, frequencies all different and one unseen label.
+def test_deciles_computed_by_hand():
+    # 20 labels of different frequencies with one pair each, and one unseen label.
     frequency, pairs = np.append(np.arange(20) + 1, 0), np.ones(21, int)
-    of = slices.by_decile(frequency, pairs).of
-    np.testing.assert_array_equal(of[:20], 9 - np.arange(20) // 2)
-    assert of[20] == -1
+    group_ids = slices.by_decile(frequency, pairs).group_ids
+    np.testing.assert_array_equal(group_ids[:20], 9 - np.arange(20) // 2)
+    assert group_ids[20] == -1
 
 
-def items(whole, offsets):
+def items(lengths, offsets):
     images = None if offsets is None else Ragged(np.zeros((0, 2), np.float16), np.array(offsets))
-    return Items([""] * len(whole), None, images, whole=np.array(whole))
+    return Items([""] * len(lengths), None, images, full_lengths=np.array(lengths))
 
 
 def test_query_groups():
-    found = slices.by_pictures(items([1, 1, 1], [0, 2, 2, 3]))
-    assert [found.names[i] for i in found.of] == ["with pictures", "without", "with pictures"]
-    assert (slices.by_pictures(items([1, 1], None)).of == 1).all()
+    found = slices.by_images(items([1, 1, 1], [0, 2, 2, 3]))
+    assert [found.names[i] for i in found.group_ids] == ["with images", "without", "with images"]
+    assert (slices.by_images(items([1, 1], None)).group_ids == 1).all()
     found = slices.by_length(np.array([3, 9, 4, 4, 8, 5, 12, 4]))
     assert found.names == ("3 to 4 tokens", "5 to 8 tokens", "9 to 12 tokens")
-    assert found.of.tolist() == [0, 2, 0, 0, 1, 1, 2, 0]
+    assert found.group_ids.tolist() == [0, 2, 0, 0, 1, 1, 2, 0]
     assert slices.by_length(np.array([7, 7])).names == ("7 tokens",)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=200))
-def test_quarters_are_quarters(lengths):
+def test_quarters_by_length_have_equal_sizes(lengths):
     lengths = np.array(lengths)
     found = slices.by_length(lengths)
-    assert found.of.min() == 0 and found.of.max() == len(found.names) - 1 <= 3
+    assert found.group_ids.min() == 0 and found.group_ids.max() == len(found.names) - 1 <= 3
     for i, name in enumerate(found.names):
-        inside = lengths[found.of == i]
+        inside = lengths[found.group_ids == i]
         assert str(inside.max()) in name.split() and len(inside)
     if len(set(lengths.tolist())) == len(lengths) and len(lengths) >= 4:
-        sizes = np.bincount(found.of)
+        sizes = np.bincount(found.group_ids)
         assert sizes.max() - sizes.min() <= 1

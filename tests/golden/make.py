@@ -1,16 +1,16 @@
-"""Writes the golden files: tiny checkpoints, and what `transformers` (torch) makes of them.
+"""Writes the golden files: tiny checkpoints, and the outputs of `transformers` (torch) for them.
 
-Run it as `python -m tests.golden.make`, where torch and transformers are installed; for each family
-it replaces, in tests/golden/<family>/,
+Run `python -m tests.golden.make` where torch and transformers are installed. For each family it
+replaces these files in tests/golden/<family>/:
 
-  config.json, model.safetensors   as `save_pretrained` writes them
+  config.json, model.safetensors   written by `save_pretrained`
   expected.npz                     inputs and float32 outputs:
     text: tokens [b, s] and lengths [b]; states [layers + 1, b, s, d], embeddings first; final
       [b, s, d], the states after the final norm; mean and last [b, d], the pooled vectors. States
-      are zero at the padding.
+      are zero at padding.
     vision: pixels [b, height, width, 3]; pooled [b, d].
 
-Inputs are the same each time; outputs to the last bit only with the same torch.
+Inputs are the same each time. Outputs are bit-identical only with the same version of torch.
 """
 
 import pathlib
@@ -21,8 +21,8 @@ import torch
 from tests import random_models
 
 HERE = pathlib.Path(__file__).parent
-LENGTHS = (20, 1, 9, 5)  # The first is longer than the window of Gemma's sliding layers.
-_EPS = 1e-3  # No default, and large enough to be seen: a tower that overlooks it fails.
+LENGTHS = (20, 1, 9, 5)  # The first is longer than Gemma's sliding window.
+_EPS = 1e-3  # Not the default, and large enough that a tower which ignores it fails.
 _DECODER = dict(
     vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, rms_norm_eps=_EPS
 )
@@ -31,7 +31,7 @@ TEXT = {
     "distilbert": dict(dim=18, hidden_dim=24),
     "qwen2": {**_DECODER, "rope_theta": 300.0},
     "qwen3": {**_DECODER, "head_dim": 8, "rope_theta": 300.0},
-    "llama": {**_DECODER, "head_dim": 8},  # Wavelengths short, long and between the two.
+    "llama": {**_DECODER, "head_dim": 8},  # Has short, long and intermediate wavelengths.
     "gemma3_text": {**_DECODER, "head_dim": 8, "rope_theta": 300.0, "rope_local_base_freq": 30.0},
 }
 VISION = dict(
@@ -40,7 +40,7 @@ VISION = dict(
 
 
 def write(family, model, expected):
-    """One directory: the checkpoint, and its inputs and outputs."""
+    """Writes a checkpoint with its inputs and outputs."""
     directory = HERE / family
     model.save_pretrained(directory)
     np.savez_compressed(directory / "expected.npz", **expected)
@@ -52,17 +52,17 @@ def text(model):
     lengths = np.array(LENGTHS)
     mask = np.arange(lengths.max()) < lengths[:, None]
     tokens = np.where(mask, rng.integers(1, model.config.vocab_size, mask.shape), 0)
-    last_layer = []  # What is named the last of the hidden states has been normalised already.
+    last_layer = []  # The last of `hidden_states` is already normalised.
     if hasattr(model, "norm"):
-        model.norm.register_forward_pre_hook(lambda _, operands: last_layer.extend(operands))
+        model.norm.register_forward_pre_hook(lambda _, args: last_layer.extend(args))
     with torch.no_grad():
-        found = model(
+        output = model(
             input_ids=torch.tensor(tokens),
             attention_mask=torch.tensor(mask.astype(np.int64)),
             output_hidden_states=True,
         )
-    final = found.last_hidden_state.numpy() * mask[..., None]
-    states = [*found.hidden_states[:-1], *(last_layer or found.hidden_states[-1:])]
+    final = output.last_hidden_state.numpy() * mask[..., None]
+    states = [*output.hidden_states[:-1], *(last_layer or output.hidden_states[-1:])]
     return {
         "tokens": tokens.astype(np.int32),
         "lengths": lengths.astype(np.int32),

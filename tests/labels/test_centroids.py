@@ -1,4 +1,4 @@
-"""Centroids: means of unit embeddings, the same bits from any number of processes."""
+"""Centroids: means of unit embeddings, bit-identical for any number of processes."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from scipy import sparse
 
 from tests.thread_group import together
 from vixml_jax.labels import centroids
-from vixml_jax.structs import Share
+from vixml_jax.structs import Shard
 
 QUERIES, LABELS, WIDTH = 300, 70, 6
 
@@ -31,11 +31,11 @@ def queries(rng):
 
 
 @pytest.mark.parametrize("pairs", [7, 1 << 14])
-def test_they_are_means_of_unit_queries(relevance, queries, pairs, monkeypatch):
+def test_centroids_are_means_of_unit_queries(relevance, queries, pairs, monkeypatch):
     monkeypatch.setattr(centroids, "_PAIRS", pairs)
     monkeypatch.setattr(centroids, "_SUMS", 9 * WIDTH)
-    share = Share(np.arange(QUERIES), queries)
-    found = centroids.exact_centroids(relevance, share, [np.arange(LABELS)])
+    shard = Shard(np.arange(QUERIES), queries)
+    found = centroids.exact_centroids(relevance, shard, [np.arange(LABELS)])
     assert found.dtype == np.float32 and not found[4].any()
     for label in set(range(LABELS)) - {4}:
         rows = relevance[:, label].toarray()[:, 0] > 0
@@ -44,19 +44,21 @@ def test_they_are_means_of_unit_queries(relevance, queries, pairs, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_any_number_of_processes_finds_the_same(relevance, queries, count, rng, monkeypatch):
-    share = Share(np.arange(QUERIES), queries)
-    expected = centroids.exact_centroids(relevance, share, [np.arange(LABELS)])
+def test_result_does_not_depend_on_the_number_of_processes(
+    relevance, queries, count, rng, monkeypatch
+):
+    shard = Shard(np.arange(QUERIES), queries)
+    expected = centroids.exact_centroids(relevance, shard, [np.arange(LABELS)])
     monkeypatch.setattr(centroids, "_PAIRS", 11)
     monkeypatch.setattr(centroids, "_SUMS", 13 * WIDTH)
     kept, wanted = (rng.integers(count, size=num) for num in (QUERIES, LABELS))
-    # What two ask for both get: replicas do.
+    # Every ninth label is requested by several processes, as replicas do.
     wanted = [np.flatnonzero((wanted == p) | (np.arange(LABELS) % 9 == p)) for p in range(count)]
 
     def work(group):
         ids = np.flatnonzero(kept == group.index)
-        mine = Share(ids, queries[ids])
-        return centroids.exact_centroids(relevance, mine, wanted, group=group)
+        local = Shard(ids, queries[ids])
+        return centroids.exact_centroids(relevance, local, wanted, group=group)
 
     for labels, found in zip(wanted, together(count, work), strict=True):
         np.testing.assert_array_equal(found, expected[labels])

@@ -1,4 +1,4 @@
-"""The combiner against `torch.nn.TransformerEncoderLayer` with the same weights."""
+"""The prototype network against `torch.nn.TransformerEncoderLayer` with equal weights."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ def torch_layer(width=WIDTH, heads=HEADS, mlp=MLP):
     )
 
 
-def copied(layer, read=lambda value: value.detach().numpy()):
-    """The layer's weights in our names and shapes."""
+def our_params(layer, read=lambda value: value.detach().numpy()):
+    """The torch layer's weights with our names and shapes."""
     weight, bias = read(layer.self_attn.in_proj_weight), read(layer.self_attn.in_proj_bias)
     split = {
         name: {
@@ -45,7 +45,7 @@ def copied(layer, read=lambda value: value.detach().numpy()):
 
 
 def inputs(rng, num_labels=9):
-    """Vectors as different in size as they are in use: long, tiny, at most one, some zero."""
+    """Inputs with the norms they have in training: large, tiny, and at most one or zero."""
     u, free, centroid = rng.normal(size=(3, num_labels, WIDTH))
     centroid[::3] = 0
     return [x.astype(np.float32) for x in (3 * u, 0.01 * free, 0.2 * centroid)]
@@ -60,27 +60,27 @@ def test_outputs_and_gradients_match_torch(seed):
         for value in layer.parameters():
             value.add_(torch.randn(value.shape) * 0.1)
     x = inputs(rng)
-    theirs = [torch.tensor(value, requires_grad=True) for value in x]
+    torch_x = [torch.tensor(value, requires_grad=True) for value in x]
     weights = rng.normal(size=(9, WIDTH)).astype(np.float32)
-    out = torch.nn.functional.normalize(layer(torch.stack(theirs, dim=1)).mean(1), dim=-1)
+    out = torch.nn.functional.normalize(layer(torch.stack(torch_x, dim=1)).mean(1), dim=-1)
     torch.sum(out * torch.tensor(weights)).backward()
 
-    combiner, params = Combiner(HEADS, MLP), copied(layer)
+    combiner, params = Combiner(HEADS, MLP), our_params(layer)
 
     def objective(params, x):
         z = combiner.apply({"params": params}, *x, deterministic=True)
         return jnp.sum(z * weights), z
 
-    (slopes, input_slopes), z = jax.jit(jax.grad(objective, (0, 1), has_aux=True))(params, x)
+    (gradients, input_gradients), z = jax.jit(jax.grad(objective, (0, 1), has_aux=True))(params, x)
     np.testing.assert_allclose(z, out.detach().numpy(), atol=1e-6)
-    expected = copied(layer, lambda value: value.grad.numpy())
-    assert jax.tree.structure(slopes) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), slopes, expected)
-    for found, value in zip(input_slopes, theirs, strict=True):
+    expected = our_params(layer, lambda value: value.grad.numpy())
+    assert jax.tree.structure(gradients) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients, expected)
+    for found, value in zip(input_gradients, torch_x, strict=True):
         np.testing.assert_allclose(found, value.grad.numpy(), atol=1e-5)
 
 
-def test_fresh_weights_are_drawn_as_torch_draws_them():
+def test_weights_are_initialised_as_in_torch():
     u = jnp.zeros((1, 64))
     make = jax.jit(lambda: Combiner(8, 256).init(jax.random.key(0), u, u, u, deterministic=True))
     params = nn.unbox(make())["params"]
@@ -100,16 +100,16 @@ def test_fresh_weights_are_drawn_as_torch_draws_them():
         (params["attention_norm"]["scale"], layer.norm1.weight),
         (params["mlp_norm"]["bias"], layer.norm2.bias),
     ]
-    for ours, theirs in pairs:
-        theirs = theirs.detach().numpy()
-        np.testing.assert_allclose(np.std(ours), np.std(theirs), rtol=0.2)
-        np.testing.assert_allclose(np.abs(ours).max(), np.abs(theirs).max(), rtol=0.1)
-        np.testing.assert_allclose(np.mean(ours), np.mean(theirs), atol=0.02)
+    for found, expected in pairs:
+        expected = expected.detach().numpy()
+        np.testing.assert_allclose(np.std(found), np.std(expected), rtol=0.2)
+        np.testing.assert_allclose(np.abs(found).max(), np.abs(expected).max(), rtol=0.1)
+        np.testing.assert_allclose(np.mean(found), np.mean(expected), atol=0.02)
 
 
-def test_the_order_of_the_three_does_not_matter():
+def test_the_order_of_the_three_tokens_does_not_matter():
     x = inputs(np.random.default_rng(0))
-    params = copied(torch_layer())
+    params = our_params(torch_layer())
     first, second = (
         Combiner(HEADS, MLP).apply({"params": params}, *order, deterministic=True)
         for order in (x, x[::-1])
@@ -118,9 +118,9 @@ def test_the_order_of_the_three_does_not_matter():
     np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_applies_only_in_training():
     x = inputs(np.random.default_rng(0))
-    params = copied(torch_layer())
+    params = our_params(torch_layer())
 
     def run(rate, key):
         return Combiner(HEADS, MLP, rate).apply(
@@ -134,15 +134,15 @@ def test_dropout_acts_in_training_alone():
     assert not np.allclose(run(0.1, 0), run(0.1, 1))
 
 
-def test_a_vanished_mean_has_a_finite_gradient():
+def test_a_zero_mean_has_a_finite_gradient():
     layer = torch_layer()
-    params = copied(layer)
+    params = our_params(layer)
     params["mlp_norm"] = {"scale": np.zeros(WIDTH, np.float32), "bias": np.zeros(WIDTH, np.float32)}
     x = inputs(np.random.default_rng(0))
 
     def objective(params):
         return jnp.sum(Combiner(HEADS, MLP).apply({"params": params}, *x, deterministic=True))
 
-    value, slopes = jax.jit(jax.value_and_grad(objective))(params)
+    value, gradients = jax.jit(jax.value_and_grad(objective))(params)
     assert value == 0.0
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))

@@ -1,4 +1,4 @@
-"""The label table on eight devices against plain numpy."""
+"""The label table on eight devices against numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from vixml_jax.labels import table
 from vixml_jax.parallel import sharding
-from vixml_jax.structs import LabelState, Share
+from vixml_jax.structs import LabelState, Shard
 from vixml_jax.training import train_step
 
 
@@ -16,7 +16,7 @@ def mesh():
     return sharding.create_mesh(2, 4, 1)
 
 
-def test_rows_lie_over_the_mesh(mesh):
+def test_rows_are_sharded_over_the_mesh(mesh):
     labels = table.LabelTable(mesh, num_labels=21, num_free=100, width=6)
     assert labels.num_free == 21
     state = labels.init_state(np.arange(21))
@@ -56,11 +56,11 @@ def test_gradient_reaches_the_shared_free_vectors(mesh):
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
-def test_moving_centroids_take_one_step_towards_the_mean(mesh):
+def test_moving_centroids_move_towards_the_mean_of_their_queries(mesh):
     rng = np.random.default_rng(2)
     labels = table.LabelTable(mesh, num_labels=10, num_free=10, width=4)
     old = rng.normal(size=(10, 4)).astype(np.float32)
-    state = labels.with_centroids(labels.init_state(np.arange(10)), Share(np.arange(10), old))
+    state = labels.with_centroids(labels.init_state(np.arange(10)), Shard(np.arange(10), old))
     ids = np.array([7, 2, 7, -1], np.int32)
     queries = rng.normal(size=(4, 4)).astype(np.float32)
     moved = jax.jit(lambda s: train_step.move_centroids(labels, s, ids, queries, 0.95))(state)

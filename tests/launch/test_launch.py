@@ -1,4 +1,4 @@
-"""The launch scripts against programs that record how they are called and play a part."""
+"""The launch scripts against fakes of gcloud, kubectl and Slurm that record their calls."""
 
 import json
 import os
@@ -14,8 +14,8 @@ LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 ODD = '--model.pretrained=a dir/it\'s "$HOME" *'
 
-# Plays a program: writes down its arguments, then does what the next line of its part says.
-ACTOR = """#!{python}
+# A fake program: records its arguments, then prints and exits as the test prescribes.
+FAKE = """#!{python}
 import json, os, pathlib, sys
 name = pathlib.Path(sys.argv[0]).name
 root = pathlib.Path({root!r})
@@ -36,13 +36,13 @@ for key, answers in json.loads((root / "part").read_text()).items():
 
 
 class Stage:
-    """A directory of actors, first on the path."""
+    """A directory of fake programs, first on the path."""
 
     def __init__(self, root, part):
         self.root = root
         (root / "part").write_text(json.dumps(part))
         for name in ("gcloud", "kubectl", "srun", "scontrol"):
-            (root / name).write_text(ACTOR.format(python=sys.executable, root=str(root)))
+            (root / name).write_text(FAKE.format(python=sys.executable, root=str(root)))
             (root / name).chmod(0o755)
 
     def run(self, script, *arguments, **variables):
@@ -62,7 +62,7 @@ class Stage:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck_finds_nothing(script):
+def test_shellcheck_passes(script):
     done = subprocess.run(
         [os.path.join(os.path.dirname(sys.executable), "shellcheck"), "-x", str(script)],
         capture_output=True, text=True, cwd=LAUNCH.parent,
@@ -86,7 +86,7 @@ def test_dry_runs_call_nothing_and_unknown_arguments_are_refused(script, tmp_pat
 READY = {"describe": [["READY", 0]]}
 
 
-def test_a_slice_that_is_absent_is_made_and_one_that_is_there_is_taken(tmp_path):
+def test_a_missing_slice_is_created_and_an_existing_one_is_used(tmp_path):
     stage = Stage(tmp_path, {"describe": [["", 1], ["CREATING", 0], ["READY", 0]]})
     assert stage.run("tpu_pod.sh", "--", "--seed=1", NAME="mine").returncode == 0
     (made,) = stage.called("create")
@@ -98,8 +98,8 @@ def test_a_slice_that_is_absent_is_made_and_one_that_is_there_is_taken(tmp_path)
     assert not there.called("create") and not there.called("delete")
 
 
-def test_what_is_typed_reaches_train_through_every_shell(tmp_path):
-    """The command that a host would get, run here with a `python` that tells its arguments."""
+def test_flags_reach_train_through_every_shell(tmp_path):
+    """The command for a host, run here with a `python` that prints its arguments."""
     stage = Stage(tmp_path, READY)
     assert stage.run("tpu_pod.sh", "--", ODD, "--seed=3").returncode == 0
     (begun,) = stage.called("vixml_jax.train", "--worker=all")
@@ -131,7 +131,7 @@ def test_what_is_typed_reaches_train_through_every_shell(tmp_path):
     ("statuses", "begun", "left"),
     [([75, 143, 0], 3, 0), ([2], 1, 2), ([1], 1, 1), ([255, 0], 1, 0)],
 )
-def test_a_pod_starts_again_on_what_can_be_resumed_alone(tmp_path, statuses, begun, left):
+def test_a_pod_restarts_only_runs_that_can_be_resumed(tmp_path, statuses, begun, left):
     stage = Stage(tmp_path, {**READY, "tail --pid": [["", status] for status in statuses]})
     assert stage.run("tpu_pod.sh", "--", "--seed=1").returncode == left
     assert len(stage.called("vixml_jax.train", "--worker=all")) == begun
@@ -139,7 +139,7 @@ def test_a_pod_starts_again_on_what_can_be_resumed_alone(tmp_path, statuses, beg
     assert not stage.called("delete")
 
 
-def test_a_slice_that_was_taken_away_is_made_again(tmp_path):
+def test_a_preempted_slice_is_created_again(tmp_path):
     states = [["READY", 0], ["PREEMPTED", 0], ["", 1], ["READY", 0]]
     stage = Stage(tmp_path, {"describe": states, "tail --pid": [["", 255], ["", 0]]})
     done = stage.run("tpu_pod.sh", "--", "--seed=1")
@@ -157,7 +157,7 @@ def test_a_slice_is_deleted_when_asked(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_jobset_is_filled_and_applied(tmp_path):
+def test_a_jobset_is_filled_in_and_applied(tmp_path):
     yaml = pytest.importorskip("yaml")
     stage = Stage(tmp_path, {})
     done = stage.run(
@@ -181,7 +181,7 @@ def test_a_jobset_is_filled_and_applied(tmp_path):
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (143, True), (0, False), (2, False)])
-def test_slurm_goes_back_into_the_queue_when_preempted(tmp_path, status, requeued):
+def test_slurm_requeues_a_preempted_run(tmp_path, status, requeued):
     stage = Stage(tmp_path, {"srun": [["", status]]})
     done = stage.run("slurm.sbatch", "--", ODD, HERE=str(LAUNCH), SLURM_JOB_ID="7")
     assert done.returncode == status
@@ -202,7 +202,7 @@ def local(tmp_path, program, *arguments):
     )  # fmt: skip
 
 
-def test_a_run_on_this_machine_starts_again_and_ends_as_train_does(tmp_path):
+def test_local_runs_restart_and_exit_with_the_status_of_train(tmp_path):
     program = 'echo "$*" >> calls; [[ $(wc -l < calls) -lt 3 ]] && exit 75; exit 2'
     done = local(tmp_path, program, "--", ODD)
     done.communicate(timeout=30)
@@ -210,7 +210,7 @@ def test_a_run_on_this_machine_starts_again_and_ends_as_train_does(tmp_path):
     assert (tmp_path / "calls").read_text() == f"-m vixml_jax.train {ODD}\n" * 3
 
 
-def test_processes_on_this_machine_find_each_other_and_stop_together(tmp_path):
+def test_local_processes_connect_and_stop_together(tmp_path):
     program = 'echo "$*" >> calls; trap "exit 75" TERM; while true; do sleep 0.05; done'
     child = local(tmp_path, program, "--processes=2", "--", "--seed=1")
     deadline = time.monotonic() + 20

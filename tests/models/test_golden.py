@@ -1,4 +1,4 @@
-"""Towers against what `transformers` (torch) made of the golden checkpoints; needs neither."""
+"""Towers against golden outputs of `transformers` (torch); neither library is needed."""
 
 import dataclasses
 import pathlib
@@ -14,26 +14,26 @@ from vixml_jax.models import bert, decoder, hf_checkpoints
 from vixml_jax.models.siglip import VisionTower
 from vixml_jax.models.tower import Tower
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"  # Written by make.py there.
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"  # Written by tests/golden/make.py.
 ENCODERS = ("bert", "distilbert")
 DECODERS = ("qwen2", "qwen3", "llama", "gemma3_text")
 ROWS = [[1, 0], [2, 3]]
 
 
 def read(family):
-    """The directory of the checkpoint, and what is expected of it."""
+    """Directory of a checkpoint, and its expected outputs."""
     with np.load(GOLDEN / family / "expected.npz", allow_pickle=False) as file:
         return str(GOLDEN / family), dict(file)
 
 
 @pytest.fixture(scope="module", params=ENCODERS + DECODERS)
 def golden(request, pack):
-    """Family, our tower, the texts packed, and what is expected."""
+    """Family, config, parameters, packed texts and expected outputs."""
     directory, expected = read(request.param)
     config, params = hf_checkpoints.load_hf_tower(directory)
     assert expected["lengths"].max() > getattr(config, "window", 0)
     items = [
-        (words[:n], []) for words, n in zip(expected["tokens"], expected["lengths"], strict=True)
+        (tokens[:n], []) for tokens, n in zip(expected["tokens"], expected["lengths"], strict=True)
     ]
     return request.param, config, params, pack(items, ROWS, width=24), expected
 
@@ -63,15 +63,15 @@ def test_embeddings_every_layer_and_the_final_norm(golden):
     def run(params, packed):
         states, final = [], []
 
-        def record(call, operands, named, context):
-            found = call(*operands, **named)
+        def record(call, args, kwargs, context):
+            output = call(*args, **kwargs)
             if context.method_name != "__call__":
-                return found
+                return output
             if isinstance(context.module, (bert.Block, decoder.Block)):
-                states.extend([found[0]] if states else [operands[0], found[0]])
+                states.extend([output[0]] if states else [args[0], output[0]])
             elif isinstance(context.module, (bert.Encoder, decoder.Decoder)):
-                final.append(found)
-            return found
+                final.append(output)
+            return output
 
         with nn.intercept_methods(record):
             apply(config, params, packed, len(expected["lengths"]))
@@ -80,16 +80,18 @@ def test_embeddings_every_layer_and_the_final_norm(golden):
     states, (final,) = run(params, packed)
     assert len(states) == len(expected["states"]) == config.num_layers + 1
     for item, length in enumerate(expected["lengths"]):
-        mine = packed.segments == item
-        for layer, (found, theirs) in enumerate(zip(states, expected["states"], strict=True)):
+        here = packed.segments == item
+        for layer, (found, golden_states) in enumerate(
+            zip(states, expected["states"], strict=True)
+        ):
             np.testing.assert_allclose(
-                found[mine], theirs[item, :length], rtol=0, atol=1e-4,
+                found[here], golden_states[item, :length], rtol=0, atol=1e-4,
                 err_msg=f"text {item}, layer {layer}",
             )  # fmt: skip
-        np.testing.assert_allclose(final[mine], expected["final"][item, :length], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(final[here], expected["final"][item, :length], rtol=0, atol=1e-4)
 
 
-def test_vectors_of_pictures():
+def test_vectors_of_images():
     directory, expected = read("siglip_vision_model")
     config, params = hf_checkpoints.load_hf_vision(directory)
     run = jax.jit(lambda params, pixels: VisionTower(config).apply({"params": params}, pixels))
@@ -97,12 +99,13 @@ def test_vectors_of_pictures():
     np.testing.assert_allclose(found, expected["pooled"], rtol=0, atol=1e-4)
 
 
-def test_neither_torch_nor_transformers_is_needed():
+def test_torch_and_transformers_are_not_imported():
     run = (
         "import sys, pytest; sys.modules.update(torch=None, transformers=None);"
         "sys.exit(pytest.main(sys.argv[1:]))"
     )
-    chosen = ["-q", __file__, "-k", "pictures or distilbert"]  # One text and the vision tower.
-    found = subprocess.run([sys.executable, "-c", run, *chosen], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "3 passed" in found.stdout
+    # One text tower and the vision tower.
+    arguments = ["-q", __file__, "-k", "images or distilbert"]
+    done = subprocess.run([sys.executable, "-c", run, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout

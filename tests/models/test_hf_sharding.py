@@ -1,4 +1,4 @@
-"""Checkpoints read straight to eight devices: each part once, one tensor at a time."""
+"""Loading of checkpoints onto eight devices: each shard read once, one tensor at a time."""
 
 import threading
 import weakref
@@ -18,12 +18,12 @@ from vixml_jax.parallel import sharding
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=8)
 MODELS = {
-    # 50 words: two, four or eight devices along tensor keep more or less of them.
+    # The vocabulary of 50 is padded for a tensor axis of size 4 or 8.
     "bert": (
         transformers.BertModel,
         transformers.BertConfig(vocab_size=50, max_position_embeddings=12, **SIZES),
     ),
-    # Two key heads: of eight devices along tensor, six keep nothing but zeros.
+    # Two key heads: with a tensor axis of size 8, six devices hold only padding.
     "qwen2": (
         transformers.Qwen2Model,
         transformers.Qwen2Config(vocab_size=64, num_key_value_heads=2, **SIZES),
@@ -38,7 +38,7 @@ MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (8, 1, 1)]
 
 @pytest.fixture(scope="module", params=MODELS)
 def checkpoint(request, tmp_path_factory):
-    """The family, a checkpoint in parts, and its parameters in float32 on one device."""
+    """Family, path of a checkpoint of several files, and its float32 parameters on one device."""
     model, config = MODELS[request.param]
     torch.manual_seed(0)
     model, path = model(config), tmp_path_factory.mktemp(request.param)
@@ -57,7 +57,7 @@ def load(family, path, **settings):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_parameter_lies_where_its_axes_say(sizes, dtype, checkpoint, pack):
+def test_parameters_are_sharded_by_their_axes(sizes, dtype, checkpoint, pack):
     family, path, plain = checkpoint
     mesh = sharding.create_mesh(*sizes)
     config, params = load(family, path, dtype=dtype, mesh=mesh)
@@ -70,8 +70,8 @@ def test_every_parameter_lies_where_its_axes_say(sizes, dtype, checkpoint, pack)
         )
     )
     stored = sharding.stored_tree(abstract["params"], mesh)
-    places = jax.tree.map(lambda x: (x.shape, x.sharding), stored)
-    assert jax.tree.map(lambda x: (x.shape, x.sharding), params) == places
+    expected = jax.tree.map(lambda x: (x.shape, x.sharding), stored)
+    assert jax.tree.map(lambda x: (x.shape, x.sharding), params) == expected
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {dtype}
 
     def check(found, real):
@@ -84,11 +84,11 @@ def test_every_parameter_lies_where_its_axes_say(sizes, dtype, checkpoint, pack)
         rows = params["word_embeddings"].shape[0]
         assert rows == {"bert": 56, "qwen2": 64}[family]
         heads = params["encoder"]["blocks"]["key"]["kernel"].shape[2]
-        assert heads == 8  # Two of Qwen2's are real.
+        assert heads == 8  # Two for Qwen2, without padding.
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_are_cast_on_their_devices(dtype, tmp_path):
+def test_half_precision_files_are_cast_on_the_devices(dtype, tmp_path):
     torch.manual_seed(0)
     model = transformers.Qwen2Model(MODELS["qwen2"][1]).to(dtype)
     model.save_pretrained(tmp_path)
@@ -99,8 +99,8 @@ def test_half_precision_files_are_cast_on_their_devices(dtype, tmp_path):
         np.testing.assert_array_equal(found, expected)
 
 
-class Watched:
-    """A lazy slice that tells what is read of it, and how much of what was read is still held."""
+class LoggedTensor:
+    """A lazy slice that logs what is read from it."""
 
     def __init__(self, name, tensor, log):
         self.name, self.tensor, self.log = name, tensor, log
@@ -114,6 +114,8 @@ class Watched:
 
 
 class Log:
+    """Sizes of the parts read, and the bytes of them that are still referenced."""
+
     def __init__(self):
         self.read, self.held, self.most_held = [], 0, 0
         self._lock = threading.Lock()
@@ -133,12 +135,14 @@ class Log:
 def log(monkeypatch):
     log, tensors = Log(), hf_checkpoints._tensors
     monkeypatch.setattr(
-        hf_checkpoints, "_tensors", lambda path: ((n, Watched(n, t, log)) for n, t in tensors(path))
+        hf_checkpoints,
+        "_tensors",
+        lambda path: ((n, LoggedTensor(n, t, log)) for n, t in tensors(path)),
     )
     return log
 
 
-def test_each_device_reads_its_own_part_once(checkpoint, log):
+def test_each_device_reads_its_own_shard_once(checkpoint, log):
     family, path, plain = checkpoint
     load(family, path, mesh=sharding.create_mesh(1, 8, 1))
     sizes = {}
@@ -156,21 +160,21 @@ def test_the_host_holds_one_tensor_at_a_time(sizes, checkpoint, log):
     family, path, _ = checkpoint
     mesh = None if sizes is None else sharding.create_mesh(*sizes)
     load(family, path, mesh=mesh)
-    whole = {}
+    tensor_sizes = {}
     for name, size in log.read:
-        whole[name] = whole.get(name, 0) + size
-    assert 0 < log.most_held <= max(whole.values())
+        tensor_sizes[name] = tensor_sizes.get(name, 0) + size
+    assert 0 < log.most_held <= max(tensor_sizes.values())
 
 
-def test_nothing_is_read_of_a_checkpoint_that_does_not_fit(tmp_path, log):
+def test_nothing_is_read_if_names_or_shapes_mismatch(tmp_path, log):
     model = transformers.Qwen2Model(MODELS["qwen2"][1])
     model.save_pretrained(tmp_path)
     state = model.state_dict()
     del state["norm.weight"]
     state["layers.2.mlp.up_proj.weight"] = torch.zeros(48, 31)
     safetensors.save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(InputError) as fault:
+    with pytest.raises(InputError) as error:
         hf_checkpoints.load_hf_tower(str(tmp_path), mesh=sharding.create_mesh())
-    assert "norm.weight is missing" in str(fault.value)
-    assert "up_proj.weight has shape [48, 31], expected [48, 32]" in str(fault.value)
+    assert "norm.weight is missing" in str(error.value)
+    assert "up_proj.weight has shape [48, 31], expected [48, 32]" in str(error.value)
     assert not log.read

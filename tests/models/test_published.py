@@ -1,4 +1,4 @@
-"""The config.json of published checkpoints: read, built without memory, counted."""
+"""Parameter counts of published checkpoints, from their config.json without any weights."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ from vixml_jax.errors import InputError
 from vixml_jax.models.tower import Tower
 from vixml_jax.structs import PackedItems
 
-# Parameters as published, less what a tower has not: pooler (BERT), untied output (Qwen2.5-7B),
-# the vision half (Gemma 3: 4,300,079,472 less 419,816,304).
+# Published numbers of parameters, without those that a tower lacks: pooler (BERT), untied output
+# layer (Qwen2.5-7B), vision half (Gemma 3: 4,300,079,472 less 419,816,304).
 PUBLISHED = {
     "sentence-transformers/paraphrase-MiniLM-L3-v2": 17_389_824 - (384 * 384 + 384),
     "sentence-transformers/all-MiniLM-L6-v2": 22_713_216 - (384 * 384 + 384),
@@ -29,36 +29,36 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_as_many_as_published(name):
+def test_numbers_of_parameters_are_those_published(name):
     config, count = towers.config_of(name), PUBLISHED[name]
     packed = PackedItems(*[np.zeros((1, 2), np.int32)] * 4, np.zeros((0, 1), np.float16))
 
-    def counted(config):
-        made = jax.eval_shape(
+    def num_parameters(config):
+        params = jax.eval_shape(
             lambda: nn.unbox(Tower(config).init(jax.random.key(0), packed, 1, deterministic=True))
         )
-        return sum(x.size for x in jax.tree.leaves(made))
+        return sum(x.size for x in jax.tree.leaves(params))
 
-    assert counted(config) == count
+    assert num_parameters(config) == count
     if hasattr(config, "lora_rank"):
-        adapted = counted(dataclasses.replace(config, lora_rank=16)) - count
+        adapted = num_parameters(dataclasses.replace(config, lora_rank=16)) - count
         d, m, rank = config.width, config.mlp_width, 16
         q, kv = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
         pairs = [(d, q), (d, kv), (d, kv), (q, d), (d, m), (d, m), (m, d)]
-        assert adapted == config.num_layers * rank * sum(one + other for one, other in pairs)
+        assert adapted == config.num_layers * rank * sum(rows + columns for rows, columns in pairs)
 
 
-def test_the_rope_of_llama_and_gemma():
+def test_rope_of_llama_and_gemma():
     llama = towers.config_of("llama-3.2-3b")
     assert (llama.rope.theta, llama.rope.factor) == (500000.0, 32.0)
     assert llama.rope.original_positions == 8192
     gemma = towers.config_of("gemma-3-4b")
     assert (gemma.rope.theta, gemma.rope.factor, gemma.local_rope.theta) == (1e6, 8.0, 1e4)
     assert (gemma.window, gemma.slides.sum(), gemma.slides[5]) == (1024, 29, False)
-    assert gemma.attention_scale == 256**-0.5 and gemma.word_scale == 2560**0.5
+    assert gemma.attention_scale == 256**-0.5 and gemma.embedding_scale == 2560**0.5
 
 
-def test_a_tower_that_is_not_known():
+def test_unknown_names_are_refused():
     assert PUBLISHED.keys() == towers.CONFIGS.keys()
     for name in ("qwen2.5", "gpt2"):
         with pytest.raises(InputError, match="expected one of sentence"):

@@ -1,4 +1,4 @@
-"""The vision tower against `transformers` (torch), from pixels to the pooled vector."""
+"""The vision tower against `transformers` (torch), from pixels to pooled vectors."""
 
 import dataclasses
 import json
@@ -24,7 +24,9 @@ def vectors(config, params, pixels):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("image_size,patch_size", [(32, 7), (28, 14)])  # Pixels left over; none.
+@pytest.mark.parametrize(
+    "image_size,patch_size", [(32, 7), (28, 14)]
+)  # With and without leftover pixels.
 def test_vectors_match_transformers(image_size, patch_size, scan, tmp_path):
     model = random_models.vision_model(image_size=image_size, patch_size=patch_size)
     model.save_pretrained(tmp_path)
@@ -37,16 +39,16 @@ def test_vectors_match_transformers(image_size, patch_size, scan, tmp_path):
     np.testing.assert_allclose(vectors(config, params, pixels), expected, atol=1e-4)
 
 
-def test_the_vision_half_of_a_whole_model(tmp_path):
+def test_the_vision_half_of_a_siglip_model(tmp_path):
     text = dict(vocab_size=30, max_position_embeddings=8, **SIZES)
     vision = dict(image_size=16, patch_size=8, **SIZES)
-    about = transformers.SiglipConfig(text_config=text, vision_config=vision)
-    whole = random_models.draw(transformers.SiglipModel, about, 0.1)
-    whole.save_pretrained(tmp_path)
+    config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+    model = random_models.draw(transformers.SiglipModel, config, 0.1)
+    model.save_pretrained(tmp_path)
     config, params = hf_checkpoints.load_hf_vision(str(tmp_path))
     pixels = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
     with torch.no_grad():
-        expected = whole.get_image_features(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        expected = model.get_image_features(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     expected = getattr(expected, "pooler_output", expected)
     np.testing.assert_allclose(vectors(config, params, pixels), expected, atol=1e-4)
 
@@ -61,12 +63,12 @@ def test_parameters_have_the_structure_of_init(tmp_path):
 
 
 @pytest.mark.parametrize("sizes,count", [
-    # Published sizes, so400m patch14 384 and base patch16 224, as transformers counts them.
+    # so400m-patch14-384 and base-patch16-224; numbers of parameters from transformers.
     (dict(image_size=384, patch_size=14, num_layers=27, width=1152, num_heads=16,
           mlp_width=4304), 428_225_600),
     (dict(), 92_884_224),
 ])  # fmt: skip
-def test_parameters_of_the_published_sizes(sizes, count):
+def test_numbers_of_parameters_of_published_sizes(sizes, count):
     config = SiglipConfig(**sizes)
     shape = (1, config.image_size, config.image_size, 3)
     fresh = jax.eval_shape(
@@ -75,11 +77,11 @@ def test_parameters_of_the_published_sizes(sizes, count):
     assert sum(x.size for x in jax.tree.leaves(fresh)) == count
 
 
-def test_a_text_tower_is_no_vision_tower(tmp_path):
+def test_unsupported_models_are_refused(tmp_path):
     random_models.vision_model().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="model_type is 'siglip_vision_model', expected one of"):
         hf_checkpoints.load_hf_tower(str(tmp_path))
-    about = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**about, "hidden_act": "relu"}))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "hidden_act": "relu"}))
     with pytest.raises(InputError, match="hidden_act is 'relu'"):
         hf_checkpoints.load_hf_vision(str(tmp_path))

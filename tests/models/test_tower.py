@@ -1,4 +1,4 @@
-"""The tower: pictures as tokens, means by segment, and that neighbours in a row never matter."""
+"""The tower: images as tokens, pooling by segment, independence of items in a row."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def _init(config):
 
 
 def init(config):
-    """Fresh parameters, in a dict of the caller's own."""
+    """Initial parameters, in a dict that the caller may change."""
     return dict(_init(config))
 
 
@@ -48,33 +48,33 @@ def vectors(config, params, packed, num_items):
     return np.asarray(_compiled(config, num_items)(params, packed))
 
 
-def test_pictures_enter_as_tokens(tmp_path, pack, draw_items):
+def test_images_enter_as_tokens(tmp_path, pack, draw_items):
     torch.manual_seed(0)
-    about = transformers.BertConfig(
+    hf_config = transformers.BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=24, max_position_embeddings=20,
     )  # fmt: skip
-    model = transformers.BertModel(about, add_pooling_layer=False).eval()
+    model = transformers.BertModel(hf_config, add_pooling_layer=False).eval()
     model.save_pretrained(tmp_path)
     config, params = hf_checkpoints.load_hf_tower(str(tmp_path))
     config = dataclasses.replace(config, image_width=7)
     rng = np.random.default_rng(0)
     items = draw_items(rng, 8, vocab_size=40, longest=8, num_images=3, image_width=7)
-    assert len({len(pictures) for _, pictures in items}) > 2
+    assert len({len(item_images) for _, item_images in items}) > 2
     packed = pack(items, [[4, 2], [1, 0, 3], [5], [6, 7]], width=30, num_images=3, image_width=7)
     linear = torch.nn.Linear(7, 16)
     weights = rng.normal(size=(8, 16)).astype(np.float32)
 
     means = []
-    for words, pictures in items:
+    for tokens, item_images in items:
         embedded = torch.cat(
             [
-                linear(torch.tensor(pictures).float()),
-                model.embeddings.word_embeddings(torch.tensor(words)),
+                linear(torch.tensor(item_images).float()),
+                model.embeddings.word_embeddings(torch.tensor(tokens)),
             ]
         )
-        # Text stands after the places of all pictures, also where some are missing.
-        positions = [*range(len(pictures)), *range(3, 3 + len(words))]
+        # Positions of the text start after those of all images, also if images are missing.
+        positions = [*range(len(item_images)), *range(3, 3 + len(tokens))]
         states = model(inputs_embeds=embedded[None], position_ids=torch.tensor([positions]))
         means.append(states.last_hidden_state[0].mean(0))
     means = torch.stack(means)
@@ -91,16 +91,16 @@ def test_pictures_enter_as_tokens(tmp_path, pack, draw_items):
             Tower(config).apply({"params": params}, packed, 8, deterministic=True) * weights
         )
 
-    slopes = jax.jit(jax.grad(objective))(params)
-    projection = slopes["image_projection"]
+    gradients = jax.jit(jax.grad(objective))(params)
+    projection = gradients["image_projection"]
     np.testing.assert_allclose(projection["kernel"].T, linear.weight.grad, atol=2e-5)
     np.testing.assert_allclose(projection["bias"], linear.bias.grad, atol=2e-5)
-    words = model.embeddings.word_embeddings.weight.grad
-    np.testing.assert_allclose(slopes["word_embeddings"], words, atol=2e-5)
+    embeddings = model.embeddings.word_embeddings.weight.grad
+    np.testing.assert_allclose(gradients["word_embeddings"], embeddings, atol=2e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_neighbours_never_change_a_vector(seed, pack, draw_items):
+def test_items_in_the_same_row_do_not_affect_each_other(seed, pack, draw_items):
     rng = np.random.default_rng(seed)
     settings = {"width": 30, "num_images": 2, "image_width": 7}
     items = draw_items(rng, 6, vocab_size=40, longest=12, num_images=2, image_width=7)
@@ -109,16 +109,16 @@ def test_neighbours_never_change_a_vector(seed, pack, draw_items):
     expected = vectors(CONFIG, params, alone, 6)
     assert np.linalg.norm(expected, axis=1).min() > 0.1
 
-    rows, room = [[] for _ in range(6)], [30] * 6  # As many rows: one program for all of it.
+    rows, space = [[] for _ in range(6)], [30] * 6  # As many rows as above, for one program.
     for item in rng.permutation(6):
         length = sum(map(len, items[item]))
-        row = rng.choice([r for r in range(6) if room[r] >= length and r < 4])
+        row = rng.choice([r for r in range(6) if space[r] >= length and r < 4])
         rows[row].append(int(item))
-        room[row] -= length
+        space[row] -= length
     shared = pack(items, rows, **settings)
     assert max(map(len, rows)) > 1
     np.testing.assert_allclose(vectors(CONFIG, params, shared, 6), expected, atol=2e-6)
-    # One after the other in the row, or gaps between them: no matter either.
+    # Neither does the order of the positions in a row.
     order = rng.permutation(30)
     mixed = shared._replace(
         **{
@@ -134,17 +134,17 @@ def test_absent_items_are_zero_with_finite_gradients(pack):
     params = init(CONFIG)
     found = vectors(CONFIG, params, packed, 3)
     assert np.all(found[[0, 2]] == 0) and np.all(found[1] != 0)
-    slopes = jax.jit(
+    gradients = jax.jit(
         jax.grad(
             lambda p: Tower(CONFIG).apply({"params": p}, packed, 3, deterministic=True)[1].sum()
         )
     )(params)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))
-    assert not np.any(slopes["image_projection"]["kernel"])
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+    assert not np.any(gradients["image_projection"]["kernel"])
 
 
 @pytest.mark.parametrize("image_width", [1, 7])
-def test_a_batch_without_pictures_needs_no_row_of_them(image_width, pack, draw_items):
+def test_a_batch_without_images(image_width, pack, draw_items):
     items = draw_items(np.random.default_rng(0), 3, vocab_size=40, longest=6)
     rows = [[0, 1], [2]]
     none = pack(items, rows, width=12, num_images=0, image_width=image_width)
@@ -160,7 +160,7 @@ def test_a_batch_without_pictures_needs_no_row_of_them(image_width, pack, draw_i
     np.testing.assert_array_equal(found, vectors(text, params, none, 3))
 
 
-def test_the_projection_starts_as_a_torch_linear():
+def test_image_projection_is_initialised_as_torch_linear():
     config = dataclasses.replace(CONFIG, width=64, image_width=100)
     for leaf in init(config)["image_projection"].values():
         assert np.abs(leaf).max() <= 0.1
@@ -186,7 +186,7 @@ def test_the_last_position_of_each_segment():
     np.testing.assert_array_equal(layers.last_of_segments(segments), expected)
 
 
-def test_an_equation_of_another_form_is_refused():
+def test_unsupported_einsum_equations_are_refused():
     layer = layers.Einsum("psd,dm->pms", {"d": 2, "m": 3}, nn.initializers.zeros)
     with pytest.raises(ValueError, match="psd,dm->pms"):
         layer.init(jax.random.key(0), jnp.zeros((1, 1, 2)))

@@ -1,4 +1,4 @@
-"""One of several processes: what each gives is a function of its number, so all know it."""
+"""Program of one of several processes, which exchange arrays that depend only on their index."""
 
 import sys
 import time
@@ -6,11 +6,11 @@ import time
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import command_line, errors
 from vixml_jax.parallel import distributed
 
 
-def given(index, rows, dtype):
+def array_of(index, rows, dtype):
     rng = np.random.default_rng(index)
     return (1000 * rng.normal(size=(rows, 3))).astype(dtype)
 
@@ -20,39 +20,42 @@ def main(argv):
     distributed.start(values.coordinator, values.num_processes, values.process_index)
     group = distributed.world()
     assert group.count == values.num_processes and group.index == values.process_index
-    distributed._UNDER_WAY = 1 << 13  # Long arrays in pieces.
+    distributed._MAX_BYTES = 1 << 13  # So that long arrays are sent in several chunks.
     for dtype in (np.int64, np.float32, np.float64, np.uint8):
-        found = group.gather(given(group.index, 4 * group.index, dtype))  # None of the first.
+        found = group.gather(array_of(group.index, 4 * group.index, dtype))  # Empty on process 0.
         for index, x in enumerate(found):
             assert x.dtype == dtype
-            np.testing.assert_array_equal(x, given(index, 4 * index, dtype))
+            np.testing.assert_array_equal(x, array_of(index, 4 * index, dtype))
 
-        same = group.gather(given(group.index, 3000, dtype), [3000] * group.count)
+        same = group.gather(array_of(group.index, 3000, dtype), [3000] * group.count)
         for index, x in enumerate(same):
-            np.testing.assert_array_equal(x, given(index, 3000, dtype))
+            np.testing.assert_array_equal(x, array_of(index, 3000, dtype))
 
         def part(sender, receiver, dtype=dtype):
-            return given(10 * sender + receiver, 700 * ((sender * receiver) % 3), dtype)
+            return array_of(10 * sender + receiver, 700 * ((sender * receiver) % 3), dtype)
 
         found = group.exchange([part(group.index, to) for to in range(group.count)])
         for sender, x in enumerate(found):
             assert x.dtype == dtype
             np.testing.assert_array_equal(x, part(sender, group.index))
-    made = []
-    with distributed.first_alone("a test"):
-        made.append(group.index)
-    assert distributed.first_says(7 + group.index) == 7
-    print("all is as it should be")  # By the first one alone.
-    print(f"process {group.index} was here", file=sys.stderr)
+    entered = []
+    with distributed.first_process_first("a test"):
+        entered.append(group.index)
+    assert distributed.broadcast_from_first(7 + group.index) == 7
+    print("all checks passed")  # Shown by process 0 only.
+    print(f"process {group.index} is ready", file=sys.stderr)
     if values.fail:
-        if group.index == 1 and values.fail == "asleep":
+        if group.index == 1 and values.fail == "hang":
             time.sleep(600)
         elif group.index == 1:
-            raise {"input": errors.InputError, "fault": RuntimeError}[values.fail]("of the second")
-        distributed.meet("where the other never comes")
+            raise {"input": errors.InputError, "bug": RuntimeError}[values.fail]("process 1 failed")
+        distributed.barrier("never reached by process 1")
+
+
+def define_flags():
+    distributed.define_flags()
+    flags.DEFINE_string("fail", "", "How process 1 ends: hang, input or bug; empty: normally.")
 
 
 if __name__ == "__main__":
-    distributed.define_flags()
-    flags.DEFINE_string("fail", "", "How the second process ends.")
-    errors.launch(main)
+    command_line.launch(main, define_flags)

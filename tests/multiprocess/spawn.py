@@ -1,36 +1,22 @@
-"""Starts the processes of one run by hand, each with host devices of its own."""
+"""Starts the processes of a run on this machine, each with its own host devices."""
 
 import os
 import re
 import subprocess
 import sys
 
-from vixml_jax import config as config_lib
 from vixml_jax.benchmarks.support import workers
 
 
-def flags_of(config):
-    """What to write on a command line for a configuration."""
-    return [
-        f"--{prefix}{field.name}="
-        + (
-            ",".join(map(str, value))
-            if isinstance(value, list)
-            else str(value).lower()
-            if isinstance(value, bool)
-            else str(value)
-        )
-        for prefix, field, value in config_lib._leaves(config)
-    ]
-
-
 def start(module, arguments, *, num_processes, devices):
-    """Processes of `python -m module`, or of a file, that have `devices` each; one does without a
-    coordinator."""
+    """Starts processes of `python -m module`, or of a Python file, with `devices` devices each.
+
+    A single process is started without a coordinator.
+    """
     program = [module] if module.endswith(".py") else ["-m", module]
     return [
         subprocess.Popen(
-            [sys.executable, *program, *arguments, *together],
+            [sys.executable, *program, *arguments, *process_flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -39,21 +25,20 @@ def start(module, arguments, *, num_processes, devices):
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             },
         )
-        for together in workers.together(num_processes)
+        for process_flags in workers.cluster_flags(num_processes)
     ]
 
 
 def finish(children, timeout=240):
-    """Statuses, and what each printed: [(status, stdout, stderr)]."""
+    """(exit status, stdout, stderr) of each process."""
     try:
-        said = [child.communicate(timeout=timeout) for child in children]
+        outputs = [child.communicate(timeout=timeout) for child in children]
     finally:
         for child in children:
             child.kill()
-    return [(child.returncode, *words) for child, words in zip(children, said, strict=True)]
+    return [(child.returncode, *texts) for child, texts in zip(children, outputs, strict=True)]
 
 
-def printed(words):
-    """The lines of standard output that are Python's: Gloo prints some of its own, several threads
-    at once."""
-    return [line for line in words.splitlines() if not re.search(r"\[Gloo\]|peer ranks|^$", line)]
+def printed(text):
+    """Lines of standard output without those of Gloo, which several threads may interleave."""
+    return [line for line in text.splitlines() if not re.search(r"\[Gloo\]|peer ranks|^$", line)]

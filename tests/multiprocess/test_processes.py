@@ -1,4 +1,4 @@
-"""Several processes on this machine: arrays from each to each, and how they end together."""
+"""Several processes on this machine: exchange of arrays, and joint exit on failure."""
 
 import pathlib
 import signal
@@ -9,34 +9,34 @@ import pytest
 from tests.multiprocess import spawn
 from vixml_jax.errors import InputError
 from vixml_jax.parallel import distributed
-from vixml_jax.structs import Share
+from vixml_jax.structs import Shard
 
 EXCHANGE = str(pathlib.Path(__file__).parent / "exchange.py")
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_what_each_gives_reaches_all(count):
+def test_arrays_reach_all_processes(count):
     done = spawn.finish(spawn.start(EXCHANGE, [], num_processes=count, devices=2))
     assert [status for status, *_ in done] == [0] * count, done
-    assert [spawn.printed(words) for _, words, _ in done] == [
-        ["all is as it should be"],
+    assert [spawn.printed(stdout) for _, stdout, _ in done] == [
+        ["all checks passed"],
         *[[]] * (count - 1),
     ]
 
 
-@pytest.mark.parametrize(("how", "status"), [("input", 2), ("fault", 1)])
-def test_all_leave_when_one_fails(how, status):
-    children = spawn.start(EXCHANGE, [f"--fail={how}"], num_processes=2, devices=1)
-    (first, _, told), (second, _, own) = spawn.finish(children, timeout=60)
+@pytest.mark.parametrize(("kind", "status"), [("input", 2), ("bug", 1)])
+def test_all_processes_exit_when_one_fails(kind, status):
+    children = spawn.start(EXCHANGE, [f"--fail={kind}"], num_processes=2, devices=1)
+    (first, _, first_stderr), (second, _, second_stderr) = spawn.finish(children, timeout=60)
     assert (first, second) == (status, status)
-    assert "of the second" in own
-    said = "RuntimeError: of the second" if how == "fault" else "error: of the second"
-    assert f"process 1: {said}\n" in told
+    assert "process 1 failed" in second_stderr
+    line = "RuntimeError: process 1 failed" if kind == "bug" else "error: process 1 failed"
+    assert f"process 1: {line}\n" in first_stderr
 
 
-def test_none_waits_for_the_dead():
-    children = spawn.start(EXCHANGE, ["--fail=asleep"], num_processes=3, devices=1)
-    while "was here" not in children[1].stderr.readline():
+def test_all_processes_exit_when_one_is_killed():
+    children = spawn.start(EXCHANGE, ["--fail=hang"], num_processes=3, devices=1)
+    while "is ready" not in children[1].stderr.readline():
         assert children[1].poll() is None
     children[1].send_signal(signal.SIGKILL)
     done = spawn.finish(children, timeout=90)
@@ -44,22 +44,22 @@ def test_none_waits_for_the_dead():
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        (("host:1", None, 0), "needs both"),
-        (("", 2, 0), "one process neither"),
-        (("auto", 2, 0), "one process neither"),
+        (("host:1", None, 0), "needs both numbers"),
+        (("", 2, 0), "leave both out"),
+        (("auto", 2, 0), "leave both out"),
         (("host:1", 2, 2), "expected 0 to 1"),
         (("here", None, None), "expected HOST:PORT or 'auto'"),
     ],
 )
-def test_flags_that_contradict_each_other_are_refused(flags, said):
-    with pytest.raises(InputError, match=said):
+def test_contradictory_flags_are_refused(flags, message):
+    with pytest.raises(InputError, match=message):
         distributed.start(*flags)
 
 
-def test_alone_nothing_is_copied():
+def test_a_single_process_copies_nothing():
     group, x = distributed.world(), np.ones((3, 2))
     assert group is distributed.ALONE
     assert group.gather(x)[0] is x and group.exchange([x])[0] is x
-    assert distributed.whole(Share(np.arange(3), x), 3, group) is x
+    assert distributed.gather_rows(Shard(np.arange(3), x), 3, group) is x

@@ -1,4 +1,4 @@
-"""Real runs of several processes on this machine against one process with as many devices."""
+"""Runs of several processes on this machine against one process with as many devices."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import pytest
 from tests.multiprocess import spawn
 from tests.tiny import assert_same_state, configuration, final_state, make_data
 from vixml_jax import workdir as workdir_lib
+from vixml_jax.runtime import flag_fields
 from vixml_jax.storage import digests
 
 
@@ -24,14 +25,14 @@ def trained(data, workdir, *, num_processes, devices):
     done = spawn.finish(
         spawn.start(
             "vixml_jax.train",
-            spawn.flags_of(config),
+            flag_fields.lines(config),
             num_processes=num_processes,
             devices=devices,
         )
     )
     assert [status for status, *_ in done] == [0] * num_processes, done
-    for _, words, _ in done[1:]:
-        assert spawn.printed(words) == []
+    for _, stdout, _ in done[1:]:
+        assert spawn.printed(stdout) == []
     return config, done
 
 
@@ -45,7 +46,7 @@ def one_process(data, tmp_path_factory):
 )
 def test_several_processes_train_the_same_run(data, one_process, tmp_path, num_processes, devices):
     config, done = trained(data, tmp_path / "run", num_processes=num_processes, devices=devices)
-    assert f"run: {config.workdir}" in done[0][1]
+    assert f"output: {config.workdir}" in done[0][1]
     tolerance = {"rtol": 1e-3, "atol": 2e-4}
     assert_same_state(final_state(one_process), final_state(config), **tolerance)
     for name in ("config.json", "tower.json", "metrics.jsonl"):
@@ -61,7 +62,7 @@ def test_several_processes_train_the_same_run(data, one_process, tmp_path, num_p
         for run in (config, one_process)
     ]
     assert lines[0] == lines[1]
-    # Killed, and gone on with by other processes: from an epoch before the last, by one alone.
+    # The newest checkpoint is removed, as if the run had been killed; a single process resumes it.
     newest = digests.steps(os.path.join(config.workdir, workdir_lib.CHECKPOINTS))[-1]
     shutil.rmtree(os.path.join(config.workdir, workdir_lib.CHECKPOINTS, str(newest)))
     _, done = trained(data, tmp_path / "run", num_processes=1, devices=8)

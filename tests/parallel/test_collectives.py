@@ -1,4 +1,4 @@
-"""What travels in compiled programs whose exchange is known by hand."""
+"""Communication volume of compiled programs against volumes counted by hand."""
 
 import functools
 
@@ -20,34 +20,34 @@ def compiled(mesh, function, *shapes, specs, out):
     return jax.jit(mapped).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile()
 
 
-def test_each_kind_by_hand(mesh):
+def test_volume_of_each_kind(mesh):
     def exchange(x):  # [2, 6] of [16, 6]
         gathered = jax.lax.all_gather(x, ("replica", "fsdp"), tiled=True)  # [16, 6] over 8
         summed = jax.lax.psum(x, "fsdp")  # [2, 6] over 4
         part = jax.lax.psum_scatter(gathered, "fsdp", tiled=True)  # [4, 6] of [16, 6] over 4
-        dealt = jax.lax.all_to_all(gathered, "replica", 0, 0, tiled=True)  # [16, 6] over 2
-        passed = jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)])  # [2, 6]
-        return sum(jnp.sum(y) for y in (gathered, summed * summed, part * part, dealt, passed))
+        balanced = jax.lax.all_to_all(gathered, "replica", 0, 0, tiled=True)  # [16, 6] over 2
+        permuted = jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)])  # [2, 6]
+        return sum(jnp.sum(y) for y in (gathered, summed * summed, part * part, balanced, permuted))
 
     found = collectives.collectives(
         compiled(mesh, exchange, (16, 6), specs=P(sharding.ROWS), out=P())
     )
     sent = {}
     for c in found:
-        if c.size > 8:  # The sums are scalars.
+        if c.size > 8:  # Not the scalar sums.
             sent[c.kind] = sent.get(c.kind, 0) + c.sent
             assert c.times == 1
-    whole = 4 * 16 * 6
+    full_size = 4 * 16 * 6
     assert sent == {
-        "all-gather": whole * 7 / 8,
+        "all-gather": full_size * 7 / 8,
         "all-reduce": 2 * 4 * 12 * 3 / 4,
-        "reduce-scatter": whole * 3 / 4,
-        "all-to-all": whole / 2,
+        "reduce-scatter": full_size * 3 / 4,
+        "all-to-all": full_size / 2,
         "collective-permute": 4 * 12,
     }
 
 
-def test_a_loop_counts_as_often_as_it_runs(mesh):
+def test_collectives_in_loops_count_once_per_iteration(mesh):
     def looped(x):
         def outer(total, _):
             def inner(total, _):
@@ -64,7 +64,7 @@ def test_a_loop_counts_as_often_as_it_runs(mesh):
     assert sum(c.sent for c in found) == 15 * 2 * (4 * 32) * 3 / 4
 
 
-def test_a_loop_without_a_known_end_is_refused(mesh):
+def test_loops_of_unknown_length_are_refused(mesh):
     def looped(x):
         return jax.lax.while_loop(
             lambda x: jax.lax.psum(jnp.sum(x), sharding.ROWS) < 100.0,
@@ -73,7 +73,7 @@ def test_a_loop_without_a_known_end_is_refused(mesh):
         )
 
     program = compiled(mesh, looped, (8, 32), specs=P(sharding.ROWS), out=P(sharding.ROWS))
-    with pytest.raises(ValueError, match="how often"):
+    with pytest.raises(ValueError, match="unknown number of iterations"):
         collectives.collectives(program)
 
 
@@ -88,7 +88,7 @@ def test_a_loop_without_a_known_end_is_refused(mesh):
         ("replica_groups=mesh['x'=8] {'x':(2)4}", 4),
     ],
 )
-def test_groups_as_xla_spells_them(groups, devices):
+def test_notations_of_groups(groups, devices):
     text = (
         "HloModule m\n\nENTRY %main (p: f32[4]) -> f32[4] {\n"
         f"  ROOT %r = bf16[4,3]{{1,0}} all-gather(%p), channel_id=1, {groups}, dimensions={{0}}\n"
@@ -97,5 +97,5 @@ def test_groups_as_xla_spells_them(groups, devices):
     (found,) = collectives.read_collectives(text)
     assert found.devices == devices
     assert found.size == 24 and found.shapes == ((4, 3),)
-    with pytest.raises(ValueError, match="of which devices"):
+    with pytest.raises(ValueError, match="unknown notation"):
         collectives.read_collectives(text.replace(groups, "replica_groups=?"))

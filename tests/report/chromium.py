@@ -1,4 +1,4 @@
-"""A headless browser for the tests of pages."""
+"""A headless browser for tests of the report."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-VARIABLE = "VIXML_JAX_BROWSER"  # Where set, a missing browser is a failure.
+VARIABLE = "VIXML_JAX_BROWSER"  # Path of a browser; if set, a missing one fails the test.
 _ARGUMENTS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -20,17 +20,17 @@ _ARGUMENTS = (
 
 @contextlib.contextmanager
 def launch():
-    """Yields a browser; without one, the test is skipped, or fails where there has to be one."""
-    wanted = os.environ.get(VARIABLE)
-    path = wanted or shutil.which("chromium") or shutil.which("google-chrome")
-    if wanted and not os.path.exists(wanted):
-        pytest.fail(f"{VARIABLE}={wanted}: not found")
+    """Yields a browser. Without one the test is skipped, or fails if VARIABLE is set."""
+    required = os.environ.get(VARIABLE)
+    path = required or shutil.which("chromium") or shutil.which("google-chrome")
+    if required and not os.path.exists(required):
+        pytest.fail(f"{VARIABLE}={required}: not found")
     if path is None:
-        pytest.skip(f"no chromium on the path, and no {VARIABLE}")
+        pytest.skip(f"no chromium in PATH, and no {VARIABLE}")
     try:
         from playwright import sync_api
     except ImportError:
-        if wanted:
+        if required:
             raise
         pytest.skip("no playwright: pip install '.[test]'")
     with sync_api.sync_playwright() as playwright:

@@ -1,4 +1,4 @@
-"""Learning curves: read of the split that a run was judged on."""
+"""Learning curves read from run directories with and without a validation split."""
 
 import json
 
@@ -16,21 +16,27 @@ def write_run(path, lines, **last):
     return str(path)
 
 
-def test_a_run_without_validation_is_read_as_judged_on_test(tmp_path):
+def test_run_without_validation_split_gives_the_test_curve(tmp_path):
     lines = [{"step": 3, "loss": 1.0}, {"step": 4, "P@1": 20.0}, {"step": 8, "loss": 0.5}]
     run = write_run(tmp_path / "run", lines, test=30.0)
     assert curves.read_curve(run, "P@1") == ("test", [4, 8], [20.0, 30.0])
 
 
-def test_a_run_with_validation_is_never_mixed_with_test(tmp_path):
+def test_validation_and_test_values_are_never_mixed(tmp_path):
     lines = [{"step": 4, "valid/P@1": 20.0}, {"step": 8, "valid/P@1": 15.0}]
-    # The file is of the epoch that was chosen, not of the last one.
-    run = write_run(tmp_path / "chosen", lines, valid=20.0, test=99.0)
+    # The JSON file is of the selected epoch, not of the last one.
+    run = write_run(tmp_path / "selected", lines, valid=20.0, test=99.0)
     assert curves.read_curve(run, "P@1") == ("valid", [4, 8], [20.0, 15.0])
     run = write_run(tmp_path / "last", [*lines, {"step": 9, "loss": 1.0}], valid=16.0, test=99.0)
     assert curves.read_curve(run, "P@1") == ("valid", [4, 8, 9], [20.0, 15.0, 16.0])
 
 
-def test_what_is_no_run_is_told(tmp_path):
+def test_other_directory_is_rejected(tmp_path):
     with pytest.raises(InputError, match=r"metrics\.jsonl: .* expected a run directory"):
         curves.read_curve(str(tmp_path), "P@1")
+
+
+def test_metric_that_was_not_computed_has_no_curve(tmp_path):
+    """A run that retrieved few labels has no R@100."""
+    run = write_run(tmp_path / "run", [{"step": 4, "loss": 1.0}], test=30.0)
+    assert curves.read_curve(run, "R@100")[1:] == ([], [])

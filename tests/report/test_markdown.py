@@ -1,4 +1,4 @@
-"""The card's Markdown as HTML."""
+"""The data card's Markdown as HTML, and tables of the report."""
 
 import html.parser
 
@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vixml_jax.data.card import card
-from vixml_jax.report import markdown
+from vixml_jax.report import markdown, render
 
 
 class Reader(html.parser.HTMLParser):
-    """Tags in order, checked to be closed as they are opened, and texts."""
+    """Collects tags, attributes and texts, and checks that tags are properly nested."""
 
     VOID = ("img", "br", "meta")
 
@@ -42,39 +42,64 @@ def read(page):
     return reader
 
 
-def test_all_kinds_of_blocks():
+def test_headings_paragraphs_images_tables_and_lists():
     text = (
-        "# name\n\nA line\nand `--flag=1`.\n\n![In pictures](a.png)\n\n![No](b.png)\n\n## Part\n\n"
+        "# name\n\nA line\nand `--flag=1`.\n\n![In images](a.png)\n\n![No](b.png)\n\n## Part\n\n"
         "| x   | n |\n| --- | -: |\n| a\\|b | 1 |\n\n- one\n  → two\n- three\n"
     )
-    found = markdown.to_html(text, pictures={"a.png": "data:image/png;base64,AA=="})
+    found = markdown.to_html(text, images={"a.png": "data:image/png;base64,AA=="})
+    read(found)
+    found = found.replace("\n", "")
     assert "<h3>name</h3>" in found and "<h4>Part</h4>" in found
     assert "<p>A line and <code>--flag=1</code>.</p>" in found
-    assert found.count("<img") == 1 and 'alt="In pictures"' in found
+    assert found.count("<img") == 1 and 'alt="In images"' in found
+    assert '<img src="data:image/png;base64,AA=="' in found
     assert '<th scope="row">a|b</th><td>1</td>' in found
+    assert (
+        'aria-label="Part"><table><thead><tr><th scope="col">x</th><th scope="col">n</th>' in found
+    )
     assert "<ul><li>one<br>→ two</li><li>three</li></ul>" in found
-    read(found)
+
+
+def test_raw_html_and_links_are_shown_as_text():
+    text = (
+        "<script>alert(1)</script>\n\n<b>bold</b> [link](http://example.com) <http://example.com>\n\n"
+        "[ref]: http://example.com\n\n![x](http://example.com/x.png)\n"
+    )
+    found = markdown.to_html(text, images={"a.png": "data:image/png;base64,AA=="})
+    reader = read(found)
+    assert set(reader.tags) == {"p"} and not any(attributes for _, attributes in reader.attributes)
+    shown = "".join(reader.texts)
+    for part in (
+        "<script>alert(1)</script>",
+        "<b>bold</b>",
+        "[link](http://example.com)",
+        "[ref]:",
+    ):
+        assert part in shown
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text())
-def test_what_the_card_escapes_is_read_as_it_was(text):
-    """In a heading, a paragraph, an item and a cell; without its white space and controls."""
+def test_escaped_text_of_the_card_is_shown_verbatim(text):
+    """In headings, list items and table cells, up to white space and control characters."""
     escaped = card.escape(text)
-    plain = " ".join(card.escape("x" + text).split())  # What one line of it is, behind a letter.
+    plain = " ".join(card.escape("x" + text).split())  # One line that starts with a letter.
     if not escaped:
         return
     for block in (f"# x{plain[1:]}", f"- x{plain[1:]}", f"| x{plain[1:]} | 2 |\n| - | -: |"):
-        reader = read(markdown.to_html(block, pictures={}))
+        reader = read(markdown.to_html(block, images={}))
         assert not {"script", "img", "code", "a"} & set(reader.tags)
-    reader = read(markdown.to_html(f"- {escaped}", pictures={}))
+    reader = read(markdown.to_html(f"- {escaped}", images={}))
     shown = " ".join("".join(reader.texts).split())
     expected = "".join(" " if card.unicodedata.category(c) == "Cc" else c for c in text)
     assert shown == " ".join(expected.split())
 
 
-def test_tables_name_their_rows_and_columns():
-    reader = read(markdown.table(["", "a"], [["<b>x</b>", "1"]], label='of "x"'))
+def test_tables_have_row_and_column_headings():
+    macros = render.environment().get_template("macros.html.j2").module
+    reader = read(macros.table('of "x"', ["", "a"], [["<b>x</b>", "1"]]))
+    assert "<b>x</b>" in reader.texts
     scopes = [attrs.get("scope") for tag, attrs in reader.attributes if tag == "th"]
     assert scopes == ["col", "col", "row"]
     box = {"class": "scroll", "role": "region", "tabindex": "0", "aria-label": 'of "x"'}

@@ -1,4 +1,4 @@
-"""The report in a browser: light and dark, phone and desktop, and told apart without colours."""
+"""The report in a browser: light and dark, phone and desktop, distinguishable without colours."""
 
 import base64
 import contextlib
@@ -10,33 +10,34 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import sparse
-from test_markdown import read
 
 from tests.report import chromium
+from tests.report.test_markdown import read
 from vixml_jax.evaluation import metrics, sliced_metrics, slices
 from vixml_jax.evaluation.per_query import PerQuery
-from vixml_jax.report import examples, page, render, style
+from vixml_jax.report import examples, page, render
 from vixml_jax.report.examples import Neighbours
 
 HOSTILE = '<script>window.hacked = 1</script><img src="http://127.0.0.1:9/x" onerror=alert(1)>"\'&'
 LONG = "a_very_long_word_without_any_space_in_it_" * 8
 SCHEMES, WIDTHS = ("light", "dark"), (360, 1280)
+SERIES = ("s0", "s1", "s2")
 CARD = (
-    "# icons\n\n| | items |\n| --- | --: |\n| train | 9 |\n\n![In pictures](dataset.png)\n\n"
+    "# icons\n\n| | items |\n| --- | --: |\n| train | 9 |\n\n![In images](dataset.png)\n\n"
     "- “\\<script\\>window.hacked = 1\\</script\\>”\n  → " + LONG + "\n"
 )
 
 
-def judged(seed):
-    """All metrics of random results, by all groups."""
+def evaluated(seed):
+    """Sliced and overall metrics of random results."""
     rng, num, num_labels = np.random.default_rng(9), 300, 400
     ids = np.random.default_rng(seed).random((num, num_labels)).argsort(axis=1)[:, :100]
     frequency = np.sort(rng.zipf(1.4, num_labels).clip(max=3000) - 1)[::-1]
     truth = rng.random((num, num_labels)) < 0.01 + 0.02 * (frequency > 50)
     relevance = sparse.csr_matrix(truth.astype(np.float32))
     weights = np.ones(num_labels)
-    whole = rng.integers(3, 40, num)
-    found = sliced_metrics.judge(
+    lengths = rng.integers(3, 40, num)
+    sliced = sliced_metrics.compute(
         ids,
         relevance,
         weights,
@@ -45,15 +46,15 @@ def judged(seed):
             "frequency decile": slices.by_decile(frequency, truth.sum(axis=0)),
         },
         query_groups={
-            "pictures": slices.Groups(("with pictures", "without"), whole % 2),
-            "text length": slices.by_length(whole),
+            "images": slices.Groups(("with images", "without"), lengths % 2),
+            "text length": slices.by_length(lengths),
         },
     )
-    return found, metrics.compute_metrics(ids, relevance, weights)
+    return sliced, metrics.compute_metrics(ids, relevance, weights)
 
 
-def picture():
-    """A red one, with a transparent corner."""
+def item_image():
+    """Returns a red image with a transparent corner, as a `data:` URL."""
     image = Image.new("RGBA", (400, 200), (200, 0, 0, 255))
     image.putpixel((0, 0), (0, 0, 0, 0))
     out = io.BytesIO()
@@ -61,23 +62,23 @@ def picture():
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-PICTURE = picture()
+IMAGE = item_image()
 
 
 def make_page(**changes):
-    """A page with all that a page can have, and texts that would break it."""
-    run, other = "this run, text and pictures", "this run, text and pictures, memory"
-    (one, one_row), (two, two_row) = judged(0), judged(1)
+    """Returns a report with every section, and texts that try to break it."""
+    run, other = "this run, text and images", "this run, text and images, with neighbours"
+    (one, one_row), (two, two_row) = evaluated(0), evaluated(1)
     assert isinstance(one.queries, PerQuery)
     bounds = {name: (one_row[name] - 1, one_row[name] + 1) for name in one.queries.names}
-    wanted = [examples.Wanted(HOSTILE, 1), examples.Wanted(LONG, None)]
-    predicted = [
-        examples.Predicted(HOSTILE, 0.9, True),
-        examples.Predicted(LONG, 0.5, False),
-        examples.Predicted("plain", -0.1, False),
+    true_labels = [examples.TrueLabel(HOSTILE, 1), examples.TrueLabel(LONG, None)]
+    predictions = [
+        examples.Prediction(HOSTILE, 0.9, True),
+        examples.Prediction(LONG, 0.5, False),
+        examples.Prediction("plain", -0.1, False),
     ]
-    example = examples.Example("7", HOSTILE, 2, 61.5, predicted, wanted, 9)
-    bare = examples.Example("8", "", 0, 0.0, [], wanted[1:], 1)
+    example = examples.Example("7", HOSTILE, 2, 61.5, predictions, true_labels, 9)
+    bare = examples.Example("8", "", 0, 0.0, [], true_labels[1:], 1)
     content = {
         "dataset": f"icons {HOSTILE}",
         "split": "test",
@@ -85,7 +86,11 @@ def make_page(**changes):
         "queries": 300,
         "labels": 400,
         "run": run,
-        "rows": {"vote, text": dict.fromkeys(("P@1", "R@100"), 3.0), run: one_row, other: two_row},
+        "rows": {
+            "kNN baseline, text": dict.fromkeys(("P@1", "R@100"), 3.0),
+            run: one_row,
+            other: two_row,
+        },
         "intervals": {run: bounds},
         "groups": {run: one.groups, other: two.groups},
         "losses": [(step, 1.0 / (1 + step)) for step in range(0, 1000)],
@@ -95,13 +100,13 @@ def make_page(**changes):
             dict(leaves_searched=n, reordered=9 * n, recall=1 - 0.5 / n, queries_per_s=9e4 / n)
             for n in (1, 4, 16, 64)
         ],
-        "thumbnails": {"7": [PICTURE, ""]},
+        "thumbnails": {"7": [IMAGE, ""]},
         "worst": [bare, example, example],
         "best": [example, example._replace(text=LONG)],
         "chosen_by": "nDCG@5",
         "neighbours": [Neighbours(HOSTILE, 7, [(LONG, 0.91), (HOSTILE, 0.5)])],
         "card": CARD,
-        "card_picture": b"\x89PNG\r\n\x1a\n",
+        "card_image": b"\x89PNG\r\n\x1a\n",
         "command": f"python -m vixml_jax.evaluate --report --workdir='{LONG}{HOSTILE}'",
         "versions": {"jax": "0.10", "device": "1 x cpu"},
         "settings": '{"seed": 0, "name": "</pre>"}',
@@ -118,18 +123,18 @@ def browser():
 
 @contextlib.contextmanager
 def opened(browser, path, scheme="light", width=1280, media="screen"):
-    """The page with all its details open, what it asked the network for, what it complained of."""
+    """Yields the page with all details open, its requests, and its console messages."""
     context = browser.new_context(
         color_scheme=scheme, viewport={"width": width, "height": 800}, offline=False
     )
-    tab, asked, said = context.new_page(), [], []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab, requests, messages = context.new_page(), [], []
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
     tab.emulate_media(media=media, color_scheme=scheme)
     tab.goto(path.as_uri())
-    tab.evaluate("document.querySelectorAll('details').forEach(found => found.open = true)")
-    yield tab, asked, said
+    tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    yield tab, requests, messages
     context.close()
 
 
@@ -166,10 +171,10 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme,width", list(itertools.product(SCHEMES, WIDTHS)))
-def test_page_is_quiet_fits_and_can_be_read(browser, path, scheme, width):
-    with opened(browser, path, scheme, width) as (tab, asked, said):
-        assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
-        assert said == []
+def test_page_makes_no_requests_fits_and_has_contrast(browser, path, scheme, width):
+    with opened(browser, path, scheme, width) as (tab, requests, messages):
+        assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
+        assert messages == []
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.evaluate("window.hacked") is None
         contrasts = tab.evaluate(CONTRASTS)
@@ -180,7 +185,7 @@ def test_page_is_quiet_fits_and_can_be_read(browser, path, scheme, width):
         assert (background == "rgb(255, 255, 255)") == (scheme == "light")
 
 
-def test_letters_of_charts_are_not_small_on_a_phone(browser, path):
+def test_chart_text_is_large_enough_on_a_phone(browser, path):
     with opened(browser, path, width=360) as (tab, *_):
         sizes = tab.evaluate(
             "[...document.querySelectorAll('.chart')].map(c => "
@@ -190,7 +195,7 @@ def test_letters_of_charts_are_not_small_on_a_phone(browser, path):
         assert len(sizes) == 11 and min(sizes) >= 10
 
 
-def test_no_text_of_a_chart_is_cut(browser, path):
+def test_chart_text_is_not_clipped(browser, path):
     outside = """[...document.querySelectorAll('.chart text')].filter(t => {
         const box = t.getBBox(), all = t.ownerSVGElement.viewBox.baseVal;
         return box.x < -0.5 || box.y < -0.5 || box.x + box.width > all.width + 0.5
@@ -200,7 +205,7 @@ def test_no_text_of_a_chart_is_cut(browser, path):
         assert tab.evaluate(outside) == []
 
 
-def test_no_text_of_a_chart_lies_on_another(browser, path):
+def test_chart_texts_do_not_overlap(browser, path):
     overlapping = """[...document.querySelectorAll('.chart')].flatMap(c => {
         const found = [...c.querySelectorAll('text')].map(t => [t.getBBox(), t.textContent]);
         return found.flatMap(([a, s], i) => found.slice(i + 1).filter(([b]) =>
@@ -211,7 +216,7 @@ def test_no_text_of_a_chart_lies_on_another(browser, path):
         assert tab.evaluate(overlapping) == []
 
 
-def test_wide_tables_scroll_in_their_box(browser, path):
+def test_wide_tables_scroll_inside_their_box(browser, path):
     with opened(browser, path, width=360) as (tab, *_):
         wide = tab.evaluate(
             "[...document.querySelectorAll('.scroll')].filter(b => b.scrollWidth > b.clientWidth)"
@@ -220,13 +225,13 @@ def test_wide_tables_scroll_in_their_box(browser, path):
         assert len(wide) >= 3 and all(box == ["auto", 0] for box in wide)
 
 
-def test_every_chart_and_table_says_what_it_is(browser, path):
+def test_charts_tables_and_headings_are_accessible(browser, path):
     with opened(browser, path) as (tab, *_):
         charts = tab.evaluate(
             "[...document.querySelectorAll('svg[role=img]')].map(c => c.getAttribute("
             "'aria-labelledby').split(' ').map(id => document.getElementById(id).textContent))"
         )
-        assert len(charts) == 11 and all(title and told for title, told in charts)
+        assert len(charts) == 11 and all(title and description for title, description in charts)
         ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
         assert len(ids) == len(set(ids))
         assert tab.evaluate("document.querySelectorAll('th:not([scope])').length") == 0
@@ -244,7 +249,7 @@ def test_every_chart_and_table_says_what_it_is(browser, path):
         assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
 
 
-def test_hits_and_series_are_marked_without_colour(browser, path):
+def test_hits_and_series_differ_without_colour(browser, path):
     with opened(browser, path) as (tab, *_):
         hits = tab.evaluate(
             "[...document.querySelectorAll('article li')].map(l => "
@@ -264,7 +269,7 @@ def test_hits_and_series_are_marked_without_colour(browser, path):
         assert len(dashes) == len(set(dashes)) == 2
 
 
-def test_policy_forbids_the_network(browser, path):
+def test_content_security_policy_blocks_the_network(browser, path):
     blocked = """kind => new Promise(done => {
         document.addEventListener('securitypolicyviolation', e => done(e.effectiveDirective));
         if (kind === 'img') new Image().src = 'http://127.0.0.1:9/x.png';
@@ -282,13 +287,13 @@ def test_policy_forbids_the_network(browser, path):
             assert tab.evaluate("window.hacked") is None
 
 
-def test_printed_it_is_light(browser, path):
+def test_printed_page_is_light(browser, path):
     with opened(browser, path, "dark", media="print") as (tab, *_):
         background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         assert background == "rgb(255, 255, 255)"
 
 
-def test_texts_are_shown_as_they_are(browser, path):
+def test_texts_are_shown_verbatim(browser, path):
     with opened(browser, path) as (tab, *_):
         assert tab.evaluate("document.querySelector('h1').textContent") == f"icons {HOSTILE}, test"
         texts = tab.evaluate("[...document.querySelectorAll('article h4')].map(h => h.textContent)")
@@ -296,18 +301,18 @@ def test_texts_are_shown_as_they_are(browser, path):
         assert tab.evaluate("document.querySelectorAll('script, iframe, object').length") == 0
 
 
-def test_pictures_of_queries_are_seen(browser, path):
+def test_images_of_queries_are_shown(browser, path):
     with opened(browser, path) as (tab, *_):
         images = tab.evaluate(
             "[...document.querySelectorAll('article img')].map(i => [i.alt, i.naturalWidth, "
             "i.naturalHeight, i.getBoundingClientRect().width > 0])"
         )
-        assert images == [["picture 1", 400, 200, True]] * 4
-        said = tab.evaluate("document.querySelector('.examples').innerText")
-        assert "picture 2: not readable" in said
+        assert images == [["image 1", 400, 200, True]] * 4
+        text = tab.evaluate("document.querySelector('.examples').innerText")
+        assert "image 2: not readable" in text
 
 
-def test_file_asks_for_nothing_and_is_closed_as_opened():
+def test_html_is_well_formed_and_refers_to_no_other_file():
     text = make_page()
     reader = read(text.removeprefix("<!doctype html>"))
     assert not {"script", "link", "iframe", "object", "base"} & set(reader.tags)
@@ -320,27 +325,27 @@ def test_file_asks_for_nothing_and_is_closed_as_opened():
 
 
 def test_sections_without_content_are_left_out():
-    whole, found = make_page(), make_page(
+    full, reduced = make_page(), make_page(
         recall_curve=[], losses=[], curves={}, neighbours=[], worst=[], best=[], card=None
     )  # fmt: skip
     for title in ("Recall and speed of the index", "Learning curves", "Label neighbours"):
-        assert whole.count(title) == 2 and title not in found
-    assert "have no card (dataset.md)" in found
-    read(found.removeprefix("<!doctype html>"))
+        assert full.count(title) == 2 and title not in reduced
+    assert "have no card (dataset.md)" in reduced
+    read(reduced.removeprefix("<!doctype html>"))
 
 
-def test_numbers_on_the_page_are_those_given():
+def test_page_shows_the_given_numbers():
     text = make_page()
-    row = judged(0)[1]
+    row = evaluated(0)[1]
     for name in ("P@1", "nDCG@5", "R@100"):
         assert f"<dt>{name}</dt><dd>{row[name]:.2f}<small>[{row[name] - 1:.2f}" in text
-    unseen = judged(0)[0].groups["label frequency"]["unseen"]
-    said = re.search(r"Never seen in training: ([\d,]+) labels, which are in ([\d,]+) of", text)
-    assert (int(said[1]), int(said[2])) == (unseen["labels"], unseen["pairs"]) and unseen["pairs"]
-    assert f"R@100 of them: {unseen['metrics']['R@100']:.2f}" in text
+    unseen = evaluated(0)[0].groups["label frequency"]["unseen"]
+    shown = re.search(r"Labels never seen in training: ([\d,]+), in ([\d,]+) of", text)
+    assert (int(shown[1]), int(shown[2])) == (unseen["labels"], unseen["pairs"]) and unseen["pairs"]
+    assert f"R@100 within the group: {unseen['metrics']['R@100']:.2f}" in text
 
 
-# Of linear RGB, what people without one kind of cones see (Machado, Oliveira & Fernandes, A
+# Linear RGB as seen by people who lack one kind of cones (Machado, Oliveira & Fernandes, A
 # Physiologically-based Model for Simulation of Color Vision Deficiency, 2009, severity 1).
 DEFICIENCIES = {
     "none": np.eye(3),
@@ -353,13 +358,19 @@ DEFICIENCIES = {
 }  # fmt: skip
 
 
+def colours(scheme):
+    """Returns the colours of the style sheet, by name of the variable."""
+    light, dark = re.findall(r":root \{(.*?)\}", render.stylesheet(), re.DOTALL)
+    return dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", light if scheme == "light" else dark))
+
+
 def linear(colour):
     values = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
 
 
 def lab(rgb):
-    """CIELAB of linear sRGB, white as of D65."""
+    """Returns CIELAB of linear sRGB, with white point D65."""
     xyz = np.array(
         [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     ) @ np.clip(rgb, 0, 1)
@@ -369,20 +380,20 @@ def lab(rgb):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
-def test_series_are_told_apart_by_the_colour_blind(scheme, deficiency):
-    colours = [style.COLOURS[scheme][name] for name in style.SERIES]
-    seen = [lab(np.array(DEFICIENCIES[deficiency]) @ linear(colour)) for colour in colours]
+def test_series_differ_for_the_colour_blind(scheme, deficiency):
+    series = [colours(scheme)[name] for name in SERIES]
+    seen = [lab(np.array(DEFICIENCIES[deficiency]) @ linear(colour)) for colour in series]
     least = min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(seen, 2))
-    assert least > 20  # One just seen side by side is 2.3.
+    assert least > 20  # The just noticeable difference is 2.3.
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_shapes_stand_out_from_the_page(scheme):
-    """WCAG 2.2, 1.4.11: 3 to 1."""
+def test_shapes_contrast_with_the_page(scheme):
+    """WCAG 2.2, criterion 1.4.11, asks for a contrast of 3 to 1."""
 
     def luminance(name):
-        return linear(style.COLOURS[scheme][name]) @ [0.2126, 0.7152, 0.0722]
+        return linear(colours(scheme)[name]) @ [0.2126, 0.7152, 0.0722]
 
-    for name in style.SERIES:
+    for name in SERIES:
         a, b = sorted((luminance(name), luminance("page")))
         assert (b + 0.05) / (a + 0.05) >= 3, name

@@ -1,4 +1,4 @@
-"""Charts: shapes as long as the values, readable scales, texts of any kind."""
+"""Charts: shapes proportional to values, readable scales, escaped texts."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ HOSTILE = '<script>alert("1")</script> & "quotes"'
 
 
 def parse(figure):
-    """Title, description, legend and shapes of a figure, which must be well-formed."""
+    """Parses a figure, which must be well-formed; returns the figure and its chart."""
     root = ET.fromstring(figure)
     chart = root.find("svg")
     assert chart.attrib["role"] == "img"
@@ -28,7 +28,7 @@ def shapes(chart, kind):
     return [shape for shape in chart if shape.get("class") == kind]
 
 
-def test_bars_are_as_long_as_their_values():
+def test_bars_are_proportional_to_values():
     series = {"one": {"head": 80.0, "tail": 20.0}, "two": {"head": 40.0, "tail": 0.0}}
     root, chart = parse(svg.bars("R@100", "described", series))
     assert root.find("figcaption").text == chart.find("title").text == "R@100"
@@ -36,19 +36,20 @@ def test_bars_are_as_long_as_their_values():
     lengths = [[float(b.get("width")) for b in shapes(chart, f"s{i}")] for i in range(2)]
     assert lengths[0][0] / lengths[0][1] == pytest.approx(4, rel=0.01)
     assert lengths[0][0] / lengths[1][0] == pytest.approx(2, rel=0.01)
-    assert lengths[1][1] == 1.0  # Something is seen of nothing.
-    said = [text.text for text in chart.iter("text")]
-    assert said == ["head", "80.0", "40.0", "tail", "20.0", "0.0"]
+    assert lengths[1][1] == 1.0  # A value of 0 still has a visible bar.
+    texts = [text.text for text in chart.iter("text")]
+    assert texts == ["head", "80.0", "40.0", "tail", "20.0", "0.0"]
 
 
-def test_columns_are_as_tall_as_their_values_and_may_lack():
+def test_columns_are_proportional_to_values_and_may_be_missing():
     series = {"one": [8.0, None, 4.0], "two": [2.0, 6.0, 0.0]}
     _, chart = parse(
         svg.columns("P@5", "described", series, ["1", "2", "3"], xlabel="decile", ylabel="percent")
     )
-    tall = [[float(b.get("height")) for b in shapes(chart, f"s{i}")] for i in range(2)]
-    assert len(tall[0]) == 2 and tall[0][0] == pytest.approx(150) and tall[0][1] == 75
-    assert [round(value / 150 * 8, 2) for value in tall[1]] == [2.0, 6.0, 0.0]
+    heights = [[float(b.get("height")) for b in shapes(chart, f"s{i}")] for i in range(2)]
+    assert len(heights[0]) == 2
+    assert heights[0][0] == pytest.approx(150) and heights[0][1] == 75
+    assert [round(value / 150 * 8, 2) for value in heights[1]] == [2.0, 6.0, 0.0]
     bottoms = {
         round(float(b.get("y")) + float(b.get("height")), 1)
         for i in range(2)
@@ -56,11 +57,11 @@ def test_columns_are_as_tall_as_their_values_and_may_lack():
     }
     assert len(bottoms) == 1
     lefts = sorted(float(b.get("x")) for i in range(2) for b in shapes(chart, f"s{i}"))
-    assert min(b - a for a, b in itertools.pairwise(lefts)) > 10  # None hides another.
+    assert min(b - a for a, b in itertools.pairwise(lefts)) > 10  # Columns do not overlap.
 
 
 @pytest.mark.parametrize("log_x", [False, True])
-def test_lines_go_through_their_points(log_x):
+def test_lines_pass_through_their_points(log_x):
     points = [(10.0, 0.5), (100.0, 0.75), (1000.0, 1.0)]
     _, chart = parse(
         svg.lines("t", "d", {"a": points}, xlabel="x", ylabel="y", log_x=log_x)
@@ -74,18 +75,18 @@ def test_lines_go_through_their_points(log_x):
     assert len(shapes(chart, "m0")) == 3
 
 
-def test_series_differ_by_shape():
+def test_series_have_different_marks():
     rows = {name: [(0.0, float(i)), (1.0, i + 1.0)] for i, name in enumerate("abc")}
     _, chart = parse(svg.lines("t", "d", rows, xlabel="x", ylabel="y"))
     marks = [shapes(chart, f"m{i}")[0] for i in range(3)]
     marks = {(mark.tag, len(mark.get("d", ""))) for mark in marks}
     assert len(marks) == 3
-    with pytest.raises(ValueError, match="4 series, of which 3"):
+    with pytest.raises(ValueError, match="expected at most 3 series, found 4"):
         svg.lines("t", "d", rows | {"d": rows["a"]}, xlabel="x", ylabel="y")
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 3.0, 99.99, 100.0, 123456.0])
-def test_any_value_fits(value):
+def test_extreme_values_fit(value):
     parse(svg.bars("t", "d", {"a": {"g": value}}))
     parse(svg.columns("t", "d", {"a": [value, None]}, ["1", "2"], xlabel="x", ylabel="y"))
     _, chart = parse(svg.lines("t", "d", {"a": [(1.0, value)]}, xlabel="x", ylabel="y"))
@@ -95,7 +96,7 @@ def test_any_value_fits(value):
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(3, 6))
-def test_ticks_are_round_and_within(low, size, count):
+def test_ticks_are_round_and_within_the_range(low, size, count):
     ticks = svg._ticks(low, low + size, count)
     assert 2 <= len(ticks) <= 2 * count + 1
     slack = 1e-6 * (abs(low) + size)
@@ -119,7 +120,7 @@ def test_texts_are_escaped():
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(-2, 7), st.floats(0.01, 9))
-def test_ticks_of_a_logarithmic_axis_are_round_and_few(low, size):
+def test_logarithmic_ticks_are_round_and_few(low, size):
     ticks = svg._log_ticks(low, low + size)
     assert 2 <= len(ticks) <= 10 and ticks == sorted(set(ticks))
     for tick in ticks:

@@ -1,4 +1,4 @@
-"""Compiled programs that outlive their process."""
+"""Compiled programs are reused by later processes."""
 
 import os
 import subprocess
@@ -6,20 +6,20 @@ import sys
 
 PROGRAM = """
 import os, jax
-from vixml_jax import programs
-programs.keep_in(os.environ["WHERE"])
-hits = []
-jax.monitoring.register_event_listener(lambda event, **more: hits.append(event))
+from vixml_jax.runtime import compilation_cache
+compilation_cache.enable(os.environ["CACHE"])
+events = []
+jax.monitoring.register_event_listener(lambda event, **kwargs: events.append(event))
 jax.jit(lambda x: x @ x)(jax.numpy.ones((4, 4)))
-print(sum(event.endswith("cache_hits") for event in hits) > 0)
+print(sum(event.endswith("cache_hits") for event in events) > 0)
 """
 
 
-def run(where, cwd):
+def hits_cache(directory, cwd):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=environment | {"WHERE": where, "HOME": str(cwd), "PYTHONPATH": os.getcwd()},
+        env=environment | {"CACHE": directory, "HOME": str(cwd), "PYTHONPATH": os.getcwd()},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -28,9 +28,9 @@ def run(where, cwd):
     return done.stdout.strip()
 
 
-def test_what_was_compiled_is_found_again(tmp_path):
-    assert run("~/kept", tmp_path) == "False"
-    assert os.listdir(tmp_path / "kept")
-    assert run("~/kept", tmp_path) == "True"
-    assert run("", tmp_path) == "False"
-    assert os.listdir(tmp_path) == ["kept"]
+def test_second_process_hits_the_cache(tmp_path):
+    assert hits_cache("~/cache", tmp_path) == "False"
+    assert os.listdir(tmp_path / "cache")
+    assert hits_cache("~/cache", tmp_path) == "True"
+    assert hits_cache("", tmp_path) == "False"
+    assert os.listdir(tmp_path) == ["cache"]

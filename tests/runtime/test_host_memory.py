@@ -1,4 +1,4 @@
-"""The memory that is left, from made-up files of the kernel."""
+"""Available memory, computed from made-up files of the kernel."""
 
 import pytest
 
@@ -17,14 +17,14 @@ def write(root, files):
 MACHINE = {"proc/meminfo": "MemTotal: 9999999 kB\nMemFree: 1 kB\nMemAvailable: 512000 kB\n"}
 
 
-def test_machine_alone(tmp_path):
+def test_machine_without_groups(tmp_path):
     write(tmp_path, MACHINE)
     assert host_memory.available(str(tmp_path)) == 512_000 * 1024
 
 
-@pytest.mark.parametrize("where", ["job/step", "job", ""])
-def test_a_limit_of_this_group_or_one_above(where, tmp_path):
-    group = f"sys/fs/cgroup/{where}".rstrip("/")
+@pytest.mark.parametrize("limited", ["job/step", "job", ""])
+def test_limit_of_the_own_group_or_a_parent(limited, tmp_path):
+    group = f"sys/fs/cgroup/{limited}".rstrip("/")
     write(
         tmp_path,
         {
@@ -39,7 +39,7 @@ def test_a_limit_of_this_group_or_one_above(where, tmp_path):
     assert host_memory.available(str(tmp_path)) == 70 * MB
 
 
-def test_groups_of_the_first_version(tmp_path):
+def test_control_groups_version_1(tmp_path):
     group = "sys/fs/cgroup/memory/job"
     write(
         tmp_path,
@@ -54,11 +54,11 @@ def test_groups_of_the_first_version(tmp_path):
     assert host_memory.available(str(tmp_path)) == 51 * MB
 
 
-def test_a_group_without_limit_and_a_system_that_says_nothing(tmp_path):
+def test_unlimited_groups_and_missing_files(tmp_path):
     assert host_memory.available(str(tmp_path)) is None
     write(tmp_path, {**MACHINE, "proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"})
     assert host_memory.available(str(tmp_path)) == 512_000 * 1024
 
 
-def test_here():
+def test_this_machine():
     assert 0 < host_memory.available() < 2**50

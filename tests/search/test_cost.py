@@ -1,4 +1,4 @@
-"""Foreseen memory against that which the kernel counted at the peak, in processes of their own."""
+"""Estimated memory against the peak that the kernel counts, each measured in its own process."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def kilobytes(field):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field))
 
-def forget_the_peak():
+def reset_peak():
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
@@ -30,11 +30,11 @@ x = rng.normal(size=(n // 50, width)).astype(np.float32)[rng.integers(n // 50, s
 x += rng.standard_normal(x.shape, dtype=np.float32)
 x /= np.linalg.norm(x, axis=1, keepdims=True)
 few = x[:10_000].copy()
-if kind == "exact":  # What programs take once and for all is not the index's.
+if kind == "exact":  # Compile first, so that the memory of the compiler is not counted.
     ExactIndex(few, query_block=512, label_block=16384).search(few[:600], 10)
 else:
     scann.ScannIndex.build(few[:4000]).search(few[:600], 10)
-forget_the_peak()
+reset_peak()
 before = kilobytes("VmRSS")
 if kind == "exact":
     index = ExactIndex(x, query_block=512, label_block=16384)
@@ -57,17 +57,17 @@ def measured(kind, n, width):
 
 
 @pytest.mark.parametrize("n,width", [(30_000, 256), (60_000, 128)])
-def test_build_takes_what_was_foreseen(n, width):
+def test_build_uses_the_estimated_memory(n, width):
     found = measured("scann", n, width)
     assert found["peak"] <= cost_lib.build_bytes(n, width) <= 1.6 * found["peak"]
     assert found["after"] <= 1.1 * cost_lib.search_bytes(n, width)
 
 
 @pytest.mark.parametrize("n,width", [(100_000, 192), (60_000, 384)])
-def test_exact_takes_what_was_foreseen(n, width):
+def test_exact_search_uses_the_estimated_memory(n, width):
     found = measured("exact", n, width)["peak"]
-    foreseen = cost_lib.exact_bytes(n, width, query_block=512, label_block=16384)
-    assert found <= foreseen <= 1.6 * found
+    estimated = cost_lib.exact_bytes(n, width, query_block=512, label_block=16384)
+    assert found <= estimated <= 1.6 * found
 
 
 def test_more_leaves_or_candidates_cost_more():
@@ -79,20 +79,21 @@ def test_more_leaves_or_candidates_cost_more():
         )
 
     assert cost(10, 100) < cost(20, 100) < cost(20, 200)
-    # Leaves hold 300 labels each: there are no more candidates in one.
+    # A leaf holds 300 labels, so searching one never scores more candidates.
     assert cost(1, 300) == cost(1, 3000)
     assert cost(10, 100) < cost(10, 100, settings | {"dimensions_per_block": 1})
 
 
-def test_room(monkeypatch):
-    monkeypatch.setattr(cost_lib.memory, "available", lambda: 2 * 2**30)
-    cost_lib.check_room(2 * 2**30, "nine labels", "go home")
+def test_check_memory_reports_needed_and_available_memory(monkeypatch):
+    monkeypatch.setattr(cost_lib.host_memory, "available", lambda: 2 * 2**30)
+    cost_lib.check_memory(2 * 2**30, "nine labels", "use fewer labels")
     with pytest.raises(InputError) as error:
-        cost_lib.check_room(3 * 2**30, "nine labels", "go home")
+        cost_lib.check_memory(3 * 2**30, "nine labels", "use fewer labels")
     assert str(error.value) == (
-        "nine labels need about 3.00 GB of memory, 2.00 GB are left here: go home"
+        "nine labels need about 3.00 GB of memory, but 2.00 GB are free on this machine: use fewer "
+        "labels"
     )
-    with pytest.raises(InputError, match=r"1.00 GB are allowed by --search.memory_gb: go home"):
-        cost_lib.check_room(2 * 2**30, "nine labels", "go home", limit=2**30)
-    monkeypatch.setattr(cost_lib.memory, "available", lambda: None)
-    cost_lib.check_room(2**60, "nine labels", "go home")
+    with pytest.raises(InputError, match=r"1.00 GB are allowed by --search.memory_gb: use fewer"):
+        cost_lib.check_memory(2 * 2**30, "nine labels", "use fewer labels", limit=2**30)
+    monkeypatch.setattr(cost_lib.host_memory, "available", lambda: None)
+    cost_lib.check_memory(2**60, "nine labels", "use fewer labels")

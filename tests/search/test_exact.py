@@ -1,4 +1,4 @@
-"""Exact search against sorting all scores; any mesh and any blocks give the same."""
+"""Exact search against sorting all scores, for any mesh and any block sizes."""
 
 import tracemalloc
 
@@ -12,13 +12,13 @@ from vixml_jax.search import exact
 from vixml_jax.search.exact import ExactIndex
 
 
-def whole_numbers(rng, *shape):
-    """Vectors of small whole numbers: sums are exact in float32, and ties abound."""
+def integers_only(rng, *shape):
+    """Vectors of small integers: sums are exact in float32, and there are many ties."""
     return rng.integers(-2, 3, size=shape).astype(np.float32)
 
 
 def expected_top_k(vectors, queries, k):
-    """The k best by a stable sort, so ties go to the lower id; padded where k is too large."""
+    """The k best by a stable sort, so that ties go to the lower id; padded if k is too large."""
     scores = queries.astype(np.float64) @ vectors.T.astype(np.float64)
     ids = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     missing = ((0, 0), (0, k - ids.shape[1]))
@@ -42,7 +42,7 @@ def assert_matches(result, vectors, queries, k):
 @pytest.mark.parametrize("k", [1, 10, 70])
 def test_search_matches_sort(query_block, label_block, num_labels, k):
     rng = np.random.default_rng((0, k))
-    vectors, queries = whole_numbers(rng, num_labels, 5), whole_numbers(rng, 13, 5)
+    vectors, queries = integers_only(rng, num_labels, 5), integers_only(rng, 13, 5)
     index = ExactIndex(vectors, query_block=query_block, label_block=label_block)
     assert_matches(index.search(queries, k), vectors, queries, k)
 
@@ -51,7 +51,7 @@ def test_search_matches_sort(query_block, label_block, num_labels, k):
 @pytest.mark.parametrize("num_labels,k", [(61, 5), (9, 9), (3, 20), (200, 40)])
 def test_mesh_matches_sort(sizes, num_labels, k):
     rng = np.random.default_rng((1, num_labels))
-    vectors, queries = whole_numbers(rng, num_labels, 6), whole_numbers(rng, 7, 6)
+    vectors, queries = integers_only(rng, num_labels, 6), integers_only(rng, 7, 6)
     mesh = sharding.create_mesh(*sizes)
     index = ExactIndex(vectors, mesh=mesh, query_block=4, label_block=8)
     assert_matches(index.search(queries, k), vectors, queries, k)
@@ -75,7 +75,7 @@ def test_mesh_of_all_devices_and_one_device_agree_on_any_vectors():
         np.testing.assert_allclose(result.scores, scores, rtol=0, atol=2e-5)
 
 
-def test_rows_lie_on_all_devices():
+def test_rows_are_sharded_over_all_devices():
     vectors = np.ones((61, 4), np.float32)
     index = ExactIndex(vectors, mesh=sharding.create_mesh(2, 4, 1))
     shards = index._rows._vectors.addressable_shards
@@ -83,22 +83,22 @@ def test_rows_lie_on_all_devices():
     assert {shard.data.shape for shard in shards} == {(8, 4)}
 
 
-@pytest.mark.parametrize("on", ["host", "mesh"])
-def test_compiles_once_for_all_blocks_and_indices(on):
+@pytest.mark.parametrize("where", ["host", "mesh"])
+def test_compiles_once_for_all_blocks_and_indexes(where):
     rng = np.random.default_rng(3)
-    program = exact._score if on == "host" else exact._top_k
+    program = exact._score if where == "host" else exact._top_k
     program.clear_cache()
-    mesh = None if on == "host" else sharding.create_mesh()
+    mesh = None if where == "host" else sharding.create_mesh()
     for _ in range(2):
-        vectors = whole_numbers(rng, 512, 4)
+        vectors = integers_only(rng, 512, 4)
         index = ExactIndex(vectors, query_block=8, label_block=16, mesh=mesh)
         for count in (5, 8, 20, 41):
-            index.search(whole_numbers(rng, count, 4), 3)
+            index.search(integers_only(rng, count, 4), 3)
     assert program._cache_size() == 1
 
 
-def test_no_program_holds_all_scores():
-    """The largest array of the compiled search is one block of scores, not [q, n]."""
+def test_a_mesh_holds_one_block_of_scores():
+    """The temporary memory of the compiled search fits one block of scores, not [q, n]."""
     mesh = sharding.create_mesh(1, 1, 1, devices=jax.devices()[:1])
     queries, vectors = np.ones((64, 4), np.float32), np.ones((4096, 4), np.float32)
     lowered = exact._top_k.lower(vectors, queries, k=10, num_labels=4096, num_blocks=16, mesh=mesh)
@@ -106,9 +106,9 @@ def test_no_program_holds_all_scores():
     assert temporary < 64 * 4096 * 4 / 2
 
 
-@pytest.mark.parametrize("alike", [False, True])
-def test_the_host_holds_one_block_of_scores(alike, monkeypatch):
-    """Also where all scores are equal, as those of a collapsed tower, and all could be the best."""
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_host_holds_one_block_of_scores(equal, monkeypatch):
+    """Also if all scores are equal, as of a collapsed tower, so that all rows are candidates."""
     rng = np.random.default_rng(5)
     shapes = []
     score = exact._score
@@ -119,7 +119,7 @@ def test_the_host_holds_one_block_of_scores(alike, monkeypatch):
         return found
 
     monkeypatch.setattr(exact, "_score", spy)
-    vectors = np.ones((40_000, 4), np.float32) if alike else rng.normal(size=(40_000, 4))
+    vectors = np.ones((40_000, 4), np.float32) if equal else rng.normal(size=(40_000, 4))
     index = ExactIndex(vectors, query_block=64, label_block=8192)
     queries = rng.normal(size=(128, 4)).astype(np.float32)
     index.search(queries[:1], 10)  # Compiles.
@@ -128,15 +128,15 @@ def test_the_host_holds_one_block_of_scores(alike, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert max(shapes) == (64, 8192)
-    assert peak < 64 * 8192 * 4  # Of numpy, beside the scores themselves.
-    if alike:
+    assert peak < 64 * 8192 * 4  # Memory of numpy, in addition to the scores.
+    if equal:
         np.testing.assert_array_equal(result.ids, np.tile(np.arange(10), (128, 1)))
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "random", "one group"])
 @pytest.mark.parametrize("k", [1, 7, 100, 2000])
 def test_any_order_of_scores(order, k):
-    """Labels in any order of their scores, in several blocks: each new one the best, say."""
+    """Labels in any order of their scores, in several blocks; e.g. each new label is the best."""
     rng = np.random.default_rng((6, k))
     values = np.sort(rng.normal(size=5000)).astype(np.float32)
     values = {
@@ -152,7 +152,7 @@ def test_any_order_of_scores(order, k):
 
 
 @pytest.mark.parametrize("num_queries,num_labels", [(0, 9), (3, 0)])
-def test_nothing_to_search(num_queries, num_labels):
+def test_no_queries_or_no_labels(num_queries, num_labels):
     index = ExactIndex(np.zeros((num_labels, 4), np.float32))
     result = index.search(np.zeros((num_queries, 4), np.float32), 2)
     np.testing.assert_array_equal(result.ids, np.full((num_queries, 2), -1))
@@ -161,6 +161,6 @@ def test_nothing_to_search(num_queries, num_labels):
 
 def test_other_dtypes_are_searched_in_float32():
     rng = np.random.default_rng(4)
-    vectors, queries = whole_numbers(rng, 20, 4), whole_numbers(rng, 3, 4)
+    vectors, queries = integers_only(rng, 20, 4), integers_only(rng, 3, 4)
     index = ExactIndex(vectors.astype(np.float16))
     assert_matches(index.search(queries.astype(np.float64), 4), vectors, queries, 4)

@@ -1,4 +1,4 @@
-"""Indexes opened: built, tuned against a sort of all scores, kept, reused, refused."""
+"""Opening an index: built, tuned against a sort of all scores, saved, loaded, refused."""
 
 import json
 import os
@@ -38,9 +38,9 @@ def truth(vectors, queries, k):
 
 
 @pytest.fixture(scope="module")
-def kept(vectors, queries, tmp_path_factory):
-    """An index tuned for two k."""
-    directory = tmp_path_factory.mktemp("kept") / "scann"
+def saved(vectors, queries, tmp_path_factory):
+    """Directory of an index tuned for two values of k."""
+    directory = tmp_path_factory.mktemp("saved") / "scann"
     for k, recall in ((20, 0.9), (5, 0.98)):
         factory.open_index(
             vectors, kind="scann", directory=directory, queries=queries, k=k, recall=recall
@@ -48,7 +48,7 @@ def kept(vectors, queries, tmp_path_factory):
     return directory
 
 
-def test_tuned_to_the_recall_asked_for(vectors, queries, tmp_path, capsys):
+def test_tuning_reaches_the_wanted_recall(vectors, queries, tmp_path, capsys):
     exact = truth(vectors, queries, 20)
     costs = []
     for recall in (0.7, 0.95, 0.999):
@@ -63,60 +63,61 @@ def test_tuned_to_the_recall_asked_for(vectors, queries, tmp_path, capsys):
         )
         reached = index.recall_against(exact, found.search(queries, 20), 20)
         assert reached >= recall
-        said = found.settings
-        assert said["kind"] == "scann" and (said["k"], said["recall_wanted"]) == (20, recall)
-        assert said["recall"] == pytest.approx(reached)
-        assert json.loads(json.dumps(said)) == said
+        settings = found.settings
+        assert settings["kind"] == "scann"
+        assert (settings["k"], settings["recall_wanted"]) == (20, recall)
+        assert settings["recall"] == pytest.approx(reached)
+        assert json.loads(json.dumps(settings)) == settings
         costs.append(
             cost.search_cost(
-                said,
+                settings,
                 *vectors.shape,
-                leaves_searched=said["leaves_searched"],
-                reordered=said["reordered"],
+                leaves_searched=settings["leaves_searched"],
+                reordered=settings["reordered"],
             )
         )
-        # Each point of the curve is what searching so finds, and none is dominated.
-        assert len(said["curve"]) > 3
-        for one in said["curve"][::4]:
+        # Each point of the curve is reproduced by its settings, and none is dominated.
+        assert len(settings["curve"]) > 3
+        for point in settings["curve"][::4]:
             result = found.search_with(
-                queries, 20, leaves_searched=one["leaves_searched"], reordered=one["reordered"]
+                queries, 20, leaves_searched=point["leaves_searched"], reordered=point["reordered"]
             )
-            assert index.recall_against(exact, result, 20) == pytest.approx(one["recall"])
-        recalls = [one["recall"] for one in said["curve"]]
+            assert index.recall_against(exact, result, 20) == pytest.approx(point["recall"])
+        recalls = [point["recall"] for point in settings["curve"]]
         assert recalls == sorted(set(recalls))
     assert costs == sorted(set(costs))
-    told = capsys.readouterr().out
-    assert told.count("building") == 2  # Once, told before and after.
-    assert told.count("\n> ") == 3
+    printed = capsys.readouterr().out
+    assert printed.count("building") == 2  # Built once; printed before and after.
+    assert printed.count("\n> ") == 3
 
 
-def test_kept_and_searched_alike(kept, vectors, queries, capsys, monkeypatch):
+def test_a_saved_index_is_loaded_with_its_tuning(saved, vectors, queries, capsys, monkeypatch):
     monkeypatch.setattr(ScannIndex, "build", None)
     monkeypatch.setattr(factory, "_tune", None)
     settings = {}
     for k, recall in ((20, 0.9), (5, 0.98)):
         again = factory.open_index(
-            vectors, kind="scann", directory=kept, queries=queries, k=k, recall=recall
+            vectors, kind="scann", directory=saved, queries=queries, k=k, recall=recall
         )
         assert (again.settings["k"], again.settings["recall_wanted"]) == (k, recall)
         settings[k] = again.settings["leaves_searched"], again.settings["reordered"]
     assert settings[5] != settings[20]
-    assert "index read in" in capsys.readouterr().out
+    assert "index loaded in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("k,nearest", [(1, 5), (5, 5), (9, 20), (20, 20), (50, 20)])
-def test_without_queries_the_nearest_tuning(k, nearest, kept, vectors):
-    found = factory.open_index(vectors, kind="scann", directory=kept, k=k, recall=0.99)
+def test_without_queries_the_nearest_tuning_is_used(k, nearest, saved, vectors):
+    found = factory.open_index(vectors, kind="scann", directory=saved, k=k, recall=0.99)
     assert found.settings["k"] == nearest
 
 
-def test_never_tuned_and_nothing_to_tune_on(vectors, capsys):
+def test_without_tuning_and_queries_the_default_settings_are_used(vectors, capsys):
     found = factory.open_index(vectors, kind="scann", k=7)
     assert found.settings == scann.settings_for(len(vectors))
     assert "not tuned for recall@7" in capsys.readouterr().out
 
 
-def test_other_vectors_are_built_anew(kept, vectors, queries, tmp_path, capsys):
+def test_an_index_of_other_vectors_is_built_again(vectors, queries, tmp_path, capsys):
     directory = tmp_path / "scann"
     ScannIndex.build(vectors[:100]).save(directory)
     found = factory.open_index(
@@ -130,8 +131,10 @@ def test_other_vectors_are_built_anew(kept, vectors, queries, tmp_path, capsys):
     ScannIndex.load(directory, vectors[:200])
 
 
-def test_out_of_reach_is_built_finer_then_said(vectors, queries, tmp_path, capsys, monkeypatch):
-    """Where even the widest search finds too little; recall is made to say so."""
+def test_an_unreachable_recall_is_tried_with_finer_codes_then_reported(
+    vectors, queries, tmp_path, capsys, monkeypatch
+):
+    """Recall is halved artificially, so that even the widest search does not reach it."""
     recall_against = index.recall_against
     monkeypatch.setattr(index, "recall_against", lambda *a: 0.5 * recall_against(*a))
     found = factory.open_index(
@@ -139,51 +142,51 @@ def test_out_of_reach_is_built_finer_then_said(vectors, queries, tmp_path, capsy
     )
     assert found.settings["dimensions_per_block"] == 1
     assert found.settings["recall"] == pytest.approx(0.5, abs=0.01)
-    told = capsys.readouterr().out
-    assert "building anew with finer codes" in told
-    assert f"out of reach: searching for {found.settings['recall']:.4f}" in told
-    kept = ScannIndex.load(tmp_path / "scann", vectors)
-    assert kept.settings == found.settings
+    printed = capsys.readouterr().out
+    assert "building the index again with finer codes" in printed
+    assert f"reached: searching with recall {found.settings['recall']:.4f}" in printed
+    loaded = ScannIndex.load(tmp_path / "scann", vectors)
+    assert loaded.settings == found.settings
 
 
-def test_where_scann_cannot_be_imported(vectors, queries, capsys, monkeypatch):
+def test_exact_search_is_used_where_scann_cannot_be_imported(vectors, queries, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "scann.scann_ops.py", None)
     found = factory.open_index(vectors[:50], kind="scann", queries=queries, k=5)
     assert isinstance(found, ExactIndex)
     assert found.settings["kind"] == "exact" and found.settings["wanted"] == "scann"
     assert found.settings["recall"] == 1.0
-    told = capsys.readouterr().out
-    assert told.count("\n") == 1 and "scann cannot be imported here" in told
-    assert told.endswith("; searching exactly instead\n")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "scann cannot be imported (" in printed
+    assert printed.endswith("; exact search is used instead\n")
 
 
-def test_a_processor_that_scann_would_crash(monkeypatch):
+def test_a_processor_on_which_scann_would_crash_is_detected(monkeypatch):
     monkeypatch.setattr(scann.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(scann, "_processor_flags", lambda: {"avx", "sse4_2"})
-    assert scann.why_not() == "scann cannot be used here: this processor lacks avx2 and fma"
+    assert scann.unavailable_reason() == "scann cannot be used: this processor lacks avx2 and fma"
     with pytest.raises(InputError, match="lacks avx2 and fma; use --search=exact"):
         ScannIndex.build(np.ones((3, 2), np.float32))
 
 
 @pytest.mark.parametrize("kind", ["exact", "scann"])
-def test_too_little_memory_is_said_before_anything_is_done(kind, vectors, queries, monkeypatch):
-    for name in ("ExactIndex", "_build", "_kept"):
+def test_insufficient_memory_is_reported_before_any_work(kind, vectors, queries, monkeypatch):
+    for name in ("ExactIndex", "_build", "_load"):
         monkeypatch.setattr(factory, name, None)
     with pytest.raises(InputError) as error:
         factory.open_index(vectors, kind=kind, queries=queries, k=5, memory_gb=0.001)
-    told = str(error.value)
-    assert told.startswith(f"--search={kind}: 12,000 labels x 24 need about ")
-    assert "0.00 GB are allowed by --search.memory_gb" in told and "\n" not in told
+    message = str(error.value)
+    assert message.startswith(f"--search={kind}: 12,000 labels x 24 need about ")
+    assert "0.00 GB are allowed by --search.memory_gb" in message and "\n" not in message
 
 
-def test_exact_as_flags_say(vectors, queries):
+def test_exact_search_uses_the_given_blocks(vectors, queries):
     found = factory.open_index(vectors, kind="exact", k=4, query_block=64, label_block=1000)
-    said = {"kind": "exact", "query_block": 64, "label_block": 1000, "k": 4, "recall": 1.0}
-    assert found.settings == said
+    expected = {"kind": "exact", "query_block": 64, "label_block": 1000, "k": 4, "recall": 1.0}
+    assert found.settings == expected
     np.testing.assert_array_equal(found.search(queries, 4).ids, truth(vectors, queries, 4).ids)
 
 
-def test_a_disk_that_takes_no_more(vectors, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(vectors, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, os.strerror(28))
 
@@ -192,9 +195,9 @@ def test_a_disk_that_takes_no_more(vectors, tmp_path, monkeypatch):
         factory.open_index(vectors[:50], kind="scann", directory=tmp_path / "scann", k=5)
 
 
-def test_the_choice_is_the_same_each_time(vectors, queries, monkeypatch):
+def test_the_choice_does_not_depend_on_measured_times(vectors, queries, monkeypatch):
     chosen = []
-    for clock in (1.0, 1e-3):  # Times lie; the choice does not look at them.
+    for clock in (1.0, 1e-3):  # Times per query differ by a factor of 1000.
         now = iter(np.arange(1e6) * clock)
         monkeypatch.setattr(factory.time, "perf_counter", lambda now=now: float(next(now)))
         found = factory.open_index(vectors, kind="scann", queries=queries, k=10, recall=0.95)

@@ -1,4 +1,4 @@
-"""Filter pairs and recall against loops over sets."""
+"""Filter pairs and recall, against loops over sets."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from vixml_jax.structs import SearchResult
 
 
 def random_result(rng, num_queries, num_labels, k, absent=0):
-    """Descending scores, ids without repetition, the last `absent` of each row absent."""
+    """A result with descending scores and distinct ids; the last `absent` labels are absent."""
     ids = np.argsort(rng.random((num_queries, num_labels)), axis=1)[:, :k].astype(np.int32)
     scores = -np.sort(-rng.normal(size=ids.shape).astype(np.float32), axis=1)
     if absent:
@@ -47,7 +47,7 @@ def test_drop_filtered_against_loops(k, absent, monkeypatch):
 
 
 @pytest.mark.parametrize("k", [2, 4, 6])
-def test_no_pairs_cut_or_pad(k):
+def test_without_pairs_rows_are_cut_or_padded(k):
     result = random_result(np.random.default_rng(1), 3, 9, 4)
     found = index.drop_filtered(result, np.zeros((0, 2), np.int64), k)
     np.testing.assert_array_equal(found.ids[:, :4], result.ids[:, :k])
@@ -70,25 +70,25 @@ def test_recall_against_sets():
     for k in (1, 5, 10):
         wanted = [set(row[:k]) - {-1} for row in exact.ids]
         found = [set(row[:k]) for row in result.ids]
-        share = sum(len(a & b) for a, b in zip(wanted, found, strict=True))
-        expected = share / sum(map(len, wanted))
+        hits = sum(len(a & b) for a, b in zip(wanted, found, strict=True))
+        expected = hits / sum(map(len, wanted))
         assert index.recall_against(exact, result, k) == pytest.approx(expected)
     assert index.recall_against(exact, exact, 10) == 1.0
 
 
-def test_recall_of_nothing_is_whole():
-    nothing = SearchResult(np.full((2, 3), -np.inf), np.full((2, 3), -1))
-    assert index.recall_against(nothing, nothing, 3) == 1.0
+def test_recall_of_an_empty_result_is_one():
+    empty = SearchResult(np.full((2, 3), -np.inf), np.full((2, 3), -1))
+    assert index.recall_against(empty, empty, 3) == 1.0
 
 
-class Sorted:
-    """An index that sorts; counts what it is asked for."""
+class SortingIndex:
+    """An index that sorts all scores, and records the sizes of its searches."""
 
     def __init__(self, scores):
-        self.settings, self.scores, self.asked = {}, scores, []
+        self.settings, self.scores, self.calls = {}, scores, []
 
     def search(self, queries, k):
-        self.asked.append((len(queries), k))
+        self.calls.append((len(queries), k))
         scores = self.scores[queries[:, 0].astype(int)]
         ids = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)
         found = SearchResult(np.take_along_axis(scores, ids, axis=1), ids)
@@ -98,7 +98,7 @@ class Sorted:
 @pytest.mark.parametrize("k", [1, 5, 50, 70])
 @pytest.mark.parametrize("most", [0, 1, 9, 50])
 def test_search_filtered_against_loops(k, most):
-    """Queries of which some have no pairs, some a few, some all labels; k above the labels, too."""
+    """Some queries have no pairs, some a few, some all labels; k exceeds the labels in one case."""
     rng = np.random.default_rng((4, k, most))
     scores = rng.normal(size=(30, 50)).astype(np.float32)
     pairs = [
@@ -107,7 +107,7 @@ def test_search_filtered_against_loops(k, most):
         for label in rng.choice(50, rng.integers(most + 1) * (i % 3 > 0), replace=False)
     ]
     pairs = rng.permutation(np.array(pairs + pairs[:3], np.int64).reshape(-1, 2))
-    found = index.search_filtered(Sorted(scores), np.arange(30)[:, None], pairs, k)
+    found = index.search_filtered(SortingIndex(scores), np.arange(30)[:, None], pairs, k)
     assert found.ids.dtype == np.int32 and found.scores.dtype == np.float32
     unwanted = set(map(tuple, pairs))
     for i in range(30):
@@ -117,14 +117,14 @@ def test_search_filtered_against_loops(k, most):
         np.testing.assert_array_equal(found.scores[i], [*scores[i, kept], *[-np.inf] * missing])
 
 
-def test_one_query_with_thousands_of_pairs_costs_the_others_nothing():
+def test_one_query_with_thousands_of_pairs_does_not_slow_down_the_others():
     scores = np.random.default_rng(5).normal(size=(200, 6000)).astype(np.float32)
     pairs = np.stack([np.full(5000, 7), np.arange(5000)], axis=1)
     pairs = np.concatenate([pairs, [[3, 5]]])
-    searched = Sorted(scores)
-    found = index.search_filtered(searched, np.arange(200)[:, None], pairs, 10)
-    assert searched.asked == [(199, 18), (1, 10 + 8192)]
+    recorded = SortingIndex(scores)
+    found = index.search_filtered(recorded, np.arange(200)[:, None], pairs, 10)
+    assert recorded.calls == [(199, 18), (1, 10 + 8192)]
     np.testing.assert_array_equal(found.ids[7], 5000 + np.argsort(-scores[7, 5000:])[:10])
-    none = Sorted(scores)
-    index.search_filtered(none, np.arange(200)[:, None], pairs[:0], 10)
-    assert none.asked == [(200, 10)]
+    unfiltered = SortingIndex(scores)
+    index.search_filtered(unfiltered, np.arange(200)[:, None], pairs[:0], 10)
+    assert unfiltered.calls == [(200, 10)]

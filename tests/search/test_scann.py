@@ -1,4 +1,4 @@
-"""ScaNN against exact search, saved and loaded, and what it refuses."""
+"""ScaNN against exact search, saving and loading, and indexes that are refused."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from vixml_jax.structs import SearchResult
 
 
 def unit_vectors(rng, n, width=16, topics=50):
-    """Unit vectors around topics, as embeddings of texts lie."""
+    """Unit vectors clustered around topics, like embeddings of texts."""
     x = rng.normal(size=(topics, width))[rng.integers(topics, size=n)]
     x += 0.5 * rng.normal(size=(n, width))
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
@@ -41,8 +41,8 @@ def tree(vectors):
     return ScannIndex.build(vectors)
 
 
-def assert_sound(result, vectors, queries, k):
-    """Shapes, order, no label twice, scores that are inner products, absent labels last."""
+def assert_valid(result, vectors, queries, k):
+    """Checks shapes, order, distinct labels, scores, and that absent labels come last."""
     assert result.ids.shape == result.scores.shape == (len(queries), k)
     assert result.ids.dtype == np.int32 and result.scores.dtype == np.float32
     absent = result.ids < 0
@@ -56,24 +56,24 @@ def assert_sound(result, vectors, queries, k):
 
 
 @pytest.mark.parametrize("k", [1, 10, 100, 1000])
-def test_tree_finds_nearly_all(tree, vectors, queries, k):
+def test_tree_has_high_recall(tree, vectors, queries, k):
     assert tree.settings["leaves"] == 110
     result = tree.search(queries, k)
-    assert_sound(result, vectors, queries, k)
+    assert_valid(result, vectors, queries, k)
     assert (result.ids >= 0).all()
     assert index.recall_against(exact(vectors, queries, k), result, k) > 0.95
 
 
-def test_build_is_a_function_of_the_vectors(tree, vectors, queries):
+def test_equal_vectors_give_equal_indexes(tree, vectors, queries):
     again = ScannIndex.build(vectors.copy()).search(queries, 20)
     np.testing.assert_array_equal(again.ids, tree.search(queries, 20).ids)
 
 
-def test_absent_where_leaves_hold_too_few(vectors, queries, tree):
-    """Whatever the tree finds, rows end in -1 and -inf, and id 0 is no filler."""
+def test_labels_are_absent_if_the_leaves_hold_too_few(vectors, queries, tree):
+    """Short rows end in id -1 and score -inf, and id 0 does not stand for an absent label."""
     few_leaves = ScannIndex(tree._searcher, tree.settings | {"leaves": 1}, "", len(vectors))
-    result = few_leaves.search(queries, 200)  # Searches one leaf, of about 110 vectors.
-    assert_sound(result, vectors, queries, 200)
+    result = few_leaves.search(queries, 200)  # Searches one leaf of about 110 vectors.
+    assert_valid(result, vectors, queries, 200)
     assert (result.ids < 0).any()
 
 
@@ -85,7 +85,7 @@ def test_few_labels_are_searched_exactly(num_labels):
     assert brute.settings == {"kind": "scann", "leaves": 0}
     for k in (1, num_labels, num_labels + 3):
         result = brute.search(queries, k)
-        assert_sound(result, vectors, queries, k)
+        assert_valid(result, vectors, queries, k)
         few = min(k, num_labels)
         np.testing.assert_array_equal(result.ids[:, :few], exact(vectors, queries, k).ids)
         assert (result.ids[:, few:] == -1).all()
@@ -107,7 +107,7 @@ def test_settings_grow_with_the_labels(num_labels):
         assert settings["leaves"] / 10 - 1 < settings["leaves_searched"] <= settings["leaves"]
 
 
-def test_saved_moved_and_loaded_is_the_same(tree, vectors, queries, tmp_path):
+def test_an_index_can_be_moved_and_loaded(tree, vectors, queries, tmp_path):
     tree.save(tmp_path / "runs" / "scann")
     os.rename(tmp_path / "runs", tmp_path / "moved")
     loaded = ScannIndex.load(tmp_path / "moved" / "scann", vectors)
@@ -116,7 +116,7 @@ def test_saved_moved_and_loaded_is_the_same(tree, vectors, queries, tmp_path):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_save_replaces_whole(vectors, tmp_path):
+def test_save_replaces_an_older_index(vectors, tmp_path):
     for part in (vectors[:50], vectors[50:90]):
         ScannIndex.build(part).save(str(tmp_path / "scann"))
         result = ScannIndex.load(str(tmp_path / "scann"), part).search(part[:3], 5)
@@ -125,7 +125,7 @@ def test_save_replaces_whole(vectors, tmp_path):
 
 
 @pytest.mark.parametrize("step", ["writing", "renaming"])
-def test_save_that_fails_leaves_the_old(step, vectors, tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_older_index(step, vectors, tmp_path, monkeypatch):
     old, new = ScannIndex.build(vectors[:50]), ScannIndex.build(vectors[50:90])
     old.save(tmp_path / "scann")
     rename = os.rename
@@ -146,14 +146,14 @@ def test_save_that_fails_leaves_the_old(step, vectors, tmp_path, monkeypatch):
     ScannIndex.load(tmp_path / "scann", vectors[:50])
 
 
-def one_value(vectors):
+def change_one_value(vectors):
     changed = vectors.copy()
     changed[7, 3] += 1e-6
     return changed
 
 
 @pytest.mark.parametrize(
-    "other", [one_value, lambda v: v[:-1], lambda v: v[::-1], lambda v: v.reshape(25, -1)]
+    "other", [change_one_value, lambda v: v[:-1], lambda v: v[::-1], lambda v: v.reshape(25, -1)]
 )
 def test_refuses_an_index_of_other_vectors(other, vectors, tmp_path):
     ScannIndex.build(vectors[:50]).save(tmp_path / "scann")
@@ -191,7 +191,7 @@ def test_refuses_a_damaged_index(kind, vectors, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_without_scann_the_error_says_what_to_do(vectors, monkeypatch):
+def test_without_scann_the_error_names_the_alternative(vectors, monkeypatch):
     monkeypatch.setitem(sys.modules, "scann.scann_ops.py", None)
     with pytest.raises(InputError, match="--search=exact") as error:
         ScannIndex.build(vectors[:50])

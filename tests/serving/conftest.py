@@ -1,4 +1,4 @@
-"""One tiny run with memory, trained once for all that answers from it; read, never changed."""
+"""A tiny run with training neighbours, trained once for the tests of this package; read only."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ def run(tmp_path_factory):
     config = dataclasses.replace(
         config,
         loop=dataclasses.replace(config.loop, epochs=1),
-        eval=dataclasses.replace(config.eval, memory_weight=0.2, memory_k=5),
+        knn=dataclasses.replace(config.knn, weight=0.2, k=5),
     )
     train.train(config)
     return config

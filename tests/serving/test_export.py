@@ -1,4 +1,4 @@
-"""What a run exports is what the run finds: in transformers, in StableHLO, in npy and parquet."""
+"""Exports give the same vectors as the run: in transformers, StableHLO, npy and parquet."""
 
 import dataclasses
 import json
@@ -22,16 +22,16 @@ from vixml_jax.serving.predictor import Predictor
 KINDS = ["encoder", "adapted", "decoder"]
 READ_BACK = """
 import sys, jax, numpy as np
-found = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
 given = np.load(sys.argv[2])
-np.save(sys.argv[3], found.call(given["ids"], given["mask"]))
+np.save(sys.argv[3], program.call(given["ids"], given["mask"]))
 assert not any(name.startswith(("vixml", "flax")) for name in sys.modules)
 """
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request, run, tmp_path_factory):
-    """A run with a label added and one removed, and where it was exported to."""
+    """A run with one label added and one removed, and the directory of its export."""
     root = tmp_path_factory.mktemp(request.param)
     workdir = root / "run"
     if request.param == "encoder":
@@ -63,13 +63,13 @@ def exported(request, run, tmp_path_factory):
         )
         train.train(config)
     predictor = Predictor.load(str(workdir), warm=False)
-    answers = predictor.answers
-    new = np.eye(1, answers.vectors.shape[1], dtype=np.float32)
-    label_updates.remove(str(workdir), answers, [answers.ids[4]], [4])
-    label_updates.add(str(workdir), answers, ["new"], ["a new one"], new)
+    artifacts = predictor.artifacts
+    new = np.eye(1, artifacts.vectors.shape[1], dtype=np.float32)
+    label_updates.remove(str(workdir), artifacts, [artifacts.ids[4]], [4])
+    label_updates.add(str(workdir), artifacts, ["new"], ["a new one"], new)
     predictor.refresh()
-    said = tiny.door("export", f"--workdir={workdir}", f"--out={root / 'out'}")
-    assert f"20 labels exported: {root / 'out'} (README.md, export.json" in said
+    printed = tiny.run_command("export", f"--workdir={workdir}", f"--out={root / 'out'}")
+    assert f"20 labels exported: {root / 'out'} (README.md, export.json" in printed
     return predictor, root / "out"
 
 
@@ -78,7 +78,7 @@ def random_texts(rng, count):
     return [" ".join(rng.choice(words, rng.integers(1, 6))) for _ in range(count)]
 
 
-def test_transformers_finds_the_same(exported):
+def test_transformers_computes_the_same_vectors(exported):
     predictor, out = exported
     about = json.loads((out / "export.json").read_text())
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(out / "tower")
@@ -94,7 +94,7 @@ def test_transformers_finds_the_same(exported):
         np.testing.assert_allclose(pooled / np.linalg.norm(pooled), expected, atol=1e-4)
 
 
-def test_the_program_finds_the_same_where_there_is_jax_alone(exported, tmp_path):
+def test_the_program_computes_the_same_vectors_with_only_jax_installed(exported, tmp_path):
     from vixml_jax.serving import exporting
 
     predictor, out = exported
@@ -108,18 +108,18 @@ def test_the_program_finds_the_same_where_there_is_jax_alone(exported, tmp_path)
     np.testing.assert_allclose(found, predictor.encode(texts), atol=1e-4)
 
 
-def test_labels_are_those_that_are_searched(exported):
+def test_exported_labels_are_the_searched_ones(exported):
     predictor, out = exported
     vectors, table = np.load(out / "labels.npy"), pq.read_table(out / "labels.parquet")
     ids, texts = table["id"].to_pylist(), table["text"].to_pylist()
     np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), vectors)
     assert len(ids) == len(set(ids)) == 20 and "new" in ids
-    assert predictor.answers.ids[4] not in ids
+    assert predictor.artifacts.ids[4] not in ids
     found = predictor.search(vectors, 1).ids[:, 0]
     assert [predictor.label(row) for row in found] == list(zip(ids, texts, strict=True))
 
 
-def test_readme_works_as_it_stands(exported, tmp_path):
+def test_the_code_of_the_readme_runs(exported, tmp_path):
     _, out = exported
     readme = (out / "README.md").read_text()
     code = "\n".join(line[4:] for line in readme.splitlines() if line.startswith("    "))
@@ -127,24 +127,24 @@ def test_readme_works_as_it_stands(exported, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=out)
 
 
-def test_pictures_projection(exported):
+def test_the_image_projection_is_exported(exported):
     predictor, out = exported
     found = np.load(out / "image_projection.npz")
     assert found["kernel"].shape == (12, predictor.model.tower.config.width)
 
 
-def test_what_is_refused(run, tmp_path):
-    there = tmp_path / "there"
-    there.mkdir()
-    (there / "mine.txt").write_text("mine")
-    said = tiny.door("export", f"--workdir={run.workdir}", f"--out={there}", status=2)
-    assert said.count("\n") == 1 and "is there, and no export of a run" in said
-    assert (there / "mine.txt").read_text() == "mine"
+def test_wrong_flags_are_refused(run, tmp_path):
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "mine.txt").write_text("mine")
+    error = tiny.run_command("export", f"--workdir={run.workdir}", f"--out={occupied}", status=2)
+    assert error.count("\n") == 1 and "exists and is not an export of a run" in error
+    assert (occupied / "mine.txt").read_text() == "mine"
     out = tmp_path / "out"
-    said = tiny.door(
+    error = tiny.run_command(
         "export", f"--workdir={run.workdir}", f"--out={out}", "--like=/nowhere", status=2
     )
-    assert said.count("\n") == 1 and "/nowhere" in said and not out.exists()
+    assert error.count("\n") == 1 and "/nowhere" in error and not out.exists()
 
 
 def test_a_program_that_differs_is_not_written(run, predictor, tmp_path):
@@ -153,6 +153,6 @@ def test_a_program_that_differs_is_not_written(run, predictor, tmp_path):
 
     tower = exporting.host_tower(predictor.model, predictor.params)
     tower = {**tower, "word_embeddings": tower["word_embeddings"][::-1]}
-    with pytest.raises(InputError, match="differs from the run by"):
+    with pytest.raises(InputError, match="differ from those of the run by"):
         exporting.write_program(str(tmp_path / "x"), predictor, tower, ["a1 b2", "a3"])
     assert not (tmp_path / "x").exists()

@@ -1,4 +1,4 @@
-"""Labels added and removed: what is found then, kept, and taken back."""
+"""Labels added to and removed from a run: what is found then, saved steps, and undo."""
 
 import os
 import shutil
@@ -13,12 +13,12 @@ from vixml_jax.serving.predictor import Predictor
 
 @pytest.fixture
 def workdir(run, tmp_path):
-    """A copy of the run that may be changed."""
+    """A copy of the run, which tests may change."""
     return shutil.copytree(run.workdir, tmp_path / "run")
 
 
 def opened(workdir):
-    """Without memory: scores are cosines."""
+    """A predictor without training neighbours, so that scores are cosines."""
     predictor = Predictor.load(str(workdir), warm=False)
     predictor.mixing = None
     return predictor
@@ -29,23 +29,23 @@ def random_vectors(rng, count, width):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_search_is_that_of_all_labels_there_are(workdir):
+def test_search_equals_that_over_the_current_labels(workdir):
     rng = np.random.default_rng()
     predictor = opened(workdir)
-    names = [*predictor.answers.ids]
-    vectors = [*np.array(predictor.answers.vectors)]
+    names = [*predictor.artifacts.ids]
+    vectors = [*np.array(predictor.artifacts.vectors)]
     live = dict(zip(names, vectors, strict=True))
     for turn in range(5):
         if turn % 2:
-            gone = rng.choice(list(live), 3, replace=False).tolist()
-            rows = [predictor.row_of(name) for name in gone]
-            label_updates.remove(str(workdir), predictor.answers, gone, rows)
-            for name in gone:
+            removed = rng.choice(list(live), 3, replace=False).tolist()
+            rows = [predictor.row_of(name) for name in removed]
+            label_updates.remove(str(workdir), predictor.artifacts, removed, rows)
+            for name in removed:
                 del live[name]
         else:
             new = [f"new {turn} {i}" for i in range(4)]
             more = random_vectors(rng, 4, len(vectors[0]))
-            label_updates.add(str(workdir), predictor.answers, new, new, more)
+            label_updates.add(str(workdir), predictor.artifacts, new, new, more)
             live |= dict(zip(new, more, strict=True))
         predictor.refresh()
         assert predictor.num_labels == len(live)
@@ -55,47 +55,49 @@ def test_search_is_that_of_all_labels_there_are(workdir):
         assert (found.ids[:, -2:] < 0).all()
         for row, ids, scores in zip(expected.T, found.ids, found.scores, strict=True):
             np.testing.assert_allclose(scores[:-2], np.sort(row)[::-1], atol=1e-6)
-            of = dict(zip(live, row, strict=True))
+            score_of = dict(zip(live, row, strict=True))
             for label, score in zip(ids[:-2], scores, strict=False):
-                assert of[predictor.label(label)[0]] == pytest.approx(score, abs=1e-6)
+                assert score_of[predictor.label(label)[0]] == pytest.approx(score, abs=1e-6)
     again = opened(workdir).search(queries, 5)
     np.testing.assert_array_equal(again.ids, found.ids[:, :5])
 
 
-def test_a_removed_label_may_come_again(workdir):
+def test_a_removed_label_can_be_added_again(workdir):
     predictor = opened(workdir)
-    name = predictor.answers.ids[3]
-    vector = np.array(predictor.answers.vectors[3:4])
-    label_updates.remove(str(workdir), predictor.answers, [name], [3])
+    name = predictor.artifacts.ids[3]
+    vector = np.array(predictor.artifacts.vectors[3:4])
+    label_updates.remove(str(workdir), predictor.artifacts, [name], [3])
     predictor.refresh()
     assert predictor.row_of(name) is None
-    label_updates.add(str(workdir), predictor.answers, [name], ["of another text"], vector)
+    label_updates.add(str(workdir), predictor.artifacts, [name], ["another text"], vector)
     predictor.refresh()
-    assert predictor.label(predictor.row_of(name)) == (name, "of another text")
+    assert predictor.label(predictor.row_of(name)) == (name, "another text")
     assert predictor.search(vector, 1).ids[0, 0] == predictor.row_of(name)
 
 
-def test_undo_takes_back_the_last_one_first(workdir):
+def test_undo_takes_back_the_last_step_first(workdir):
     predictor = opened(workdir)
     before = predictor(["a1 b2"], k=9)
-    ids, rows = [predictor.answers.ids[i] for i in (2, 5)], [2, 5]
-    new = random_vectors(np.random.default_rng(), 1, predictor.answers.vectors.shape[1])
-    label_updates.remove(str(workdir), predictor.answers, ids, rows)
-    label_updates.add(str(workdir), predictor.answers, ["x"], ["x"], new)
-    assert label_updates.undo(str(workdir))["kind"] == label_updates.ADD
-    assert label_updates.undo(str(workdir))["ids"] == ids
+    ids, rows = [predictor.artifacts.ids[i] for i in (2, 5)], [2, 5]
+    new = random_vectors(np.random.default_rng(), 1, predictor.artifacts.vectors.shape[1])
+    label_updates.remove(str(workdir), predictor.artifacts, ids, rows)
+    label_updates.add(str(workdir), predictor.artifacts, ["x"], ["x"], new)
+    assert label_updates.undo(str(workdir)).kind == label_updates.ADD
+    assert label_updates.undo(str(workdir)).ids == ids
     predictor.refresh()
     assert predictor(["a1 b2"], k=9) == before
-    left = label_updates.remove(str(workdir), predictor.answers, ids, rows) + ".undone"
-    os.makedirs(os.path.join(left, "of one that was killed"))
+    retired = label_updates.remove(str(workdir), predictor.artifacts, ids, rows) + ".undone"
+    os.makedirs(os.path.join(retired, "left by a killed process"))
     label_updates.undo(str(workdir))
     with pytest.raises(InputError, match="--undo: no labels were added"):
         label_updates.undo(str(workdir))
 
 
-def test_changes_for_another_model_or_damaged_are_refused(workdir):
+def test_steps_of_another_model_and_damaged_ones_are_refused(workdir):
     predictor = opened(workdir)
-    path = label_updates.remove(str(workdir), predictor.answers, [predictor.answers.ids[0]], [0])
+    path = label_updates.remove(
+        str(workdir), predictor.artifacts, [predictor.artifacts.ids[0]], [0]
+    )
     about = os.path.join(path, label_updates.ABOUT)
     with open(about, encoding="utf-8") as file:
         text = file.read()
@@ -107,31 +109,44 @@ def test_changes_for_another_model_or_damaged_are_refused(workdir):
         file.write(text[:-9])
     with pytest.raises(InputError, match=r"change.json: .* remove"):
         opened(workdir)
+    for row in (-1, 20, 10**30):
+        with open(about, "w", encoding="utf-8") as file:
+            file.write(text.replace('"rows": [0]', f'"rows": [{row}]'))
+        with pytest.raises(InputError, match=r"change.json: .* remove"):
+            opened(workdir)
 
 
-def test_a_step_that_was_not_finished_is_none(workdir, monkeypatch):
+def test_vectors_of_another_shape_are_refused(workdir):
+    artifacts = opened(workdir).artifacts
+    vectors = np.ones((1, artifacts.vectors.shape[1] + 1), np.float32)
+    label_updates.add(str(workdir), artifacts, ["x"], ["label x"], vectors)
+    with pytest.raises(InputError, match=r"000001: damaged \(vectors \(1, 17\) .* remove"):
+        opened(workdir)
+
+
+def test_an_unfinished_step_is_ignored(workdir, monkeypatch):
     predictor = opened(workdir)
     monkeypatch.setattr(np, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        label_updates.add(str(workdir), predictor.answers, ["x"], ["x"], np.zeros((1, 16)))
+        label_updates.add(str(workdir), predictor.artifacts, ["x"], ["x"], np.zeros((1, 16)))
     assert label_updates.steps(str(workdir)) == []
 
 
-def test_with_memory_new_labels_are_found_too(workdir):
+def test_added_labels_are_found_with_training_neighbours(workdir):
     predictor = Predictor.load(str(workdir), warm=False)
     assert predictor.mixing is not None
     vector = predictor.encode(["a1 b2"])
-    label_updates.add(str(workdir), predictor.answers, ["x"], ["x"], vector)
+    label_updates.add(str(workdir), predictor.artifacts, ["x"], ["x"], vector)
     predictor.refresh()
-    assert "x" in [one.id for one in predictor(["a1 b2"], k=3)[0]]
+    assert "x" in [label.id for label in predictor(["a1 b2"], k=3)[0]]
 
 
-def test_memory_does_not_bring_removed_labels_back(workdir):
+def test_training_neighbours_do_not_bring_removed_labels_back(workdir):
     predictor = Predictor.load(str(workdir), warm=False)
     before = predictor(["a1 b2"], k=20)[0]
-    gone = {one.id for one in before[:3]}
-    rows = [predictor.row_of(name) for name in gone]
-    label_updates.remove(str(workdir), predictor.answers, list(gone), rows)
+    removed = {label.id for label in before[:3]}
+    rows = [predictor.row_of(name) for name in removed]
+    label_updates.remove(str(workdir), predictor.artifacts, list(removed), rows)
     predictor.refresh()
     after = predictor(["a1 b2"], k=20)[0]
-    assert {one.id for one in after} == {one.id for one in before} - gone
+    assert {label.id for label in after} == {label.id for label in before} - removed

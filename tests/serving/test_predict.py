@@ -1,4 +1,4 @@
-"""The door that answers: good rows, bad ones, labels added and taken back, and what it refuses."""
+"""The predict command: valid and invalid queries, label updates and their undo, wrong flags."""
 
 import json
 import shutil
@@ -16,11 +16,11 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def workdir(run, tmp_path_factory):
-    """A copy of the run that may be changed."""
-    return shutil.copytree(run.workdir, tmp_path_factory.mktemp("door") / "run")
+    """A copy of the run, which tests may change."""
+    return shutil.copytree(run.workdir, tmp_path_factory.mktemp("predict") / "run")
 
 
-def test_rows_are_answered_in_order_and_bad_ones_listed(workdir, predictor, tmp_path):
+def test_queries_are_predicted_in_order_and_invalid_ones_listed(workdir, predictor, tmp_path):
     first = predictor(["a1 b2"], k=1)[0][0].id
     vector = np.random.default_rng().normal(size=12).astype(np.float16)
     rows = [
@@ -28,45 +28,46 @@ def test_rows_are_answered_in_order_and_bad_ones_listed(workdir, predictor, tmp_
         '{"id": "cut", "text": "a1',
         '{"id": "empty", "text": "  "}',
         '{"id": "strange", "text": "ωφ ψχ"}',
-        json.dumps({"id": "picture", "text": "a3", "embedding": vector.tolist()}),
-        json.dumps({"id": "picture alone", "text": "", "embedding": vector.tolist()}),
+        json.dumps({"id": "image", "text": "a3", "embedding": vector.tolist()}),
+        json.dumps({"id": "image alone", "text": "", "embedding": vector.tolist()}),
         '{"id": "narrow", "text": "a3", "embedding": [1, 2]}',
         '{"id": "missing", "text": "a3", "image": "nowhere.png"}',
         json.dumps({"id": "huge", "text": "a1 b2 " * 300_000}),
         json.dumps({"id": "filtered", "text": "a1 b2", "filter": [first, "no such label"]}),
     ]
-    queries, out = tmp_path / "queries.jsonl", tmp_path / "answers.jsonl"
+    queries, out = tmp_path / "queries.jsonl", tmp_path / "predictions.jsonl"
     queries.write_text("\n".join(rows) + "\n", encoding="utf-8")
     filters = tmp_path / "filters.txt"
-    ids = list(predictor.answers.ids)
+    ids = list(predictor.artifacts.ids)
     filters.write_text(f"huge\t{first}\n")
-    said = tiny.door(
+    printed = tiny.run_command(
         "predict", f"--workdir={workdir}", f"--queries={queries}", f"--out={out}", "--k=4",
         f"--filters={filters}",
     )  # fmt: skip
-    assert f"8 of 10 queries answered, up to 4 labels each: {out}" in said
-    assert "not answered: line 2: " in said and "not answered: line 3: " in said
+    assert f"8 of 10 queries predicted, up to 4 labels each: {out}" in printed
+    assert "invalid query in line 2: " in printed and "invalid query in line 3: " in printed
     found = rows_of(out)
-    names = ["one", None, "empty", "strange", "picture", "picture alone", "narrow", "missing"]
+    names = ["one", None, "empty", "strange", "image", "image alone", "narrow", "missing"]
     assert [row["id"] for row in found] == [*names, "huge", "filtered"]
     by_id = {row["id"]: row for row in found}
     expected = predictor(
         ["a1 b2", "a3", "", "a3", "ωφ ψχ"], [None, vector, vector, None, None], k=4
     )
     for name, row in zip(
-        ["one", "picture", "picture alone", "narrow", "strange"], expected, strict=True
+        ["one", "image", "image alone", "narrow", "strange"], expected, strict=True
     ):
         assert [x["id"] for x in by_id[name]["labels"]] == [x.id for x in row]
         scores = [x["score"] for x in by_id[name]["labels"]]
         np.testing.assert_allclose(scores, [x.score for x in row], rtol=1e-4)
     assert by_id[None]["line"] == 2 and by_id[None]["labels"] == []
-    assert by_id["empty"]["error"] == "neither text nor picture: nothing to search with"
-    assert by_id["strange"]["note"] == "no word of it is known"
-    assert by_id["narrow"]["note"] == "the picture's embedding is 2 wide, expected 12"
-    assert by_id["missing"]["note"].startswith("picture files are not read")
+    assert by_id["empty"]["error"] == "neither text nor image; expected one of them"
+    assert by_id["strange"]["note"] == "the text has no token that the tokenizer knows"
+    note = "the image is ignored: its embedding has width 2, expected 12"
+    assert by_id["narrow"]["note"] == note
+    assert by_id["missing"]["note"].startswith("image files are ignored")
     huge = [x.id for x in predictor(["a1 b2 " * 100], k=4, never=[[first]])[0]]
     assert [x["id"] for x in by_id["huge"]["labels"]] == huge
-    assert by_id["filtered"]["note"] == "filter: 'no such label' is not among the labels"
+    assert by_id["filtered"]["note"] == "unknown label 'no such label' in the filter"
     assert [x["id"] for x in by_id["filtered"]["labels"]] == [
         x.id for x in predictor(["a1 b2"], k=4, never=[[first]])[0]
     ]
@@ -74,8 +75,8 @@ def test_rows_are_answered_in_order_and_bad_ones_listed(workdir, predictor, tmp_
         assert all(x["id"] in ids and set(x) == {"id", "text", "score"} for x in row["labels"])
 
 
-def test_labels_are_added_found_listed_and_taken_back(workdir, tmp_path):
-    queries, out = tmp_path / "queries.csv", tmp_path / "answers.jsonl"
+def test_labels_are_added_found_listed_and_undone(workdir, tmp_path):
+    queries, out = tmp_path / "queries.csv", tmp_path / "predictions.jsonl"
     queries.write_text("text\nquite new\n")
     new = tmp_path / "new.jsonl"
     new.write_text(
@@ -84,58 +85,61 @@ def test_labels_are_added_found_listed_and_taken_back(workdir, tmp_path):
     )
 
     def top(*more):
-        tiny.door(
+        tiny.run_command(
             "predict", f"--workdir={workdir}", f"--queries={queries}", f"--out={out}", "--k=50",
-            "--memory_weight=0", *more,
+            "--knn.weight=0", *more,
         )  # fmt: skip
         return [label["id"] for label in rows_of(out)[0]["labels"]]
 
     before = top()
     assert len(before) == 20
-    said = tiny.door("predict", f"--workdir={workdir}", f"--add_labels={new}")
-    assert "2 labels added, 1 of them with example queries; the run has 22 now" in said
-    gone = tmp_path / "gone.txt"
-    gone.write_text(f"{before[0]}\nn2\n")
-    said = tiny.door("predict", f"--workdir={workdir}", f"--remove_labels={gone}")
-    assert "2 labels removed; the run has 20 now" in said
+    printed = tiny.run_command("predict", f"--workdir={workdir}", f"--add_labels={new}")
+    expected = "2 labels added, 1 with example queries; the run has 22 labels now"
+    assert expected in printed
+    removed = tmp_path / "removed.txt"
+    removed.write_text(f"{before[0]}\nn2\n")
+    printed = tiny.run_command("predict", f"--workdir={workdir}", f"--remove_labels={removed}")
+    assert "2 labels removed; the run has 20 labels now" in printed
     after = top()
     assert len(after) == 20 and "n1" in after and "n2" not in after and before[0] not in after
     assert top("--search=scann") == after
-    assert "not those that predict added" in tiny.door("evaluate", f"--workdir={workdir}")
-    assert "labels were changed 2 times" in tiny.door(
+    printed = tiny.run_command("evaluate", f"--workdir={workdir}")
+    assert "labels that predict added or removed are ignored" in printed
+    assert "2 label updates" in tiny.run_command(
         "predict", f"--workdir={workdir}", "--list_changes"
     )
-    said = tiny.door("predict", f"--workdir={workdir}", f"--add_labels={new}", status=2)
-    assert said.count("\n") == 1 and "'n1' is in the run already" in said
-    for _ in range(2):
-        assert "taken back" in tiny.door("predict", f"--workdir={workdir}", "--undo")
+    error = tiny.run_command("predict", f"--workdir={workdir}", f"--add_labels={new}", status=2)
+    assert error.count("\n") == 1 and "label 'n1' exists already" in error
+    for update in ("removal", "addition"):
+        printed = tiny.run_command("predict", f"--workdir={workdir}", "--undo")
+        assert printed == f"undone: {update} of 2 labels\n"
     assert top() == before
 
 
 def refused(workdir, name, path, *more):
-    said = tiny.door("predict", f"--workdir={workdir}", f"--{name}={path}", *more, status=2)
-    assert said.count("\n") == 1, said
-    return said
+    error = tiny.run_command("predict", f"--workdir={workdir}", f"--{name}={path}", *more, status=2)
+    assert error.count("\n") == 1, error
+    return error
 
 
-def test_what_is_refused_is_refused_in_one_line(workdir, tmp_path):
+def test_wrong_input_is_refused_with_one_line(workdir, tmp_path):
     twice = tmp_path / "twice.csv"
     twice.write_text("id,text\nx,one\ny,two\nx,three\n")
-    assert "line 4: label 'x' is there already, in line 2" in refused(workdir, "add_labels", twice)
-    for content, said in (
-        ("text\none\n", "which column is the id? found text"),
+    assert "line 4: duplicate label 'x', first in line 2" in refused(workdir, "add_labels", twice)
+    for content, expected in (
+        ("text\none\n", "no id column found among 'text'"),
         ("id,text\nx,one\n,two\n", "line 3: no id"),
-        ('id,text\nx,one\ny," "\n', "line 3: neither text nor picture: nothing to place"),
-        ("id,text,image\nx,,nowhere.png\n", "line 2: picture files are not read: "),
+        ('id,text\nx,one\ny," "\n', "line 3: neither text nor image"),
+        ("id,text,image\nx,,nowhere.png\n", "line 2: image files are ignored: "),
     ):
         bad = tmp_path / "bad.csv"
         bad.write_text(content)
-        assert said in refused(workdir, "add_labels", bad)
+        assert expected in refused(workdir, "add_labels", bad)
     unknown = tmp_path / "unknown.txt"
     unknown.write_text("0\nx\n")
     assert "line 2: the run has no label 'x'" in refused(workdir, "remove_labels", unknown)
     assert "--out: missing" in refused(workdir, "queries", twice)
-    assert "is --queries" in refused(workdir, "queries", twice, f"--out={twice}")
+    assert "the same file as --queries" in refused(workdir, "queries", twice, f"--out={twice}")
     assert "Is a directory" in refused(workdir, "queries", twice, f"--out={tmp_path}")
     filters = tmp_path / "filters.txt"
     filters.write_text("q1 label a1\n")
@@ -145,16 +149,16 @@ def test_what_is_refused_is_refused_in_one_line(workdir, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_rows_of_which_none_can_be_answered_leave_nothing(workdir, tmp_path):
+def test_nothing_is_written_if_no_query_is_valid(workdir, tmp_path):
     empty, out = tmp_path / "empty.csv", tmp_path / "out.jsonl"
     empty.write_text('id,text\n1," "\n2," "\n')
-    out.write_text("as it was")
-    said = refused(workdir, "queries", empty, f"--out={out}")
-    assert "none of 2 rows can be answered" in said
-    assert out.read_text() == "as it was"
+    out.write_text("old")
+    error = refused(workdir, "queries", empty, f"--out={out}")
+    assert "none of the 2 rows is a valid query" in error
+    assert out.read_text() == "old"
 
 
-def test_the_library_is_three_lines(run):
+def test_the_package_exports_the_predictor(run):
     import vixml_jax
 
     assert vixml_jax.Predictor is Predictor

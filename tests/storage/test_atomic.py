@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and take the place of files alone."""
+"""Atomic writes: complete files only, and pipes and links are not replaced."""
 
 import os
 import threading
@@ -8,7 +8,7 @@ import pytest
 from vixml_jax.storage import atomic
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path):
+def test_a_file_appears_once_it_is_complete(tmp_path):
     path = tmp_path / "new" / "file"
     with atomic.file(path) as temporary:
         with open(temporary, "w") as out:
@@ -33,8 +33,8 @@ def test_a_pipe_stays_a_pipe(tmp_path):
 
 
 def test_a_link_stays_a_link(tmp_path):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target" / "file")
     atomic.write_text(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "there" / "file").read_text() == "text"
+    assert (tmp_path / "target" / "file").read_text() == "text"

@@ -1,4 +1,4 @@
-"""Runs and data in a store of objects: one that answers as Google's does, on this machine."""
+"""Runs and data in an object store, with a local fake of Google Cloud Storage."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(data):
-    """A bucket; the prepared data are in it."""
+    """A bucket that holds the prepared data."""
     with fake_object_store.serve() as environment, pytest.MonkeyPatch.context() as patched:
         for name, value in environment.items():
             patched.setenv(name, value)
@@ -42,62 +42,66 @@ def curve(path):
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-def test_a_run_there_is_the_run_here(data, store, tmp_path):
-    """Trained, its newest checkpoints taken away as if it had been killed, resumed, evaluated."""
-    here = configuration(data, tmp_path / "run")
-    train.train(here)
-    there = dataclasses.replace(here, data=f"{store}/prepared", workdir=f"{store}/run")
+def test_a_remote_run_equals_a_local_run(data, store, tmp_path):
+    """Trains, removes the newest checkpoint as if the run had been killed, resumes, evaluates."""
+    local = configuration(data, tmp_path / "run")
+    train.train(local)
+    remote = dataclasses.replace(local, data=f"{store}/prepared", workdir=f"{store}/run")
     cache = str(tmp_path / "cache")
-    train.train(there, data_cache=cache)
-    assert_same_state(final_state(here), final_state(there))
-    checkpoints = epath.Path(there.workdir) / workdir.CHECKPOINTS
+    train.train(remote, data_cache=cache)
+    assert_same_state(final_state(local), final_state(remote))
+    checkpoints = epath.Path(remote.workdir) / workdir.CHECKPOINTS
     last = digests.steps(os.fspath(checkpoints))[-1]
     (checkpoints / str(last)).rmtree()
     assert digests.steps(os.fspath(checkpoints))
     (tmp_path / "cache" / os.listdir(cache)[0]).exists()
-    train.train(there, data_cache=cache)
-    assert_same_state(final_state(here), final_state(there))
-    assert curve(f"{there.workdir}/{METRICS}") == curve(f"{here.workdir}/{METRICS}")
-    told = [
+    train.train(remote, data_cache=cache)
+    assert_same_state(final_state(local), final_state(remote))
+    assert curve(f"{remote.workdir}/{METRICS}") == curve(f"{local.workdir}/{METRICS}")
+    reports = [
         json.loads((epath.Path(config.workdir) / "evaluation/test-exact.json").read_text())
-        for config in (here, there)
+        for config in (local, remote)
     ]
-    assert told[0]["P@1"] == told[1]["P@1"] and told[0]["R@10"] == told[1]["R@10"]
-    assert list((epath.Path(there.workdir) / "tensorboard").iterdir())
+    assert reports[0]["P@1"] == reports[1]["P@1"] and reports[0]["R@10"] == reports[1]["R@10"]
+    assert list((epath.Path(remote.workdir) / "tensorboard").iterdir())
 
 
-def test_data_are_copied_once_and_whole(data, store, tmp_path, monkeypatch):
+def local_copy(store, cache):
+    return object_store.local_copy(f"{store}/prepared", "some-data", cache)
+
+
+def test_data_are_copied_once_and_completely(data, store, tmp_path, monkeypatch):
     cache = str(tmp_path)
-    copied = object_store.copied(f"{store}/prepared", "some-data", cache)
-    assert copied == os.path.join(cache, "some-data")
-    assert sorted(os.listdir(copied)) == sorted(os.listdir(data))
+    copy = local_copy(store, cache)
+    assert copy == os.path.join(cache, "some-data")
+    assert sorted(os.listdir(copy)) == sorted(os.listdir(data))
     for name in os.listdir(data):
-        with open(os.path.join(data, name), "rb") as one, open(f"{copied}/{name}", "rb") as other:
-            assert one.read() == other.read()
-    monkeypatch.setattr(object_store, "_files", lambda path: pytest.fail("it was asked for again"))
-    assert object_store.copied(f"{store}/prepared", "some-data", cache) == copied
+        with open(os.path.join(data, name), "rb") as file, open(f"{copy}/{name}", "rb") as copied:
+            assert file.read() == copied.read()
+    monkeypatch.setattr(object_store, "_files", lambda path: pytest.fail("copied again"))
+    assert local_copy(store, cache) == copy
 
 
-def test_a_copy_that_fails_leaves_nothing(store, tmp_path, monkeypatch):
+def test_a_failed_copy_leaves_no_files(store, tmp_path, monkeypatch):
     def fail(path, file, to):
-        raise OSError("the line is dead")
+        raise OSError("connection lost")
 
     monkeypatch.setattr(object_store, "_download", fail)
-    with pytest.raises(OSError, match="line is dead"):
-        object_store.copied(f"{store}/prepared", "some-data", str(tmp_path))
+    with pytest.raises(OSError, match="connection lost"):
+        local_copy(store, str(tmp_path))
     assert os.listdir(tmp_path) == ["some-data.lock"]
 
 
-def test_without_room_nothing_is_copied(store, tmp_path, monkeypatch):
+def test_without_disk_space_nothing_is_copied(store, tmp_path, monkeypatch):
     monkeypatch.setattr(
         object_store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 7})
     )
-    with pytest.raises(InputError, match=r"--data_cache=.* 7 are free"):
-        object_store.copied(f"{store}/prepared", "some-data", str(tmp_path))
+    with pytest.raises(InputError, match=r"--data_cache=.* only 7 are free"):
+        local_copy(store, str(tmp_path))
     assert os.listdir(tmp_path) == ["some-data.lock"]
 
 
-def test_what_is_not_there_is_said(store, tmp_path):
+def test_missing_data_and_runs_are_reported(store, tmp_path):
     config = configuration(f"{store}/nothing", tmp_path / "run")
     with pytest.raises(InputError, match=r"gs://shop/nothing/dataset.json: not found"):
         workdir.open_dataset(config, str(tmp_path))
@@ -106,7 +110,7 @@ def test_what_is_not_there_is_said(store, tmp_path):
     assert done.returncode == 2 and "gs://shop/nothing/config.json: not found" in done.stderr
 
 
-def test_without_gcsfs_it_says_how_to_get_it(monkeypatch):
+def test_without_gcsfs_the_message_says_how_to_install_it(monkeypatch):
     def fail(self):
         raise ImportError("No module named 'gcsfs'")
 
@@ -121,25 +125,25 @@ def test_scann_beside_a_remote_run_is_refused(store):
     assert done.returncode == 2 and "copy the run to this machine" in done.stderr
 
 
-def test_a_mirror_copies_what_changed(store):
+def test_a_mirror_copies_changed_files(store):
     mirror = object_store.Mirror(f"{store}/mirror", ["curve"])
-    path = os.path.join(mirror.here, "curve")
+    path = os.path.join(mirror.local, "curve")
     with open(path, "a") as file:
         file.write("one\n")
     mirror.close()
     assert not os.path.exists(path)
-    again = object_store.Mirror(f"{store}/mirror", ["curve"])
-    with open(os.path.join(again.here, "curve"), "a") as file:
+    reopened = object_store.Mirror(f"{store}/mirror", ["curve"])
+    with open(os.path.join(reopened.local, "curve"), "a") as file:
         file.write("two\n")
-    again._copied_at -= object_store._EVERY_S
-    again.copy()
-    again._under_way.result()
+    reopened._copied_at -= object_store._EVERY_S
+    reopened.copy()
+    reopened._pending.result()
     assert epath.Path(f"{store}/mirror/curve").read_text() == "one\ntwo\n"
-    again.close()
+    reopened.close()
 
 
-def test_a_mirror_leaves_what_it_did_not_change(store):
-    """Of several processes one writes; the others have older copies."""
+def test_a_mirror_does_not_overwrite_with_unchanged_files(store):
+    """One of several processes writes; the local files of the others are older."""
     file = epath.Path(f"{store}/older/curve")
     file.write_text("one\n")
     idle = object_store.Mirror(f"{store}/older", ["curve"])
@@ -150,7 +154,7 @@ def test_a_mirror_leaves_what_it_did_not_change(store):
 
 def test_a_local_directory_is_its_own_mirror(tmp_path):
     mirror = object_store.Mirror(str(tmp_path), ["curve"])
-    assert mirror.here == str(tmp_path)
+    assert mirror.local == str(tmp_path)
     mirror.copy()
     mirror.close()
     assert os.listdir(tmp_path) == []

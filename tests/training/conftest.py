@@ -1,4 +1,4 @@
-"""Runs that heed signals leave the handlers of the test's process as they were."""
+"""Restores the signal handlers after tests of runs that install their own."""
 
 import signal
 
@@ -6,7 +6,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _own_handlers():
+def _restore_signal_handlers():
     numbers = signal.SIGTERM, signal.SIGINT
     before = [signal.getsignal(number) for number in numbers]
     yield

@@ -1,4 +1,4 @@
-"""The analytic count against products counted in traced programs, XLA's estimate, and by hand."""
+"""Tests of operation counts, against traced programs, XLA's estimate and counts by hand."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ DECODER = DecoderConfig(
 
 
 def products(jaxpr, times=1):
-    """Two operations a multiplication of every product of matrices in a traced program."""
+    """Operations of all matrix products in a traced program, two for each multiplication."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -47,40 +47,40 @@ def products(jaxpr, times=1):
     return total
 
 
-def full_rows(num_items, length, num_pictures):
-    """Each item fills a row of its own, so that a dense attention wastes nothing."""
+def full_rows(num_items, length, num_images):
+    """Items that each fill a row, so that dense attention computes no padding."""
     at = np.full((num_items, length), -1, np.int32)
-    at[:, :num_pictures] = np.arange(num_items * num_pictures).reshape(num_items, -1)
+    at[:, :num_images] = np.arange(num_items * num_images).reshape(num_items, -1)
     return PackedItems(
         tokens=np.ones((num_items, length), np.int32),
         segments=np.repeat(np.arange(num_items, dtype=np.int32)[:, None], length, axis=1),
         positions=np.tile(np.arange(length, dtype=np.int32), (num_items, 1)),
         image_at=at,
-        images=np.ones((num_items * num_pictures, 10), np.float16),
+        images=np.ones((num_items * num_images, 10), np.float16),
     )
 
 
 def zeros(init, *args):
-    """Parameters of the right shapes; nothing is compiled."""
+    """Zero parameters of the right shapes, without compiling the initialisation."""
     shapes = nn.unbox(jax.eval_shape(lambda: init(jax.random.key(0), *args, deterministic=True)))
     return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
 
 
 def trained_of(params, config):
-    """The parameters of which there is a gradient, and a function that puts all together."""
+    """The trained parameters, and a function that merges them with the others."""
     if not getattr(config, "lora_rank", 0):
         return params, lambda trained: trained
     flat, tree = jax.tree_util.tree_flatten_with_path(params)
     names = [jax.tree_util.keystr(path) for path, _ in flat]
     chosen = [i for i, name in enumerate(names) if "lora" in name or "image_projection" in name]
 
-    def whole(trained):
+    def merge(trained):
         leaves = [leaf for _, leaf in flat]
         for i, leaf in zip(chosen, trained, strict=True):
             leaves[i] = leaf
         return jax.tree.unflatten(tree, leaves)
 
-    return [flat[i][1] for i in chosen], whole
+    return [flat[i][1] for i in chosen], merge
 
 
 @pytest.mark.parametrize(
@@ -92,27 +92,27 @@ def trained_of(params, config):
         dataclasses.replace(DECODER, lora_rank=4),
         dataclasses.replace(DECODER, lora_rank=3, lora_maps=("query", "down")),
     ],
-    ids=["bert", "bert scanned", "decoder", "adapters", "adapters on some"],
+    ids=["bert", "scanned bert", "decoder", "adapters on all maps", "adapters on some maps"],
 )
-def test_a_tower_is_counted_as_it_is_traced(config):
+def test_tower_flops_match_traced_products(config):
     rng = np.random.default_rng()
-    items, length, pictures = (int(rng.integers(*ends)) for ends in ((2, 6), (5, 12), (1, 4)))
-    packed = full_rows(items, length, pictures)
+    items, length, item_images = (int(rng.integers(*ends)) for ends in ((2, 6), (5, 12), (1, 4)))
+    packed = full_rows(items, length, item_images)
     tower = Tower(config)
     params = zeros(tower.init, packed, items)["params"]
-    trained, whole = trained_of(params, config)
+    trained, merge = trained_of(params, config)
 
     def forward(trained):
-        return jnp.sum(tower.apply({"params": whole(trained)}, packed, items, deterministic=True))
+        return jnp.sum(tower.apply({"params": merge(trained)}, packed, items, deterministic=True))
 
-    found = flops.tower_flops(config, flops.item_lengths(packed), items * pictures)
-    assert found.forward == products(jax.make_jaxpr(forward)(trained).jaxpr)
-    # A picture stands before the first layer, so that even frozen it hands a gradient on.
-    counted = products(jax.make_jaxpr(jax.grad(forward))(trained).jaxpr)
-    assert found.step == counted
+    counted = flops.tower_flops(config, flops.item_lengths(packed), items * item_images)
+    assert counted.forward == products(jax.make_jaxpr(forward)(trained).jaxpr)
+    # Images come before the first layer, so even a frozen first layer passes a gradient on.
+    traced_step = products(jax.make_jaxpr(jax.grad(forward))(trained).jaxpr)
+    assert counted.step == traced_step
 
 
-def test_xla_estimates_the_same():
+def test_tower_flops_match_the_estimate_of_xla():
     config = dataclasses.replace(BERT, width=96, mlp_width=384, num_layers=2)
     packed = full_rows(6, 16, 2)
     tower = Tower(config)
@@ -120,11 +120,11 @@ def test_xla_estimates_the_same():
     run = functools.partial(tower.apply, num_items=6, deterministic=True)
     compiled = jax.jit(lambda params: run(params, packed)).lower(params).compile()
     estimated = compiled.cost_analysis()["flops"]
-    found = flops.tower_flops(config, flops.item_lengths(packed), 12).forward
-    assert found < estimated < 1.05 * found  # XLA counts norms, softmax and GELU, too.
+    counted = flops.tower_flops(config, flops.item_lengths(packed), 12).forward
+    assert counted < estimated < 1.05 * counted  # XLA also counts norms, softmax and GELU.
 
 
-def test_the_combiner_and_the_scores_are_counted_as_they_are_traced():
+def test_combiner_and_similarity_flops_match_traced_products():
     combiner, rows, width = Combiner(num_heads=2, mlp_width=20, dropout=0.0), 7, 12
     x = jnp.ones((rows, width))
     params = zeros(combiner.init, x, x, x)
@@ -132,10 +132,10 @@ def test_the_combiner_and_the_scores_are_counted_as_they_are_traced():
     def forward(params, u, free):
         return jnp.sum(combiner.apply(params, u, free, x, deterministic=True))
 
-    found = flops.combiner_flops(combiner, rows, width)
-    assert found.forward == products(jax.make_jaxpr(forward)(params, x, x).jaxpr)
+    counted = flops.combiner_flops(combiner, rows, width)
+    assert counted.forward == products(jax.make_jaxpr(forward)(params, x, x).jaxpr)
     gradient = jax.grad(forward, argnums=(0, 1, 2))
-    assert found.step == products(jax.make_jaxpr(gradient)(params, x, x).jaxpr)
+    assert counted.step == products(jax.make_jaxpr(gradient)(params, x, x).jaxpr)
 
     def loss(queries, labels, prototypes):
         relevance = jnp.eye(5, rows, dtype=bool)
@@ -147,7 +147,7 @@ def test_the_combiner_and_the_scores_are_counted_as_they_are_traced():
 
     queries = jnp.ones((5, width))
     gradient = jax.grad(loss, argnums=(0, 1, 2))
-    # Labels against queries is queries against labels once more, to save sending scores: it counts
+    # The scores of labels against queries are computed again to save communication, but are counted
     # once.
     traced = products(jax.make_jaxpr(gradient)(queries, x, x).jaxpr)
     assert flops.similarity_flops(5, rows, width, 2).step == traced * 2 / 3
@@ -159,18 +159,18 @@ def test_the_combiner_and_the_scores_are_counted_as_they_are_traced():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [0, 1, 3, 50])
-def test_pairs_as_a_mask_has_them(causal, window):
+def test_attended_pairs_match_an_attention_mask(causal, window):
     lengths = np.random.default_rng().integers(0, 12, 9)
     expected = 0
     for n in lengths:
         back = np.arange(n)[:, None] - np.arange(n)[None, :]
         seen = (back >= 0) if causal else np.ones((n, n), bool)
         expected += np.sum(seen & (np.abs(back) < window) if window else seen)
-    assert flops.seen_pairs(lengths, causal=causal, window=window) == expected
+    assert flops.attended_pairs(lengths, causal=causal, window=window) == expected
 
 
-def test_a_step_by_hand():
-    """Two queries of 3 and 2 positions, two labels of which one is padding, of 4; a picture."""
+def test_step_flops_match_a_count_by_hand():
+    """Queries of 3 and 2 positions, one label of 4 positions and one padding label, one image."""
     segments = np.array([[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, -1, -1]])
     image_at = np.full((2, 6), -1)
     image_at[0, 0] = 0
@@ -182,28 +182,28 @@ def test_a_step_by_hand():
         np.zeros((2, 2), bool),
     )
     config = dataclasses.replace(BERT, num_layers=1)
-    # 9 positions. Of a product there are two operations forwards and four backwards; of a pair of
-    # positions two products, scores and weighted sums; of a picture no gradient.
+    # 9 positions. A multiplication counts 2 operations forward and 4 backward. Each pair of
+    # positions has two products, scores and weighted sums. Images need no gradient.
     dense = 6 * 9 * (4 * 24 * 24 + 2 * 24 * 40)
     attention = 6 * 2 * 24 * (3 * 3 + 2 * 2 + 4 * 4)
-    picture = 4 * 10 * 24
-    assert flops.step_flops(config, None, batch) == dense + attention + picture + 6 * 2 * 1 * 24
+    image = 4 * 10 * 24
+    assert flops.step_flops(config, None, batch) == dense + attention + image + 6 * 2 * 1 * 24
     combiner = Combiner(num_heads=4, mlp_width=16)
     more = 6 * (3 * (4 * 24 * 24 + 2 * 24 * 16) + 2 * 3 * 3 * 24) + 6 * 2 * 1 * 24
     without = flops.step_flops(config, None, batch)
     assert flops.step_flops(config, combiner, batch) - without == more
 
 
-def test_layers_that_slide_see_less():
+def test_sliding_window_layers_need_fewer_flops():
     config = dataclasses.replace(DECODER, num_layers=6, window=4, global_every=3, causal=True)
     lengths = np.array([10])
-    whole = flops.tower_flops(dataclasses.replace(config, window=0), lengths, 0).forward
-    near = flops.tower_flops(config, lengths, 0).forward
-    # Four of six layers slide: 10 + 9 + ... + 1 pairs become 1 + 2 + 3 + 7 times 4.
-    assert whole - near == 4 * 4 * 6 * 8 * (55 - 34)
+    full = flops.tower_flops(dataclasses.replace(config, window=0), lengths, 0).forward
+    windowed = flops.tower_flops(config, lengths, 0).forward
+    # Four of six layers have a window: 10 + 9 + ... + 1 pairs become 1 + 2 + 3 + 7 times 4.
+    assert full - windowed == 4 * 4 * 6 * 8 * (55 - 34)
 
 
-def test_a_published_decoder_by_hand():
+def test_tower_flops_of_a_published_decoder_match_a_count_by_hand():
     """Qwen2.5-3B: 36 layers of 2048, 16 query and 2 key heads of 128, feed-forward 11008."""
     config = towers.config_of("Qwen/Qwen2.5-3B-Instruct")
     dense = 36 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 11008)

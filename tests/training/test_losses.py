@@ -1,4 +1,4 @@
-"""The loss and its gradient against a float64 twin in torch, written from the paper's formulas."""
+"""Tests of the losses and their gradients, against the paper's formulas in float64 in PyTorch."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ def unit(x):
 
 
 def call(loss, *arrays, **settings):
-    """The loss, of numpy arrays too."""
+    """Calls a loss with numpy arrays moved to the device."""
     on_device = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in arrays]
     return loss(*on_device, **settings)
 
@@ -28,7 +28,7 @@ def all_real(scores):
     return np.ones(scores.shape[0], bool), np.ones(scores.shape[1], bool)
 
 
-def twin_triplet(
+def reference_triplet(
     scores,
     positive,
     chosen,
@@ -41,7 +41,7 @@ def twin_triplet(
     temperature,
     tie_gradient=True,
 ):
-    """Row by row, negative by negative; `chosen[i]` is the positive of row i."""
+    """`triplet_loss`, row by row and negative by negative; `chosen[i]` is the positive of row i."""
     total, violators, num_rows = torch.zeros((), dtype=torch.float64), 0, 0
     zero = torch.zeros((), dtype=torch.float64)
     for i in np.flatnonzero(rows):
@@ -67,7 +67,8 @@ def twin_triplet(
     return total / max(num_rows, 1), violators / max(num_rows, 1)
 
 
-def twin_margin(raw, prototype, positive, chosen, rows, columns, *, num_negatives, margin=0.1):
+def reference_margin(raw, prototype, positive, chosen, rows, columns, *, num_negatives, margin=0.1):
+    """`prototype_margin_loss`, row by row; `chosen[i]` is the positive of row i."""
     at_positive, at_negative = [], []
     for i in np.flatnonzero(rows):
         if np.any(positive[i] & columns):
@@ -83,16 +84,16 @@ def twin_margin(raw, prototype, positive, chosen, rows, columns, *, num_negative
     return total
 
 
-def twin_total(q, u, z, positive, rows, columns, *, regulariser=0.1, **settings):
-    """For relevance with one positive in each row and column."""
+def reference_total(q, u, z, positive, rows, columns, *, regulariser=0.1, **settings):
+    """`total_loss`, for relevance with one positive in each row and column."""
     by_row, by_column = positive.argmax(1), positive.argmax(0)
     raw = q @ u.T
-    text = twin_triplet(raw, positive, by_row, rows, columns, **settings)[0]
+    text = reference_triplet(raw, positive, by_row, rows, columns, **settings)[0]
     if z is None:
         return text
-    prototype = twin_triplet(q @ z.T, positive, by_row, rows, columns, **settings)[0]
-    label = twin_triplet(raw.T, positive.T, by_column, columns, rows, **settings)[0]
-    margin = twin_margin(
+    prototype = reference_triplet(q @ z.T, positive, by_row, rows, columns, **settings)[0]
+    label = reference_triplet(raw.T, positive.T, by_column, columns, rows, **settings)[0]
+    margin = reference_margin(
         raw, q @ z.T, positive, by_row, rows, columns, num_negatives=settings["num_negatives"]
     )
     return text + prototype + label + regulariser * margin
@@ -103,7 +104,7 @@ def as_torch(*arrays):
 
 
 def check_triplet(scores, positive, rows=None, columns=None, **changes):
-    """Compares value, violators and gradient where each row has at most one positive."""
+    """Compares loss, violators and gradient with the reference; rows have at most one positive."""
     settings = {**SETTINGS, **changes}
     scores = np.asarray(scores, np.float32)
     positive = np.asarray(positive, bool)
@@ -118,13 +119,13 @@ def check_triplet(scores, positive, rows=None, columns=None, **changes):
     (value, violators), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         jnp.asarray(scores)
     )
-    (twin,) = as_torch(scores)
-    expected, expected_violators = twin_triplet(
-        twin, positive, positive.argmax(1), rows, columns, **settings
+    (reference,) = as_torch(scores)
+    expected, expected_violators = reference_triplet(
+        reference, positive, positive.argmax(1), rows, columns, **settings
     )
     if expected.requires_grad:
         expected.backward()
-    expected_gradient = np.zeros_like(scores) if twin.grad is None else twin.grad.numpy()
+    expected_gradient = np.zeros_like(scores) if reference.grad is None else reference.grad.numpy()
     np.testing.assert_allclose(value, expected.item(), rtol=2e-6, atol=1e-7)
     np.testing.assert_allclose(violators, expected_violators, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=1e-6)
@@ -134,7 +135,7 @@ def check_triplet(scores, positive, rows=None, columns=None, **changes):
 @pytest.mark.parametrize("tie_gradient", [True, False])
 @pytest.mark.parametrize("spread", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("shape", [(7, 7), (5, 11), (11, 4)])
-def test_triplet_matches_twin(shape, spread, tie_gradient):
+def test_triplet_loss_matches_reference(shape, spread, tie_gradient):
     rng = np.random.default_rng((shape[0], int(spread * 100)))
     scores = rng.uniform(-spread, spread, shape)
     positive = rng.integers(shape[1], size=shape[0])[:, None] == np.arange(shape[1])
@@ -142,13 +143,13 @@ def test_triplet_matches_twin(shape, spread, tie_gradient):
 
 
 @pytest.mark.parametrize("bounds", [(0.3, 0.3), (0.0, 0.2), (0.1, 2.0)])
-def test_margin_bounds_match_twin(bounds):
+def test_triplet_loss_matches_reference_for_other_margin_bounds(bounds):
     rng = np.random.default_rng(3)
     check_triplet(rng.uniform(-1, 1, (9, 9)), np.eye(9), margin_min=bounds[0], margin_max=bounds[1])
 
 
-def test_satisfied_row_pulls_with_half_a_slope():
-    """Gaps of 0.25 are satisfied: no loss, yet half a slope, shared by the k negatives alike."""
+def test_satisfied_row_has_half_the_gradient_with_tie_gradient():
+    """Gaps of 0.25 are satisfied: the loss is 0, and the k negatives share half a gradient."""
     scores, positive = [[0.75, 0.5, 0.5, 0.5]], [[1, 0, 0, 0]]
     value, gradient = check_triplet(scores, positive)
     assert value == 0.0
@@ -159,17 +160,17 @@ def test_satisfied_row_pulls_with_half_a_slope():
     np.testing.assert_array_equal(gradient, np.zeros((1, 4)))
 
 
-def test_wide_gap_is_flat():
+def test_gap_above_the_largest_margin_has_no_gradient():
     value, gradient = check_triplet([[0.9, 0.4, 0.3, 0.2]], [[1, 0, 0, 0]])
     assert value == 0.0
     np.testing.assert_array_equal(gradient, np.zeros((1, 4)))
 
 
-def test_ties_and_active_hinges_in_one_batch():
+def test_triplet_loss_with_ties_and_active_hinges_in_one_batch():
     scores = [
         [0.75, 0.5, 0.55, 0.6],  # All tied.
-        [0.5, 0.75, 0.7, 0.5],  # One active, two tied: these have no weight left.
-        [0.2, 0.1, 0.3, 0.9],  # Violated throughout.
+        [0.5, 0.75, 0.7, 0.5],  # One active, two tied, which have no weight.
+        [0.2, 0.1, 0.3, 0.9],  # All violated.
         [0.0, 0.0, 0.0, 0.0],
     ]
     check_triplet(scores, np.eye(4), tie_gradient=True)
@@ -177,18 +178,18 @@ def test_ties_and_active_hinges_in_one_batch():
 
 
 @pytest.mark.parametrize("num_negatives", [4, 9, 50])
-def test_fewer_negatives_than_asked(num_negatives):
-    """Rows with few columns, or few real ones: neither positives nor padding become negatives."""
+def test_rows_with_fewer_negatives_than_num_negatives(num_negatives):
+    """Neither positives nor padding become negatives in rows with few real columns."""
     rng = np.random.default_rng(5)
     scores = rng.uniform(-1, 1, (6, 9)).astype(np.float32)
     positive = np.arange(6)[:, None] == np.arange(9)
     columns = np.arange(9) < 6
-    columns[2] = False  # Row 2 is left without its positive.
+    columns[2] = False  # Row 2 has no positive then.
     check_triplet(scores, positive, np.arange(6) != 4, columns, num_negatives=num_negatives)
     check_triplet(scores, positive, num_negatives=num_negatives)
 
 
-def test_satisfied_row_with_few_negatives_weighs_only_those():
+def test_satisfied_row_gives_weight_to_real_negatives_only():
     value, gradient = check_triplet(
         [[0.75, 0.5, 0.55, 0.0]], [[1, 0, 0, 0]], columns=np.array([1, 1, 1, 0], bool)
     )
@@ -196,7 +197,7 @@ def test_satisfied_row_with_few_negatives_weighs_only_those():
     np.testing.assert_allclose(gradient, [[-0.5, 0.25, 0.25, 0.0]], rtol=1e-6)
 
 
-def test_row_of_positives_only_adds_nothing():
+def test_row_without_negatives_adds_no_loss():
     scores = np.array([[0.1, 0.2, 0.3], [0.5, 0.6, 0.4]], np.float32)
     positive = np.array([[1, 1, 1], [0, 1, 0]], bool)
     key = jax.random.key(1)
@@ -208,13 +209,13 @@ def test_row_of_positives_only_adds_nothing():
 
 
 def test_positives_are_drawn_uniformly_and_never_serve_as_negatives():
-    """Every value is that of one of the row's positives, and all are equally frequent."""
+    """Every loss is that of one of the row's positives, and all are equally frequent."""
     scores = np.array([[0.1, 0.3, 0.9, 0.35, 0.2, 0.95, 0.42]], np.float32)
     positive = np.array([[1, 1, 0, 1, 1, 0, 0]], bool)
     columns = np.array([1, 1, 1, 1, 1, 1, 0], bool)
     options = np.flatnonzero(positive)
     expected = [
-        twin_triplet(*as_torch(scores), positive, [j], [True], columns, **SETTINGS)[0].item()
+        reference_triplet(*as_torch(scores), positive, [j], [True], columns, **SETTINGS)[0].item()
         for j in options
     ]
     assert min(abs(a - b) for a, b in itertools.combinations(expected, 2)) > 1e-3
@@ -233,7 +234,7 @@ def test_positives_are_drawn_uniformly_and_never_serve_as_negatives():
 
 
 def test_rows_draw_independently():
-    """Two rows alike, two positives each: all four pairs of draws come up equally often."""
+    """Two equal rows with two positives each: all four pairs of draws are equally frequent."""
     scores = np.array([[0.0, 0.2, 0.5]], np.float32).repeat(2, axis=0)
     positive = np.array([[1, 1, 0]], bool).repeat(2, axis=0)
 
@@ -249,7 +250,7 @@ def test_rows_draw_independently():
 
 
 def random_batch(num, width, seed):
-    """Queries, labels and prototypes, near enough to each other that hinges of all kinds occur."""
+    """Queries, labels and prototypes so close to each other that hinges of all kinds occur."""
     rng = np.random.default_rng(seed)
     q = unit(rng.normal(size=(num, width)))
     u = unit(q + 1.2 * rng.normal(size=(num, width)) / np.sqrt(width))
@@ -275,7 +276,7 @@ def value_and_gradient(q, u, z, positive, rows, columns, **settings):
 
 @pytest.mark.parametrize("has_prototypes", [True, False])
 @pytest.mark.parametrize("num,width", [(6, 4), (24, 16)])
-def test_total_loss_matches_twin(num, width, has_prototypes):
+def test_total_loss_matches_reference(num, width, has_prototypes):
     q, u, z, positive = random_batch(num, width, seed=num)
     rows = np.arange(num) != 1
     columns = positive[rows].any(axis=0)
@@ -283,13 +284,13 @@ def test_total_loss_matches_twin(num, width, has_prototypes):
         q, u, z if has_prototypes else None, positive, rows, columns
     )
 
-    twins = as_torch(q, u, z) if has_prototypes else [*as_torch(q, u), None]
-    expected = twin_total(*twins, positive, rows, columns, **SETTINGS)
+    references = as_torch(q, u, z) if has_prototypes else [*as_torch(q, u), None]
+    expected = reference_total(*references, positive, rows, columns, **SETTINGS)
     expected.backward()
     np.testing.assert_allclose(value, expected.item(), rtol=2e-5)
-    for ours, twin in zip(gradient, twins, strict=True):
-        if twin is not None:
-            np.testing.assert_allclose(ours, twin.grad.numpy(), rtol=2e-4, atol=2e-6)
+    for ours, reference in zip(gradient, references, strict=True):
+        if reference is not None:
+            np.testing.assert_allclose(ours, reference.grad.numpy(), rtol=2e-4, atol=2e-6)
     terms = [scalars[f"loss_{name}"] for name in ("text", "prototype", "label")]
     np.testing.assert_allclose(value, sum(terms) + 0.1 * scalars["loss_margin"], rtol=1e-6)
     assert value.dtype == jnp.float32 and all(x.dtype == jnp.float32 for x in scalars.values())
@@ -299,10 +300,10 @@ def test_total_loss_matches_twin(num, width, has_prototypes):
 
 
 @pytest.mark.parametrize("regulariser", [0.0, 2.0])
-def test_regulariser_weighs_the_margin_term(regulariser):
+def test_regulariser_is_the_weight_of_the_margin_term(regulariser):
     batch = random_batch(8, 6, seed=1)
     value, _, _ = value_and_gradient(*batch, *all_real(batch[3]), regulariser=regulariser)
-    expected = twin_total(
+    expected = reference_total(
         *as_torch(*batch[:3]), batch[3], *all_real(batch[3]), regulariser=regulariser, **SETTINGS
     )
     np.testing.assert_allclose(value, expected.item(), rtol=2e-5)
@@ -326,13 +327,13 @@ def test_margin_term_without_active_entries_is_zero():
     value, gradient = jax.value_and_grad(loss, argnums=(0, 1))(raw, better)
     assert value == 0.0
     np.testing.assert_array_equal(gradient, np.zeros((2, 3, 3)))
-    # One half alone: prototypes that score positives no better than the raw vectors do.
+    # Only the term of the positives is active: prototypes score them no better than raw vectors.
     np.testing.assert_allclose(loss(raw, np.minimum(better, 0.0)), 0.05, rtol=1e-6)
 
 
 @pytest.mark.parametrize("has_prototypes", [True, False])
-def test_padding_changes_nothing(has_prototypes):
-    """Also with several positives a row: padding leaves the draws alone."""
+def test_padding_does_not_change_losses_or_gradients(has_prototypes):
+    """With several positives per row too: padding does not change the draws."""
     rng = np.random.default_rng(8)
     q, u, z, positive = random_batch(12, 8, seed=8)
     positive = positive | (rng.random((12, 12)) < 0.2)
@@ -343,7 +344,7 @@ def test_padding_changes_nothing(has_prototypes):
     def pad(x, num):
         return None if x is None else np.concatenate([x, unit(rng.normal(size=(num, 8)))])
 
-    wide = np.ones((17, 15), bool)  # Padding that pretends to be relevant.
+    wide = np.ones((17, 15), bool)  # Padding is marked as relevant.
     wide[:12, :12] = positive
     padded_value, padded_scalars, padded_gradient = value_and_gradient(
         pad(q, 5), pad(u, 3), pad(z, 3), wide, np.arange(17) < 12, np.arange(15) < 12
@@ -356,7 +357,7 @@ def test_padding_changes_nothing(has_prototypes):
         np.testing.assert_array_equal(padded[12:], 0.0)
 
 
-def test_order_of_the_batch_does_not_matter():
+def test_loss_does_not_depend_on_the_order_of_the_batch():
     q, u, z, positive = random_batch(10, 6, seed=4)
     rows, columns = np.arange(10) != 3, np.arange(10) != 7
     value, _, gradient = value_and_gradient(q, u, z, positive, rows, columns)
@@ -376,8 +377,8 @@ def test_order_of_the_batch_does_not_matter():
     np.testing.assert_allclose(moved[2], gradient[2][by_column], rtol=1e-5, atol=1e-7)
 
 
-def test_each_term_draws_anew():
-    """One query, two positives: the draws of the text and the prototype term are independent."""
+def test_terms_draw_positives_independently():
+    """One query with two positives: the text and the prototype term draw independently."""
     q = np.array([[1.0, 0.0]], np.float32)
     angle = np.arccos(np.array([0.2, 0.4, 0.9]))
     u = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
@@ -415,8 +416,8 @@ def test_gradients_are_finite(case, temperature):
         assert scalars["loss_text"] == scalars["loss_label"] == 0.0
 
 
-def test_margin_has_no_gradient_and_weights_have():
-    """Three violated negatives: slopes from the formula, with the margin held constant."""
+def test_gradient_passes_through_weights_but_not_through_the_margin():
+    """Three violated negatives: the gradient follows the formula with a constant margin."""
     s, p = np.array([0.5, 0.45, 0.3]), 0.2
     hinge = s - p + np.clip(np.abs(p - s), 0.1, 0.3)
     weights = np.exp(s / 0.1) * (hinge > 0)

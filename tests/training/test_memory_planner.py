@@ -1,4 +1,4 @@
-"""The memory that is planned: held arrays by hand, chunks against batches, no frozen gradients."""
+"""Tests of the memory plan: stored arrays, microbatches, frozen parameters, and its messages."""
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.parallel import accelerators, sharding
-from vixml_jax.runtime import host_memory as memory_lib
+from vixml_jax.runtime import host_memory
 from vixml_jax.structs import LabelState, TrainState
-from vixml_jax.training import memory_planner as plan_lib
-from vixml_jax.training.memory_planner import MemoryPlan, bytes_a_device
+from vixml_jax.training import memory_planner
+from vixml_jax.training.memory_planner import MemoryPlan, bytes_per_device
 
 SIZES = {
     "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -39,36 +39,36 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def _small_models(monkeypatch):
     name = "Qwen/Qwen2.5-0.5B-Instruct"
     monkeypatch.setitem(towers.CONFIGS, name, {**towers.CONFIGS[name], **SIZES})
     monkeypatch.setattr(memory, "NUM_LABELS", 64)
 
 
-def test_what_a_device_holds():
+def test_bytes_per_device_counts_one_shard():
     mesh = sharding.create_mesh()
-    rows, whole = sharding.rows_sharding(mesh), sharding.replicated(mesh)
+    rows, replicated = sharding.rows_sharding(mesh), sharding.replicated(mesh)
     tree = {
-        "spread": jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=rows),
-        "whole": jax.ShapeDtypeStruct((5,), jnp.bfloat16, sharding=whole),
+        "sharded": jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=rows),
+        "replicated": jax.ShapeDtypeStruct((5,), jnp.bfloat16, sharding=replicated),
     }
-    assert bytes_a_device(tree) == 16 // sharding.num_row_shards(mesh) * 3 * 4 + 5 * 2
+    assert bytes_per_device(tree) == 16 // sharding.num_row_shards(mesh) * 3 * 4 + 5 * 2
 
 
-def test_a_step_grows_with_the_chunk_not_with_the_batch(one_device):
+def test_step_memory_grows_with_the_microbatch_not_with_the_batch(one_device):
     def step(batch, chunk):
         return memory.plan({**SETTINGS, "batch": batch, "chunk": chunk}).step
 
-    whole, twice = step(256, 0), step(512, 0)
-    assert twice > 1.6 * whole
-    part, part_of_twice = step(256, 8), step(512, 8)
-    assert part < 0.5 * whole and part_of_twice < 0.35 * twice
-    assert part_of_twice - part < 0.2 * (twice - whole)
-    assert step(256, 16) > 1.2 * part
+    full, full_of_twice = step(256, 0), step(512, 0)
+    assert full_of_twice > 1.6 * full
+    micro, micro_of_twice = step(256, 8), step(512, 8)
+    assert micro < 0.5 * full and micro_of_twice < 0.35 * full_of_twice
+    assert micro_of_twice - micro < 0.2 * (full_of_twice - full)
+    assert step(256, 16) > 1.2 * micro
 
 
-def test_gradients_of_the_frozen_base_are_never_made(one_device, monkeypatch):
-    # Much to learn from few positions: the base is larger than all activations.
+def test_gradients_of_frozen_parameters_are_never_allocated(one_device, monkeypatch):
+    # A large model and few positions: the frozen parameters are larger than all activations.
     name = "Qwen/Qwen2.5-0.5B-Instruct"
     wide = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 16}
     monkeypatch.setitem(towers.CONFIGS, name, {**towers.CONFIGS[name], **wide})
@@ -76,7 +76,7 @@ def test_gradients_of_the_frozen_base_are_never_made(one_device, monkeypatch):
     adapted, full = (memory.plan({**settings, "rank": rank}) for rank in (4, 0))
     base = adapted.held["frozen parameters"]
     assert full.held["frozen parameters"] == 0
-    # Two moments of what is trained, and next to nothing else.
+    # The optimizer holds two moments of the trained parameters and little else.
     for plan in (adapted, full):
         moments = plan.held["optimizer"] - 2 * plan.held["trained parameters"]
         assert 0 <= moments < 100
@@ -101,81 +101,84 @@ def state_of(mesh):
     )
 
 
-def test_every_large_array_has_a_line(monkeypatch):
-    monkeypatch.setattr(plan_lib, "NUM_SHOWN", 5)
+def test_array_table_lists_every_large_array(monkeypatch):
+    monkeypatch.setattr(memory_planner, "NUM_SHOWN", 5)
     like = state_of(sharding.create_mesh(2, 2, 2))
     expected = [
-        "array                            shape      dtype     spread over     MiB a device",
+        "array                            shape      dtype     sharded over    MiB per device",
         "trained parameters: tower/kernel 1024x1024  float32   fsdp tensor     1.00",
         "trained parameters: 1 smaller 0.00",
         "optimizer: mu/tower/kernel       1024x1024  float32   fsdp tensor     1.00",
         "optimizer: 1 smaller 0.00",
         "labels: centroids                1048576x8  float32   replica+fsdp .  8.00",
-        "labels: cluster_of               1048576    int32     whole           4.00",
-        "embeddings of the queries: bank  4096x512   bfloat16  replica+fsdp .  1.00",
+        "labels: cluster_of               1048576    int32     replicated      4.00",
+        "query embeddings: bank           4096x512   bfloat16  replica+fsdp .  1.00",
     ]
-    found = plan_lib.array_table(like).splitlines()
+    found = memory_planner.array_table(like).splitlines()
     assert [line.split() for line in found] == [line.split() for line in expected]
-    assert len({len(line) for line in found}) == 1  # Columns stand below each other.
-    monkeypatch.setattr(plan_lib, "NUM_SHOWN", 6)  # However small the largest are.
-    assert "tower/bias" in plan_lib.array_table(like)
+    assert len({len(line) for line in found}) == 1  # Columns are aligned.
+    monkeypatch.setattr(memory_planner, "NUM_SHOWN", 6)  # However small they are.
+    assert "tower/bias" in memory_planner.array_table(like)
 
 
-def test_what_the_compiler_refuses_is_said_with_what_is_held():
+def test_error_of_the_compiler_is_reported_with_the_stored_arrays():
     like = state_of(sharding.create_mesh(2, 2, 2))
 
-    def refused():
+    def out_of_memory():
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.20G of 15.75G hbm. "
             "Exceeded hbm capacity by 1.45G."
         )
 
-    said = r"labels 0.01, .* compiler says 'Used 17.20G of 15.75G hbm': it does not fit; the step's"
-    with pytest.raises(InputError, match=said):
-        plan_lib.plan_memory(like, refused)
+    message = (
+        r"labels 0.01, .*the compiler reports 'Used 17.20G of 15.75G hbm': the run does not fit; to"
+    )
+    with pytest.raises(InputError, match=message):
+        memory_planner.plan_memory(like, out_of_memory)
 
-    def broken():
-        raise jax.errors.JaxRuntimeError("INTERNAL: a fault of ours")
+    def internal_error():
+        raise jax.errors.JaxRuntimeError("INTERNAL: another error")
 
-    with pytest.raises(jax.errors.JaxRuntimeError, match="a fault of ours"):
-        plan_lib.plan_memory(like, broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another error"):
+        memory_planner.plan_memory(like, internal_error)
 
 
 @pytest.mark.parametrize("num_images", [0, 1])
-def test_a_batch_in_the_abstract_is_as_the_first_one(num_images, tmp_path):
+def test_abstract_batch_matches_a_real_batch(num_images, tmp_path):
     config = configuration(make_data(tmp_path), tmp_path / "run")
     dataset = PreparedDataset.open(config.data)
     layout, mesh = Layout(num_images), sharding.create_mesh(2, 2, 2)
     tower = BertConfig(vocab_size=99, num_layers=1, width=16, num_heads=2, mlp_width=16)
     model = workdir.build_model(config, tower, layout, dataset.num_labels, mesh)
     length = model.mean_length(dataset.train) + model.mean_length(dataset.labels)
-    found, _ = plan_lib.abstract_batch(
-        model, 64, length, pictures=[True, False], width=dataset.image_width
+    abstract, _ = memory_planner.abstract_batch(
+        model, 64, length, has_images=[True, False], width=dataset.image_width
     )
     rows = model.row_sizes(length, 64, 8)
     batches = input_pipeline.epoch_batches(
         dataset, np.arange(90), epoch=0, seed=0, batch_size=64, width=model.row_width,
-        layout=layout, weights=None, rows=rows, shares=sharding.num_shares(mesh),
+        layout=layout, weights=None, rows=rows, shards=sharding.num_shards(mesh),
     )  # fmt: skip
     real = sharding.to_devices(next(batches), mesh)
-    same = jax.tree.map(lambda x: (x.shape[1:], x.dtype, x.sharding), (found, real))
-    assert same[0] == same[1]
-    assert found.items.images.shape == real.items.images.shape
-    assert found.relevance.shape == (64, 64) and found.query_ids.shape == (64,)
-    assert 0.5 < found.items.tokens.shape[0] / real.items.tokens.shape[0] <= 1
+    described = jax.tree.map(lambda x: (x.shape[1:], x.dtype, x.sharding), (abstract, real))
+    assert described[0] == described[1]
+    assert abstract.items.images.shape == real.items.images.shape
+    assert abstract.relevance.shape == (64, 64) and abstract.query_ids.shape == (64,)
+    assert 0.5 < abstract.items.tokens.shape[0] / real.items.tokens.shape[0] <= 1
 
 
-def test_tpus_are_known_by_what_jax_calls_them():
+def test_tpu_kinds_have_published_sizes():
     kinds = {kind for kind, _ in accelerators.TPUS.values()}
     assert len(kinds) == len(accelerators.TPUS) == 4
-    assert all(accelerators.about(kind) for kind in kinds)
+    assert all(accelerators.find(kind) for kind in kinds)
 
 
-def test_what_does_not_fit_is_refused(monkeypatch):
-    assert memory_lib.of_a_device() > 2**28
+def test_plan_that_does_not_fit_is_refused():
+    assert host_memory.device_memory() > 2**28
     plan = MemoryPlan({"labels": 3 * 2**30, "optimizer": 0}, 2**30, 5 * 2**30)
     plan.check()
-    assert str(plan) == "memory a device, GiB: labels 3.00, a step 1.00: 4.00 of 5.0"
-    with pytest.raises(InputError, match=r"4.00 of 3.5: it does not fit.*encode_chunk"):
+    expected = "memory per device (GiB): labels 3.00, training step 1.00, total 4.00 of 5.0"
+    assert str(plan) == expected
+    with pytest.raises(InputError, match=r"4.00 of 3.5: the run does not fit.*microbatch_rows"):
         plan._replace(device=int(3.5 * 2**30)).check()
-    plan._replace(device=0).check()  # A device that does not say.
+    plan._replace(device=0).check()  # The memory of the device is unknown.

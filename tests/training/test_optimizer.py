@@ -1,4 +1,4 @@
-"""The optimizer against torch's AdamW with the same groups and schedule."""
+"""Tests of the optimizer against PyTorch's AdamW with the same groups and schedule."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from vixml_jax.training import optimizer
 
 
-def test_matches_torch_adamw_with_groups():
+def test_updates_match_torch_adamw_with_groups():
     rng = np.random.default_rng(0)
     params = {
         "tower": {
@@ -22,7 +22,7 @@ def test_matches_torch_adamw_with_groups():
     peaks = {"tower": 1e-2, "combiner": 3e-2, "free": 3e-2, "image_projection": 5e-2}
     total, warmup, decay = 12, 4, 0.1
 
-    flat, theirs, groups = {}, {}, []
+    flat, torch_params, groups = {}, {}, []
 
     def walk(tree, path):
         for name, value in tree.items():
@@ -33,14 +33,14 @@ def test_matches_torch_adamw_with_groups():
 
     walk(params, ())
     for path, value in flat.items():
-        theirs[path] = torch.nn.Parameter(torch.tensor(value))
+        torch_params[path] = torch.nn.Parameter(torch.tensor(value))
         key = "image_projection" if "image_projection" in path else path[0]
-        plain = path[0] != "free" and path[-1] not in ("bias", "scale")
+        decays = path[0] != "free" and path[-1] not in ("bias", "scale")
         groups.append(
             {
-                "params": [theirs[path]],
+                "params": [torch_params[path]],
                 "lr": peaks[key],
-                "weight_decay": decay if plain else 0.0,
+                "weight_decay": decay if decays else 0.0,
             }
         )
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
@@ -61,18 +61,18 @@ def test_matches_torch_adamw_with_groups():
     state = ours.init(params)
     for _ in range(total):
         gradients = {path: rng.normal(size=value.shape) for path, value in flat.items()}
-        for path, parameter in theirs.items():
+        for path, parameter in torch_params.items():
             parameter.grad = torch.tensor(gradients[path])
-        torch.nn.utils.clip_grad_norm_(list(theirs.values()), 1.0)
+        torch.nn.utils.clip_grad_norm_(list(torch_params.values()), 1.0)
         adamw.step()
         multiplier.step()
         updates, state = ours.update(_nest(gradients), state, params)
         params = optax.apply_updates(params, updates)
-    for path, parameter in theirs.items():
-        found = params
+    for path, parameter in torch_params.items():
+        value = params
         for name in path:
-            found = found[name]
-        np.testing.assert_allclose(found, parameter.detach().numpy(), atol=2e-5, err_msg=path)
+            value = value[name]
+        np.testing.assert_allclose(value, parameter.detach().numpy(), atol=2e-5, err_msg=path)
 
 
 def _as_jax(tree):

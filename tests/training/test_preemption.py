@@ -1,4 +1,4 @@
-"""Signals, as they come to one process and to one of several."""
+"""Tests of requests to stop: signals to a single process, and to one of two processes."""
 
 import os
 import pathlib
@@ -11,61 +11,62 @@ import time
 import pytest
 
 from vixml_jax.errors import Preempted
-from vixml_jax.training.preemption import Stop
+from vixml_jax.training.preemption import StopSignal
 
 
-def test_raised_where_it_comes_but_held_where_it_must_not():
-    with Stop().caught() as stop:
-        with stop.held():
+def test_signal_is_raised_at_once_unless_deferred():
+    with StopSignal().installed() as stop:
+        with stop.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.asked == "SIGTERM"
-            with pytest.raises(Preempted, match="stopped by SIGTERM: nothing was under way"):
-                with stop.at_once():
-                    raise AssertionError("went on")
-    with Stop().caught() as stop, pytest.raises(Preempted, match="SIGINT"):
+            assert stop.requested_by == "SIGTERM"
+            with pytest.raises(Preempted, match="stopped by SIGTERM: no unsaved training"):
+                with stop.interruptible():
+                    raise AssertionError("not interrupted")
+    with StopSignal().installed() as stop, pytest.raises(Preempted, match="SIGINT"):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1.0)
-        raise AssertionError("went on")
-    with Stop().caught() as stop, stop.held():
-        with pytest.raises(Preempted), stop.at_once():
+        raise AssertionError("not interrupted")
+    with StopSignal().installed() as stop, stop.deferred():
+        with pytest.raises(Preempted), stop.interruptible():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1.0)
-            raise AssertionError("went on")
-        assert stop._is_held
+            raise AssertionError("not interrupted")
+        assert stop._is_deferred
 
 
-def test_once_all_is_over_signals_change_nothing():
-    with Stop().caught():
+def test_signals_are_ignored_after_the_context():
+    with StopSignal().installed():
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
 
 
-SECOND = """
+SECOND_SIGNAL = """
 import os, signal, sys, time
-from vixml_jax.training.stopping import Stop
+from vixml_jax.training.preemption import StopSignal
 number = getattr(signal, sys.argv[1])
-with Stop().caught() as stop, stop.held():
+with StopSignal().installed() as stop, stop.deferred():
     os.kill(os.getpid(), number)
-    os.kill(os.getpid(), number)  # The same one, to the process's group.
+    os.kill(os.getpid(), number)  # The same signal, to the process group.
     time.sleep(1.2)
-    print("still here", flush=True)
+    print("running", flush=True)
     os.kill(os.getpid(), number)
     time.sleep(9)
-    print("still here")
+    print("running")
 """
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_second_signal_ends_the_process(name):
-    done = subprocess.run([sys.executable, "-c", SECOND, name], capture_output=True, text=True)
-    assert done.returncode == -getattr(signal, name) and done.stdout == "still here\n"
+def test_second_signal_ends_the_process(name):
+    command = [sys.executable, "-c", SECOND_SIGNAL, name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -getattr(signal, name) and done.stdout == "running\n"
 
 
 def test_two_processes_stop_and_save_together(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    with socket.socket() as free_port:
+        free_port.bind(("localhost", 0))
+        address = f"localhost:{free_port.getsockname()[1]}"
     here = pathlib.Path(__file__).parent
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     env["PYTHONPATH"] = os.pathsep.join([str(here), *sys.path])
@@ -80,6 +81,6 @@ def test_two_processes_stop_and_save_together(tmp_path):
         )
         for index in range(2)
     ]
-    told = [process.communicate(timeout=240) for process in started]
-    assert [said.strip().endswith("fine") for said, _ in told] == [True, True], told
-    assert "step 8 is damaged" in told[0][0] and "damaged" not in told[1][0]
+    outputs = [process.communicate(timeout=240) for process in started]
+    assert [stdout.strip().endswith("passed") for stdout, _ in outputs] == [True, True], outputs
+    assert "step 8 is damaged" in outputs[0][0] and "damaged" not in outputs[1][0]

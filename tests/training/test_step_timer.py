@@ -1,4 +1,4 @@
-"""Where time goes: the real loop around a slow pipeline and a slow device; what it never does."""
+"""Step-time breakdown with a slow pipeline and a slow device; no transfers in steps; profiles."""
 
 import concurrent.futures
 import dataclasses
@@ -23,10 +23,11 @@ from vixml_jax.errors import InputError
 from vixml_jax.parallel import distributed, sharding
 from vixml_jax.runtime import host_memory
 from vixml_jax.structs import LabelState, TrainState
+from vixml_jax.training import build
 from vixml_jax.training import trainer as trainer_lib
-from vixml_jax.training.metric_logger import CollapseGuard, Telemetry
-from vixml_jax.training.preemption import Stop
-from vixml_jax.training.step_timer import Profiler, Watch, parse_window
+from vixml_jax.training.metric_logger import CollapseGuard, MetricLogger
+from vixml_jax.training.preemption import StopSignal
+from vixml_jax.training.step_timer import Profiler, StepTimer, parse_window
 from vixml_jax.training.train_step import TrainStep
 
 PHASES = ("data", "host", "compute")
@@ -42,39 +43,38 @@ def lines_of(workdir):
         return [json.loads(line) for line in file]
 
 
-def test_phases_sum_to_the_wall_and_rates_follow():
-    """A clock of our own: two steps, then one; compiling stands beside."""
+def test_phases_add_up_to_the_wall_time():
+    """With a fake clock: two steps, then one; compiling is not part of a step."""
     moments = iter([0.0, 1.0, 1.5, 2.0, 9.0, 9.25, 10.0, 12.0, 20.0, 21.0, 22.0])
-    watch = Watch(peak_flops=1e6, now=lambda: next(moments))
-    assert watch.report() == {} and watch.closing() == ""
-    watch.start()  # At 1.
+    timer = StepTimer(peak_flops=1e6, now=lambda: next(moments))
+    assert timer.report() == {} and timer.summary() == ""
+    timer.start()  # At 1.
     for phase in ("data", "host", "compiling", "host", "compute"):
-        watch.lap(phase)
-    watch.count(queries=3, labels=4, tokens=50, flops=2e6)
-    watch.count(queries=1, labels=4, tokens=10, flops=1e6)
-    found = watch.report()
-    assert found.pop("peak_memory_gib") > 0
-    assert found == pytest.approx({
+        timer.lap(phase)
+    timer.count(queries=3, labels=4, tokens=50, flops=2e6)
+    timer.count(queries=1, labels=4, tokens=10, flops=1e6)
+    means = timer.report()
+    assert means.pop("peak_memory_gib") > 0
+    assert means == pytest.approx({
         "step_s": 1.0, "data_s": 0.25, "host_s": 0.375, "compute_s": 0.375, "data_share": 0.25,
         "host_share": 0.375, "compute_share": 0.375, "queries_per_s": 2.0, "labels_per_s": 4.0,
         "tokens_per_s": 30.0, "flops_per_s": 1.5e6, "mfu": 1.5,
     })  # fmt: skip
-    watch.lap("nothing of ours")
-    watch.report()
-    watch.start()  # At 20.
-    watch.lap("compute")
-    watch.count(queries=8, labels=8, tokens=15, flops=0.0)
-    watch.report()
-    assert watch.closing().startswith(
-        "step 1,000 ms: compute 58.3 %, host 25.0 %, waiting for data 16.7 %; "
-        "4 queries/s, 25 tokens/s; MFU 100.0 %; peak memory of the process "
+    timer.lap("other")
+    timer.report()
+    timer.start()  # At 20.
+    timer.lap("compute")
+    timer.count(queries=8, labels=8, tokens=15, flops=0.0)
+    timer.report()
+    assert timer.summary().startswith(
+        "training step 1,000 ms: compute 58.3 %, host 25.0 %, waiting for data 16.7 %; "
+        "4 queries/s, 25 tokens/s; MFU 100.0 %; peak memory per process "
     )
-    assert watch.closing().endswith("; beside the steps: compiling 7.0 s, nothing of ours 2.0 s")
+    assert timer.summary().endswith("; outside of steps: compiling 7.0 s, other 2.0 s")
 
 
 class Slow:
-    """A pipeline that takes its time over every batch, and knows how much: no sleep is shorter than
-    told, on a busy machine many are longer."""
+    """A pipeline that sleeps before each batch, and measures it: sleeps may last longer."""
 
     def __init__(self, batches, seconds):
         self._batches, self._seconds, self.spent = batches, seconds, 0.0
@@ -94,13 +94,12 @@ class Slow:
 
 
 class Device:
-    """Works on one step after another, for some time each, and knows how much, while the host goes
-    on."""
+    """Runs one step after another, asynchronously, and measures how long it is busy."""
 
     def __init__(self, seconds):
         self._work = concurrent.futures.ThreadPoolExecutor(1)
         self._seconds, self.spent = seconds, 0.0
-        self._under_way, self.most_under_way = [], 0
+        self._in_flight, self.most_in_flight = [], 0
 
     def _step(self):
         began = time.perf_counter()
@@ -111,16 +110,16 @@ class Device:
         return self
 
     def __call__(self, state, batch, key):
-        self._under_way = [one for one in self._under_way if not one.done()]
-        self._under_way.append(self._work.submit(self._step))
-        self.most_under_way = max(self.most_under_way, len(self._under_way))
-        one = Scalar(self._under_way[-1])
+        self._in_flight = [step for step in self._in_flight if not step.done()]
+        self._in_flight.append(self._work.submit(self._step))
+        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
         names = ("loss", "loss_text", "gradient_norm", "violators")
-        return state._replace(step=state.step + 1), dict.fromkeys(names, one)
+        scalar = Scalar(self._in_flight[-1])
+        return state._replace(step=state.step + 1), dict.fromkeys(names, scalar)
 
 
 class Scalar:
-    """A number that is there when its step is done."""
+    """A number that is available when its step is done."""
 
     def __init__(self, step):
         self._step = step
@@ -135,13 +134,13 @@ class Scalar:
 
 @pytest.fixture(scope="module")
 def parts(data):
-    """Model and data of a run whose step is another; nothing of the model is compiled."""
+    """Configuration, data and model of a run; the model is not compiled."""
     config = configuration(data, "")
     labels = dataclasses.replace(config.labels, prototypes=False)
     batch = dataclasses.replace(config.batch, size=8, cluster_start=-1)
     config = dataclasses.replace(config, labels=labels, batch=batch)
     dataset = workdir_lib.open_dataset(config)
-    tower, layout = train.make_tower(config, dataset)
+    tower, layout = build.make_tower(config, dataset)
     return (
         config,
         dataset,
@@ -150,7 +149,7 @@ def parts(data):
 
 
 class Unsaved:
-    """Checkpoints that keep nothing, and take their time for it."""
+    """Checkpoints that save nothing, but take time for it."""
 
     spent = 0.0
 
@@ -170,16 +169,16 @@ class Unsaved:
 
 
 @pytest.mark.parametrize("data_s, device_s", [(0.03, 0.0), (0.0, 0.03), (0.02, 0.05), (0.05, 0.02)])
-def test_who_is_slow_is_told(parts, monkeypatch, tmp_path, data_s, device_s):
+def test_breakdown_shows_what_is_slow(parts, monkeypatch, tmp_path, data_s, device_s):
     config, dataset, model = parts
-    made = input_pipeline.epoch_batches
+    epoch_batches = input_pipeline.epoch_batches
     slow = []
 
-    def slowly(*args, **more):
-        slow.append(Slow(made(*args, **more), data_s))
+    def slow_batches(*args, **kwargs):
+        slow.append(Slow(epoch_batches(*args, **kwargs), data_s))
         return slow[-1]
 
-    monkeypatch.setattr(input_pipeline, "epoch_batches", slowly)
+    monkeypatch.setattr(input_pipeline, "epoch_batches", slow_batches)
     device, unsaved = Device(device_s), Unsaved()
     trainer = trainer_lib.Trainer(
         model,
@@ -190,9 +189,9 @@ def test_who_is_slow_is_told(parts, monkeypatch, tmp_path, data_s, device_s):
         loop=LoopConfig(epochs=1, log_every=5),
         block=32,
         seed=0,
-        shares=sharding.num_shares(model.mesh),
+        shards=sharding.num_shards(model.mesh),
         group=distributed.ALONE,
-        stop=Stop(),
+        stop=StopSignal(),
         checkpoints=unsaved,
         guard=CollapseGuard(margin=0.1, num_negatives=4),
         evaluate=None,
@@ -205,46 +204,46 @@ def test_who_is_slow_is_told(parts, monkeypatch, tmp_path, data_s, device_s):
         labels=LabelState(jnp.zeros((8, 2)), jnp.zeros(8, jnp.int32)),
         bank=jnp.zeros((8, 2)),
     )
-    telemetry = Telemetry(str(tmp_path), step=0, total_steps=12)
-    trainer_lib._all_finite(
-        state
-    )  # Compiled before, or saving would be as slow as the machine is busy.
+    logger = MetricLogger(str(tmp_path), step=0, total_steps=12, num_epochs=1)
+    trainer_lib._all_finite(state)  # Compiled here, so that it does not count as saving.
     began = time.perf_counter()
     clusters, position = trainer.start()
-    trainer._run_batches(state, clusters, position, telemetry)
+    trainer._run_batches(state, clusters, position, logger)
     wall = time.perf_counter() - began
-    telemetry.close()
+    logger.close()
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == [5, 10, 12]
     steps = np.diff([0, *(line["step"] for line in lines)])
 
     def seconds(name):
-        return float(np.sum(steps * [line[f"watch/{name}_s"] for line in lines]))
+        return float(np.sum(steps * [line[f"step_time/{name}_s"] for line in lines]))
 
-    saving = telemetry.watch._all.seconds["saving"] + telemetry.watch._recent.seconds["saving"]
+    saving = logger.timer._all.seconds["saving"] + logger.timer._recent.seconds["saving"]
     assert 0.05 <= unsaved.spent <= saving < unsaved.spent + 0.1
     assert seconds("step") == pytest.approx(sum(seconds(phase) for phase in PHASES))
-    # Each line's own writing is in the next one's.
+    # The time to write a line counts in the next line.
     assert 0.0 <= wall - seconds("step") - saving < 0.1
-    waited = sum(one.spent for one in slow)
+    waited = sum(batches.spent for batches in slow)
     assert waited - 0.06 <= seconds("data") <= waited + 0.2
-    # A device that is busy while the host waits for data keeps what is left for "compute"; so does
-    # one that is busy while the host works, as it does long where others want the processor.
+    # "compute" is the time that the device is busy after the host stopped waiting for data or
+    # working, which takes long if other processes use the processor.
     left = device.spent - waited
     assert left - seconds("host") - 0.06 <= seconds("compute") <= max(0.0, left) + 0.2
-    assert seconds("host") < 2.0  # Whatever else this machine does.
+    assert seconds("host") < 2.0  # On a busy machine as well.
     for line in lines:
-        shares = [line[f"watch/{phase}_share"] for phase in PHASES]
-        assert sum(shares) == pytest.approx(1.0)
-        assert line["watch/flops_per_s"] > 0 and "watch/mfu" not in line  # Of a CPU.
-    assert device.most_under_way == (trainer_lib.STEPS_UNDER_WAY if device_s > data_s else 1)
-    queries = np.sum(steps * [x["watch/queries_per_s"] * x["watch/step_s"] for x in lines])
-    assert queries == pytest.approx(90)  # The last of 12 batches of 8 has two.
+        shards = [line[f"step_time/{phase}_share"] for phase in PHASES]
+        assert sum(shards) == pytest.approx(1.0)
+        assert (
+            line["step_time/flops_per_s"] > 0 and "step_time/mfu" not in line
+        )  # A CPU has no known peak.
+    assert device.most_in_flight == (trainer_lib.STEPS_IN_FLIGHT if device_s > data_s else 1)
+    queries = np.sum(steps * [x["step_time/queries_per_s"] * x["step_time/step_s"] for x in lines])
+    assert queries == pytest.approx(90)  # The last of 12 batches of 8 has two queries.
 
 
-def test_a_step_reads_nothing_and_compiles_nothing(data, tmp_path, monkeypatch):
-    """While batches run, nothing implicit goes to the devices, nothing is read from them but where
-    an epoch begins and a line is written, and nothing is compiled but programs of the step."""
+def test_steps_read_nothing_and_compile_nothing(data, tmp_path, monkeypatch):
+    """While batches run, there are no implicit transfers to devices, values are read only at the
+    start of an epoch and for a line of metrics, and only training steps are compiled."""
     config = configuration(data, tmp_path / "run")
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, save_every=100))
     kind = type(jnp.zeros(1))
@@ -256,7 +255,7 @@ def test_a_step_reads_nothing_and_compiles_nothing(data, tmp_path, monkeypatch):
             reads.append(steps)
         return value.fget(self)
 
-    def counted(self, batch, key):
+    def counting(self, batch, key):
         nonlocal steps
         programs.add(program(self, batch, key))
         steps += inside
@@ -266,7 +265,7 @@ def test_a_step_reads_nothing_and_compiles_nothing(data, tmp_path, monkeypatch):
         nonlocal inside
         with jax.transfer_guard("disallow"):
             with pytest.raises(Exception, match="Disallowed host-to-device"):
-                jnp.ones(3) + np.ones(3)  # The guard is there.
+                jnp.ones(3) + np.ones(3)  # The guard is active.
             inside = True
             state = run_batches(self, *args)
             inside = False
@@ -277,7 +276,7 @@ def test_a_step_reads_nothing_and_compiles_nothing(data, tmp_path, monkeypatch):
             compiled.append(event)
 
     monkeypatch.setattr(kind, "_value", property(read))
-    monkeypatch.setattr(TrainStep, "program", counted)
+    monkeypatch.setattr(TrainStep, "program", counting)
     monkeypatch.setattr(trainer_lib.Trainer, "_run_batches", guarded)
     jax.monitoring.register_event_duration_secs_listener(compiles)
     train.train(config)
@@ -287,32 +286,34 @@ def test_a_step_reads_nothing_and_compiles_nothing(data, tmp_path, monkeypatch):
 
 
 def train_profiled(config, path, window):
-    """What a run says, in a process of its own: where the compiler of TPUs has been loaded, as by
-    other tests, JAX's profiler ends the process."""
+    """Trains in a process of its own and returns its output.
+
+    Where libtpu has been loaded, as by other tests, JAX's profiler aborts the process.
+    """
     path.write_text(config.to_json())
     program = (
         "import sys; from vixml_jax import config, train; "
         f"train.train(config.load(sys.argv[1]), profile={window})"
     )
     command = [sys.executable, "-c", program, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_window_of_steps_is_profiled(data, tmp_path):
-    """It is no part of what a run is resumed by; a trace that the end of an epoch cuts is kept."""
+def test_window_of_steps_is_profiled(data, tmp_path):
+    """The window may differ when a run is resumed; the end of an epoch ends the trace."""
     config = configuration(data, tmp_path / "run")
     where = os.path.join(config.workdir, "profile")
-    said = train_profiled(config, tmp_path / "config.json", (4, 9))
-    assert f"profile of steps 5 to 6: {where}; to look at it: pip install xprof" in said
+    output = train_profiled(config, tmp_path / "config.json", (4, 9))
+    assert f"profile of steps 5 to 6 written to {where}; to view it, run `pip install" in output
     for kind in ("*.xplane.pb", "perfetto_trace.json.gz"):
         (path,) = glob.glob(os.path.join(where, "plugins", "profile", "*", kind))
         assert os.path.getsize(path) > 1000
-    said = train_profiled(config, tmp_path / "config.json", (2, 3))  # Over: no step is left.
-    assert "--profile_steps=2:3: none of these steps was run" in said
+    output = train_profiled(config, tmp_path / "config.json", (2, 3))  # No step is left.
+    assert "--profile_steps=2:3: none of these steps was run" in output
 
 
-def test_a_trace_begins_and_ends_where_it_should(tmp_path, monkeypatch):
-    """Steps under way are awaited at either end, so that the window holds its steps whole."""
+def test_trace_contains_complete_steps(tmp_path, monkeypatch):
+    """Running steps are awaited at either end of the window."""
     seen, step = [], 0
 
     class Running:
@@ -322,25 +323,27 @@ def test_a_trace_begins_and_ends_where_it_should(tmp_path, monkeypatch):
         def block_until_ready(self):
             seen.append(("await", self.number))
 
-    monkeypatch.setattr(jax, "block_until_ready", lambda x: [one.block_until_ready() for one in x])
-    profiler = jax.profiler
-    monkeypatch.setattr(profiler, "start_trace", lambda *args, **more: seen.append(("start", step)))
-    monkeypatch.setattr(profiler, "stop_trace", lambda: seen.append(("stop", step)))
-    for first in (0, 4):  # A run from its start, and one resumed inside of the window.
-        said = []
-        watched = Profiler((3, 5), str(tmp_path), said.append)
+    monkeypatch.setattr(
+        jax, "block_until_ready", lambda steps: [step.block_until_ready() for step in steps]
+    )
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: seen.append(("start", step)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append(("stop", step)))
+    for first in (0, 4):  # A new run, and one resumed inside the window.
+        lines = []
+        profiler = Profiler((3, 5), str(tmp_path), lines.append)
         for step in range(first, 8):
-            watched.at(step, [Running(step)])
-        watched.close()
-        assert said[0].startswith(f"profile of steps {max(first, 3) + 1} to 5: {tmp_path};")
-        assert len(said) == 1
+            profiler.at(step, [Running(step)])
+        profiler.close()
+        start = f"profile of steps {max(first, 3) + 1} to 5 written to {tmp_path};"
+        assert lines[0].startswith(start)
+        assert len(lines) == 1
     assert seen == [
         ("await", 3), ("start", 3), ("await", 5), ("stop", 5),
         ("await", 4), ("start", 4), ("await", 5), ("stop", 5),
     ]  # fmt: skip
 
 
-def test_the_window_is_told_as_two_numbers():
+def test_window_is_two_numbers():
     assert parse_window("") is None
     assert parse_window("100:110") == (100, 110)
     for bad in ("100", "100:", ":5", "5:5", "7:5", "-1:3", "a:b", "1:2:3"):
@@ -348,23 +351,8 @@ def test_the_window_is_told_as_two_numbers():
             parse_window(bad)
 
 
-def test_the_bar_tells_of_a_wait_that_matters(tmp_path, monkeypatch):
-    telemetry = Telemetry(str(tmp_path), step=0, total_steps=2)
-    shown = []
-    monkeypatch.setattr(telemetry._bar, "set_postfix_str", lambda text, **more: shown.append(text))
-    for share in (0.02, 0.021):
-        found = {"queries_per_s": 600.0, "data_share": share}
-        monkeypatch.setattr(telemetry.watch, "report", lambda found=found: found)
-        telemetry.scalars(1, {"loss": 1.0, "violators": 2.0})
-    telemetry.close()
-    assert shown == [
-        "loss 1.0000, violators 2.00, 600 queries/s",
-        "loss 1.0000, violators 2.00, 600 queries/s, 2 % waiting for data",
-    ]
-
-
-class Told:
-    """A device that says what it holds."""
+class FakeDevice:
+    """A device with a known peak of memory in use."""
 
     def __init__(self, peak):
         self._peak = peak
@@ -373,9 +361,9 @@ class Told:
         return {"peak_bytes_in_use": self._peak}
 
 
-def test_the_fullest_device_counts(monkeypatch):
+def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
     with open("/proc/self/status") as file:
         peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-    assert host_memory.peak_of_a_device() == pytest.approx(peak * 1024, rel=0.02)
-    monkeypatch.setattr(jax, "local_devices", lambda: [Told(3), Told(7), Told(5)])
-    assert host_memory.peak_of_a_device() == 7
+    assert host_memory.peak_device_memory() == pytest.approx(peak * 1024, rel=0.02)
+    monkeypatch.setattr(jax, "local_devices", lambda: [FakeDevice(3), FakeDevice(7), FakeDevice(5)])
+    assert host_memory.peak_device_memory() == 7

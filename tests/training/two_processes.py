@@ -1,4 +1,4 @@
-"""One of two processes: agrees with the other, saves, loses the newest, restores."""
+"""One of two processes: they stop together, save, lose the newest checkpoint and restore."""
 
 import os
 import pathlib
@@ -19,60 +19,63 @@ from vixml_jax.parallel import distributed, sharding  # noqa: E402
 from vixml_jax.storage import digests  # noqa: E402
 from vixml_jax.training import preemption  # noqa: E402
 
-root, me = pathlib.Path(sys.argv[3]), jax.process_index()
+root, process = pathlib.Path(sys.argv[3]), jax.process_index()
+directory = root / workdir.CHECKPOINTS
 assert jax.process_count() == 2 and len(jax.devices()) == 4
 
-# The second process is signalled in its fourth step, and the first one runs ahead of it.
-with preemption.Stop().caught() as stop:
-    agree, done = preemption.Agreement(sharding.create_mesh()), []
+# The second process gets a signal in its fourth step; the first process runs ahead of it.
+with preemption.StopSignal().installed() as stop:
+    agree, actions = preemption.Agreement(sharding.create_mesh()), []
     for step in range(1, 20):
-        time.sleep(0.02 * me)
-        if me == 1 and step == 4:
+        time.sleep(0.02 * process)
+        if process == 1 and step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        wish = preemption.SAVE if me == 0 and step == 2 else preemption.GO_ON
-        done.append(agree(preemption.STOP if stop.asked else wish))
-        if done[-1] == preemption.STOP:
+        request = preemption.SAVE if process == 0 and step == 2 else preemption.GO_ON
+        actions.append(agree(preemption.STOP if stop.requested_by else request))
+        if actions[-1] == preemption.STOP:
             break
-    assert done == [0, 0, 0, preemption.SAVE, 0, preemption.STOP], done
+    assert actions == [0, 0, 0, preemption.SAVE, 0, preemption.STOP], actions
     try:
-        with stop.at_once():
-            raise AssertionError("went on")
-    except Preempted as told:
-        assert str(told).startswith("stopped by " + ("SIGTERM", "a signal to another")[1 - me])
+        with stop.interruptible():
+            raise AssertionError("not interrupted")
+    except Preempted as error:
+        signal_name = ("SIGTERM", "a signal to another")[1 - process]
+        assert str(error).startswith(f"stopped by {signal_name}")
 
 test_checkpoints.write(root, [2, 4, 6], num_devices=4)
 test_checkpoints.write(root, [8], num_devices=4)
-assert test_checkpoints.sealed.steps(str(root / workdir.CHECKPOINTS)) == [4, 6, 8]
-distributed.meet("written")
-if me == 0:
-    (root / workdir.CHECKPOINTS / "8" / "model" / "manifest.ocdbt").write_bytes(b"")
-distributed.meet("spoilt")
+assert digests.steps(str(directory)) == [4, 6, 8]
+distributed.barrier("written")
+if process == 0:
+    (directory / "8" / "model" / "manifest.ocdbt").write_bytes(b"")
+distributed.barrier("newest damaged")
 
-kept = test_checkpoints.open_checkpoints(root)
-assert kept.latest_step() == 6
+checkpoints = test_checkpoints.open_checkpoints(root)
+assert checkpoints.latest_step() == 6
 expected = test_checkpoints.make_state(4, 6, seed=6)
-found, clusters, there = kept.restore(
+state, clusters, position = checkpoints.restore(
     test_checkpoints.make_state(4), np.zeros(test_checkpoints.QUERIES, np.int32)
 )
-for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    for mine, wanted in zip(one.addressable_shards, other.addressable_shards, strict=True):
-        np.testing.assert_array_equal(mine.data, wanted.data)
-assert there == test_checkpoints.position(6) and clusters[0] == 6
-# The same step once more: it is replaced.
-kept.save(found, clusters + 1, there)
-kept.close()
-again = test_checkpoints.open_checkpoints(root)
-assert again.restore(found, clusters)[1][0] == 7
-again.close()
-distributed.meet("replaced")
+for leaf, expected_leaf in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+    shards = zip(leaf.addressable_shards, expected_leaf.addressable_shards, strict=True)
+    for shard, expected_shard in shards:
+        np.testing.assert_array_equal(shard.data, expected_shard.data)
+assert position == test_checkpoints.position(6) and clusters[0] == 6
+# Saving the same step again replaces the checkpoint.
+checkpoints.save(state, clusters + 1, position)
+checkpoints.close()
+reopened = test_checkpoints.open_checkpoints(root)
+assert reopened.restore(state, clusters)[1][0] == 7
+reopened.close()
+distributed.barrier("replaced")
 
-if me == 0:
-    for path in (root / workdir.CHECKPOINTS).iterdir():
+if process == 0:
+    for path in directory.iterdir():
         (path / digests.NAME).unlink()
-distributed.meet("all spoilt")
+distributed.barrier("all damaged")
 try:
     test_checkpoints.open_checkpoints(root)
     raise AssertionError("opened")
-except InputError as told:
-    assert "no checkpoint is whole" in str(told)
-print("fine")
+except InputError as error:
+    assert "all checkpoints are damaged" in str(error)
+print("passed")

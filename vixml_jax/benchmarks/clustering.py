@@ -1,11 +1,11 @@
-"""Seconds and quality of balanced clusters, beside the plain way of making them.
+"""Time and quality of balanced clustering, compared with a plain implementation.
 
     python -m vixml_jax.benchmarks.clustering [--n=100000 --width=384 --leaf=16,1024 --rounds=3]
 
 Ours and the plain reference take turns in one run on the same vectors: topics of all sizes within
-subjects under isotropic noise, or isotropic noise alone (--noise). The reference runs as BLAS
-would have it and once more with one thread, for on a busy machine the threads of BLAS wait for each
-other and flatter us.
+subjects under isotropic noise, or isotropic noise alone (--noise). The reference runs with the
+default number of BLAS threads and with one, because on a busy machine BLAS threads wait for each
+other, which would make the reference look slower than it is.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ import threadpoolctl
 from absl import flags
 from jaxtyping import Float, Int
 
-from vixml_jax import errors
-from vixml_jax.structs import Share
+from vixml_jax import command_line
+from vixml_jax.structs import Shard
 from vixml_jax.training.clustering.balanced import balanced_clusters
 
 
 def _ours(x: np.ndarray, num_clusters: int, *, seed: int) -> np.ndarray:
-    return balanced_clusters(Share(np.arange(len(x)), x), len(x), num_clusters, seed=seed)
+    return balanced_clusters(Shard(np.arange(len(x)), x), len(x), num_clusters, seed=seed)
 
 
 def synthetic_embeddings(n: int, width: int, *, seed: int) -> Float[np.ndarray, "n d"]:
-    """Unit vectors as a tower makes them: topics within subjects, and as much isotropic noise.
+    """Unit vectors like those of a tower: topics within subjects, and as much isotropic noise.
 
-    Topics differ in size as words do, all vectors share a direction, and a topic's vectors have a
-    mean similarity of about 0.5.
+    Sizes of topics follow Zipf's law, all vectors share a direction, and vectors of one topic have
+    a mean similarity of about 0.5.
     """
     rng = np.random.default_rng((seed, 0))
     num_topics = max(2, n // 20)
@@ -48,7 +48,7 @@ def synthetic_embeddings(n: int, width: int, *, seed: int) -> Float[np.ndarray, 
 
 
 def _directions(rng: np.random.Generator, n: int, width: int) -> Float[np.ndarray, "n d"]:
-    """Random vectors of a length near one."""
+    """Random vectors of length near one."""
     return rng.normal(size=(n, width)).astype(np.float32) / np.float32(np.sqrt(width))
 
 
@@ -57,8 +57,8 @@ def plain_clusters(
 ) -> Int[np.ndarray, " n"]:
     """Balanced spherical 2-means as published: one group after another, each to convergence.
 
-    Written from the paper (arXiv 2511.13189, section 3), which halves; here a group of k clusters
-    is cut at ceil(k/2) : floor(k/2), so that it makes as many clusters as ours.
+    Written from the paper (arXiv 2511.13189, section 3), which halves groups; here a group of k
+    clusters is split ceil(k/2) : floor(k/2), so that it makes as many clusters as ours.
     """
     rng = np.random.default_rng(seed)
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
@@ -77,10 +77,10 @@ def plain_clusters(
 
 
 def _plain_split(
-    rows: Float[np.ndarray, "m d"], share: float, rng: np.random.Generator
+    rows: Float[np.ndarray, "m d"], fraction: float, rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, " m"], int]:
-    """An order of the rows, and how many of them make the first part."""
-    cut = int(np.ceil(len(rows) * share))
+    """An order of the rows, and the number of rows of the first part."""
+    cut = int(np.ceil(len(rows) * fraction))
     centres = rows[rng.choice(len(rows), 2, replace=False)]
     before = -np.inf
     while True:
@@ -96,7 +96,7 @@ def _plain_split(
 
 
 def mean_similarity(x: Float[np.ndarray, "n d"], clusters: Int[np.ndarray, " n"]) -> float:
-    """The mean cosine of a row and the centre of its cluster."""
+    """Mean cosine of a row with the centre of its cluster."""
     order = np.argsort(clusters, kind="stable")
     starts = np.flatnonzero(np.diff(clusters[order], prepend=-1))
     rows = x[order] / np.maximum(np.linalg.norm(x[order], axis=1, keepdims=True), 1e-12)
@@ -105,7 +105,7 @@ def mean_similarity(x: Float[np.ndarray, "n d"], clusters: Int[np.ndarray, " n"]
 
 
 class Measurement(NamedTuple):
-    """What one program needed and reached, over the rounds."""
+    """Times of the rounds of one program, and its mean similarity."""
 
     seconds: list[float]
     processor_seconds: list[float]
@@ -115,7 +115,7 @@ class Measurement(NamedTuple):
 def measure(
     x: Float[np.ndarray, "n d"], num_clusters: int, *, rounds: int
 ) -> dict[str, Measurement]:
-    """Each program on the same vectors, in turns; similarities are means over the rounds."""
+    """Runs each program on the same vectors, in turns; similarities are means over the rounds."""
     programs: dict[str, tuple[Callable, contextlib.AbstractContextManager]] = {
         "ours": (_ours, contextlib.nullcontext),
         "plain": (plain_clusters, contextlib.nullcontext),
@@ -142,7 +142,7 @@ def _processor_seconds() -> float:
 
 
 def table(measured: dict[str, Measurement]) -> str:
-    """The programs, one a line: median and range of seconds, processor time, mean similarity."""
+    """One line per program: median and range of seconds, processor time, mean similarity."""
     lines = [f"  {'':18} {'seconds':>8} {'(range)':>15} {'user+sys':>9} {'similarity':>11} {'':>8}"]
     plain = measured["plain"].similarity
     for name, (seconds, processor, similarity) in measured.items():
@@ -155,7 +155,7 @@ def table(measured: dict[str, Measurement]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints one table for each size of leaf."""
+    """Prints one table for each cluster size."""
     del argv
     values = flags.FLAGS
     if values.noise:
@@ -171,13 +171,12 @@ def main(argv: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_integer("n", 100_000, "Vectors.", lower_bound=2)
-    flags.DEFINE_integer("width", 384, "Width of a vector.", lower_bound=1)
-    flags.DEFINE_list("leaf", ["16", "1024"], "Sizes of a cluster, separated by commas.")
-    flags.DEFINE_integer("rounds", 3, "Times that each program runs.", lower_bound=1)
-    flags.DEFINE_boolean("noise", False, "Isotropic vectors, without any clusters in them.")
+    flags.DEFINE_integer("n", 100_000, "Number of vectors.", lower_bound=2)
+    flags.DEFINE_integer("width", 384, "Width of the vectors.", lower_bound=1)
+    flags.DEFINE_list("leaf", ["16", "1024"], "Cluster sizes, separated by commas.")
+    flags.DEFINE_integer("rounds", 3, "Rounds of each program.", lower_bound=1)
+    flags.DEFINE_boolean("noise", False, "Use isotropic vectors without clusters.")
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.launch(main)
+    command_line.launch(main, define_flags)

@@ -1,13 +1,12 @@
-"""What devices send each other in a training step: counted in the compiled program, beside what
-the arithmetic on paper says, and how long it takes over the links of a slice that is not here.
+"""Communication volume of a training step: counted in the compiled program, and by formula.
 
     python -m vixml_jax.benchmarks.communication [--devices=v5e:2x4] [--mesh=fsdp:-1]
         [--tower=all-minilm-l6] [--batch=1024] [--labels=131073] [--queries=294805]
 
-Without --devices the program is compiled for the devices that JAX finds here; nothing is allocated
-or run. For a slice of TPUs it is their own compiler's program (needs libtpu), and the time that a
-step should take follows from its operations, at an assumed share of the published peak, and from
-the bytes that each device sends, over the published links.
+Without --devices the step is compiled for the devices that JAX finds; nothing is allocated or run.
+For a TPU slice it is compiled by libtpu, without the TPUs, and a step time is estimated from its
+operations, at an assumed fraction of the published peak, and from the bytes that each device sends
+over links of the published bandwidth.
 """
 
 import dataclasses
@@ -19,8 +18,8 @@ import jax
 import numpy as np
 from absl import flags
 
+from vixml_jax import command_line, workdir
 from vixml_jax import config as config_lib
-from vixml_jax import errors, train, workdir
 from vixml_jax.benchmarks import train_step
 from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LoraConfig, ModelConfig
@@ -28,23 +27,22 @@ from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.parallel import accelerators as device_kinds
 from vixml_jax.parallel import collectives
 from vixml_jax.runtime import tree_utils
-from vixml_jax.training import flops
+from vixml_jax.training import build, flops
 from vixml_jax.training import memory_planner as plan_lib
 
 
 class Setting(NamedTuple):
-    """One step.
+    """A training step to analyse.
 
     Attributes:
       parts: Model, abstract state and step.
-      size: Queries of a batch, and labels.
+      size: Queries per batch, and labels per batch.
       length: Positions of a query and its label together.
-      sparse: Whether free vectors are updated by rows.
-      batch: Abstract.
-      key: Abstract.
+      sparse: Whether only the free vectors of the batch are updated.
+      batch, key: Abstract arguments of the step.
     """
 
-    parts: train.Parts
+    parts: build.Parts
     size: int
     length: float
     sparse: bool
@@ -53,7 +51,7 @@ class Setting(NamedTuple):
 
 
 def setting(values: Any) -> Setting:
-    """The step that the flags describe, on the mesh that they name."""
+    """The step that the flags describe, on the mesh of `--mesh`."""
     tower = towers.config_of(values.tower)
     decoder = isinstance(tower, DecoderConfig)
     changes: dict[str, Any] = {"dtype": values.dtype, "scan": decoder, "remat": decoder}
@@ -66,39 +64,41 @@ def setting(values: Any) -> Setting:
         lora=LoraConfig(rank=values.rank if decoder else 0),
         labels=LabelsConfig(free_update=values.free_update),
         batch=BatchConfig(
-            size=values.batch, row_width=values.row_width, encode_chunk=values.encode_chunk
+            size=values.batch, row_width=values.row_width, microbatch_rows=values.microbatch_rows
         ),
     )
     slice_of = plan_lib.slice_of(values.devices) if values.devices else None
     mesh = workdir.make_mesh(config, slice_of)
     sizes = plan_lib.DataSizes(values.queries, values.labels)
-    parts = train.assemble(config, tower, train_step.layout_of(values.tower, 0), sizes, mesh)
+    parts = build.assemble(config, tower, train_step.layout_of(values.tower, 0), sizes, mesh)
     length = float(values.length)
     batch, key = plan_lib.abstract_batch(
-        parts.model, values.batch, length, pictures=(False, False), width=1
+        parts.model, values.batch, length, images=(False, False), width=1
     )
     return Setting(parts, values.batch, length, values.free_update == "sparse", batch, key)
 
 
 def on_paper(setting: Setting, *, tpu: bool) -> dict[str, float]:
-    """Bytes that each device sends in a step, by what they are of.
+    """Bytes that each device sends in a step, by kind, from a formula.
 
-    N devices share the rows of a batch, F of them (fsdp) the weights. A ring sends (N - 1) / N of
-    an array to gather or to scatter it, twice that to sum it for all (arXiv 1802.05799).
+    The rows of a batch are sharded over N devices, the weights over F of them (fsdp). A ring sends
+    (N - 1) / N of an array to gather or scatter it, and twice that for an all-reduce
+    (arXiv 1802.05799).
 
-    Weights are gathered for each pass over them: forward, backward, and once more where chunks are
-    read again; XLA for CPUs keeps them from the first pass where nothing is computed again. Their
-    gradients are summed and scattered. Words are looked up by all who share the table, each in its
-    part of the width, and dealt out; their gradients come back the same way. Vectors of queries,
-    labels and prototypes go to every device, their gradients come back as sums, and the queries go
-    into the bank. Of tables travels a row a candidate, summed over the devices (all but one of them
-    give zeros), and the gradient of the free vectors; with sparse updates also two moments. Left
-    out is what is small: ids, masks, norms, the change from rows to sides.
+    Weights are gathered for each pass over them: forward, backward, and once more where
+    microbatches are recomputed; XLA for CPUs keeps them from the first pass where nothing is
+    recomputed. Their gradients are reduce-scattered. Token embeddings are looked up by all devices
+    that hold a part of the table's width, and exchanged; their gradients return the same way.
+    Vectors of queries, labels and prototypes go to every device, their gradients are reduced, and
+    the queries go into the bank.
+    Of the label tables, one row per candidate is communicated, summed over the devices (all but one
+    contribute zeros), and the gradient of the free vectors; with sparse updates also two moments.
+    Small arrays (ids, masks, norms) are left out.
 
     Args:
-      setting: Of the step.
-      tpu: Whether the compiler is that of TPUs: products take bfloat16, and gradients are summed
-        where they are kept; else for all.
+      setting: The step.
+      tpu: Whether the program is compiled for TPUs, where products take bfloat16 and gradients are
+        reduce-scattered rather than all-reduced.
     """
     model, like = setting.parts.model, setting.parts.like
     tower, shape = model.tower.config, dict(model.mesh.shape)
@@ -109,14 +109,14 @@ def on_paper(setting: Setting, *, tpu: bool) -> dict[str, float]:
         return (devices - 1) / devices
 
     def size(tree: Any) -> float:
-        """Numbers of the dense weights of a tower, a tensor-parallel share of them."""
+        """Dense weights of a tower per tensor-parallel shard."""
         dense, _ = tree_utils.partition(tree, lambda path: path[-1] != "word_embeddings")
         return sum(math.prod(x.shape) for x in jax.tree.leaves(dense)) / shape["tensor"]
 
     base = size(like.frozen.get("tower", {}))
     trained = size(like.params["tower"])
     combiner = sum(math.prod(x.shape) for x in jax.tree.leaves(like.params["combiner"]))
-    passes = 3 if model.encode_chunk else 2 if tpu or tower.remat else 1
+    passes = 3 if model.microbatch_rows else 2 if tpu or tower.remat else 1
     width = 2 if tpu or tower.dtype == "bfloat16" else 4
     words = math.prod(setting.batch.items.tokens.shape) / rows * model.table.width
     looked_up = 2 if "word_embeddings" in like.params["tower"] else 1
@@ -124,9 +124,9 @@ def on_paper(setting: Setting, *, tpu: bool) -> dict[str, float]:
     replicas = 2 * 4 * trained / fsdp * ring(shape["replica"])
     return {
         "weights, gathered": passes * width * (base + trained) * ring(fsdp),
-        "gradients, summed": (1 if tpu else 2) * 4 * trained * ring(fsdp) + replicas,
-        "combiner's gradients": 2 * 4 * combiner * ring(rows),
-        "words, dealt out": looked_up
+        "gradients, reduced": (1 if tpu else 2) * 4 * trained * ring(fsdp) + replicas,
+        "gradients of the combiner": 2 * 4 * combiner * ring(rows),
+        "token embeddings, exchanged": looked_up
         * (2 if tower.dtype == "bfloat16" else 4)
         * words
         * ring(fsdp),
@@ -137,18 +137,20 @@ def on_paper(setting: Setting, *, tpu: bool) -> dict[str, float]:
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_string("devices", "", "TPUs to compile for, v5e:16x16 say; empty: those here.")
-    flags.DEFINE_string("mesh", config_lib.Config.mesh, "As train has it.")
-    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by (the start of) its name.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products.")
-    flags.DEFINE_integer("rank", 256, "Of a decoder's adapters.", lower_bound=1)
-    flags.DEFINE_integer("batch", 1024, "Queries of a batch, and labels.", lower_bound=8)
-    flags.DEFINE_integer("row_width", 64, "Positions of a row.", lower_bound=8)
+    flags.DEFINE_string(
+        "devices", "", "TPUs to compile for, such as v5e:16x16; empty: the devices of this machine."
+    )
+    flags.DEFINE_string("mesh", config_lib.Config.mesh, "As in train.")
+    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by the start of its name.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of matrix products.")
+    flags.DEFINE_integer("rank", 256, "Rank of a decoder's adapters.", lower_bound=1)
+    flags.DEFINE_integer("batch", 1024, "Queries per batch, and labels per batch.", lower_bound=8)
+    flags.DEFINE_integer("row_width", 64, "Positions of a packed row.", lower_bound=8)
     flags.DEFINE_float("length", 30.0, "Positions of a query and a label together.")
-    flags.DEFINE_integer("encode_chunk", 0, "As train has it.", lower_bound=0)
+    flags.DEFINE_integer("microbatch_rows", 0, "As in train.", lower_bound=0)
     flags.DEFINE_integer("queries", 294805, "Training queries.", lower_bound=8)
     flags.DEFINE_integer("labels", 131073, "Labels.", lower_bound=2)
-    flags.DEFINE_enum("free_update", "dense", ["dense", "sparse"], "As train has it.")
+    flags.DEFINE_enum("free_update", "dense", ["dense", "sparse"], "As in train.")
     flags.DEFINE_float("efficiency", 0.4, "Share of the published peak that products reach.")
     flags.DEFINE_boolean("list", False, "Print each collective.")
 
@@ -163,7 +165,7 @@ def main(argv: Sequence[str]) -> None:
     if values.list:
         for one in sorted(found, key=lambda one: -one.sent):
             print(f"{one.sent / 1e6:10.3f} MB  {one.kind:18} {one.devices:4} x{one.times:<4} "
-                  f"{sorted(set(one.shapes))} {one.of[-60:]}")  # fmt: skip
+                  f"{sorted(set(one.shapes))} {one.op_name[-60:]}")  # fmt: skip
     counted = sum(one.sent for one in found)
     paper = on_paper(made, tpu=bool(values.devices))
     memory = plan_lib.plan_memory(made.parts.like, lambda: program)
@@ -175,17 +177,18 @@ def main(argv: Sequence[str]) -> None:
         f"{mesh.size} x {device.device_kind}, {along}; {values.tower}, {values.dtype}, a batch of "
         f"{values.batch} in {num_rows} rows; {memory}"
     )
-    print("MB that each device sends in a step")
-    for name, size in {**paper, "all, on paper": sum(paper.values())}.items():
+    print("MB sent by each device in a step")
+    for name, size in {**paper, "total, by formula": sum(paper.values())}.items():
         print(f"  {name:24} {size / 1e6:12.2f}")
     print(
-        f"  {'all, in the program':24} {counted / 1e6:12.2f}   {counted / sum(paper.values()):.3f}"
+        f"  {'total, in the program':24} {counted / 1e6:12.2f}   "
+        f"{counted / sum(paper.values()):.3f}"
     )
     for kind in collectives.KINDS:
         size = sum(one.sent for one in found if one.kind == kind)
         if size:
             print(f"    {kind:22} {size / 1e6:12.2f}")
-    chip = device_kinds.about(device.device_kind)
+    chip = device_kinds.find(device.device_kind)
     if chip:
         work = operations(made) / mesh.size
         compute = work / (chip.peak_flops * values.efficiency)
@@ -195,13 +198,13 @@ def main(argv: Sequence[str]) -> None:
             f"{100 * values.efficiency:.0f} % of {chip.peak_flops / 1e12:.0f} TFLOP/s; "
             f"{links * 1e3:.0f} ms over {chip.links} links of "
             f"{chip.link_bandwidth / 1e9:.0f} GB/s: "
-            f"from {max(compute, links) * 1e3:.0f} ms, side by side, to "
-            f"{(compute + links) * 1e3:.0f} ms, one after the other"
+            f"{max(compute, links) * 1e3:.0f} ms if they overlap, "
+            f"{(compute + links) * 1e3:.0f} ms if not"
         )
 
 
 def operations(setting: Setting) -> float:
-    """Of a step of all devices: items of equal length."""
+    """FLOPs of a step over all devices, for items of equal length."""
     model, size = setting.parts.model, setting.size
     tower = model.tower.config
     lengths = np.full(2 * size, setting.length / 2)
@@ -212,5 +215,4 @@ def operations(setting: Setting) -> float:
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.launch(main)
+    command_line.launch(main, define_flags)

@@ -1,10 +1,10 @@
-"""Texts a second of inference, beside the same tower in PyTorch.
+"""Inference speed in texts per second, compared with the same tower in PyTorch.
 
-    python -m vixml_jax.benchmarks.encode --peer=torch [--data=DIR] [--threads=1]
+    python -m vixml_jax.benchmarks.encode --baseline=torch [--data=DIR] [--threads=1]
 
-MiniLM-L6 sizes, random weights, float32, real texts in the order of the data; programs take turns
-in one run, each alone on the same processors: ours packed; torch padded to 32 as the paper's
-program does; torch in batches of texts sorted by length, padded to the longest.
+MiniLM-L6 sizes, random weights, float32, texts in the order of the data. Programs take turns in one
+run on the same cores: ours packed; torch padded to 32 as the paper's program does; torch in batches
+of texts sorted by length, padded to the longest.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.benchmarks import train_step
 from vixml_jax.benchmarks.support import towers, workers
 from vixml_jax.data.packing import Layout
@@ -26,7 +26,7 @@ PROGRAMS = ("ours", "torch, padded to 32", "torch, sorted by length")
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
-    """Builds programs and encodes once with each, so that nothing is compiled in a timed round."""
+    """Builds the programs and runs each once, so that nothing is compiled in a timed round."""
     items = _first(train_step.data_of(settings, full=False).train, settings["texts"])
     prepared: dict[str, workers.Prepared] = {}
     for program in programs:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     settings = {name: values[name].value for name in ("data", "batch", "texts", "threads")}
     settings["images"] = 0
-    names = PROGRAMS if values.peer == "torch" else PROGRAMS[:1]
+    names = PROGRAMS if values.baseline == "torch" else PROGRAMS[:1]
     workers.compare(
         "vixml_jax.benchmarks.encode",
         names,
@@ -112,15 +112,14 @@ def main(argv: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_enum("peer", "torch", ["torch", "none"], "What to run beside ours.")
-    flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are read, or 'glyphs'.")
+    flags.DEFINE_enum("baseline", "torch", ["torch", "none"], "Baseline to compare with.")
+    flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are encoded, or 'glyphs'.")
     flags.DEFINE_integer("batch", 512, "Texts encoded at a time.")
-    flags.DEFINE_integer("texts", 4096, "Texts of a round.")
+    flags.DEFINE_integer("texts", 4096, "Texts per round.")
     flags.DEFINE_integer("rounds", 5, "Rounds of each program.")
-    flags.DEFINE_integer("threads", 1, "Processors that each program has.")
+    flags.DEFINE_integer("threads", 1, "Cores of each program.")
 
 
 if __name__ == "__main__":
     if not workers.serve(prepare):
-        define_flags()
-        errors.launch(main)
+        command_line.launch(main, define_flags)

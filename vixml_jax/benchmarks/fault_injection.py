@@ -1,12 +1,12 @@
-"""What it takes to lose a run: kills, signals, a full disk, damage and a loss that is no number.
+"""Fault injection: kills, signals, a damaged checkpoint, a full disk, a loss that is not finite.
 
     python -m vixml_jax.benchmarks.fault_injection [--kills=25 --stops=10 --seed=0]
 
-Trains a tiny run in processes of their own, does something bad to them, starts the same command
-again until it is done, and holds the last checkpoint bit for bit against that of a run that
-nothing happened to. Half of the kills, and of the signals, come at moments drawn uniformly over
-the time of a run from the start of its process, half while a checkpoint is being written. The disk
-that fills is a small tmpfs, which root alone may mount; without, that row says so.
+Trains a tiny run in a process of its own, injects a fault, starts the same command again until
+training is complete, and compares the last checkpoint bit for bit with that of an undisturbed run.
+Half of the kills and of the signals come at times drawn uniformly over the duration of a run, the
+other half while a checkpoint is being written. The disk that fills is a small tmpfs, which only
+root can mount; otherwise that row is skipped and says so.
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import command_line, errors
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.data import preprocessing
 from vixml_jax.storage import digests
@@ -35,16 +35,16 @@ class Row(NamedTuple):
     """One line of the table.
 
     Attributes:
-      fault: What was done,
-      count: how often,
-      lived: and how often it ended as it should.
-      told: What there is to say of it.
+      fault: The injected fault.
+      count: How often it was injected.
+      recovered: How often the run ended as it should.
+      note: Details.
     """
 
     fault: str
     count: int
-    lived: int
-    told: str
+    recovered: int
+    note: str
 
 
 def make_data(directory: str) -> str:
@@ -88,16 +88,16 @@ class Run:
         self._command += [f"--{name}={value}" for name, value in flagged.items()]
 
     def start(self) -> subprocess.Popen:
-        """The process that trains."""
+        """Starts training and returns the process."""
         return subprocess.Popen(
             self._command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
     def finish(self) -> tuple[int, str]:
-        """Trains until the process ends; its status, and what it said."""
+        """Trains until the process ends; returns its status and output."""
         process = self.start()
-        said, _ = process.communicate()
-        return process.returncode, said
+        output, _ = process.communicate()
+        return process.returncode, output
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written."""
@@ -111,7 +111,7 @@ class Run:
         return digests.steps(self.checkpoints)
 
     def state(self) -> dict[str, np.ndarray]:
-        """All of the newest checkpoint."""
+        """All arrays of the newest checkpoint, by path."""
         import jax
         import orbax.checkpoint as ocp
 
@@ -132,37 +132,38 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 
 
 def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> bool:
-    """Waits until something happened, or the process ended; whether it still runs."""
+    """Waits for a condition or the end of the process; returns whether the process still runs."""
     while process.poll() is None and not happened():
         time.sleep(0.001)
     return process.poll() is None
 
 
 def moment(rng: np.random.Generator, seconds: float) -> Callable[[], bool]:
-    """True from a time on that is drawn uniformly over so many seconds from now."""
+    """A condition that becomes true at a time drawn uniformly over the next `seconds`."""
     end = time.monotonic() + rng.uniform(0, seconds)
     return lambda: time.monotonic() >= end
 
 
 def kills(
-    make: Callable[[], Run], whole: dict[str, np.ndarray], seconds: float, count: int, seed: int
+    make: Callable[[], Run], expected: dict[str, np.ndarray], seconds: float, count: int, seed: int
 ) -> list[Row]:
-    """Kills runs so many times, half of them while they save, and finishes what it killed.
+    """Kills runs `count` times, half of them while they save, and resumes each to its end.
 
-    A run that ended before its moment came does not count; the next kill is of a new one.
+    A run that ends before it is killed does not count; another run is killed in its place.
     """
     rng = np.random.default_rng((seed, 0))
     killed = {"kill -9 at a random moment": 0, "kill -9 while it saves": 0}
-    lived = dict.fromkeys(killed, 0)
+    recovered = dict.fromkeys(killed, 0)
     lost, run, hits = [], make(), []
 
     def conclude() -> None:
-        status, said = run.finish()
-        if status or not same(run.state(), whole) or os.path.exists(run.checkpoints + ".damaged"):
-            lost.append(said.strip().split("\n")[-1])
+        status, output = run.finish()
+        damaged = os.path.exists(run.checkpoints + ".damaged")
+        if status or damaged or not same(run.state(), expected):
+            lost.append(output.strip().split("\n")[-1])
         else:
             for name in hits:
-                lived[name] += 1
+                recovered[name] += 1
         hits.clear()
 
     while sum(killed.values()) < count:
@@ -172,10 +173,10 @@ def kills(
         alive = wait_for(process, over)
         if alive and saving:
             alive = wait_for(process, run.is_saving)
-            time.sleep(rng.uniform(0, 0.05))  # Somewhere in the writing.
+            time.sleep(rng.uniform(0, 0.05))  # Anywhere within the write.
         process.kill()
         process.communicate()
-        if not alive:  # It was done.
+        if not alive:  # Training was complete.
             conclude()
             run = make()
             continue
@@ -183,17 +184,17 @@ def kills(
         killed[name] += 1
         hits.append(name)
     conclude()
-    told = "; ".join(lost) or "resumed to the same bits"
-    return [Row(name, killed[name], lived[name], told) for name in killed]
+    note = "; ".join(lost) or "resumed to the same bits"
+    return [Row(name, killed[name], recovered[name], note) for name in killed]
 
 
 def stops(
-    make: Callable[[], Run], whole: dict[str, np.ndarray], seconds: float, count: int, seed: int
+    make: Callable[[], Run], expected: dict[str, np.ndarray], seconds: float, count: int, seed: int
 ) -> Row:
-    """Sends SIGTERM to so many runs, half of them while they save, and starts them again."""
+    """Sends SIGTERM to `count` runs, half of them while they save, and resumes them."""
     rng = np.random.default_rng((seed, 1))
-    lived, took = 0, []
-    ends = {"saved": 0, "nothing to save": 0, "not yet there": 0, "over": 0, "lost": 0}
+    recovered, exit_s = 0, []
+    ends = {"saved": 0, "nothing to save": 0, "not started": 0, "complete": 0, "lost": 0}
     for number in range(count):
         run = make()
         process = run.start()
@@ -202,26 +203,28 @@ def stops(
             wait_for(process, run.is_saving)
         then = time.monotonic()
         process.terminate()
-        said, _ = process.communicate()
-        status, line = process.returncode, said.strip().split("\n")[-1]
+        output, _ = process.communicate()
+        status, line = process.returncode, output.strip().split("\n")[-1]
         saved = run.saved()
         how = "lost"
         if status == errors.PREEMPTED and "; to resume: " in line:
-            took.append(time.monotonic() - then)
-            stands = bool(saved) and f"saved at step {saved[-1]};" in line
-            how = "saved" if stands else "lost" if "saved at" in line else "nothing to save"
+            exit_s.append(time.monotonic() - then)
+            written = bool(saved) and f"saved at step {saved[-1]};" in line
+            how = "saved" if written else "lost" if "saved at" in line else "nothing to save"
         elif status == -signal.SIGTERM and not saved:
-            how = "not yet there"  # While Python imports, a signal does what it does to any.
+            how = "not started"  # While Python imports, a signal ends the process.
         elif status == 0:
-            how = "over"
+            how = "complete"
         ends[how] += 1
-        lived += how != "lost" and run.finish()[0] == 0 and same(run.state(), whole)
-    told = ", ".join(f"{name}: {times}" for name, times in ends.items() if times)
-    return Row("SIGTERM", count, lived, f"{told}; {max(took, default=0):.1f} s at most to leave")
+        recovered += how != "lost" and run.finish()[0] == 0 and same(run.state(), expected)
+    note = ", ".join(f"{name}: {times}" for name, times in ends.items() if times)
+    return Row(
+        "SIGTERM", count, recovered, f"{note}; {max(exit_s, default=0):.1f} s at most to exit"
+    )
 
 
-def damage(run: Run, whole: dict[str, np.ndarray]) -> Row:
-    """Cuts the largest file of the newest checkpoint of a run that was killed."""
+def damage(run: Run, expected: dict[str, np.ndarray]) -> Row:
+    """Truncates the largest file of the newest checkpoint of a killed run, and resumes it."""
     process = run.start()
     wait_for(process, lambda: len(run.saved()) > 1 and run.saved()[-1] > 10)
     process.kill()
@@ -231,29 +234,29 @@ def damage(run: Run, whole: dict[str, np.ndarray]) -> Row:
     files = [os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names]
     largest = max(files, key=os.path.getsize)
     os.truncate(largest, os.path.getsize(largest) // 2)
-    status, said = run.finish()
-    lines = [line for line in said.split("\n") if f"step {newest} is damaged" in line]
+    status, output = run.finish()
+    lines = [line for line in output.split("\n") if f"step {newest} is damaged" in line]
     aside = os.path.isdir(os.path.join(run.checkpoints + ".damaged", str(newest)))
-    fine = status == 0 and len(lines) == 1 and aside and same(run.state(), whole)
-    return Row("the newest checkpoint cut", 1, int(fine), lines[0] if lines else said[-200:])
+    fine = status == 0 and len(lines) == 1 and aside and same(run.state(), expected)
+    return Row("newest checkpoint truncated", 1, int(fine), lines[0] if lines else output[-200:])
 
 
 def not_finite(run: Run) -> Row:
-    """A learning rate at which nothing stays finite."""
-    status, said = run.finish()
-    line = said.strip().split("\n")[-1]
+    """Trains at a learning rate at which nothing stays finite."""
+    status, output = run.finish()
+    line = output.strip().split("\n")[-1]
     finite = all(np.isfinite(x).all() for x in (run.state() if run.saved() else {}).values())
-    fine = status == 1 and finite and "Traceback" not in said and "not finite" in line
-    return Row("a loss that is not finite", 1, int(fine), f"{status}: {line}")
+    fine = status == 1 and finite and "Traceback" not in output and "not finite" in line
+    return Row("loss not finite", 1, int(fine), f"{status}: {line}")
 
 
-def full_disk(make: Callable[[str], Run], whole: dict[str, np.ndarray], directory: str) -> Row:
-    """Fills the disk of a run while it trains, makes room, and starts it again."""
-    name = "the disk full"
+def full_disk(make: Callable[[str], Run], expected: dict[str, np.ndarray], directory: str) -> Row:
+    """Fills the disk of a run while it trains, frees it, and resumes the run."""
+    name = "disk full"
     os.makedirs(directory)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", directory]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        return Row(name, 0, 0, "not done: only root may mount a tmpfs")
+        return Row(name, 0, 0, "skipped: only root can mount a tmpfs")
     try:
         run = make(os.path.join(directory, "run"))
         process = run.start()
@@ -265,42 +268,42 @@ def full_disk(make: Callable[[str], Run], whole: dict[str, np.ndarray], director
                     pass
             except OSError:
                 pass
-        said, _ = process.communicate()
-        line = said.strip().split("\n")[-1]
+        output, _ = process.communicate()
+        line = output.strip().split("\n")[-1]
         left = run.saved()
-        whole_one, damaged = digests.newest_whole(run.checkpoints)
+        newest, damaged = digests.newest_intact(run.checkpoints)
         os.remove(filler)
-        fine = process.returncode == 2 and "Traceback" not in said and "No space left" in line
-        fine = fine and bool(left) and whole_one == left[-1] and not damaged
-        fine = fine and run.finish()[0] == 0 and same(run.state(), whole)
+        fine = process.returncode == 2 and "Traceback" not in output and "No space left" in line
+        fine = fine and bool(left) and newest == left[-1] and not damaged
+        fine = fine and run.finish()[0] == 0 and same(run.state(), expected)
         return Row(name, 1, int(fine), f"{process.returncode}: {line}")
     finally:
         subprocess.run(["umount", directory], check=True, capture_output=True)
 
 
-def survive(directory: str, *, num_kills: int, num_stops: int, seed: int) -> list[Row]:
-    """All faults, each on runs of its own below a directory."""
+def inject_all(directory: str, *, num_kills: int, num_stops: int, seed: int) -> list[Row]:
+    """Injects every fault, each into runs of its own below `directory`."""
     data = make_data(directory)
     count = iter(range(10**6))
 
     def make(**changes: Any) -> Run:
         return Run(data, os.path.join(directory, f"run{next(count)}"), **changes)
 
-    # The first run fills the cache of compiled programs; the second one takes as long as others.
+    # The first run fills the compilation cache; the second takes as long as later ones.
     for _ in range(2):
         run, then = make(), time.monotonic()
-        status, said = run.finish()
+        status, output = run.finish()
         seconds = time.monotonic() - then
         if status:
-            raise RuntimeError(f"the run that nothing happens to ended with {status}: {said}")
-    whole = run.state()
-    print(f"a run takes {seconds:.1f} s, {run.saved()[-1]} steps of it", flush=True)
-    rows = kills(make, whole, seconds, num_kills, seed)
-    rows.append(stops(make, whole, seconds, num_stops, seed))
-    rows.append(damage(make(), whole))
+            raise RuntimeError(f"the undisturbed run ended with status {status}: {output}")
+    expected = run.state()
+    print(f"an undisturbed run: {seconds:.1f} s, {run.saved()[-1]} steps", flush=True)
+    rows = kills(make, expected, seconds, num_kills, seed)
+    rows.append(stops(make, expected, seconds, num_stops, seed))
+    rows.append(damage(make(), expected))
     rows.append(not_finite(make(**{"optimizer.learning_rate": 1e30})))
     rows.append(
-        full_disk(lambda workdir: Run(data, workdir), whole, os.path.join(directory, "disk"))
+        full_disk(lambda workdir: Run(data, workdir), expected, os.path.join(directory, "disk"))
     )
     return rows
 
@@ -309,22 +312,23 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     with tempfile.TemporaryDirectory() as directory:
-        rows = survive(directory, num_kills=values.kills, num_stops=values.stops, seed=values.seed)
-    print(f"{'fault':28s} {'times':>5s} {'lived':>5s}")
+        rows = inject_all(
+            directory, num_kills=values.kills, num_stops=values.stops, seed=values.seed
+        )
+    print(f"{'fault':28s} {'times':>5s} {'recovered':>9s}")
     for row in rows:
-        print(f"{row.fault:28s} {row.count:5d} {row.lived:5d}  {row.told}")
+        print(f"{row.fault:28s} {row.count:5d} {row.recovered:9d}  {row.note}")
     print(json.dumps([row._asdict() for row in rows]))
-    if any(row.lived < row.count for row in rows):
+    if any(row.recovered < row.count for row in rows):
         sys.exit(1)
 
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_integer("kills", 25, "How often runs are killed.", lower_bound=0)
-    flags.DEFINE_integer("stops", 10, "How many runs get SIGTERM.", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "Of the moments.", lower_bound=0)
+    flags.DEFINE_integer("kills", 25, "Number of kills.", lower_bound=0)
+    flags.DEFINE_integer("stops", 10, "Number of runs that get SIGTERM.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed of the times of the faults.", lower_bound=0)
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.launch(main)
+    command_line.launch(main, define_flags)

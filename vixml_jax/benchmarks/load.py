@@ -1,13 +1,12 @@
-"""Seconds and peak memory of loading a checkpoint, beside `transformers`.
+"""Time and peak memory of loading a checkpoint, compared with `transformers`.
 
     python -m vixml_jax.benchmarks.load [--gigabytes=2] [--dtype=bfloat16] [--devices=1,8]
 
-A checkpoint of random bfloat16 weights with the sizes of Qwen2.5-1.5B, as many layers as fill the
-gigabytes, is written in parts of half a gigabyte and loaded in each round by each program in a new
-process, on the same processors; the files are in the system's cache. Memory is what the process
-holds itself (RssAnon, read every 2 ms), weights included, over what it held before loading; mapped
-pages of the files, which the system takes back when it needs them, are counted apart (RssFile). In
-bfloat16 `transformers` reads nothing yet: its weights are the mapped pages.
+A checkpoint of random bfloat16 weights with the sizes of Qwen2.5-1.5B, with as many layers as fill
+the given size, is written in files of half a gigabyte. In each round each program loads it in a new
+process on the same cores, with the files in the page cache. Memory is the growth of RssAnon (read
+every 2 ms) during loading, weights included; mapped pages of the files, which the system can drop,
+are counted separately (RssFile). In bfloat16 `transformers` only maps the files.
 """
 
 import json
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.benchmarks.support import workers
 
 QWEN = {
@@ -36,19 +35,19 @@ QWEN = {
     "hidden_act": "silu",
 }
 PART = 5 * 10**8  # Bytes.
-PEER = "transformers"
+BASELINE = "transformers"
 
 
 def write_checkpoint(directory: str, gigabytes: float) -> list[int]:
-    """Writes config.json, parts and their index, of at least one layer; the size of each tensor."""
+    """Writes config.json, weight files and their index; returns the size of each tensor."""
     import ml_dtypes
     import safetensors.numpy
 
-    from vixml_jax.models import hf_checkpoints, hf_names
+    from vixml_jax.models import hf_checkpoints, hf_configs, hf_names
 
     def shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
         about = {**QWEN, "num_hidden_layers": num_layers}
-        _, config = hf_names.read_config(hf_checkpoints.CONFIG, about, hf_names.TOWERS)
+        _, config = hf_configs.read_config(hf_checkpoints.CONFIG, about, hf_names.TOWERS)
         sizes, expected = (
             hf_checkpoints.sizes_of(config),
             hf_names.TENSORS["qwen2"].expected(config),
@@ -79,8 +78,10 @@ def write_checkpoint(directory: str, gigabytes: float) -> list[int]:
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
-    """Imports what a program needs; a round loads the checkpoint and keeps it."""
-    return {name: ({}, (_torch if name == PEER else _ours)(name, settings)) for name in programs}
+    """Imports what each program needs; a round loads the checkpoint and keeps it."""
+    return {
+        name: ({}, (_torch if name == BASELINE else _ours)(name, settings)) for name in programs
+    }
 
 
 def _ours(program: str, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
@@ -119,11 +120,11 @@ def _torch(program: str, settings: dict[str, Any]) -> Callable[[], dict[str, Any
 
 
 class PeakMemory:
-    """The most that another process holds while the context is open, in bytes.
+    """Peak memory of another process while the context is open, in bytes.
 
     Attributes:
-      own: Its own memory, over what it was at first.
-      files: Mapped pages of files, over what they were at first.
+      own: Growth of its anonymous memory.
+      files: Growth of its mapped file pages.
     """
 
     def __init__(self, process: int, every: float = 0.002):
@@ -131,7 +132,7 @@ class PeakMemory:
         self._path, self._every = f"/proc/{process}/status", every
         self._first = self._read()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = threading.Thread(target=self._sample)
 
     def __enter__(self) -> "PeakMemory":
         self._thread.start()
@@ -141,7 +142,7 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while not self._done.wait(self._every):
             own, files = (x - y for x, y in zip(self._read(), self._first, strict=True))
             self.own, self.files = max(self.own, own), max(self.files, files)
@@ -156,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     programs = [f"ours, {count} device{'s' * (count != '1')}" for count in values.devices]
-    programs += [PEER] if values.peer == PEER else []
+    programs += [BASELINE] if values.baseline == BASELINE else []
     with tempfile.TemporaryDirectory(prefix="vixml-") as path:
         sizes = write_checkpoint(path, values.gigabytes)
         settings = {"path": path, "dtype": values.dtype, "threads": values.threads}
@@ -192,15 +193,16 @@ def main(argv: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_float("gigabytes", 2.0, "Size of the checkpoint's files, about.")
-    flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the weights in memory.")
-    flags.DEFINE_list("devices", ["1", "8"], "Host devices that the weights are laid out over.")
-    flags.DEFINE_enum("peer", PEER, [PEER, "none"], "What to run beside ours.")
-    flags.DEFINE_integer("rounds", 3, "Loads of each program.", lower_bound=1)
-    flags.DEFINE_integer("threads", 2, "Processors that each program has.")
+    flags.DEFINE_float("gigabytes", 2.0, "Approximate size of the checkpoint.")
+    flags.DEFINE_enum(
+        "dtype", "bfloat16", ["float32", "bfloat16"], "Dtype of the weights in memory."
+    )
+    flags.DEFINE_list("devices", ["1", "8"], "Numbers of host devices to shard the weights over.")
+    flags.DEFINE_enum("baseline", BASELINE, [BASELINE, "none"], "Baseline to compare with.")
+    flags.DEFINE_integer("rounds", 3, "Rounds of each program.", lower_bound=1)
+    flags.DEFINE_integer("threads", 2, "Cores of each program.")
 
 
 if __name__ == "__main__":
     if not workers.serve(prepare):
-        define_flags()
-        errors.launch(main)
+        command_line.launch(main, define_flags)

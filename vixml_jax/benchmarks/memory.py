@@ -1,10 +1,10 @@
-"""Memory of a training step by batch and chunk, adapters beside a frozen base or all of it trained.
+"""Memory of a training step by batch size and microbatch, with adapters or full training.
 
     python -m vixml_jax.benchmarks.memory [--tower=qwen2.5-0.5b] [--batches=512,2048] [--measure]
 
-What is held and what a step takes are those of the compiled program, as `train` says them before
-it starts: nothing is allocated. With --measure each step is also run, on random tokens in a process
-of its own, and the rise of the process's peak resident memory stands beside the plan.
+Memory is that of the compiled program, as `train` prints it before it starts; nothing is allocated.
+With --measure each step is also run, on random tokens in a process of its own, and the growth of
+the process's peak resident memory is printed beside the plan.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from flax import linen as nn
 
-from vixml_jax import errors, workdir
+from vixml_jax import command_line, workdir
 from vixml_jax.benchmarks import train_step
 from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
@@ -43,7 +43,7 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, train_step_lib.Train
     """Model, optimizer, abstract state and step for one line of the table."""
     config = Config(
         labels=LabelsConfig(num_free=NUM_LABELS),
-        batch=BatchConfig(encode_chunk=settings["chunk"], row_width=WIDTH),
+        batch=BatchConfig(microbatch_rows=settings["chunk"], row_width=WIDTH),
     )
     tower = towers.config_of(settings["tower"])
     changes: dict[str, Any] = {"dtype": settings["dtype"], "scan": True, "remat": True}
@@ -61,11 +61,11 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, train_step_lib.Train
 
 
 def random_batch(settings: dict[str, Any], shards: int) -> Batch:
-    """Items of equal length, `WIDTH // length` to a row, in a whole number of chunks a device."""
+    """Items of equal length, `WIDTH // length` per row, in full microbatches on each device."""
     rng = np.random.default_rng(0)
     size, length = settings["batch"], settings["length"]
     a_row = WIDTH // length
-    own = size // shards  # Of a device, queries and labels each.
+    own = size // shards  # Queries of a device, and labels of a device.
     rows = math.ceil(2 * own / a_row)
     rows = math.ceil(rows / max(1, settings["chunk"])) * max(1, settings["chunk"])
     items = np.full((shards, rows * a_row), -1, np.int32)
@@ -86,7 +86,7 @@ def random_batch(settings: dict[str, Any], shards: int) -> Batch:
 
 
 def plan(settings: dict[str, Any]) -> MemoryPlan:
-    """What the compiled program takes."""
+    """The memory plan of the compiled step."""
     model, _, like, train = build(settings)
     shards = sharding.num_row_shards(model.mesh)
     batch = sharding.to_devices(random_batch(settings, shards), model.mesh)
@@ -94,7 +94,7 @@ def plan(settings: dict[str, Any]) -> MemoryPlan:
 
 
 def measure(settings: dict[str, Any]) -> int:
-    """Bytes by which a step that is run raises this process's peak resident memory."""
+    """Growth of this process's peak resident memory when a step runs, in bytes."""
     model, tx, like, train = build(settings)
 
     def fresh(key: jax.Array) -> Any:
@@ -117,12 +117,12 @@ def measure(settings: dict[str, Any]) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints one line a batch, a chunk and a rank."""
+    """Prints one line for each batch size, microbatch and rank."""
     del argv
     values = flags.FLAGS
     decoder = isinstance(towers.config_of(values.tower), DecoderConfig)
-    print(f"{values.tower}, {values.dtype}, items of {values.length} positions; GiB a device")
-    names = ("batch", "chunk", "rank", "trained", "frozen", "optimizer", "a step", "total")
+    print(f"{values.tower}, {values.dtype}, items of {values.length} positions; GiB per device")
+    names = ("batch", "chunk", "rank", "trained", "frozen", "optimizer", "step", "total")
     print("".join(f"{name:>10}" for name in names) + ("  measured" if values.measure else ""))
     for rank in map(int, values.ranks if decoder else ["0"]):
         for chunk in map(int, values.chunks):
@@ -138,27 +138,33 @@ def main(argv: Sequence[str]) -> None:
                 line += "".join(f"{size / GIB:10.2f}" for size in sizes)
                 if values.measure:
                     command = [sys.executable, "-m", "vixml_jax.benchmarks.memory", "--child"]
-                    said = subprocess.run(
+                    done = subprocess.run(
                         [*command, json.dumps(settings)], check=True, capture_output=True, text=True
                     )
-                    line += f"{int(said.stdout) / GIB:10.2f}"
+                    line += f"{int(done.stdout) / GIB:10.2f}"
                 print(line, flush=True)
 
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by (the start of) its name.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products, and the base.")
-    flags.DEFINE_list("batches", ["512", "1024", "2048"], "Queries of a batch, and labels.")
-    flags.DEFINE_list("chunks", ["0", "32", "128"], "Rows read at a time; 0: all.")
-    flags.DEFINE_list("ranks", ["64"], "Ranks of a decoder's adapters; 0: all of it is trained.")
-    flags.DEFINE_integer("length", 32, "Positions of an item.", lower_bound=1, upper_bound=WIDTH)
-    flags.DEFINE_boolean("measure", False, "Run each step, too, and measure.")
+    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by the start of its name.")
+    flags.DEFINE_enum(
+        "dtype",
+        "float32",
+        ["float32", "bfloat16"],
+        "Dtype of matrix products and of the frozen base.",
+    )
+    flags.DEFINE_list(
+        "batches", ["512", "1024", "2048"], "Queries per batch, and labels per batch."
+    )
+    flags.DEFINE_list("chunks", ["0", "32", "128"], "Rows of a microbatch; 0: the whole batch.")
+    flags.DEFINE_list("ranks", ["64"], "Ranks of a decoder's adapters; 0: train all weights.")
+    flags.DEFINE_integer("length", 32, "Positions per item.", lower_bound=1, upper_bound=WIDTH)
+    flags.DEFINE_boolean("measure", False, "Also run each step and measure its memory.")
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "--child":
         print(measure(json.loads(sys.argv[2])))
     else:
-        define_flags()
-        errors.launch(main)
+        command_line.launch(main, define_flags)

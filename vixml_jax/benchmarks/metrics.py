@@ -1,18 +1,18 @@
-"""Seconds and memory of the ranking metrics, beside two plain ways of computing them.
+"""Time and memory of the ranking metrics, compared with two plain implementations.
 
     python -m vixml_jax.benchmarks.metrics [--queries=300000 --k=100 --labels=131073 --rounds=3]
 
-All judge the same random results, each in a process of its own on one processor, taking turns:
-ours; sparse indexing of the whole relevance at once, as pyxclib does
-(https://github.com/kunaldahiya/pyxclib); and loops over queries in Python, whose seconds are scaled
-up from a part of the queries. Memory is what a computation allocates beside what is judged, at its
-peak. That all say the same is checked.
+All evaluate the same random results in turns, each in a process of its own on one core: ours;
+sparse indexing of the whole relevance at once, as pyxclib does
+(https://github.com/kunaldahiya/pyxclib); and loops over queries in Python, whose time is scaled up
+from a part of the queries. Memory is the peak allocation of a computation beside its inputs.
+All three must give the same values.
 
     python -m vixml_jax.benchmarks.metrics --page --queries=970237 --labels=1305265
 
-All that `evaluate` keeps and shows instead, at the size of LF-AmazonTitles-1.3M: the metrics, by
-groups of labels and queries, intervals, and the file of queries; seconds of each, and the largest
-memory of the process that does it, its results memory-mapped.
+Instead, everything that `evaluate` computes after the search, at the size of LF-AmazonTitles-1.3M:
+sliced metrics, confidence intervals, and the file of per-query values; seconds of each, and peak
+memory of the process, with memory-mapped search results.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ from absl import flags
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from vixml_jax import errors
+from vixml_jax import command_line, errors
 from vixml_jax.benchmarks.support import workers
 from vixml_jax.evaluation import bootstrap, metrics, per_query, sliced_metrics, slices
 
@@ -41,25 +41,31 @@ _BLOCK = 16384  # Queries drawn at a time.
 
 
 class Case(NamedTuple):
-    """What is judged."""
+    """Search results and their relevance.
+
+    Attributes:
+      ids: Labels found.
+      relevance: [queries, labels], ones.
+      weights: Inverse propensities.
+    """
 
     ids: Int[np.ndarray, "q k"]
     relevance: sparse.csr_matrix
     weights: Float[np.ndarray, " l"]
 
     def first(self, count: int) -> "Case":
-        """The first queries alone."""
+        """The first `count` queries."""
         return Case(self.ids[:count], self.relevance[:count], self.weights)
 
 
 def random_case(num_queries: int, k: int, num_labels: int, *, seed: int) -> Case:
-    """Results without repetition, and about 2.3 true labels a query, half of them retrieved."""
+    """Results without repetition, and about 2.3 true labels per query, half of them retrieved."""
     rng = np.random.default_rng(seed)
     ids = np.empty((num_queries, k), np.int32)
     true = []
     for start in range(0, num_queries, _BLOCK):
         block = ids[start : start + _BLOCK]
-        # Equal steps of random width come back to no label within a row.
+        # Equal steps of random width visit no label twice within a row.
         step = rng.integers(1, num_labels // k + 1, size=(len(block), 1))
         block[:] = (
             rng.integers(num_labels, size=(len(block), 1)) + step * np.arange(k)
@@ -77,13 +83,13 @@ def random_case(num_queries: int, k: int, num_labels: int, *, seed: int) -> Case
 
 
 def ours(case: Case) -> dict[str, float]:
-    """What `compute_metrics` says."""
+    """The metrics of `compute_metrics`."""
     recall_ks = [r for r in RECALL_KS if r <= case.ids.shape[1]]
     return metrics.compute_metrics(*case, ks=KS, recall_ks=recall_ks)
 
 
 def sparse_indexing(case: Case) -> dict[str, float]:
-    """Whole arrays: hits by indexing the sparse relevance with every retrieved pair at once."""
+    """Hits of all queries at once, by indexing the sparse relevance with every retrieved pair."""
     ids, relevance, weights = case
     num_queries, k = ids.shape
     rows = np.repeat(np.arange(num_queries)[:, None], k, axis=1)
@@ -122,7 +128,7 @@ def sparse_indexing(case: Case) -> dict[str, float]:
 
 
 def loops(case: Case) -> dict[str, float]:
-    """One query after another, over sets."""
+    """One query after another, with Python sets."""
     sums: dict[str, float] = {}
 
     def add(name: str, value: float) -> None:
@@ -166,12 +172,12 @@ PROGRAMS = {"ours": ours, "sparse indexing": sparse_indexing, "loops": loops}
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
-    """Each program with its own case."""
+    """Each program with a case of its own."""
     return {program: _prepare(program, settings) for program in programs}
 
 
 def _prepare(program: str, settings: dict[str, Any]) -> workers.Prepared:
-    """Draws what is judged, finds the memory of one computation; a round is another."""
+    """Draws the case and measures the memory of one computation; a round is another one."""
     case = random_case(settings["queries"], settings["k"], settings["labels"], seed=0)
     about: dict[str, Any] = {"scale": 1.0}
     if program == "loops":
@@ -223,7 +229,7 @@ def measure(settings: dict[str, Any], *, rounds: int) -> dict[str, list[dict[str
 
 
 def table(reports: dict[str, list[dict[str, Any]]]) -> str:
-    """The programs, one a line: medians of seconds, memory beside what is judged, ratios."""
+    """The programs, one a line: medians of seconds, memory beside what is evaluated, ratios."""
     lines = [f"{'':16} {'seconds':>9} {'user+sys':>9} {'of ours':>9} {'peak MiB':>9}"]
     for name, rounds in reports.items():
         seconds, processor, ours_processor = (
@@ -239,8 +245,8 @@ def table(reports: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def judge_page(directory: str, settings: dict[str, Any]) -> dict[str, float]:
-    """Seconds of all that `evaluate` does after the search, and the peak of the memory, in GB."""
+def evaluate_page(directory: str, settings: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each part of `evaluate` after the search, and peak memory in GiB."""
     rng = np.random.default_rng(1)
     num_queries, num_labels = settings["queries"], settings["labels"]
     indptr, indices, weights = (
@@ -259,7 +265,7 @@ def judge_page(directory: str, settings: dict[str, Any]) -> dict[str, float]:
         seconds[part], clock = time.perf_counter() - clock, time.perf_counter()
 
     pairs = np.bincount(relevance.indices, minlength=num_labels)
-    found = sliced_metrics.judge(
+    found = sliced_metrics.compute(
         ids,
         relevance,
         weights,
@@ -268,23 +274,23 @@ def judge_page(directory: str, settings: dict[str, Any]) -> dict[str, float]:
             "decile": slices.by_decile(frequency, pairs),
         },
         query_groups={
-            "pictures": slices.Groups(("with pictures", "without"), has_none),
+            "images": slices.Groups(("with images", "without"), has_none),
             "length": slices.by_length(lengths),
         },
         ks=KS,
         recall_ks=[r for r in RECALL_KS if r <= settings["k"]],
     )
-    lap("metrics, by all groups")
+    lap("sliced metrics")
     bootstrap.intervals(found.queries)
     lap(f"intervals, {bootstrap.RESAMPLES} resamples")
     about = per_query.About("random", "", "test", "exact")
     per_query.save(os.path.join(directory, "test-exact.queries.npz"), found.queries, about)
-    lap("file of queries")
+    lap("per-query values")
     return seconds | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def draw_page(directory: str, settings: dict[str, Any]) -> None:
-    """Writes what is judged."""
+    """Writes the case to a directory."""
     case = random_case(settings["queries"], settings["k"], settings["labels"], seed=0)
     np.save(os.path.join(directory, "ids.npy"), case.ids)
     np.save(os.path.join(directory, "weights.npy"), case.weights)
@@ -293,10 +299,10 @@ def draw_page(directory: str, settings: dict[str, Any]) -> None:
 
 
 def show_page(settings: dict[str, Any]) -> None:
-    """Draws in one process, judges in another, so that memory is of judging alone."""
+    """Draws in one process and evaluates in another, so that memory is of evaluation only."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
-        for do in (draw_page, judge_page):
+        for do in (draw_page, evaluate_page):
             with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
                 found = pool.submit(do, directory, settings).result()
         size = os.path.getsize(os.path.join(directory, "test-exact.queries.npz")) / 2**20
@@ -304,12 +310,12 @@ def show_page(settings: dict[str, Any]) -> None:
     for part, seconds in found.items():
         print(f"{part:28} {seconds:7.1f} s")
     load = os.getloadavg()[0]
-    print(f"{'all':28} {sum(found.values()):7.1f} s, peak {peak:.2f} GiB, file {size:.1f} MiB")
-    print(f"{os.cpu_count()} processors, load {load:.1f}")
+    print(f"{'total':28} {sum(found.values()):7.1f} s, peak {peak:.2f} GiB, file {size:.1f} MiB")
+    print(f"{os.cpu_count()} cores, load {load:.1f}")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints one table."""
+    """Prints the table."""
     del argv
     values = flags.FLAGS
     settings = {name: values[name].value for name in ("queries", "k", "labels", "part")}
@@ -322,25 +328,29 @@ def main(argv: Sequence[str]) -> None:
         print(size)
         show_page(settings)
         return
-    print(f"{size}, one processor")
+    print(f"{size}, one core")
     reports = measure(settings, rounds=values.rounds)
     print(table(reports))
     print(
-        f"all agree; median of {values.rounds} rounds; loops: scaled up from {values.part} queries"
+        f"all values agree; median of {values.rounds} rounds; loops: scaled up from {values.part} "
+        "queries"
     )
 
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_integer("queries", 300_000, "Queries judged.", lower_bound=1)
-    flags.DEFINE_integer("k", 100, "Results of a query.", lower_bound=1)
-    flags.DEFINE_integer("labels", 131_073, "Labels.", lower_bound=1)
-    flags.DEFINE_boolean("page", False, "All of the metrics page instead of the bare metrics.")
-    flags.DEFINE_integer("part", 5000, "Queries that the loops judge.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 3, "Times that each program runs.", lower_bound=1)
+    flags.DEFINE_integer("queries", 300_000, "Number of queries.", lower_bound=1)
+    flags.DEFINE_integer("k", 100, "Results per query.", lower_bound=1)
+    flags.DEFINE_integer("labels", 131_073, "Number of labels.", lower_bound=1)
+    flags.DEFINE_boolean(
+        "page", False, "Measure everything that evaluate computes, not only the metrics."
+    )
+    flags.DEFINE_integer(
+        "part", 5000, "Queries that the loops evaluate; their time is scaled up.", lower_bound=1
+    )
+    flags.DEFINE_integer("rounds", 3, "Rounds of each program.", lower_bound=1)
 
 
 if __name__ == "__main__":
     if not workers.serve(prepare):
-        define_flags()
-        errors.launch(main)
+        command_line.launch(main, define_flags)

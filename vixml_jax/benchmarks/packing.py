@@ -1,9 +1,9 @@
-"""Items a second that are packed on the host, and the share of positions left empty.
+"""Packing speed in items per second, and the fraction of positions left empty.
 
     python -m vixml_jax.benchmarks.packing [--data=DIR] [--tower=qwen2.5-0.5b] [--images=3]
 
-Beside it the same batches padded to 32 positions an item, as the paper's program does: faster to
-write, but most of what a tower then reads is empty.
+Compared with padding the same batches to 32 positions per item, as the paper's program does:
+faster to write, but most positions that a tower then reads are empty.
 """
 
 import statistics
@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.benchmarks import train_step
 from vixml_jax.data import packing
 from vixml_jax.data.store import Items, ranges
@@ -23,7 +23,7 @@ PADDED = 32
 
 
 def pad(items: Items, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n t"]:
-    """Tokens cut or filled with -1 to 32 positions, one item a row."""
+    """Tokens truncated or padded with -1 to 32 positions, one item per row."""
     starts = np.asarray(items.tokens.offsets[ids])
     lengths = np.minimum(np.asarray(items.tokens.offsets[ids + 1]) - starts, PADDED)
     tokens = np.full((len(ids), PADDED), -1, np.int32)
@@ -34,7 +34,7 @@ def pad(items: Items, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n t"]:
 def measure(
     items: Items, *, batch: int, width: int, layout: packing.Layout
 ) -> dict[str, tuple[float, float]]:
-    """Seconds of one pass over shuffled `items`, and the share of empty positions, a program."""
+    """Seconds of a pass over shuffled items, and fraction of empty positions, by program."""
     order = np.random.default_rng(0).permutation(len(items))
     batches = [ids for ids in np.array_split(order, max(1, len(order) // batch)) if len(ids)]
     lengths = packing.item_lengths(items, width=width, layout=layout)
@@ -49,7 +49,7 @@ def measure(
         for ids in batches:
             yield pad(items, ids) < 0
 
-    return {"packed": _timed(packed), "padded to 32, text alone": _timed(padded)}
+    return {"packed": _timed(packed), "padded to 32, text only": _timed(padded)}
 
 
 def _timed(program: Callable[[], Iterable[np.ndarray]]) -> tuple[float, float]:
@@ -60,7 +60,7 @@ def _timed(program: Callable[[], Iterable[np.ndarray]]) -> tuple[float, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints one line a program and side."""
+    """Prints one line for each program and side."""
     del argv
     values = flags.FLAGS
     settings = {"data": values.data, "images": values.images}
@@ -82,14 +82,15 @@ def main(argv: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_string("data", "glyphs", "Prepared data whose items are packed, or 'glyphs'.")
-    flags.DEFINE_integer("batch", 512, "Items packed together.", lower_bound=1)
-    flags.DEFINE_string("tower", "all-minilm-l6", "Whose sequence is written: decoders' prompt.")
-    flags.DEFINE_integer("images", 0, "Pictures that each item is given.", lower_bound=0)
-    flags.DEFINE_integer("width", 64, "Positions of a row.", lower_bound=48)
+    flags.DEFINE_string("data", "glyphs", "Prepared data to pack, or 'glyphs'.")
+    flags.DEFINE_integer("batch", 512, "Items per batch.", lower_bound=1)
+    flags.DEFINE_string(
+        "tower", "all-minilm-l6", "Tower whose sequence layout is used (decoders have a prompt)."
+    )
+    flags.DEFINE_integer("images", 0, "Images per item.", lower_bound=0)
+    flags.DEFINE_integer("width", 64, "Positions per row.", lower_bound=48)
     flags.DEFINE_integer("rounds", 5, "Passes over the data.", lower_bound=1)
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.launch(main)
+    command_line.launch(main, define_flags)

@@ -1,10 +1,10 @@
-"""Answers a second, and how long one query waits, beside the same in PyTorch.
+"""Prediction throughput and latency, compared with the same model in PyTorch.
 
     python -m vixml_jax.benchmarks.predict [--towers=all-minilm-l6,qwen2.5-0.5b --labels=131072]
 
-Texts in, the best ten of so many labels out: tokens, tower, search. Random weights and labels,
-float32, real texts in the order of the data. Ours is a `Predictor`; PyTorch pads texts to the
-longest of a batch and searches by `matmul` and `topk`. Programs take turns on the same processors.
+From texts to the best ten labels: tokenizer, tower, search. Random weights and labels, float32,
+texts in the order of the data. Ours is a `Predictor`; PyTorch pads texts to the longest of a batch
+and searches by `matmul` and `topk`. Programs take turns on the same cores.
 """
 
 import itertools
@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.benchmarks.support import inputs, towers, workers
 
 K = 10
 PROGRAMS = ("ours, alone", "ours, many", "torch, alone", "torch, many")
-_QUERIES = 2048  # Of which a round takes some.
+_QUERIES = 2048  # Each round draws some of them.
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
-    """In a child: the programs, each of which has answered once."""
+    """In a child process: the programs, each of which has been run once."""
     dataset = inputs.open_data(settings["data"])
     texts = list(itertools.islice(dataset.train.texts, _QUERIES))
     rng = np.random.default_rng(0)
@@ -85,12 +85,19 @@ def _ours(
     names = [f"label {row}" for row in range(len(labels))]
     with tempfile.TemporaryDirectory() as directory:
         place = os.path.join(directory, artifacts.DIRECTORY)
-        artifacts.keep(place, dataset, 0, labels[: dataset.num_labels], None)
+        artifacts.save(place, dataset, 0, labels[: dataset.num_labels], None)
         kept = dataclasses.replace(
-            artifacts.Answers.open(place), ids=names, texts=names, vectors=labels
+            artifacts.ServingArtifacts.open(place), ids=names, texts=names, vectors=labels
         )
         predictor = Predictor(
-            directory, model, params, None, kept, index=ExactIndex(labels), memory=None, mixing=None
+            directory,
+            model,
+            params,
+            None,
+            kept,
+            index=ExactIndex(labels),
+            train_index=None,
+            mixing=None,
         )
     predictor.warm_up(K, settings["batch"])
     return lambda texts: predictor(texts, k=K)
@@ -124,22 +131,22 @@ def _torch(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints one table for each tower."""
+    """Prints a table for each tower."""
     del argv
     values = flags.FLAGS
     names = ("data", "labels", "batch", "singles", "threads")
     for tower in values.towers:
         settings = {"tower": tower} | {name: values[name].value for name in names}
-        said = workers.compare(
+        reports = workers.compare(
             "vixml_jax.benchmarks.predict",
-            PROGRAMS if values.peer == "torch" else PROGRAMS[:2],
+            PROGRAMS if values.baseline == "torch" else PROGRAMS[:2],
             [("ours, alone", "torch, alone"), ("ours, many", "torch, many")],
             settings,
             rounds=values.rounds,
             texts=lambda about: about["queries"],
             unit="queries",
         )
-        for program, rounds in said.items():
+        for program, rounds in reports.items():
             if waits := [1000 * second for one in rounds for second in one.get("each", [])]:
                 p50, p99 = np.percentile(waits, [50, 99])
                 print(f"{program}: p50 {p50:.2f} ms, p99 {p99:.2f} ms")
@@ -147,17 +154,16 @@ def main(argv: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_list("towers", ["all-minilm-l6", "qwen2.5-0.5b"], "Which, one after another.")
-    flags.DEFINE_enum("peer", "torch", ["torch", "none"], "What to run beside ours.")
-    flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are asked, or 'glyphs'.")
-    flags.DEFINE_integer("labels", 131072, "Labels searched.", lower_bound=K)
-    flags.DEFINE_integer("batch", 256, "Queries of many.", lower_bound=1)
-    flags.DEFINE_integer("singles", 100, "Queries asked one by one in a round.", lower_bound=1)
+    flags.DEFINE_list("towers", ["all-minilm-l6", "qwen2.5-0.5b"], "Towers to measure.")
+    flags.DEFINE_enum("baseline", "torch", ["torch", "none"], "Baseline to compare with.")
+    flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are the queries, or 'glyphs'.")
+    flags.DEFINE_integer("labels", 131072, "Number of labels.", lower_bound=K)
+    flags.DEFINE_integer("batch", 256, "Queries per batch.", lower_bound=1)
+    flags.DEFINE_integer("singles", 100, "Single queries per round.", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "Rounds of each program.", lower_bound=1)
-    flags.DEFINE_integer("threads", os.cpu_count() or 1, "Processors that each program has.")
+    flags.DEFINE_integer("threads", os.cpu_count() or 1, "Cores of each program.")
 
 
 if __name__ == "__main__":
     if not workers.serve(prepare):
-        define_flags()
-        errors.launch(main)
+        command_line.launch(main, define_flags)

@@ -1,11 +1,11 @@
-"""Weak scaling on host devices: as much work a device, one to eight devices that share the cores.
+"""Weak scaling on host devices: equal work per device, on one to eight devices.
 
     python -m vixml_jax.benchmarks.scaling [--tower=all-minilm-l6] [--batch=32] [--rounds=5]
 
-Cores are shared, so N devices have N times the work to do with as much to do it with: a step that
-took N times as long as that of one device would have added nothing. What it takes beyond that, the
-program adds: collectives, weights that are gathered, smaller products, the host's work for each
-device. Each number of devices runs in a process of its own, in turns, round after round.
+The devices share the cores, so N devices do N times the work of one in N times the time if the
+program adds nothing. Time beyond that is overhead: collectives, gathered weights, smaller matrix
+products, the host's work for each device. Each number of devices runs in a process of its own, in
+turns, round after round.
 """
 
 import os
@@ -16,12 +16,12 @@ from typing import Any
 
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.benchmarks.support import workers
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
-    """The step on all devices of this process, compiled and run once."""
+    """Compiles the step for all devices of this process and runs it once."""
     import jax
     import numpy as np
     from flax import linen as nn
@@ -43,7 +43,7 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     bank = state_lib.empty_bank(model, settings["batch"])
     state = state_lib.place_state(like, *jax.jit(fresh)(jax.random.key(0)), tx, labels, bank)
     batch = memory.random_batch(settings, devices)
-    key = sharding.everywhere(jax.random.key(0), model.mesh)
+    key = sharding.replicate(jax.random.key(0), model.mesh)
     program = train.program(sharding.to_devices(batch, model.mesh), key)
     sent = sum(one.sent for one in collectives.collectives(program))
 
@@ -61,7 +61,7 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints a line a number of devices."""
+    """Prints one line for each number of devices."""
     del argv
     values = flags.FLAGS
     settings = {
@@ -82,9 +82,9 @@ def main(argv: Sequence[str]) -> None:
             found = worker.time("step")
             seconds[count].append(found["seconds"])
             host[count].append(found["host"])
-    print(f"{values.tower}, {values.batch} queries and labels of 32 positions a device; "
-          f"{os.cpu_count()} processors, median of {values.rounds} rounds")  # fmt: skip
-    print("devices  s a step  x one device's work (least to most)   host, ms   sent a device, MB")
+    print(f"{values.tower}, {values.batch} queries and labels of 32 positions per device; "
+          f"{os.cpu_count()} cores, median of {values.rounds} rounds")  # fmt: skip
+    print("devices  s/step   x one device's work (min to max)        host, ms   sent/device, MB")
     first = next(iter(running))
     for count, worker in running.items():
         ratios = [
@@ -101,13 +101,14 @@ def main(argv: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by (the start of) its name.")
-    flags.DEFINE_integer("batch", 32, "Queries of a device, and labels.", lower_bound=8)
-    flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Numbers of devices, the first to compare.")
-    flags.DEFINE_integer("rounds", 5, "Of all numbers in turn.", lower_bound=1)
+    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by the start of its name.")
+    flags.DEFINE_integer("batch", 32, "Queries per device, and labels per device.", lower_bound=8)
+    flags.DEFINE_list(
+        "devices", ["1", "2", "4", "8"], "Numbers of devices; the first is the reference."
+    )
+    flags.DEFINE_integer("rounds", 5, "Rounds, with all numbers of devices in turn.", lower_bound=1)
 
 
 if __name__ == "__main__":
     if not workers.serve(prepare):
-        define_flags()
-        errors.launch(main)
+        command_line.launch(main, define_flags)

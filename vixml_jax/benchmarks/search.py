@@ -1,17 +1,17 @@
-"""Exact search beside the product alone and PyTorch; ScaNN beside hnswlib and faiss.
+"""Exact search compared with bare products and PyTorch; ScaNN compared with hnswlib and faiss.
 
     python -m vixml_jax.benchmarks.search --what=exact [--n=131072,1300000 --width=384 --k=100]
     python -m vixml_jax.benchmarks.search --what=approximate [--n=1300000 --width=384
-        --peers=scann,faiss,hnswlib --out=search.json]
+        --baselines=scann,faiss,hnswlib --out=search.json]
 
-Exact: ours, the bare products of the same blocks (of XLA and of numpy's BLAS), and what the authors
-do, `matmul` and `topk` of 32 queries at a time in PyTorch, take turns in one process on the same
+Exact: ours, the bare matrix products of the same blocks (XLA and numpy's BLAS), and `matmul` with
+`topk` of 32 queries at a time in PyTorch, as the authors do, take turns in one process on the same
 vectors, on one thread (--threads).
 
 Approximate: each index in a process of its own, on all cores, on the same clustered vectors (see
-`search_peers`): the most queries a second that it reaches at a recall of 0.95, 0.99 and 0.999 of
-the exact 5 and 100 best, seconds to build it, and memory beside the vectors. --out gathers what
-several commands measured. hnswlib and faiss: pip install vixml_jax[benchmark].
+`baselines/search_indexes.py`): the highest speed that it reaches at a recall of 0.95, 0.99 and
+0.999 of the exact 5 and 100 best, seconds to build it, and memory beside the vectors. --out gathers
+the results of several commands. hnswlib and faiss: pip install 'vixml_jax[benchmark]'.
 """
 
 import importlib.util
@@ -26,18 +26,18 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.benchmarks.baselines import search_indexes
 from vixml_jax.benchmarks.support import workers
 from vixml_jax.errors import InputError
 from vixml_jax.report import tables
 from vixml_jax.search.exact import ExactIndex
 
-_QUERY_BLOCK, _LABEL_BLOCK = 1024, 65536  # Of `ExactIndex`, if not told otherwise.
+_QUERY_BLOCK, _LABEL_BLOCK = 1024, 65536  # Defaults of `ExactIndex`.
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
-    """In a child: the programs on the same vectors, of which there is one copy."""
+    """In a child process: the programs, all on one copy of the vectors."""
     import jax
     import jax.numpy as jnp
     import torch
@@ -47,7 +47,7 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     )
     k = settings["k"]
     ours = ExactIndex(labels)
-    # Copies of none of them: they start where JAX wants arrays to.
+    # Not copied: the blocks are aligned as JAX requires.
     blocks = [labels[i : i + _LABEL_BLOCK] for i in range(0, len(labels), _LABEL_BLOCK)]
     placed = [jax.device_put(block) for block in blocks]
     product = jax.jit(lambda q, v: jnp.dot(q, v.T, precision=jax.lax.Precision.HIGHEST))
@@ -73,15 +73,15 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     def timed(run: Callable[[], Any]) -> Callable[[], dict[str, Any]]:
         return lambda: (run(), {})[1]
 
-    said = {"queries": len(queries)}
-    prepared = {name: (said, timed(known[name.partition(", ")[2]])) for name in programs}
+    about = {"queries": len(queries)}
+    prepared = {name: (about, timed(known[name.partition(", ")[2]])) for name in programs}
     for _, run in prepared.values():
         run()  # Compiles, and touches all memory once.
     return prepared
 
 
 def compare_exact(n: int, width: int, k: int, queries: int, *, threads: int, rounds: int) -> None:
-    """Prints queries a second and, round by round, ratios."""
+    """Prints queries per second and ratios."""
     programs = ["exact, ours", "exact, product, XLA", "exact, product, numpy", "exact, torch"]
     workers.compare(
         "vixml_jax.benchmarks.search",
@@ -89,20 +89,20 @@ def compare_exact(n: int, width: int, k: int, queries: int, *, threads: int, rou
         [(programs[1], programs[0]), (programs[0], programs[3])],
         {"n": n, "width": width, "k": k, "queries": queries, "threads": threads},
         rounds=rounds,
-        texts=lambda said: said["queries"],
+        texts=lambda about: about["queries"],
         unit="queries",
     )
 
 
-def measure_peers(
-    peers: Sequence[str], n: int, width: int, queries: int, out: str
+def measure_baselines(
+    baseline_names: Sequence[str], n: int, width: int, queries: int, out: str
 ) -> list[dict[str, Any]]:
-    """What each peer says of itself, with what was measured of these vectors before.
+    """The reports of all baselines, together with earlier ones on the same vectors.
 
     Args:
-      peers: Names of `search_peers.BUILD`.
-      n, width, queries: Of the vectors.
-      out: A json file that gathers results; replaced after each peer.
+      baseline_names: Names in `search_indexes.BUILD`.
+      n, width, queries: Sizes of the vectors.
+      out: JSON file that gathers results; replaced after each baseline.
     """
     key, gathered = f"{n} x {width}, {queries} queries", {}
     if os.path.exists(out):
@@ -111,7 +111,7 @@ def measure_peers(
     found = gathered.setdefault(key, {})
     with tempfile.TemporaryDirectory() as directory:
         settings = {"n": n, "width": width, "queries": queries, "truth": f"{directory}/truth.npy"}
-        for name in ("exact", *peers):
+        for name in ("exact", *baseline_names):
             command = [sys.executable, "-m", "vixml_jax.benchmarks.baselines.search_indexes", name]
             done = subprocess.run(
                 [*command, json.dumps(settings)], stdout=subprocess.PIPE, text=True, check=True
@@ -123,43 +123,43 @@ def measure_peers(
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """The peers, one a line: build, memory, queries a second at each recall of each k."""
+    """One line per baseline: build, memory, queries per second at each recall of each k."""
     columns = [(k, wanted) for k in search_indexes.KS for wanted in search_indexes.TARGETS]
     heads = "".join(f"{f'@{k} {wanted}':>12}" for k, wanted in columns)
     lines = [f"  {'':10} {'build s':>8} {'peak GB':>8} {'held GB':>8}{heads}   queries/s"]
     for one in found:
         if "rows" not in one:
-            lines.append(f"  {one['peer']:10} {'':26}{one['queries_per_s']:12,.0f}")
+            lines.append(f"  {one['baseline']:10} {'':26}{one['queries_per_s']:12,.0f}")
             continue
         speeds = {(row["k"], row["wanted"]): row for row in one["rows"]}
         cells = "".join(_cell(speeds[column]) for column in columns)
         numbers = f"{one['build_s']:8.0f} {one['build_gb']:8.2f} {one['search_gb']:8.2f}"
-        lines.append(f"  {one['peer']:10} {numbers}{cells}   {one['about']}")
+        lines.append(f"  {one['baseline']:10} {numbers}{cells}   {one['about']}")
     return "\n".join(lines)
 
 
 def _cell(row: dict[str, Any]) -> str:
-    """Queries a second, or the most that it finds where that is too little."""
+    """Queries per second, or the highest recall where the target is out of reach."""
     if "queries_per_s" in row:
         return f"{row['queries_per_s']:12,.0f}"
-    return f"{'finds ' + format(row['recall'], '.3f'):>12}"
+    return f"{'recall ' + format(row['recall'], '.3f'):>12}"
 
 
-def check_peers(peers: Sequence[str]) -> None:
-    """Refuses peers that are unknown or not installed."""
-    for name in peers:
+def check_baselines(baseline_names: Sequence[str]) -> None:
+    """Raises InputError for baselines that are unknown or not installed."""
+    for name in baseline_names:
         if name not in search_indexes.BUILD:
             known = ", ".join(search_indexes.BUILD)
-            raise InputError(f"--peers={name}: expected some of {known}")
+            raise InputError(f"--baselines={name}: expected some of {known}")
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"--peers={name}: not installed; pip install vixml_jax[benchmark]")
+            raise InputError(f"--baselines={name}: not installed; pip install vixml_jax[benchmark]")
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints one table for each number of labels."""
     del argv
     values = flags.FLAGS
-    check_peers(values.peers if values.what == "approximate" else [])
+    check_baselines(values.baselines if values.what == "approximate" else [])
     for n in map(int, values.n):
         if values.what == "exact":
             compare_exact(
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
                 rounds=values.rounds,
             )
         else:
-            found = measure_peers(values.peers, n, values.width, values.queries, values.out)
+            found = measure_baselines(values.baselines, n, values.width, values.queries, values.out)
             print(f"{n:,} labels x {values.width}, {os.cpu_count()} cores; queries/s at recall")
             print(table(found), flush=True)
 
@@ -179,17 +179,18 @@ def main(argv: Sequence[str]) -> None:
 def define_flags() -> None:
     """The flags of this benchmark."""
     flags.DEFINE_enum("what", "exact", ["exact", "approximate"], "Kind of search.")
-    flags.DEFINE_list("n", ["131072"], "Labels, separated by commas.")
-    flags.DEFINE_integer("width", 384, "Width of a vector.", lower_bound=2)
-    flags.DEFINE_integer("queries", 2048, "Queries.", lower_bound=1)
-    flags.DEFINE_integer("k", 100, "Results of a query; of exact search.", lower_bound=1)
-    flags.DEFINE_integer("threads", 1, "Processors; of exact search.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 5, "Times that each program runs.", lower_bound=1)
-    flags.DEFINE_list("peers", list(search_indexes.BUILD), "Which indexes, separated by commas.")
-    flags.DEFINE_string("out", "search.json", "Gathers results; of approximate search.")
+    flags.DEFINE_list("n", ["131072"], "Numbers of labels, separated by commas.")
+    flags.DEFINE_integer("width", 384, "Width of the vectors.", lower_bound=2)
+    flags.DEFINE_integer("queries", 2048, "Number of queries.", lower_bound=1)
+    flags.DEFINE_integer("k", 100, "Results per query, for --what=exact.", lower_bound=1)
+    flags.DEFINE_integer("threads", 1, "Threads, for --what=exact.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Rounds of each program.", lower_bound=1)
+    flags.DEFINE_list(
+        "baselines", list(search_indexes.BUILD), "Indexes to compare, separated by commas."
+    )
+    flags.DEFINE_string("out", "search.json", "File that gathers results, for --what=approximate.")
 
 
 if __name__ == "__main__":
     if not workers.serve(prepare):
-        define_flags()
-        errors.launch(main)
+        command_line.launch(main, define_flags)

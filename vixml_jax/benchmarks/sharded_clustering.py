@@ -1,12 +1,12 @@
-"""What clusters and centroids take of each process, when each keeps its share of the embeddings.
+"""Time and memory of clusters and centroids when the embeddings are sharded over processes.
 
     python -m vixml_jax.benchmarks.sharded_clustering [--processes=1,2,4 --n=400000 --width=768]
 
-Processes share this machine's cores, so processor time is told, of the process that needs most:
-what it does of all the work falls with the number of processes, what each does of every row does
-not. A line W / P + S is laid through those of several processes (one alone exchanges nothing), and
-scaled from there to other sizes: W grows with rows, width and the depth of the tree, S with rows
-and the depth that is halved together.
+The processes share the cores of this machine, so processor time is reported, for the process that
+needs most. Divided work falls with the number of processes P; work that every process does for all
+rows does not. W / P + S is fitted to the times of several processes (a single one communicates
+nothing) and extrapolated to other sizes: W grows with rows, width and the depth of the tree, S with
+rows and the depth that is bisected by all processes together.
 """
 
 import json
@@ -24,15 +24,15 @@ from absl import flags
 from jaxtyping import Float
 from scipy import optimize, sparse
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.benchmarks.support import workers
 from vixml_jax.labels.centroids import exact_centroids
 from vixml_jax.parallel import distributed
 from vixml_jax.runtime import host_memory
-from vixml_jax.structs import Share
-from vixml_jax.training.clustering.balanced import STEM, balanced_clusters
+from vixml_jax.structs import Shard
+from vixml_jax.training.clustering.balanced import MAX_LOCAL_ROWS, balanced_clusters
 
-_BLOCK = 4096  # Rows made at a time, by seed: each process makes its own.
+_BLOCK = 4096  # Rows made at a time from one seed, so that each process makes its own.
 
 
 def embeddings(start: int, stop: int, *, num: int, width: int) -> Float[np.ndarray, "m d"]:
@@ -62,7 +62,7 @@ def _relevance(num: int, num_labels: int, each: int) -> sparse.csr_matrix:
 
 
 def work() -> None:
-    """In a child: its share, its clusters and centroids; prints what they took."""
+    """In a child process: clusters and centroids of its shard; writes what they took."""
     values = flags.FLAGS
     distributed.start(values.coordinator, values.num_processes, values.process_index)
     host_memory.keep_freed_pages()
@@ -70,13 +70,13 @@ def work() -> None:
     blocks = -(-num // _BLOCK)
     edges = [min(num, blocks * at // group.count * _BLOCK) for at in range(group.count + 1)]
     start, stop = edges[group.index : group.index + 2]
-    share = Share(np.arange(start, stop), embeddings(start, stop, num=num, width=values.width))
+    shard = Shard(np.arange(start, stop), embeddings(start, stop, num=num, width=values.width))
     labels = [
         np.arange(values.labels * at // group.count, values.labels * (at + 1) // group.count)
         for at in range(group.count)
     ]
     relevance = _relevance(num, values.labels, values.per_query)
-    group.gather(np.zeros(1))  # All are here.
+    group.gather(np.zeros(1))  # Wait for all processes.
 
     def timed(what: str, run: object) -> dict[str, float]:
         wall, processor = time.perf_counter(), time.process_time()
@@ -88,43 +88,43 @@ def work() -> None:
 
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     count = -(-num // values.leaf)
-    said = timed(
-        "clusters", lambda: balanced_clusters(share, num, count, seed=0, group=group)
-    ) | timed("centroids", lambda: exact_centroids(relevance, share, labels, group=group))
+    report = timed(
+        "clusters", lambda: balanced_clusters(shard, num, count, seed=0, group=group)
+    ) | timed("centroids", lambda: exact_centroids(relevance, shard, labels, group=group))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    said |= {"share_gib": share.values.nbytes / 2**30, "more_gib": (peak - held) / 2**20}
+    report |= {"shard_gib": shard.values.nbytes / 2**30, "more_gib": (peak - held) / 2**20}
     with open(os.path.join(values.out, str(group.index)), "w", encoding="utf-8") as out:
-        json.dump(said, out)
+        json.dump(report, out)
 
 
 def measure(count: int, scratch: str) -> dict[str, float]:
-    """The most that any of `count` processes needed of each thing."""
+    """The maximum of each measurement over `count` processes."""
     command = [sys.executable, "-m", "vixml_jax.benchmarks.sharded_clustering", *sys.argv[1:]]
     children = [
         subprocess.Popen(
-            [*command, f"--out={scratch}", *together],
+            [*command, f"--out={scratch}", *process_flags],
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.DEVNULL,
         )
-        for together in workers.together(count)
+        for process_flags in workers.cluster_flags(count)
     ]
     if any([child.wait() for child in children]):
         raise RuntimeError(f"one of {count} processes failed")
-    said = []
+    reports = []
     for index in range(count):
-        with open(os.path.join(scratch, str(index)), encoding="utf-8") as told:
-            said.append(json.load(told))
-    return {name: max(one[name] for one in said) for name in said[0]}
+        with open(os.path.join(scratch, str(index)), encoding="utf-8") as file:
+            reports.append(json.load(file))
+    return {name: max(report[name] for report in reports) for name in reports[0]}
 
 
 def fit(counts: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """W and S of seconds = W / count + S, by least squares; neither is less than 0."""
+    """W and S of seconds = W / count + S, by non-negative least squares."""
     rows = np.stack([1 / np.asarray(counts, float), np.ones(len(counts))], axis=1)
     return tuple(optimize.nnls(rows, np.asarray(seconds, float))[0])
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints a line a number of processes, and what the fit says of other sizes."""
+    """Prints one line for each number of processes, and an extrapolation to other sizes."""
     del argv
     values = flags.FLAGS
     if values.out:
@@ -133,48 +133,52 @@ def main(argv: Sequence[str]) -> None:
     counts = [int(count) for count in values.processes]
     print(
         f"{values.n} x {values.width}, clusters of {values.leaf}, {values.labels} labels, "
-        f"{values.per_query} a query: processor seconds of the busiest process"
+        f"{values.per_query} per query: processor seconds of the busiest process"
     )
-    print("processes  clusters  centroids  share GiB  GiB beside it")
-    said = []
+    print("processes  clusters  centroids  shard GiB  other GiB")
+    reports = []
     for count in counts:
         with tempfile.TemporaryDirectory() as scratch:
-            one = measure(count, scratch)
-        said.append(one)
+            report = measure(count, scratch)
+        reports.append(report)
         print(
-            f"{count:9d} {one['clusters_s']:9.1f} {one['centroids_s']:10.1f} "
-            f"{one['share_gib']:10.2f} {one['more_gib']:14.2f}   (wall clock "
-            f"{one['clusters_wall_s']:.1f}, {one['centroids_wall_s']:.1f})",
+            f"{count:9d} {report['clusters_s']:9.1f} {report['centroids_s']:10.1f} "
+            f"{report['shard_gib']:10.2f} {report['more_gib']:10.2f}   (wall clock "
+            f"{report['clusters_wall_s']:.1f}, {report['centroids_wall_s']:.1f})",
             flush=True,
         )
     grown, spread = values.to_n / values.n, values.to_processes * values.to_cores
     depth = math.log2(values.to_n / values.leaf) / math.log2(values.n / values.leaf)
-    together = math.log2(max(2, values.to_n / STEM)) / math.log2(max(2, values.n / STEM))
-    for what, by_depth, own_by_depth in (("clusters", depth, together), ("centroids", 1, 1)):
-        several = [(count, one) for count, one in zip(counts, said, strict=True) if count > 1]
-        shared, own = fit([count for count, _ in several], [one[f"{what}_s"] for _, one in several])
-        seconds = shared * grown * by_depth / spread + own * grown * own_by_depth
+    together = math.log2(max(2, values.to_n / MAX_LOCAL_ROWS))
+    together /= math.log2(max(2, values.n / MAX_LOCAL_ROWS))
+    for what, by_depth, serial_by_depth in (("clusters", depth, together), ("centroids", 1, 1)):
+        several = [pair for pair in zip(counts, reports, strict=True) if pair[0] > 1]
+        parallel, serial = fit(
+            [count for count, _ in several], [report[f"{what}_s"] for _, report in several]
+        )
+        seconds = parallel * grown * by_depth / spread + serial * grown * serial_by_depth
         print(
-            f"{what}: {shared:.1f} / P + {own:.1f} s; {values.to_n} rows on {values.to_processes} "
-            f"processes of {values.to_cores} cores: {seconds:.1f} s"
+            f"{what}: {parallel:.1f} / P + {serial:.1f} s; {values.to_n} rows on "
+            f"{values.to_processes} processes of {values.to_cores} cores: {seconds:.1f} s"
         )
 
 
 def define_flags() -> None:
-    """The flags of this benchmark, and those that find the other processes."""
+    """The flags of this benchmark, and those of the cluster of processes."""
     distributed.define_flags()
     flags.DEFINE_list("processes", ["1", "2", "4"], "Numbers of processes.")
     flags.DEFINE_integer("n", 400_000, "Training queries.", lower_bound=2)
     flags.DEFINE_integer("width", 768, "Width of an embedding.", lower_bound=1)
-    flags.DEFINE_integer("leaf", 16, "Queries of a cluster.", lower_bound=1)
-    flags.DEFINE_integer("labels", 240_000, "Labels.", lower_bound=1)
-    flags.DEFINE_integer("per_query", 22, "Labels of a query.", lower_bound=1)
+    flags.DEFINE_integer("leaf", 16, "Queries per cluster.", lower_bound=1)
+    flags.DEFINE_integer("labels", 240_000, "Number of labels.", lower_bound=1)
+    flags.DEFINE_integer("per_query", 22, "Labels per query.", lower_bound=1)
     flags.DEFINE_integer("to_n", 2_250_000, "Training queries to extrapolate to.")
     flags.DEFINE_integer("to_processes", 64, "Processes to extrapolate to.")
-    flags.DEFINE_integer("to_cores", 16, "Cores of each of them, of which all but S make use.")
-    flags.DEFINE_string("out", "", "Where a child writes what it measured; it is set for you.")
+    flags.DEFINE_integer("to_cores", 16, "Cores of each of these processes.")
+    flags.DEFINE_string(
+        "out", "", "Directory for reports of child processes; set by the benchmark."
+    )
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.launch(main)
+    command_line.launch(main, define_flags)

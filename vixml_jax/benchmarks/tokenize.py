@@ -1,11 +1,11 @@
-"""Texts a second that are tokenised, beside one call a text and beside calls with many texts.
+"""Tokenizing speed in texts per second, compared with one call per text and with batch calls.
 
     python -m vixml_jax.benchmarks.tokenize [--file=TEXTS] [--tokenizer=DIR] [--rounds=5]
 
-Made-up titles and long texts (see `standin.py`), or the lines of a file. Each program has a process
-of its own on the same processors, and they take turns; in every round all get the same texts, which
-none has seen before. That all give the same tokens is checked. What ours remembers of words it
-gathers in the first round, which is shown apart: a data set has many such rounds.
+Synthetic titles and long texts (see `support/synthetic_data.py`), or the lines of a file. Each
+program has a process of its own on the same cores, and they take turns; in every round all get the
+same new texts, and must give the same tokens. Ours fills its cache of words in the first round,
+which is also shown separately: a data set has many such rounds.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.benchmarks import prepare as prepare_benchmark
 from vixml_jax.benchmarks.support import synthetic_data, workers
 from vixml_jax.data.sources import xml_repository
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MODULE = "vixml_jax.benchmarks.tokenize"
-OURS, BATCH, ONE = "ours", "many texts a call", "one call a text"
+OURS, BATCH, ONE = "ours", "many texts per call", "one call per text"
 _CHUNK = 4096
 
 
 def _ours(tokenizer: "Tokenizer", threads: int) -> Callable[[list[str]], Encoded]:
-    """As prepare does it: the chunks of a round go to a process a processor."""
+    """As in prepare: the chunks of a round go to one process per core."""
     encoders = batch_tokenizer.Encoders(tokenizer, threads if threads > 1 else 0)
-    encoders.__enter__()  # Until the program ends.
+    encoders.__enter__()  # Closed when the process ends.
 
     def run(texts: list[str]) -> Encoded:
         found = [encoded for _, encoded in encoders.encode(_chunks(texts))]
         return Encoded(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
-    run(["a"] * _CHUNK * 2 * threads)  # They have started.
+    run(["a"] * _CHUNK * 2 * threads)  # So that all processes have started.
     return run
 
 
 def _batch(tokenizer: "Tokenizer", threads: int) -> Callable[[list[str]], Encoded]:
-    """The library's own way to many texts, on all processors."""
+    """The batch call of the tokenizers library, on all cores."""
 
     def run(texts: list[str]) -> Encoded:
         found = (tokenizer.encode_batch_fast(chunk) for chunk in _chunks(texts))
@@ -71,17 +71,17 @@ def _chunks(texts: list[str]) -> Iterator[list[str]]:
 
 def _gather(tokenizer: "Tokenizer", found: Iterator[Any]) -> Encoded:
     special = tokenizer.num_special_tokens_to_add(is_pair=False)
-    rows, whole = [], []
+    rows, full = [], []
     for one in found:
         rows.append(one.ids)
-        whole.append(len(one.ids) + sum(len(rest) - special for rest in one.overflowing))
+        full.append(len(one.ids) + sum(len(rest) - special for rest in one.overflowing))
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     values = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
-    return Encoded(values, lengths, np.array(whole, np.int32))
+    return Encoded(values, lengths, np.array(full, np.int32))
 
 
 def _texts(settings: dict[str, Any]) -> Iterator[str]:
-    """New ones, without end unless they are of a file."""
+    """New texts: those of the file, or synthetic ones without end."""
     if settings["file"]:
         return itertools.chain.from_iterable(xml_repository.read_texts(settings["file"]))
     rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def _texts(settings: dict[str, Any]) -> Iterator[str]:
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
-    """A program with texts of its own, the same as another's."""
+    """A program with its own copy of the texts."""
     (program,) = programs
     tokenizer = tokenizer_lib.load(settings["tokenizer"], settings["max_tokens"])
     encode = PROGRAMS[program](tokenizer, settings["threads"])
@@ -110,42 +110,41 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
 
 
 def measure(settings: dict[str, Any], *, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """What each program says of each round, in turns.
+    """The reports of each program and round, run in turns.
 
     Raises:
       RuntimeError: If two programs disagree.
-      InputError: If the texts of a file do not suffice.
+      InputError: If the file has too few texts.
     """
     started = {
         name: workers.Worker(MODULE, [name], settings, settings["threads"]) for name in PROGRAMS
     }
-    said: dict[str, list[dict[str, Any]]] = {name: [] for name in PROGRAMS}
+    reports: dict[str, list[dict[str, Any]]] = {name: [] for name in PROGRAMS}
     try:
         for _ in range(rounds):
             for name, worker in started.items():
-                said[name].append(worker.time(name))
-            last = {name: reports[-1] for name, reports in said.items()}
+                reports[name].append(worker.time(name))
+            last = {name: rows[-1] for name, rows in reports.items()}
             if any(report["texts"] < settings["texts"] for report in last.values()):
                 raise InputError(
                     f"--file={settings['file']}: expected {settings['texts'] * rounds} texts; "
-                    "fewer --texts or --rounds need fewer"
+                    "use fewer --texts or --rounds"
                 )
             if len({report["digest"] for report in last.values()}) > 1:
-                raise RuntimeError(f"the tokens of {', '.join(last)} are not the same")
+                raise RuntimeError(f"{', '.join(last)} give different tokens")
     finally:
         for worker in started.values():
             worker.close()
-    return said
+    return reports
 
 
-def table(said: dict[str, list[dict[str, Any]]]) -> str:
-    """The programs, one a line: texts a second and how often as fast as one call a text."""
-    lines = [f"{'':18} {'texts/s':>10} {'x one call':>10} {'least':>6} {'most':>6} {'first':>6}"]
-    for name, reports in said.items():
-        speed = statistics.median(report["texts"] / report["seconds"] for report in reports)
+def table(reports: dict[str, list[dict[str, Any]]]) -> str:
+    """One line per program: texts per second, and ratio to one call per text."""
+    lines = [f"{'':18} {'texts/s':>10} {'x one call':>10} {'min':>6} {'max':>6} {'first':>6}"]
+    for name, rows in reports.items():
+        speed = statistics.median(row["texts"] / row["seconds"] for row in rows)
         times = [
-            one["seconds"] / report["seconds"]
-            for one, report in zip(said[ONE], reports, strict=True)
+            one["seconds"] / row["seconds"] for one, row in zip(reports[ONE], rows, strict=True)
         ]
         lines.append(
             f"{name:18} {speed:10,.0f} {statistics.median(times):10.2f} {min(times):6.2f} "
@@ -169,28 +168,33 @@ def main(argv: Sequence[str]) -> None:
             "file": values.file, "like": like, "tokenizer": values.tokenizer, "texts": texts,
             "max_tokens": max_tokens, "threads": values.threads, "words": values.words,
         }  # fmt: skip
-        said = measure(settings, rounds=values.rounds)
-        tokens = statistics.median(one["tokens"] / one["texts"] for one in said[ONE])
+        reports = measure(settings, rounds=values.rounds)
+        tokens = statistics.median(one["tokens"] / one["texts"] for one in reports[ONE])
         print(
-            f"{like or values.file}: {texts} texts a round of {tokens:.1f} tokens, cut at "
-            f"{max_tokens}; {values.threads} processors; median, least, most and first of "
+            f"{like or values.file}: {texts} texts per round of {tokens:.1f} tokens, cut at "
+            f"{max_tokens}; {values.threads} cores; median, min, max and first of "
             f"{values.rounds} rounds"
         )
-        print(table(said), flush=True)
+        print(table(reports), flush=True)
 
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_string("file", "", "Texts to tokenise, one a line; made-up ones if not told.")
-    flags.DEFINE_string("tokenizer", prepare_benchmark.find_tokenizer(), "Directory or name.")
-    flags.DEFINE_integer("max_tokens", 0, "Of a text of the file; 0: 32.", lower_bound=0)
-    flags.DEFINE_integer("texts", 0, "Of a round; 0: 65,536 titles, 8,192 others.", lower_bound=0)
-    flags.DEFINE_integer("words", 10**6, "That made-up texts are drawn from.", lower_bound=1000)
-    flags.DEFINE_integer("rounds", 5, "Of each program.", lower_bound=1)
-    flags.DEFINE_integer("threads", 2, "Processors that each program has.", lower_bound=1)
+    flags.DEFINE_string("file", "", "File of texts, one per line; default: synthetic texts.")
+    flags.DEFINE_string(
+        "tokenizer", prepare_benchmark.find_tokenizer(), "Directory or name of the tokenizer."
+    )
+    flags.DEFINE_integer("max_tokens", 0, "Tokens per text of the file; 0: 32.", lower_bound=0)
+    flags.DEFINE_integer(
+        "texts", 0, "Texts per round; 0: 65,536 titles, 8,192 other texts.", lower_bound=0
+    )
+    flags.DEFINE_integer(
+        "words", 10**6, "Number of words that synthetic texts are drawn from.", lower_bound=1000
+    )
+    flags.DEFINE_integer("rounds", 5, "Rounds of each program.", lower_bound=1)
+    flags.DEFINE_integer("threads", 2, "Cores of each program.", lower_bound=1)
 
 
 if __name__ == "__main__":
     if not workers.serve(prepare):
-        define_flags()
-        errors.launch(main)
+        command_line.launch(main, define_flags)

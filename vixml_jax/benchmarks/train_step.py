@@ -1,15 +1,15 @@
-"""Texts a second of one training step, beside the same tower and loss in PyTorch.
+"""Training speed in texts per second, compared with the same tower and loss in PyTorch.
 
-    python -m vixml_jax.benchmarks.train_step --peer=torch [--tower=qwen2.5-0.5b] [--data=DIR]
+    python -m vixml_jax.benchmarks.train_step --baseline=torch [--tower=qwen2.5-0.5b] [--data=DIR]
 
-A published tower with random weights on real texts; programs take turns in one run, each alone on
-the same processors: ours packed; torch padded to 32 as the paper's program does; torch padded to
-the longest text of the batch; and both where every text is 32 tokens long. Decoders have adapters
-on all maps beside a frozen base, and a prompt around each text.
+A published tower with random weights on the texts of a data set. Programs take turns in one run on
+the same cores: ours packed; torch padded to 32 as the paper's program does; torch padded to the
+longest text of the batch; and both with every text 32 tokens long. Decoders have adapters on all
+linear maps beside a frozen base, and a prompt around each text.
 
-On a GPU all is bfloat16, in batches of 2,048 whose every text is 32 tokens long and has three
-pictures, torch with SDPA and gradient checkpointing; the share of the GPU's peak and the peak
-memory stand beside the speeds. Without a GPU the command measures float32 on the CPU, and says so.
+On a GPU everything is bfloat16, in batches of 2,048 texts of 32 tokens with three images each,
+torch with SDPA and gradient checkpointing; the fraction of the GPU's peak and the peak memory are
+printed too. Without a GPU the command measures float32 on the CPU, and says so.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.benchmarks.support import inputs, towers, workers
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, PreparedDataset, Ragged
@@ -38,28 +38,30 @@ IMAGE_WIDTH = 1152  # SigLIP 2 so400m's.
 
 
 def layout_of(tower: str, num_images: int) -> Layout:
-    """How an item is written: for a decoder between prompt pieces as long as the paper's."""
+    """The layout of items: for a decoder with prompt pieces as long as the paper's."""
     if towers.about(tower)["model_type"] in ("bert", "distilbert"):
         return Layout(num_images)
-    say, show, end = (1, 2, 3), (4, 5, 6), (7,)
-    return Layout(num_images, (say, "text", show, "images", end), (say, "text", end), False)
+    text, images, end = (1, 2, 3), (4, 5, 6), (7,)
+    return Layout(num_images, (text, "text", images, "images", end), (text, "text", end), False)
 
 
 def data_of(settings: dict[str, Any], *, full: bool) -> PreparedDataset:
-    """The data to read, each item with as many pictures as the settings say; with `full`, every
-    text repeated or cut to 32 tokens."""
+    """The data set with `settings["images"]` images per item.
+
+    With `full`, every text is repeated or truncated to 32 tokens.
+    """
     dataset = inputs.open_data(settings["data"])
     sides = {name: getattr(dataset, name) for name in ("train", "test", "labels")}
     if full:
         sides = {name: _filled(items) for name, items in sides.items()}
     num_images = settings["images"]
     for name, items in sides.items():
-        pictures = None
-        if num_images:  # One and the same: what a picture shows costs nothing.
+        item_images = None
+        if num_images:  # All the same: their values do not affect speed.
             row = np.random.default_rng(0).normal(size=(1, IMAGE_WIDTH)).astype(np.float16)
             values = np.broadcast_to(row, (len(items) * num_images, IMAGE_WIDTH))
-            pictures = Ragged(values, np.arange(len(items) + 1) * num_images)
-        sides[name] = dataclasses.replace(items, images=pictures)
+            item_images = Ragged(values, np.arange(len(items) + 1) * num_images)
+        sides[name] = dataclasses.replace(items, images=item_images)
     return dataclasses.replace(dataset, **sides)
 
 
@@ -74,8 +76,11 @@ def _filled(items: Items, length: int = 32) -> Items:
 
 
 def row_width(layout: Layout, *, full: bool, wide: bool) -> int:
-    """Positions of a row: one item exactly where all are alike, or three on a GPU, whose products
-    want larger rows of a multiple of 8."""
+    """Positions per row.
+
+    With `full`, exactly one item of equal length; on a GPU (`wide`) three, rounded up to a multiple
+    of 8, since matrix products are faster on larger rows.
+    """
     longest = 32 + layout.overhead
     if not full:
         return 64
@@ -114,8 +119,7 @@ def batches_of(
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
-    """Builds programs that share a tower, and runs the batches of each once, so that nothing is
-    compiled in a timed round."""
+    """Builds programs that share a tower and runs each once, so that timing compiles nothing."""
     layout = layout_of(settings["tower"], settings["images"])
     build = _ours if programs[0].startswith("ours") else _torch
     step = build(inputs.open_data(settings["data"]), layout, settings)
@@ -133,7 +137,7 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
 
 
 def operations(settings: dict[str, Any], batches: list[Any]) -> float:
-    """What a round of these batches needs, of every program the same."""
+    """FLOPs of a round of these batches, the same for every program."""
     from vixml_jax.config import LabelsConfig
     from vixml_jax.labels.prototypes import Combiner
     from vixml_jax.models.decoder import DecoderConfig
@@ -156,7 +160,7 @@ def _device(settings: dict[str, Any]) -> str:
     return jax.devices()[0].device_kind
 
 
-# Data, its batches, and what texts are padded to (None: the longest of a batch) -> a round.
+# (data, batches, padded length or None for the longest of a batch) -> function that runs a round.
 Rounds = Callable[[PreparedDataset, list[Any], int | None], Callable[[], dict[str, Any]]]
 
 
@@ -167,7 +171,7 @@ def _torch(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -
 
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
-    peer = torch_models.Program(
+    baseline = torch_models.Program(
         towers.about(settings["tower"]),
         dataset.num_labels,
         lora_rank=settings["rank"],
@@ -189,8 +193,8 @@ def _torch(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -
             for batch in batches:
                 queries = side(dataset.train, batch.query_ids)
                 labels = side(dataset.labels, batch.label_ids)
-                loss = peer.step(queries, labels, batch.label_ids, batch.relevance, length)
-            return {"loss": loss, "bytes": peer.peak_bytes()}
+                loss = baseline.step(queries, labels, batch.label_ids, batch.relevance, length)
+            return {"loss": loss, "bytes": baseline.peak_bytes()}
 
         return run
 
@@ -215,7 +219,7 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
     gpu = settings["device"] == "gpu"
     config = Config(
         labels=LabelsConfig(num_free=dataset.num_labels),
-        batch=BatchConfig(encode_chunk=settings["chunk"]),
+        batch=BatchConfig(microbatch_rows=settings["chunk"]),
     )
     changes: dict[str, Any] = {
         "dtype": "bfloat16" if gpu else "float32",
@@ -255,9 +259,8 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
             nonlocal state
             for batch in batches:
                 state, scalars = train_step(state, sharding.to_devices(batch, mesh), key)
-            said = {"loss": float(scalars["loss"])}
             stats = jax.devices()[0].memory_stats() or {}
-            return {**said, "bytes": stats.get("peak_bytes_in_use", 0)}
+            return {"loss": float(scalars["loss"]), "bytes": stats.get("peak_bytes_in_use", 0)}
 
         return run
 
@@ -265,14 +268,14 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
 
 
 def on_gpu() -> bool:
-    """Whether JAX finds a GPU; asked in a child, so that this process holds none of its memory."""
+    """Whether JAX finds a GPU; a child process checks, so that this one holds no GPU memory."""
     ask = "import jax; print(jax.default_backend())"
     found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
     return found.stdout.strip() == "gpu"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints texts a second, ratios, and on a GPU the share of its peak and the peak memory."""
+    """Prints texts per second, ratios, and on a GPU the fraction of its peak and peak memory."""
     del argv
     values = flags.FLAGS
     decoder = towers.about(values.tower)["model_type"] not in ("bert", "distilbert")
@@ -289,7 +292,7 @@ def main(argv: Sequence[str]) -> None:
         "device": "gpu" if gpu else "cpu",
     }
     names = [name for name in PROGRAMS if not gpu or "all of" in name]
-    if values.peer == "none":
+    if values.baseline == "none":
         names = [name for name in names if name.startswith("ours")]
     rounds = workers.compare(
         "vixml_jax.benchmarks.train_step",
@@ -306,33 +309,36 @@ def main(argv: Sequence[str]) -> None:
     if not gpu:
         print(
             "no GPU here: measured on the CPU in float32; not measured: bfloat16, batches of "
-            "2,048 with pictures, share of a GPU's peak, memory on it"
+            "2,048 with images, fraction of a GPU's peak, GPU memory"
         )
         return
     for name, found in rounds.items():
         kind = found[0]["device"]
-        known = accelerators.about(kind)
+        known = accelerators.find(kind)
         seconds = sorted(one["seconds"] for one in found)[len(found) // 2]
         done = found[0]["flops"] / seconds
-        share = f"{done / known.peak_flops:.1%} of its peak" if known else "peak unknown"
-        print(f"{name}: {done / 1e12:.0f} TFLOP/s on {kind} ({share}), "
-              f"{max(one['bytes'] for one in found) / 2**30:.1f} GiB at most")  # fmt: skip
+        fraction = f"{done / known.peak_flops:.1%} of its peak" if known else "peak unknown"
+        print(f"{name}: {done / 1e12:.0f} TFLOP/s on {kind} ({fraction}), "
+              f"{max(one['bytes'] for one in found) / 2**30:.1f} GiB peak")  # fmt: skip
 
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_enum("peer", "torch", ["torch", "none"], "What to run beside ours.")
-    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by (the start of) its name.")
-    flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are read, or 'glyphs'.")
-    flags.DEFINE_integer("batch", 0, "Queries of a batch, and as many labels; 0: as suits.")
-    flags.DEFINE_integer("steps", 0, "Steps of a round; 0: as suits.")
+    flags.DEFINE_enum("baseline", "torch", ["torch", "none"], "Baseline to compare with.")
+    flags.DEFINE_string("tower", "all-minilm-l6", "A published tower, by the start of its name.")
+    flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are used, or 'glyphs'.")
+    flags.DEFINE_integer(
+        "batch", 0, "Queries per batch, and labels per batch; 0: by tower and device."
+    )
+    flags.DEFINE_integer("steps", 0, "Steps per round; 0: by tower.")
     flags.DEFINE_integer("rounds", 5, "Rounds of each program.")
     flags.DEFINE_integer("rank", 64, "Rank of a decoder's adapters.", lower_bound=1)
-    flags.DEFINE_integer("chunk", 0, "Rows that ours reads at a time; 0: all.", lower_bound=0)
-    flags.DEFINE_integer("threads", 1, "Processors that each program has.")
+    flags.DEFINE_integer(
+        "chunk", 0, "Rows of a microbatch of ours; 0: the whole batch.", lower_bound=0
+    )
+    flags.DEFINE_integer("threads", 1, "Cores of each program.")
 
 
 if __name__ == "__main__":
     if not workers.serve(prepare):
-        define_flags()
-        errors.launch(main)
+        command_line.launch(main, define_flags)

@@ -1,9 +1,9 @@
-"""Milliseconds a picture of a frozen SigLIP 2 vision tower, beside `transformers`' in PyTorch.
+"""Speed of a frozen SigLIP 2 vision tower, compared with `transformers` in PyTorch.
 
-    python -m vixml_jax.benchmarks.vision --peer=torch [--size=so400m]
+    python -m vixml_jax.benchmarks.vision --baseline=torch [--size=so400m]
 
-Random weights, random pixels; programs take turns in one run, each alone on the same processors:
-float32 on a CPU, bfloat16 (torch with SDPA) on a GPU.
+Random weights and pixels; programs take turns in one run on the same cores: float32 on a CPU,
+bfloat16 (torch with SDPA) on a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.benchmarks import train_step
 from vixml_jax.benchmarks.support import workers
 
@@ -27,17 +27,17 @@ SIZES = {
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
-    """Builds programs and embeds once with each."""
+    """Builds the programs and runs each once."""
     prepared: dict[str, workers.Prepared] = {}
     for program in programs:
         run = (_ours if program == "ours" else _torch)(settings)
         run()
-        prepared[program] = {"pictures": settings["batch"]}, run
+        prepared[program] = {"images": settings["batch"]}, run
     return prepared
 
 
 def pixels_of(settings: dict[str, Any], side: int) -> np.ndarray:
-    """Random pictures, float32 [batch, side, side, 3]."""
+    """Random images, float32 [batch, side, side, 3]."""
     shape = (settings["batch"], side, side, 3)
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
@@ -98,7 +98,7 @@ def _torch(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints pictures a second, the ratio, and milliseconds a picture."""
+    """Prints images per second, the ratio, and milliseconds per image."""
     del argv
     values = flags.FLAGS
     gpu = train_step.on_gpu()
@@ -108,32 +108,31 @@ def main(argv: Sequence[str]) -> None:
         "threads": values.threads,
         "device": "gpu" if gpu else "cpu",
     }
-    said = workers.compare(
+    reports = workers.compare(
         "vixml_jax.benchmarks.vision",
-        PROGRAMS if values.peer == "torch" else PROGRAMS[:1],
+        PROGRAMS if values.baseline == "torch" else PROGRAMS[:1],
         [("ours", "torch")],
         settings,
         rounds=values.rounds,
-        texts=lambda about: about["pictures"],
-        unit="pictures",
+        texts=lambda about: about["images"],
+        unit="images",
     )
-    for name, rounds in said.items():
+    for name, rounds in reports.items():
         seconds = float(np.median([one["seconds"] for one in rounds]))
-        print(f"{name}: {1000 * seconds / settings['batch']:.2f} ms a picture")
+        print(f"{name}: {1000 * seconds / settings['batch']:.2f} ms per image")
     if not gpu:
         print("no GPU here: measured on the CPU in float32; not measured: bfloat16 on a GPU")
 
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_enum("peer", "torch", ["torch", "none"], "What to run beside ours.")
+    flags.DEFINE_enum("baseline", "torch", ["torch", "none"], "Baseline to compare with.")
     flags.DEFINE_enum("size", "so400m", list(SIZES), "so400m patch14 384, or base patch16 224.")
-    flags.DEFINE_integer("batch", 0, "Pictures embedded together; 0: as suits.", lower_bound=0)
+    flags.DEFINE_integer("batch", 0, "Images per batch; 0: by device.", lower_bound=0)
     flags.DEFINE_integer("rounds", 5, "Rounds of each program.", lower_bound=1)
-    flags.DEFINE_integer("threads", 1, "Processors that each program has.", lower_bound=1)
+    flags.DEFINE_integer("threads", 1, "Cores of each program.", lower_bound=1)
 
 
 if __name__ == "__main__":
     if not workers.serve(prepare):
-        define_flags()
-        errors.launch(main)
+        command_line.launch(main, define_flags)

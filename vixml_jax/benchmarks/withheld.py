@@ -1,13 +1,13 @@
-"""New labels without training: how many of their queries find them.
+"""Labels added without training: how well their queries find them.
 
     python -m vixml_jax.benchmarks.withheld --source=RAW --make=DIR [--share=0.1]
     (prepare and train DIR, and RAW, with the same settings)
     python -m vixml_jax.benchmarks.withheld --workdir=RUN --full=RUN_ON_ALL --rows=DIR/withheld.txt
 
-The first takes a share of the labels out of a source in the files of the Extreme Classification
-Repository, and training queries that have no other. The second adds those labels to the run that
-never saw them (`serving.placing`), by their texts alone and with examples, training queries that
-were theirs, and asks all test queries; beside it the run that was trained on all labels.
+The first command removes a fraction of the labels from a source in the XML repository's layout, and
+training queries that have no other label. The second adds those labels to the run that never saw
+them (`serving/cold_start.py`), by their texts only and with example queries, and evaluates all test
+queries, beside the run that was trained on all labels.
 """
 
 import os
@@ -18,7 +18,7 @@ from absl import flags
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation import metrics
@@ -29,18 +29,18 @@ from vixml_jax.storage import atomic
 
 K = 100
 ROWS = "withheld.txt"
-# Of a label; None: all.
+# Example queries per label; None: all.
 _NAMES = {0: "text only", 1: "1 example", 5: "5 examples", None: "all examples"}
 
 
 def make(source: str, out: str, share: float, seed: int) -> Int[np.ndarray, " w"]:
-    """Writes a source without some labels; returns and writes their rows.
+    """Writes a source without some of its labels; returns and writes their rows.
 
     Args:
       source: Directory with lbl.raw.txt, and trn and tst with .raw.txt and _X_Y.txt.
       out: Directory to write.
-      share: Of the labels.
-      seed: Draws them.
+      share: Fraction of the labels to remove.
+      seed: Of the random choice.
     """
     labels = _lines(source, "lbl.raw.txt")
     count = round(len(labels) * share)
@@ -55,15 +55,19 @@ def make(source: str, out: str, share: float, seed: int) -> Int[np.ndarray, " w"
             texts, (_, *pairs) = _lines(source, f"{split}.raw.txt"), _lines(
                 source, f"{split}_X_Y.txt"
             )  # fmt: skip
-            own = [row_of[[int(pair.split(":")[0]) for pair in row.split()]] for row in pairs]
-            own = [row[row >= 0] for row in own]
-            kept = [i for i, row in enumerate(own) if len(row) or split == "tst"]
+            kept_labels = [
+                row_of[[int(pair.split(":")[0]) for pair in row.split()]] for row in pairs
+            ]
+            kept_labels = [row[row >= 0] for row in kept_labels]
+            kept = [i for i, row in enumerate(kept_labels) if len(row) or split == "tst"]
             _write(directory, f"{split}.raw.txt", [texts[i] for i in kept])
-            rows = [" ".join(f"{label}:1" for label in own[i]) for i in kept]
+            rows = [" ".join(f"{label}:1" for label in kept_labels[i]) for i in kept]
             _write(directory, f"{split}_X_Y.txt", [f"{len(kept)} {len(stay)}", *rows])
         filters = os.path.join(source, "filter_labels_test.txt")
         if os.path.exists(filters):
-            raise InputError(f"{filters}: sources with filter pairs are not supported here")
+            raise InputError(
+                f"{filters}: this benchmark does not support sources with filter pairs"
+            )
     return gone
 
 
@@ -80,7 +84,7 @@ def _write(directory: str, name: str, lines: Sequence[str]) -> None:
 def examples_of(
     relevance: sparse.csc_matrix, label: int, most: int | None, rng: np.random.Generator
 ) -> Int[np.ndarray, " n"]:
-    """Training queries of a label, so many at most, drawn at random."""
+    """At most `most` training queries of a label, drawn at random."""
     rows = relevance.indices[relevance.indptr[label] : relevance.indptr[label + 1]]
     return rows if most is None else np.sort(rng.permutation(rows)[:most])
 
@@ -91,8 +95,14 @@ def measure(
     relevance: sparse.csr_matrix,
     gone: Int[np.ndarray, " w"],
 ) -> tuple[float, float, float]:
-    """R@100 and P@1 where the withheld labels alone are true and are searched among all; and R@100
-    where all are true."""
+    """R@100 and P@1 with only the withheld labels as true labels, searched among all; R@100 of all.
+
+    Args:
+      vectors: Unit vectors of all labels.
+      queries: Unit vectors of the test queries.
+      relevance: [test queries, labels].
+      gone: Rows of the withheld labels.
+    """
     ids = ExactIndex(vectors).search(queries, min(K, len(vectors))).ids
     among = np.zeros(relevance.shape[1], np.float32)
     among[gone] = 1
@@ -109,26 +119,26 @@ def measure(
 def compare(
     workdir: str, full: str, gone: Int[np.ndarray, " w"], seed: int, data: Sequence[str] = ("", "")
 ) -> dict[str, tuple[float, float, float]]:
-    """What `measure` finds, by how the withheld labels came in.
+    """The results of `measure`, by how the withheld labels were added.
 
     Args:
-      workdir: Run without the labels.
-      full: Run with them.
+      workdir: Run trained without the labels.
+      full: Run trained with them.
       gone: Their rows among all labels.
-      seed: Draws examples.
-      data: Prepared data of both, if they have moved.
+      seed: Of the choice of examples.
+      data: Prepared data of both runs, if they have moved.
 
     Raises:
-      InputError: If the runs are not of the same labels.
+      InputError: If the runs do not have the same labels.
     """
     complete = workdir_lib.open_dataset(workdir_lib.read_config(full, data=data[1]))
     predictor = Predictor.load(workdir, data=data[0], warm=False)
     everything = Predictor.load(full, data=data[1], warm=False)
     total = complete.num_labels
-    if len(predictor.answers.ids) != total - len(gone) or gone.max(initial=0) >= total:
+    if len(predictor.artifacts.ids) != total - len(gone) or gone.max(initial=0) >= total:
         raise InputError(
-            f"--workdir={workdir}: has {len(predictor.answers.ids)} labels, expected "
-            f"{total - len(gone)}: those of --full={full} without {len(gone)}"
+            f"--workdir={workdir}: has {len(predictor.artifacts.ids)} labels, expected "
+            f"{total - len(gone)}: those of --full={full} without {len(gone)} withheld ones"
         )
     stay = np.setdiff1d(np.arange(total), gone)
     queries, train = (
@@ -141,20 +151,20 @@ def compare(
     for most in _NAMES:
         chosen = [train[examples_of(by_label, label, most, rng)] for label in gone]
         vectors = np.empty((total, queries.shape[1]), np.float32)
-        vectors[stay] = predictor.answers.vectors
-        vectors[gone] = cold_start.place_vectors(predictor, texts, None, alone, chosen)
+        vectors[stay] = predictor.artifacts.vectors
+        vectors[gone] = cold_start.with_examples(predictor, texts, None, alone, chosen)
         found[_NAMES[most]] = measure(vectors, queries, relevance, gone)
     queries = everything.model.encode_queries(
         everything.params, complete.test, block=512, title="test queries"
     ).values
     found["trained on all"] = measure(
-        np.array(everything.answers.vectors), queries, relevance, gone
+        np.array(everything.artifacts.vectors), queries, relevance, gone
     )
     return found
 
 
 def main(argv: Sequence[str]) -> None:
-    """Makes the source, or prints the table."""
+    """Writes the source, or prints the table."""
     del argv
     values = flags.FLAGS
     if values.make:
@@ -173,17 +183,18 @@ def main(argv: Sequence[str]) -> None:
 def define_flags() -> None:
     """The flags of this benchmark."""
     text = flags.DEFINE_string
-    text("source", "", "Source whose labels are withheld.")
-    text("make", "", "Directory to write the source without them to; else runs are compared.")
-    flags.DEFINE_float("share", 0.1, "Of the labels.", lower_bound=0, upper_bound=1)
-    flags.DEFINE_integer("seed", 0, "Draws labels and examples.")
-    text("workdir", "", "Run trained without them.")
-    text("full", "", "Run trained on all.")
-    text("rows", "", "Rows of the withheld labels, one a line.")
+    text("source", "", "Source to withhold labels from.")
+    text("make", "", "Directory to write the reduced source to; empty: compare runs.")
+    flags.DEFINE_float(
+        "share", 0.1, "Fraction of the labels to withhold.", lower_bound=0, upper_bound=1
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of the choice of labels and examples.")
+    text("workdir", "", "Run trained without the withheld labels.")
+    text("full", "", "Run trained on all labels.")
+    text("rows", "", "File with the rows of the withheld labels, one per line.")
     text("data", "", "Prepared data of --workdir, if they have moved.")
     text("full_data", "", "Prepared data of --full, if they have moved.")
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.launch(main)
+    command_line.launch(main, define_flags)

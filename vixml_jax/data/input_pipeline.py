@@ -1,4 +1,4 @@
-"""Store and order to host batches through grain: threads prepare ahead, a run can resume inside."""
+"""Training batches of an epoch, prepared ahead by grain's threads; resumable at any batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,45 +23,46 @@ def epoch_batches(
     weights: Float[np.ndarray, " l"] | None,
     rows: packing.RowSizes,
     image_dropout: float = 0.0,
-    shares: int = 1,
+    shards: int = 1,
     read: Sequence[int] | None = None,
     num_threads: int = 1,
     prefetch: int = 2,
 ) -> Any:
-    """A grain iterator over the batches of one epoch, with `get_state` and `set_state`.
+    """Returns a grain iterator over the batches of one epoch, with `get_state` and `set_state`.
 
-    A batch is a pure function of seed, epoch, its index and the order. The last one is filled up
+    A batch is a pure function of seed, epoch, its index and the order. The last batch is padded
     with ids -1.
 
     Args:
-      dataset: Training queries, labels and relevance; its `train_weights` count when positives
-        are drawn.
-      order: The queries, in the order in which they are read.
-      epoch: Goes into the draws.
-      seed: Goes into the draws.
-      batch_size: Queries of a batch, and labels.
+      dataset: Training queries, labels and relevance. Its `train_weights` are used when positives
+        are sampled.
+      order: Rows of the queries, in the order in which they are read.
+      epoch: Number of the epoch, for the random draws.
+      seed: Seed of the random draws.
+      batch_size: Queries of a batch, and labels of a batch.
       width: Positions of a packed row.
-      layout: Of an item.
-      weights: What positives are drawn by; None: uniform.
-      rows: Of a batch's share, queries and labels together.
-      image_dropout: Share of the items, drawn anew each time, whose pictures are hidden.
-      shares: Equal parts of a batch, about equally long, each in rows of its own; a batch is filled
-        up with ids -1 to a multiple of them. The packing hangs on them, not on the devices.
-      read: The shares that are wanted, ascending; None: all. Of the others only lengths and labels
-        are read.
-      num_threads: That prepare batches.
-      prefetch: Batches ready ahead.
+      layout: How an item is written.
+      weights: Weight of each label when positives are sampled; None: all weights are equal.
+      rows: Possible numbers of rows of a shard, queries and labels together.
+      image_dropout: Probability that the images of an item are left out of a batch.
+      shards: Number of shards of a batch. Each has the same number of items, about the same number
+        of tokens, and rows of its own; the batch is padded with ids -1 to a multiple. Batches
+        depend on the number of shards, not on the number of devices.
+      read: The shards to return, ascending; None: all. Of the others only lengths and labels are
+        read.
+      num_threads: Threads that prepare batches.
+      prefetch: Batches kept ready ahead.
     """
     import grain
 
-    read = range(shares) if read is None else read
-    size = -(-batch_size // shares) * shares
+    read = range(shards) if read is None else read
+    size = -(-batch_size // shards) * shards
 
     def make(index: int) -> Batch:
         rng = np.random.default_rng((seed, epoch, index))
         query_ids = np.full(size, -1, np.int32)
-        found = order[index * batch_size : (index + 1) * batch_size]
-        query_ids[: len(found)] = found
+        real = order[index * batch_size : (index + 1) * batch_size]
+        query_ids[: len(real)] = real
         label_ids = sampling.sample_positives(
             dataset.train_relevance, query_ids, weights, rng, dataset.train_weights
         )
@@ -71,18 +72,18 @@ def epoch_batches(
             packing.item_lengths(items, ids, width=width, layout=layout, hidden=hide)
             for items, ids, hide in zip(sides, (query_ids, label_ids), hidden, strict=True)
         )
-        dealt = packing.deal(sum(lengths), shares)
-        query_ids, label_ids, hidden = query_ids[dealt], label_ids[dealt], hidden[:, dealt]
+        balanced = packing.balance(sum(lengths), shards)
+        query_ids, label_ids, hidden = query_ids[balanced], label_ids[balanced], hidden[:, balanced]
         queries, labels = (
             packing.pack(
-                items, ids, width=width, layout=layout, blocks=shares, read=read, hidden=hide
+                items, ids, width=width, layout=layout, blocks=shards, read=read, hidden=hide
             )
             for items, ids, hide in zip(sides, (query_ids, label_ids), hidden, strict=True)
         )
         items = packing.join(queries, labels, size, rows=rows, blocks=len(read))
-        mine = np.arange(size).reshape(shares, -1)[np.asarray(read)].reshape(-1)
-        relevance = sampling.relevance_block(dataset.train_relevance, query_ids[mine], label_ids)
-        return Batch(items, query_ids[mine], label_ids[mine], relevance)
+        local = np.arange(size).reshape(shards, -1)[np.asarray(read)].reshape(-1)
+        relevance = sampling.relevance_block(dataset.train_relevance, query_ids[local], label_ids)
+        return Batch(items, query_ids[local], label_ids[local], relevance)
 
     batches = grain.MapDataset.range(-(-len(order) // batch_size)).map(make)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)

@@ -1,7 +1,7 @@
-"""Arrays that are mapped files larger than memory: read without holding them.
+"""Reads rows of memory-mapped files that are larger than memory, without keeping their pages.
 
-The pages of a mapped file count as memory of the process that looked at them for as long as the
-system has room for them, and looking at rows here and there reads much around each.
+The pages of a mapped file that a process has read count as its memory until the system needs them
+for something else, and reading scattered rows through a mapping also reads the pages around them.
 """
 
 import mmap
@@ -12,7 +12,7 @@ from jaxtyping import Int, Shaped
 
 from vixml_jax.data.store import ranges
 
-_SMALL = 1 << 28  # Bytes of a file that stays mapped.
+_SMALL = 1 << 28  # Bytes; smaller files are read through their mapping.
 
 
 def copy_runs(
@@ -24,22 +24,25 @@ def copy_runs(
 ) -> None:
     """Copies runs of rows: `into[at[i] : at[i] + lengths[i]] = values[starts[i] : ...]`.
 
-    Rows of a large mapped file are read from the file, all of them announced before the first, so
-    that a disk has many reads to do at a time.
+    Rows of a large mapped file are read from the file itself. All reads are announced to the
+    system first, so that the disk can work on many at a time.
 
     Args:
-      values: An array, mapped or not.
-      starts: First row of each run.
-      lengths: Rows of each.
-      into: A contiguous array of the same type.
-      at: Where the first row of each goes.
+      values: Array to copy from, mapped or not.
+      starts: First row of each run in `values`.
+      lengths: Number of rows of each run.
+      into: Contiguous array of the same dtype to copy to.
+      at: First row of each run in `into`.
+
+    Raises:
+      OSError: If the file is shorter than the array.
     """
     file = _file_of(values)
     if file is None or values.nbytes < _SMALL or not hasattr(os, "posix_fadvise"):
         into[ranges(at, lengths)] = values[ranges(starts, lengths)]
         return
     assert into.dtype == values.dtype and values.flags.c_contiguous, (into.dtype, values.dtype)
-    room = memoryview(into.reshape(-1).view(np.uint8))
+    buffer = memoryview(into.reshape(-1).view(np.uint8))
     begin = file.offset + values.ctypes.data - file.ctypes.data
     size = values[:1].nbytes
     runs = [
@@ -53,21 +56,23 @@ def copy_runs(
         for start, _, length in runs:
             os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
         for start, place, length in runs:
-            if os.preadv(descriptor, [room[place : place + length]], start) != length:
-                raise OSError(f"{file.filename}: ends before byte {start + length}")
+            if os.preadv(descriptor, [buffer[place : place + length]], start) != length:
+                raise OSError(
+                    f"{file.filename}: the file ends before byte {start + length}; it was truncated"
+                )
     finally:
         os.close(descriptor)
 
 
 def release(values: np.ndarray) -> None:
-    """Has the process forget the pages of a mapped file that it looked at."""
+    """Releases the memory of the pages that were read of a mapped file; else does nothing."""
     file = _file_of(values)
     if file is not None:
         file._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def _file_of(values: np.ndarray | None) -> np.memmap | None:
-    """The mapped file that an array is a view of."""
+    """The mapped file that an array is a view of; None if it is in memory."""
     while values is not None and not (isinstance(values, np.memmap) and values._mmap is not None):
         values = getattr(values, "base", None)
     return values

@@ -1,4 +1,4 @@
-"""Items to packed rows: prompt, text and pictures, several items to a row of fixed width."""
+"""Packs items (prompt, text tokens and images) into rows of a fixed width, several to a row."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,33 +10,38 @@ from vixml_jax.data import mapped_rows
 from vixml_jax.data.store import Items, ranges
 from vixml_jax.structs import PackedItems
 
-# "text", "images", or the tokens of a piece of the prompt.
+# A part of an item: "text", "images", or the tokens of a piece of the prompt.
 Part = str | tuple[int, ...]
 
 
 class RowSizes(NamedTuple):
-    """How many rows a block may have: few sizes, so that few programs are compiled."""
+    """The numbers of rows that a block may have: few, so that few programs are compiled.
+
+    Attributes:
+      least: The smallest number.
+      step: Difference between one number and the next.
+    """
 
     least: int = 1
     step: int = 1
 
     def fit(self, rows: int) -> int:
-        """The smallest size that holds `rows`."""
+        """The smallest size of at least `rows`."""
         return self.least + -(-max(0, rows - self.least) // self.step) * self.step
 
     @staticmethod
     def expected(
         mean_length: float, *, batch_size: int, width: int, blocks: int = 1, chunk: int = 0
     ) -> "RowSizes":
-        """Sizes around what batches need: about a twelfth apart, none below the mean.
+        """Sizes from the mean need of a batch upwards, about a twelfth of it apart.
 
         Args:
-          mean_length: Positions of an item (of a query and a label together, where both are
-            packed).
-          batch_size: Items of all blocks (or pairs of them).
+          mean_length: Mean number of positions of an item, or of a query and a label together
+            where both are packed.
+          batch_size: Items of all blocks together, or pairs of a query and a label.
           width: Positions of a row.
-          blocks: Shares of a batch.
-          chunk: Rows that all sizes are a multiple of; 0: any.
+          blocks: Number of blocks of a batch.
+          chunk: All sizes are multiples of this number of rows; 0: any size.
         """
         rows = max(1, round(mean_length * batch_size / blocks / width))
         if chunk:
@@ -45,19 +50,19 @@ class RowSizes(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the sequence of an item is written: prompt pieces, its text, its pictures.
+    """The order of the parts of an item: pieces of the prompt, its text, its images.
 
-    The default is that of the paper's encoders: pictures, then text, whose positions begin where
-    those of all pictures would end.
+    The default is that of the paper's encoders: images, then text, whose positions begin at
+    `num_images`, however many images the item has.
 
     Attributes:
-      num_images: Pictures of an item at most; 0: text only.
-      seen: The parts of an item with pictures, in order.
-      unseen: Those of an item without.
-      reserve_images: Whether text positions leave room for pictures that are missing; else
-        positions count what is there.
-      trim: Tokens of a prepared text left out at its start and at its end: what the tokenizer
-        added, where the prompt says it.
+      num_images: Maximum number of images of an item; 0: text only.
+      seen: The parts of an item with images, in order.
+      unseen: The parts of an item without images, in order.
+      reserve_images: Whether the positions of the text leave space for missing images; otherwise
+        positions count the parts that are present.
+      trim: Numbers of tokens dropped at the start and at the end of a prepared text: the special
+        tokens of the tokenizer, where the prompt has its own.
     """
 
     num_images: int = 0
@@ -68,7 +73,7 @@ class Layout(NamedTuple):
 
     @property
     def overhead(self) -> int:
-        """Positions that an item takes beside its text, at most."""
+        """Maximum number of positions of an item in addition to its text."""
         return self.num_images + max(_prompt_length(self.seen), _prompt_length(self.unseen))
 
 
@@ -77,13 +82,13 @@ def _prompt_length(parts: tuple[Part, ...]) -> int:
 
 
 class _Spans(NamedTuple):
-    """Where the parts of items are, and how long: arrays [n]; lengths 0 where there is no item."""
+    """Where the parts of items begin in the store, and their lengths; lengths are 0 for id -1."""
 
     text_at: Int[np.ndarray, " n"]
-    text: Int[np.ndarray, " n"]
+    text: Int[np.ndarray, " n"]  # Length.
     images_at: Int[np.ndarray, " n"]
-    images: Int[np.ndarray, " n"]
-    prompt: Int[np.ndarray, " n"]
+    images: Int[np.ndarray, " n"]  # Length.
+    prompt: Int[np.ndarray, " n"]  # Length of all pieces together.
 
 
 def _spans(
@@ -117,24 +122,32 @@ def item_lengths(
     layout: Layout,
     hidden: Bool[np.ndarray, " n"] | None = None,
 ) -> Int[np.ndarray, " n"]:
-    """Positions that items take in a packed row, 0 for id -1; by default of all items."""
+    """Number of positions of each item in a packed row.
+
+    Args:
+      items: Tokens and images.
+      ids: Rows of `items`; -1 has length 0. None: all items.
+      width: Positions of a row.
+      layout: How an item is written.
+      hidden: Items whose images are left out; None: none.
+    """
     ids = np.arange(len(items)) if ids is None else ids
     spans = _spans(items, ids, width, layout, hidden)
     return spans.text + spans.images + spans.prompt
 
 
-def deal(lengths: Int[np.ndarray, " n"], blocks: int) -> Int[np.ndarray, " n"]:
-    """An order in which equal runs of items are about equally long together.
+def balance(lengths: Int[np.ndarray, " n"], blocks: int) -> Int[np.ndarray, " n"]:
+    """Orders items so that consecutive blocks of equal size have about equal total length.
 
     Args:
-      lengths: Of the items.
-      blocks: How many runs; divides the number of items.
+      lengths: Length of each item.
+      blocks: Number of blocks; divides the number of items.
 
     Returns:
-      The items, run after run.
+      The indices of the items, block after block.
     """
     rounds = np.argsort(-lengths, kind="stable").reshape(-1, blocks)
-    rounds[1::2] = rounds[1::2, ::-1]  # Who came last comes first.
+    rounds[1::2] = rounds[1::2, ::-1]  # The block served last in one round is first in the next.
     return rounds.T.reshape(-1)
 
 
@@ -149,24 +162,24 @@ def pack(
     read: Sequence[int] | None = None,
     hidden: Bool[np.ndarray, " n"] | None = None,
 ) -> PackedItems:
-    """Packs items, each unbroken in one row, as `layout` says.
+    """Packs items into rows, each item in consecutive positions of one row.
 
     Args:
-      items: Where tokens and pictures are.
-      ids: Rows of `items`; item k of the batch is `ids[k]`. -1 takes no place.
-      width: Positions of a row. Text is cut to `width - layout.overhead`.
-      layout: Of an item.
-      rows: Of a block.
-      blocks: The batch falls into this many equal runs, each packed into its own equal number of
-        rows: the share of a device.
-      read: The blocks whose rows are wanted, ascending; None: all. Of the others only lengths are
-        read, so that all who pack parts of a batch agree.
-      hidden: Items whose pictures are left out; None: none.
+      items: Tokens and images.
+      ids: Rows of `items`; item k of the batch is `ids[k]`. An id of -1 takes no positions.
+      width: Positions of a row. Text is truncated to `width - layout.overhead` tokens.
+      layout: How an item is written.
+      rows: Possible numbers of rows of a block.
+      blocks: Number of blocks: equal runs of consecutive items, each packed into rows of its own.
+        All blocks have the same number of rows, so that the batch can be sharded over devices.
+      read: The blocks to return, ascending; None: all. Of the others only lengths are read, so
+        that processes which pack different blocks of a batch agree on the number of rows.
+      hidden: Items whose images are left out; None: none.
 
     Returns:
-      numpy arrays, rows and pictures of the wanted blocks, numbered as in the whole: picture j of
-      item k is row `k * num_images + j` of all `images`, float16, zero where it is absent; no rows
-      where there are no pictures at all.
+      numpy arrays with the rows and images of the blocks in `read`. Items and images are numbered
+      as in the whole batch: image j of item k is row `k * num_images + j` of `images`, float16,
+      and zero if it is absent. `images` has no rows if `items` or `layout` have no images.
     """
     spans = _spans(items, ids, width, layout, hidden)
     sizes = spans.text + spans.images + spans.prompt
@@ -174,9 +187,9 @@ def pack(
     wanted = np.arange(blocks) if read is None else np.asarray(read)
     numbers = np.arange(len(ids)).reshape(blocks, -1)[wanted].reshape(-1)
     row = (row[wanted] + np.arange(len(wanted))[:, None] * used).reshape(-1)
-    begin = row * width + offset[wanted].reshape(-1)  # First position of each in the flat rows.
+    begin = row * width + offset[wanted].reshape(-1)  # First position of each item, rows flat.
     ids, sizes, spans = ids[numbers], sizes[numbers], _Spans(*(x[numbers] for x in spans))
-    slots = np.arange(len(ids)) * layout.num_images  # Rows of `images` of each item, here.
+    slots = np.arange(len(ids)) * layout.num_images  # First row of each item in `images` below.
     if items.images is None or not layout.num_images:
         images = np.zeros((0, 1), np.float16)
     else:
@@ -192,8 +205,8 @@ def pack(
     positions[put] = ranges(np.zeros(len(ids), np.int64), sizes)
     with_images = spans.images > 0
     for parts, chosen in ((layout.seen, with_images), (layout.unseen, ~with_images)):
-        at = begin[chosen]  # Where the next part goes.
-        here = ids[chosen] >= 0
+        at = begin[chosen]  # First position of the next part of each item.
+        real = ids[chosen] >= 0
         for part in parts:
             if part == "text":
                 lengths = spans.text[chosen]
@@ -208,8 +221,8 @@ def pack(
                 first = numbers[chosen] * layout.num_images
                 image_at[ranges(at, lengths)] = ranges(first, lengths)
             else:
-                lengths = np.where(here, len(part), 0)
-                tokens[ranges(at, lengths)] = np.tile(part, int(here.sum()))
+                lengths = np.where(real, len(part), 0)
+                tokens[ranges(at, lengths)] = np.tile(part, int(real.sum()))
             at = at + lengths
     shape = (-1, width)
     return PackedItems(
@@ -224,35 +237,36 @@ def pack(
 def join(
     first: PackedItems, second: PackedItems, num_first: int, *, rows: RowSizes, blocks: int = 1
 ) -> PackedItems:
-    """Two packed sides as one: item j of the second becomes item `num_first + j`.
+    """Joins two packed sides; item j of the second becomes item `num_first + j`.
 
     Args:
-      first: Rows of both sides are packed in the same number of blocks.
-      second: Its pictures, if both have some, are as wide.
-      num_first: Items of the first.
-      rows: Of a block; what is missing is empty.
-      blocks: That are here. A block of the whole is a block of the first, then one of the second;
-        so are its pictures.
+      first: Items packed in `blocks` blocks.
+      second: Items packed in `blocks` blocks. If both sides have images, these are of equal width.
+      num_first: Number of items of `first` in the whole batch.
+      rows: Possible numbers of rows of a block of the result; it is padded with empty rows.
+      blocks: Number of blocks in each side. A block of the result has the rows of a block of
+        `first`, then those of a block of `second`; likewise its images.
     """
-    of_first, of_second = (len(side.images) // blocks for side in (first, second))
+    images_first, images_second = (len(side.images) // blocks for side in (first, second))
 
-    def shift(image_at: np.ndarray, own: int, before: int, other: int) -> np.ndarray:
+    def shift(image_at: np.ndarray, own: int, other: int, before: int) -> np.ndarray:
+        """Rows of images after the `other` images of each earlier block, and `before` more."""
         moved = image_at + image_at // max(own, 1) * other + before
         return np.where(image_at >= 0, moved, -1)
 
-    first = first._replace(image_at=shift(first.image_at, of_first, 0, of_second))
+    first = first._replace(image_at=shift(first.image_at, images_first, images_second, 0))
     second = second._replace(
         segments=np.where(second.segments >= 0, second.segments + num_first, -1),
-        image_at=shift(second.image_at, of_second, of_first, of_first),
+        image_at=shift(second.image_at, images_second, images_first, images_first),
     )
     images = [x.reshape(blocks, -1, x.shape[1]) for x in (first.images, second.images) if len(x)]
-    found = (len(first.tokens) + len(second.tokens)) // blocks
-    missing = rows.fit(found) - found
+    used = (len(first.tokens) + len(second.tokens)) // blocks
+    padding = rows.fit(used) - used
 
-    def concatenate(one: np.ndarray, other: np.ndarray, empty: int) -> np.ndarray:
-        parts = [x.reshape(blocks, -1, x.shape[1]) for x in (one, other)]
-        parts.append(np.full((blocks, missing, one.shape[1]), empty, one.dtype))
-        return np.concatenate(parts, axis=1, dtype=one.dtype).reshape(-1, one.shape[1])
+    def concatenate(a: np.ndarray, b: np.ndarray, empty: int) -> np.ndarray:
+        parts = [x.reshape(blocks, -1, x.shape[1]) for x in (a, b)]
+        parts.append(np.full((blocks, padding, a.shape[1]), empty, a.dtype))
+        return np.concatenate(parts, axis=1, dtype=a.dtype).reshape(-1, a.shape[1])
 
     return PackedItems(
         tokens=concatenate(first.tokens, second.tokens, 0),
@@ -268,39 +282,39 @@ def join(
 def _fill_blocks(
     sizes: Int[np.ndarray, "x n"], width: int, rows: RowSizes
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Row and offset of each item within its block, and the rows of a block."""
-    row, offset, used = zip(*(_fill(share, width) for share in sizes), strict=True)
+    """Row and offset of each item within its block, and the number of rows of a block."""
+    row, offset, used = zip(*(_fill(block, width) for block in sizes), strict=True)
     return np.stack(row), np.stack(offset), rows.fit(max(used))
 
 
 def _fill(sizes: Int[np.ndarray, " n"], width: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Best fit, largest first: an item goes where the least room is left that holds it.
+    """Places items by best fit, largest first: each goes to the fullest row that can hold it.
 
-    Items of one size are placed together: a row takes as many as it holds before a row with more
-    room is touched.
+    Items of the same size are placed together: a row takes as many as it can hold before a row
+    with more space is used.
 
     Returns:
-      Row and offset of each item, and how many rows are used.
+      Row and offset of each item, and the number of rows used.
     """
     counts = np.bincount(sizes, minlength=width + 1).tolist()
-    open_rows: list[list[int]] = [[] for _ in range(width + 1)]  # By the room left in them.
+    open_rows: list[list[int]] = [[] for _ in range(width + 1)]  # By free positions.
     rows: list[int] = []
     offsets: list[int] = []
     used = 0
     for size in range(width, 0, -1):
-        missing, room = counts[size], size
-        while missing:
-            while room < width and not open_rows[room]:
-                room += 1
-            if not open_rows[room]:
+        remaining, free = counts[size], size
+        while remaining:
+            while free < width and not open_rows[free]:
+                free += 1
+            if not open_rows[free]:
                 open_rows[width].append(used)
                 used += 1
-            at = open_rows[room].pop()
-            took = min(room // size, missing)
-            rows += [at] * took
-            offsets += range(width - room, width - room + took * size, size)
-            open_rows[room - took * size].append(at)
-            missing -= took
+            row_index = open_rows[free].pop()
+            count = min(free // size, remaining)
+            rows += [row_index] * count
+            offsets += range(width - free, width - free + count * size, size)
+            open_rows[free - count * size].append(row_index)
+            remaining -= count
     row, offset = np.zeros((2, len(sizes)), np.int64)
     order = np.argsort(-sizes, kind="stable")[: len(rows)]
     row[order], offset[order] = rows, offsets

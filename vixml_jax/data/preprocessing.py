@@ -1,4 +1,4 @@
-"""The recipe of prepare: a source is read, checked, tokenised and written, a chunk at a time."""
+"""Data preparation: a source is read, split, filtered, tokenized and written, chunk by chunk."""
 
 import dataclasses
 import itertools
@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vixml_jax.data import filters, progress, splitting, store
+from vixml_jax.data import filters, splitting, store
 from vixml_jax.data.card import card
-from vixml_jax.data.images import image_files
+from vixml_jax.data.images import image_embeddings
 from vixml_jax.data.sources import catalog, glyphs, tabular, xml_repository
 from vixml_jax.data.sources.raw import RawDataset, RawItems
 from vixml_jax.data.store import PreparedDataset, Writer
 from vixml_jax.data.text import batch_tokenizer
 from vixml_jax.data.text import tokenizer as tokenizer_lib
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import console, progress
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,28 +25,30 @@ if TYPE_CHECKING:
 GLYPHS = "glyphs"
 ENCODINGS = ("utf-8", "latin-1")
 MIN_VOCAB_SIZE = 64
-_ROWS = 1 << 14  # Ids written at a time.
+_CHUNK_ROWS = 1 << 14  # Ids written at a time.
+_SHOWN_LABELS = 6  # Labels per query in a preview.
 _AUTO, _NONE = "auto", "none"
 FILTERS = (_AUTO, _NONE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What prepare is told beside where from and where to.
+    """Settings of data preparation, as the flags of `prepare`.
 
     Attributes:
-      tokenizer: A directory, a name on the Hugging Face hub, or 'train': one is trained on the
-        texts of the training queries and the labels.
-      max_tokens: Tokens of an item at most, special ones included.
-      encoding: Of the source's texts, 'utf-8' or 'latin-1'.
-      vocab_size: Of a tokenizer that is trained.
-      propensity_a, propensity_b: Constants of inverse propensity, for sampling and for PSP.
-      valid: Share of the training queries held out to choose by; 0: none.
-      test: Share of the queries held out to judge on, where the source has no test split.
-      split_by: How these are drawn; see `splitting.hold_out`.
-      filters: 'auto': filter pairs are those that the source gives, and made where it gives none;
-        'none': those that it gives alone.
-      seed: Of what is drawn.
+      tokenizer: A directory, a model on the Hugging Face hub, or 'train' to train a tokenizer on
+        the texts of the training queries and the labels.
+      max_tokens: Maximum number of tokens per item, including special tokens.
+      encoding: Text encoding of the source, 'utf-8' or 'latin-1'.
+      vocab_size: Maximum vocabulary size of a trained tokenizer.
+      propensity_a, propensity_b: Constants A and B of the inverse propensities, for sampling and
+        for PSP@k.
+      valid: Fraction of the training queries to hold out as a validation split; 0 for none.
+      test: Fraction of the queries to hold out as a test split, if the source has none.
+      split_by: How to draw them; see `splitting.hold_out`.
+      filters: 'auto' uses the filter pairs of the source and generates them for splits without;
+        'none' only uses those of the source.
+      seed: Random seed.
     """
 
     tokenizer: str = tokenizer_lib.TRAIN
@@ -61,81 +64,87 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        def require(name: str, is_valid: bool, expected: str) -> None:
+            if not is_valid:
+                raise InputError(f"--{name}={getattr(self, name)}: expected {expected}")
+
         for name, choices in (("encoding", ENCODINGS), ("filters", FILTERS)):
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"--{name}={getattr(self, name)}: expected one of {', '.join(choices)}"
-                )
-        for name, least in (("vocab_size", MIN_VOCAB_SIZE), ("max_tokens", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name}={getattr(self, name)}: expected at least {least}")
+            require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        for name, minimum in (("vocab_size", MIN_VOCAB_SIZE), ("max_tokens", 1), ("seed", 0)):
+            require(name, getattr(self, name) >= minimum, f"at least {minimum}")
         for name in ("propensity_a", "propensity_b"):
-            if not 0.0 <= getattr(self, name) < np.inf:
-                raise InputError(
-                    f"--{name}={getattr(self, name)}: expected a finite number, not negative"
-                )
+            require(name, 0.0 <= getattr(self, name) < np.inf, "a finite number of at least 0")
         for name in ("valid", "test"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(f"--{name}={getattr(self, name)}: expected a share, from 0 to 1")
+            require(name, 0.0 <= getattr(self, name) < 1.0, "a fraction of at least 0 and below 1")
         splitting.parse(self.split_by)
 
 
 def prepare(
-    raw: RawDataset, out: str, settings: Settings, *, pictures: str = "", overwrite: bool = False
+    raw: RawDataset,
+    out: str,
+    settings: Settings,
+    *,
+    image_source: str = "",
+    overwrite: bool = False,
 ) -> PreparedDataset:
-    """Prepares a data set and opens it; one that is there already, of the same settings, is kept.
+    """Prepares a data set and opens it; an existing one with the same settings is kept.
 
     Args:
-      raw: What its source has.
-      out: Directory to be made.
-      settings: What to make of it.
-      pictures: A name for where pictures come from that `dataset.json` keeps.
-      overwrite: Whether a prepared data set in `out` is made anew.
+      raw: Contents of the source.
+      out: Directory to create.
+      settings: The settings.
+      image_source: Description of how images are embedded, stored in `dataset.json`.
+      overwrite: Whether to replace a prepared data set in `out`.
 
     Raises:
-      InputError: If the source is at fault, or `out` holds something else.
+      InputError: If the source is not valid, or `out` contains something else.
     """
-    told = {**dataclasses.asdict(settings), "source": raw.fingerprint, "images": pictures}
+    stored_settings = {
+        **dataclasses.asdict(settings),
+        "source": raw.fingerprint,
+        "images": image_source,
+    }
     if os.path.isdir(settings.tokenizer):
-        told["tokenizer"] = os.path.abspath(settings.tokenizer)
+        stored_settings["tokenizer"] = os.path.abspath(settings.tokenizer)
     if settings.tokenizer != tokenizer_lib.TRAIN:
-        told["vocab_size"] = None
+        stored_settings["vocab_size"] = None
     if not overwrite and os.path.isfile(os.path.join(out, store.INFO)):
-        return _reuse(out, told)
+        return _reuse(out, stored_settings)
     store.check_free(out, overwrite)
-    raw, notes = settle(raw, settings)
+    raw, notes = split_and_filter(raw, settings)
     with store.write(out, overwrite=overwrite) as writer:
-        fast = _make_tokenizer(settings, raw)
-        parts = {name: found.items for name, found in raw.splits.items()} | {"labels": raw.labels}
+        tokenizer = _make_tokenizer(settings, raw)
+        parts = {split: queries.items for split, queries in raw.splits.items()}
+        parts["labels"] = raw.labels
         processes = batch_tokenizer.processes_for(sum(items.count for items in parts.values()))
-        with batch_tokenizer.Encoders(fast, processes) as encoders:
+        with batch_tokenizer.Encoders(tokenizer, processes) as encoders:
             counts = {
                 part: _write_items(writer, part, items, encoders) for part, items in parts.items()
             }
-        for split, found in raw.splits.items():
-            writer.add_relevance(split, found.relevance)
-            writer.add(f"{split}_filter", found.filter)
+        for split, queries in raw.splits.items():
+            writer.add_relevance(split, queries.relevance)
+            writer.add(f"{split}_filter", queries.filter)
         if raw.train.weights is not None:
             writer.add("train_weights", raw.train.weights.astype(np.float32, copy=False))
         info = {
             **_describe_content(raw, counts),
             **notes,
-            "vocab_size": tokenizer_lib.vocab_size(fast),
+            "vocab_size": tokenizer_lib.vocab_size(tokenizer),
             "max_tokens": settings.max_tokens,
             "propensity_a": settings.propensity_a,
             "propensity_b": settings.propensity_b,
-            "settings": told,
+            "settings": stored_settings,
         }
-        writer.finish(info, fast.to_str())
+        writer.finish(info, tokenizer.to_str())
         card.write(PreparedDataset.open(writer.directory), writer.directory)
     return PreparedDataset.open(out)
 
 
 def check(out: str, settings: Settings, *, overwrite: bool) -> None:
-    """Refuses, before a source is read, what could not be done with it.
+    """Checks the settings that do not depend on the source, before it is read.
 
     Raises:
-      InputError: If `out` holds something else, or there is no such tokenizer.
+      InputError: If `out` contains something else, or the tokenizer does not exist.
     """
     if not overwrite and not os.path.isfile(os.path.join(out, store.INFO)):
         store.check_free(out, overwrite)
@@ -143,52 +152,58 @@ def check(out: str, settings: Settings, *, overwrite: bool) -> None:
         tokenizer_lib.load(settings.tokenizer, settings.max_tokens)
 
 
-def settle(raw: RawDataset, settings: Settings) -> tuple[RawDataset, dict[str, Any]]:
-    """The data set as it will be written: split, filtered, every training query with a label.
+def split_and_filter(raw: RawDataset, settings: Settings) -> tuple[RawDataset, dict[str, Any]]:
+    """The data set with all splits and filter pairs, without training queries that have no label.
 
     Returns:
-      It, and for `dataset.json` what became of queries without labels and why pairs are filtered.
+      The data set, and notes for `dataset.json`: numbers of queries without labels, and the report
+      of `filters.make_filters`.
 
     Raises:
       InputError: If no training query has a label, or a split cannot be made.
     """
-    for split, share in (("test", settings.test), ("valid", settings.valid)):
-        if split == "test" and raw.test is None and not share:
-            raise InputError("--test=0: the source has no test split; expected a share above 0")
-        if share and getattr(raw, split) is None:
+    for split, fraction in (("test", settings.test), ("valid", settings.valid)):
+        if split == "test" and raw.test is None and not fraction:
+            raise InputError("--test=0: the source has no test split; expected a fraction above 0")
+        if fraction and getattr(raw, split) is None:
             raw = splitting.hold_out(
-                raw, split, share, split_by=settings.split_by, seed=settings.seed
+                raw, split, fraction, split_by=settings.split_by, seed=settings.seed
             )
-        elif share and split == "valid":
-            raise InputError(f"--valid={share}: the source has a validation split already")
+        elif fraction and split == "valid":
+            raise InputError(
+                f"--valid={fraction}: the source has a validation split already; expected 0"
+            )
     if settings.filters == _AUTO:
-        raw, why = filters.make_filters(raw)
+        raw, filter_report = filters.make_filters(raw)
     else:
-        raw, why = filters.given_filters(raw)
-    kept = np.diff(raw.train.relevance.indptr) > 0
-    if not kept.any():
-        raise InputError(f"{raw.name}: no training query has a label")
-    bare = {
-        f"{name}_without_labels_kept": int(np.sum(np.diff(found.relevance.indptr) == 0))
-        for name, found in raw.splits.items()
-        if name != "train"
+        raw, filter_report = filters.given_filters(raw)
+    has_labels = np.diff(raw.train.relevance.indptr) > 0
+    if not has_labels.any():
+        raise InputError(f"{raw.name}: no training query has a label; expected at least one")
+    notes: dict[str, Any] = {
+        "train_without_labels_dropped": int(np.count_nonzero(~has_labels)),
+        **{
+            f"{split}_without_labels_kept": int(np.sum(np.diff(queries.relevance.indptr) == 0))
+            for split, queries in raw.splits.items()
+            if split != "train"
+        },
+        "filters": filter_report,
     }
-    raw = dataclasses.replace(raw, train=raw.train.select(np.flatnonzero(kept)))
-    dropped = {"train_without_labels_dropped": int(np.count_nonzero(~kept))}
-    return raw, {**dropped, **bare, "filters": why}
+    raw = dataclasses.replace(raw, train=raw.train.select(np.flatnonzero(has_labels)))
+    return raw, notes
 
 
 def _describe_content(raw: RawDataset, counts: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Sizes for `dataset.json`."""
-    parts = [found.items for found in raw.splits.values()] + [raw.labels]
+    """Name, sizes and warnings for `dataset.json`."""
+    parts = [queries.items for queries in raw.splits.values()] + [raw.labels]
     widths = [items.images.width for items in parts if items.images is not None]
     return {
         "name": raw.name,
-        **{f"num_{part}": found["items"] for part, found in counts.items()},
-        "image_width": widths[0] if widths else 0,  # All are equal.
+        **{f"num_{part}": part_counts["items"] for part, part_counts in counts.items()},
+        "image_width": widths[0] if widths else 0,  # All widths are equal.
         "counts": counts,
-        "relevant_pairs": {name: found.relevance.nnz for name, found in raw.splits.items()},
-        "filter_pairs": {name: len(found.filter) for name, found in raw.splits.items()},
+        "relevant_pairs": {split: queries.relevance.nnz for split, queries in raw.splits.items()},
+        "filter_pairs": {split: len(queries.filter) for split, queries in raw.splits.items()},
         "warnings": list(raw.warnings),
     }
 
@@ -199,25 +214,26 @@ def read_source(
     *,
     encoding: str = "utf-8",
     seed: int = 0,
-    find_images: xml_repository.FindImages = image_files.read_images,
+    find_images: xml_repository.FindImages = image_embeddings.read_images,
     data_dir: str | None = None,
     manual_dir: str | None = None,
-    **of_tables: Any,
+    **table_options: Any,
 ) -> RawDataset:
-    """The data set of a file or a directory, or the built-in one.
+    """Reads a source of any kind.
 
     Args:
-      source: A directory in the XML repository's layout, tables (see `own.find_tables`), a name of
-        the catalogue, or 'glyphs'.
-      spool: A directory for what tables hold; it must outlive the result.
-      encoding: Of texts.
-      seed: Of the split of 'glyphs'.
-      find_images: Of the files trn, val, tst and lbl; embeddings beside the texts if not told.
-      data_dir, manual_dir: Of a set of the catalogue; see `records.builder`.
-      of_tables: See `own.read_tables`.
+      source: Tables (see `tabular_files.find_tables`), a directory in the XML repository's layout,
+        the name of a data set of the catalogue, or 'glyphs'.
+      spool: A directory for temporary files of tables, which must outlive the result.
+      encoding: Text encoding.
+      seed: Random seed of the split of 'glyphs'.
+      find_images: Finds the images of files with the prefixes trn, val, tst and lbl; by default
+        embeddings beside the texts.
+      data_dir, manual_dir: For a data set of the catalogue; see `tfds_records.builder`.
+      table_options: Options of `tabular.read_tables`.
 
     Raises:
-      InputError: If the source is at fault.
+      InputError: If the source does not exist or is not valid.
     """
     if source == GLYPHS:
         return glyphs.make(seed)
@@ -230,27 +246,28 @@ def read_source(
             source, encoding=encoding, find_images=find_images
         )
     return tabular.read_tables(
-        source, spool, encoding=encoding, find_images=find_images, **of_tables
+        source, spool, encoding=encoding, find_images=find_images, **table_options
     )
 
 
 def _reuse(out: str, settings: dict[str, Any]) -> PreparedDataset:
-    """Opens what is there if it was prepared from the same source by the same settings."""
-    found = store.read_info(out).get("settings", {})
-    changed = sorted(key for key in settings if found.get(key) != settings[key])
+    """Opens an existing data set if it was prepared from the same source with these settings."""
+    existing = store.read_info(out).get("settings", {})
+    changed = sorted(key for key in settings if existing.get(key) != settings[key])
     if changed:
         raise InputError(
-            f"--out={out}: holds a data set prepared otherwise (other {', '.join(changed)}); "
-            "--overwrite replaces it, or choose another directory"
+            f"--out={out}: contains a prepared data set that differs in {', '.join(changed)}; pass "
+            "--overwrite to replace it, or choose another directory"
         )
-    print(
-        f"{out}: prepared already from the same source by the same settings, and kept as it is "
-        "(--overwrite prepares it anew)"
+    console.status(
+        f"{out}: already prepared from the same source with the same settings; kept as it is "
+        "(--overwrite prepares it again)"
     )
     return PreparedDataset.open(out)
 
 
 def _make_tokenizer(settings: Settings, raw: RawDataset) -> "Tokenizer":
+    """The tokenizer of the settings, trained if requested."""
     if settings.tokenizer != tokenizer_lib.TRAIN:
         return tokenizer_lib.load(settings.tokenizer, settings.max_tokens)
 
@@ -266,25 +283,25 @@ def _make_tokenizer(settings: Settings, raw: RawDataset) -> "Tokenizer":
 def _write_items(
     writer: Writer, part: str, items: RawItems, encoders: batch_tokenizer.Encoders
 ) -> dict[str, int]:
-    """Writes ids, texts, tokens and pictures; returns how much there is of each."""
-    lengths, whole = [np.zeros(1, np.int64)], []
+    """Writes the ids, texts, tokens and images of a part, and returns their numbers."""
+    lengths, full_lengths = [np.zeros(1, np.int64)], []
     with (
         writer.strings(f"{part}_texts") as add_texts,
         writer.array(f"{part}_tokens", np.int32) as token_file,
-        progress.watch(f"{part} texts", items.count) as done,
+        progress.track(f"{part} texts", items.count, unit="texts") as done,
     ):
-        for chunk, (tokens, counts, uncut) in encoders.encode(items.read_texts()):
+        for chunk, encoded in encoders.encode(items.read_texts()):
             add_texts(chunk)
-            token_file.append(tokens)
-            lengths.append(counts)
-            whole.append(uncut)
+            token_file.append(encoded.values)
+            lengths.append(encoded.lengths)
+            full_lengths.append(encoded.full_lengths)
             done(len(chunk))
     token_offsets = np.cumsum(np.concatenate(lengths))
     writer.add(f"{part}_tokens_offsets", token_offsets)
-    writer.add(f"{part}_whole", np.concatenate(whole))
+    writer.add(f"{part}_whole", np.concatenate(full_lengths))
     with writer.strings(f"{part}_ids") as add_ids:
-        for start in range(0, items.count, _ROWS):
-            rows = range(start, min(start + _ROWS, items.count))
+        for start in range(0, items.count, _CHUNK_ROWS):
+            rows = range(start, min(start + _CHUNK_ROWS, items.count))
             add_ids([items.name(row) for row in rows])
     counts = {"items": items.count, "tokens": int(token_offsets[-1]), "images": 0, "with_image": 0}
     if items.images is not None:
@@ -293,7 +310,7 @@ def _write_items(
         writer.add(f"{part}_images_offsets", offsets)
         with (
             writer.array(f"{part}_images", np.float16, (items.images.width,)) as file,
-            progress.watch(f"{part} images", int(offsets[-1])) as done,
+            progress.track(f"{part} images", int(offsets[-1]), unit="images") as done,
         ):
             for block in items.images.read(rows):
                 file.append(block)
@@ -304,81 +321,105 @@ def _write_items(
 
 
 def preview(raw: RawDataset, notes: dict[str, Any], *, rows: int = 10) -> str:
-    """What was understood of a source: columns, counts, the first rows of each split, warnings.
+    """Returns how a source was read: columns, sizes, warnings and the first rows of each split.
 
     Args:
-      raw: From `settle`.
-      notes: From `settle`.
-      rows: Shown of each split.
+      raw: The data set, from `split_and_filter`.
+      notes: The notes, from `split_and_filter`.
+      rows: Number of rows to show of each split.
     """
-    lines = list(raw.understood)
-    for name, found in raw.splits.items():
-        pictures = found.items.images
-        shown = 0 if pictures is None else int(pictures.offsets(np.arange(found.items.count))[-1])
-        lines.append(
-            f"{name:6} {found.items.count:>11,} queries, {found.relevance.nnz:,} labels in all, "
-            f"{found.relevance.nnz / max(1, found.items.count):.2f} a query, {shown:,} pictures"
-        )
-    used = np.bincount(raw.train.relevance.indices, minlength=raw.labels.count)
-    lines.append(
-        f"labels {raw.labels.count:>11,}, {np.count_nonzero(used == 0):,} of them without a "
-        "training query"
-    )
+    table = [("", "queries", "labels", "per query", "images")]
+    for split, queries in raw.splits.items():
+        count, num_relevant, images = queries.items.count, queries.relevance.nnz, 0
+        if queries.items.images is not None:
+            images = int(queries.items.images.offsets(np.arange(count))[-1])
+        per_query = f"{num_relevant / max(1, count):.2f}"
+        table.append((split, f"{count:,}", f"{num_relevant:,}", per_query, f"{images:,}"))
+    label_counts = np.bincount(raw.train.relevance.indices, minlength=raw.labels.count)
+    num_unused = np.count_nonzero(label_counts == 0)
+    lines = [*raw.summary, "", *_align(table)]
+    lines.append(f"{raw.labels.count:,} labels, {num_unused:,} of them without a training query")
     lines += filters.describe(notes["filters"])
-    lines += _fates(notes)
+    lines += _describe_unlabelled(notes)
+    lines += _sample_rows(raw, rows)
     lines += [f"warning: {warning}" for warning in raw.warnings]
-    shown = {}
-    for name, found in raw.splits.items():
-        texts = itertools.islice(itertools.chain.from_iterable(found.items.read_texts()), rows)
-        for row, text in enumerate(texts):
-            shown[name, row] = (
-                text,
-                found.relevance.indices[slice(*found.relevance.indptr[row:][:2])],
-            )
-    wanted = {int(label) for _, labels in shown.values() for label in labels}
-    texts = itertools.chain.from_iterable(raw.labels.read_texts())
-    spelt = {label: text for label, text in enumerate(texts) if label in wanted}
-    for (name, row), (text, labels) in shown.items():
-        if row == 0:
-            lines.append(f"{name}, the first rows: id | text | labels")
-        answers = "; ".join(_short(spelt[int(label)], 30) for label in labels[:6])
-        more = f"; {len(labels) - 6} more" if len(labels) > 6 else ""
-        called = raw.splits[name].items.name(row)
-        lines.append(f"  {_short(called, 20)} | {_short(text, 60)} | {answers}{more}")
-    return "\n".join(lines)
+    return "\n".join(lines).lstrip("\n")
 
 
-def _short(text: str, length: int) -> str:
-    """A text on one line, cut."""
+def _sample_rows(raw: RawDataset, rows: int) -> list[str]:
+    """A table with the first rows of each split: id, text and labels."""
+    texts, labels = {}, {}
+    for split, queries in raw.splits.items():
+        first = itertools.chain.from_iterable(queries.items.read_texts())
+        texts[split] = list(itertools.islice(first, rows))
+        indptr = queries.relevance.indptr[: len(texts[split]) + 1]
+        labels[split] = np.split(queries.relevance.indices[: indptr[-1]], indptr[1:-1])
+    wanted = {int(label) for split in labels for row in labels[split] for label in row}
+    all_texts = enumerate(itertools.chain.from_iterable(raw.labels.read_texts()))
+    label_text = {label: _shorten(text, 30) for label, text in all_texts if label in wanted}
+    lines = []
+    for split, split_texts in texts.items():
+        table = [("  id", "text", "labels")]
+        for row, text in enumerate(split_texts):
+            row_labels = labels[split][row]
+            shown = [label_text[int(label)] for label in row_labels[:_SHOWN_LABELS]]
+            if len(row_labels) > _SHOWN_LABELS:
+                shown.append(f"{len(row_labels) - _SHOWN_LABELS} more")
+            item_id = _shorten(raw.splits[split].items.name(row), 20)
+            table.append((f"  {item_id}", _shorten(text, 60), "; ".join(shown)))
+        lines += ["", f"First rows of {split}:", *_align(table, align="<")]
+    return [*lines, ""]
+
+
+def _align(table: list[tuple[str, ...]], align: str = ">") -> list[str]:
+    """Lines of a table; the first column is aligned to the left, the others as `align` says."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    alignments = ["<", *align * (len(widths) - 1)]
+    return [
+        "  ".join(
+            f"{cell:{alignment}{width}}"
+            for cell, alignment, width in zip(row, alignments, widths, strict=True)
+        ).rstrip()
+        for row in table
+    ]
+
+
+def _shorten(text: str, length: int) -> str:
+    """A text on one line, of at most `length` characters."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _fates(notes: dict[str, Any]) -> list[str]:
-    """A line on each split that has queries without labels."""
+def _describe_unlabelled(notes: dict[str, Any]) -> list[str]:
+    """A line for each split that has or had queries without labels."""
     return [
-        f"{count:,} {split} queries without a label were {fate}"
-        for split, fate in (("train", "dropped"), ("valid", "kept"), ("test", "kept"))
-        if (count := notes.get(f"{split}_without_labels_{fate}"))
+        f"{split}: {outcome} {count:,} {'query' if count == 1 else 'queries'} without labels"
+        for split, outcome in (("train", "dropped"), ("valid", "kept"), ("test", "kept"))
+        if (count := notes.get(f"{split}_without_labels_{outcome}"))
     ]
 
 
 def describe(dataset: PreparedDataset) -> str:
-    """A few lines on what was prepared and where it lies."""
-    info, counts = dataset.info, dataset.info["counts"]
-    lines = [
-        f"{part:6} {found['items']:>11,} items {found['tokens']:>13,} tokens"
-        f" {found['images']:>11,} pictures (of {found['with_image']:,} items)"
-        for part, found in counts.items()
+    """Returns the sizes of a prepared data set, its warnings and its location."""
+    info = dataset.info
+    table = [("", "items", "tokens", "images", "items with images")]
+    for part, counts in info["counts"].items():
+        numbers = (counts[name] for name in ("items", "tokens", "images", "with_image"))
+        table.append((part, *(f"{number:,}" for number in numbers)))
+    lines = _align(table)
+    facts = [
+        f"{info['relevant_pairs']['train'] / info['num_train']:.2f} labels per training query",
+        f"vocabulary of {info['vocab_size']:,} tokens",
     ]
-    lines.append(
-        f"{info['relevant_pairs']['train'] / info['num_train']:.2f} labels a training query; "
-        f"{info['vocab_size']:,} tokens known; pictures {info['image_width']} wide"
-    )
+    if info["image_width"]:
+        facts.append(f"image embeddings of {info['image_width']:,} dimensions")
+    lines.append("; ".join(facts))
     lines += filters.describe(info["filters"])
-    lines += _fates(info)
+    lines += _describe_unlabelled(info)
     lines += [f"warning: {warning}" for warning in info["warnings"]]
-    lines.append(f"{dataset.name}: in {os.path.abspath(dataset.path)}")
-    if os.path.exists(found := os.path.join(os.path.abspath(dataset.path), card.TEXT)):
-        lines.append(f"data card: {found}")  # Sets of before there were cards have none.
+    path = os.path.abspath(dataset.path)
+    lines.append(f"{dataset.name}: prepared in {path}")
+    card_path = os.path.join(path, card.TEXT)
+    if os.path.exists(card_path):  # Old data sets have no card.
+        lines.append(f"data card: {card_path}")
     return "\n".join(lines)

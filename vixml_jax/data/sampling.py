@@ -1,4 +1,4 @@
-"""Which query meets which label: positives, relevance of a batch, the order of an epoch."""
+"""Sampling of training batches: a positive per query, relevance of a batch, order of an epoch."""
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -14,36 +14,38 @@ def sample_positives(
     rng: np.random.Generator,
     pair_weights: Float[np.ndarray, " nnz"] | None = None,
 ) -> Int[np.ndarray, " b"]:
-    """One label of each query, drawn in proportion to the weights (paper, supplement).
+    """Draws one label of each query in proportion to the weights (paper, supplement).
 
     Args:
-      relevance: [n, l]; every query asked for has a label.
-      query_ids: Rows; -1 gives -1.
-      weights: Inverse propensities; None: uniform.
-      rng: Draws.
-      pair_weights: What each entry of `relevance` counts beside its label's weight; None: one.
+      relevance: Relevance matrix [n, l]; every requested query must have a label.
+      query_ids: Rows of `relevance`; -1 for padding.
+      weights: Inverse propensities of the labels; None means uniform.
+      rng: Random generator.
+      pair_weights: A factor for each entry of `relevance`, in its order; None means 1.
+
+    Returns:
+      The label ids, int32; -1 for padding.
     """
-    real = query_ids >= 0
-    at = np.where(real, query_ids, 0)
-    starts = relevance.indptr[at].astype(np.int64)
-    counts = np.where(real, relevance.indptr[at + 1] - starts, 0)
+    uniform = rng.random(len(query_ids))
+    real, starts, counts = _row_ranges(relevance, query_ids)
     entries = ranges(starts, counts)
     labels = relevance.indices[entries]
+    if not len(labels):
+        return np.full(len(query_ids), -1, np.int32)
     mass = np.ones(len(labels)) if weights is None else weights[labels].astype(np.float64)
     if pair_weights is not None:
         mass *= pair_weights[entries]
-        # Sums run over the batch: of a query whose pairs are small beside another's little would
-        # be left of them.
-        owner = np.repeat(np.arange(len(at)), counts)
-        mass /= np.maximum(np.bincount(owner, mass, len(at)), np.finfo(float).tiny)[owner]
+        # The cumulative sum below runs over the whole batch. Normalising the mass of each query
+        # keeps the precision of queries whose weights are much smaller than those of others.
+        rows = np.repeat(np.arange(len(query_ids)), counts)
+        total = np.bincount(rows, mass, len(query_ids))
+        mass /= np.maximum(total, np.finfo(float).tiny)[rows]
     ends = np.cumsum(mass)
     last = np.cumsum(counts) - 1  # Last label of each query among `labels`.
     first = last - counts + 1
     low = np.where(first > 0, ends[np.maximum(first - 1, 0)], 0.0)
-    high = ends[np.maximum(last, 0)] if len(ends) else np.zeros(len(at))
-    drawn = np.searchsorted(ends, low + rng.random(len(at)) * (high - low), side="right")
-    if not len(labels):
-        return np.full(len(at), -1, np.int32)
+    high = ends[np.maximum(last, 0)]
+    drawn = np.searchsorted(ends, low + uniform * (high - low), side="right")
     drawn = np.clip(drawn, np.maximum(first, 0), np.maximum(last, 0))
     return np.where(real, labels[drawn], -1).astype(np.int32)
 
@@ -53,29 +55,51 @@ def relevance_block(
     query_ids: Int[np.ndarray, " b"],
     label_ids: Int[np.ndarray, " c"],
 ) -> Bool[np.ndarray, "b c"]:
-    """Whether each candidate is a label of each query; False for ids -1. Duplicates are kept."""
-    real = query_ids >= 0
-    at = np.where(real, query_ids, 0)
-    starts = relevance.indptr[at].astype(np.int64)
-    counts = np.where(real, relevance.indptr[at + 1] - starts, 0)
+    """Whether each candidate label is relevant to each query.
+
+    Args:
+      relevance: Relevance matrix [n, l].
+      query_ids: Rows of `relevance`; -1 for padding.
+      label_ids: Candidates, which may have duplicates; -1 for padding.
+
+    Returns:
+      A mask [b, c], False for padding.
+    """
+    _, starts, counts = _row_ranges(relevance, query_ids)
     labels = relevance.indices[ranges(starts, counts)]
-    rows = np.repeat(np.arange(len(at)), counts)
+    rows = np.repeat(np.arange(len(query_ids)), counts)
     distinct, column_of = np.unique(label_ids, return_inverse=True)
-    where = np.searchsorted(distinct, labels)
-    hit = distinct[np.minimum(where, len(distinct) - 1)] == labels
-    block = np.zeros((len(at), len(distinct)), bool)
-    block[rows[hit], where[hit]] = True
+    columns = np.searchsorted(distinct, labels)
+    is_candidate = distinct[np.minimum(columns, len(distinct) - 1)] == labels
+    block = np.zeros((len(query_ids), len(distinct)), bool)
+    block[rows[is_candidate], columns[is_candidate]] = True
     return block[:, column_of] & (label_ids >= 0)
 
 
+def _row_ranges(
+    relevance: sparse.csr_matrix, query_ids: Int[np.ndarray, " b"]
+) -> tuple[Bool[np.ndarray, " b"], Int[np.ndarray, " b"], Int[np.ndarray, " b"]]:
+    """Whether each query is real, and the start and number of its entries in `relevance`."""
+    real = query_ids >= 0
+    rows = np.where(real, query_ids, 0)
+    starts = relevance.indptr[rows].astype(np.int64)
+    counts = np.where(real, relevance.indptr[rows + 1] - starts, 0)
+    return real, starts, counts
+
+
 def shuffled_order(n: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
-    """All queries in random order."""
+    """All `n` queries in random order."""
     return rng.permutation(n)
 
 
 def clustered_order(
     cluster_of: Int[np.ndarray, " n"], rng: np.random.Generator
 ) -> Int[np.ndarray, " n"]:
-    """All queries, cluster after cluster in random order (NGAME), so that near ones meet."""
+    """All queries, cluster by cluster in random order, so that similar ones share batches (NGAME).
+
+    Args:
+      cluster_of: Cluster of each query.
+      rng: Random generator.
+    """
     rank = rng.permutation(int(cluster_of.max()) + 1)
     return np.argsort(rank[cluster_of], kind="stable")

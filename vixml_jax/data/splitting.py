@@ -1,4 +1,4 @@
-"""Which queries are held out: drawn at random, whole groups together, or the newest."""
+"""Held-out splits: random queries, random groups of queries, or the newest queries."""
 
 import dataclasses
 
@@ -13,81 +13,87 @@ RANDOM, TEXT, GROUP, TIME = "random", "text", "group", "time"
 
 
 def parse(split_by: str) -> tuple[str, str]:
-    """The manner and the column that `--split_by` names.
+    """The kind of split and the column in a value of `--split_by`.
 
     Raises:
       InputError: If it is none of random, text, group:COLUMN, time:COLUMN.
     """
-    manner, _, column = split_by.partition(":")
-    if (manner in (RANDOM, TEXT) and not column) or (manner in (GROUP, TIME) and column):
-        return manner, column
+    kind, _, column = split_by.partition(":")
+    if (kind in (RANDOM, TEXT) and not column) or (kind in (GROUP, TIME) and column):
+        return kind, column
     raise InputError(f"--split_by={split_by}: expected random, text, group:COLUMN or time:COLUMN")
 
 
-def hold_out(raw: RawDataset, split: str, share: float, *, split_by: str, seed: int) -> RawDataset:
-    """The data set with a share of its training queries as another split.
+def hold_out(
+    raw: RawDataset, split: str, fraction: float, *, split_by: str, seed: int
+) -> RawDataset:
+    """The data set with a fraction of its training queries as another split.
 
     Args:
-      raw: Whose `train` is divided; queries that come by columns carry the `key` to divide by.
+      raw: The data set; to split by a column, its training queries must have a `key`.
       split: 'valid' or 'test'.
-      share: Of the training queries, above 0 and below 1.
+      fraction: Fraction of the training queries to hold out, above 0 and below 1.
       split_by: 'random', 'text' (equal normalised texts stay together), 'group:COLUMN' (equal
-        values stay together) or 'time:COLUMN' (the newest are held out).
-      seed: Of the draw.
+        values stay together) or 'time:COLUMN' (the newest queries are held out).
+      seed: Random seed.
 
     Raises:
-      InputError: If the source has no such column, or nothing would be left on one side.
+      InputError: If the source has no such column, or one of the two splits would be empty.
     """
-    manner, column = parse(split_by)
+    kind, column = parse(split_by)
     key = raw.train.key
-    if manner == TEXT:
+    if kind == TEXT:
         key = filters.text_keys(raw.train.items)
     elif column and key is None:
         raise InputError(
-            f"--split_by={split_by}: a source without columns, expected random or text"
+            f"--split_by={split_by}: the source has no columns; expected random or text"
         )
-    if manner == TIME:
-        held = newest(key, share)
-    elif manner == RANDOM:
-        held = random_groups(np.arange(raw.train.items.count), share, seed=seed)
+    if kind == TIME:
+        held_out = newest(key, fraction)
+    elif kind == RANDOM:
+        held_out = random_groups(np.arange(raw.train.items.count), fraction, seed=seed)
     else:
-        held = random_groups(key, share, seed=seed)
-    if held.all() or not held.any():
+        held_out = random_groups(key, fraction, seed=seed)
+    if held_out.all() or not held_out.any():
         raise InputError(
-            f"--{split}={share}: {np.count_nonzero(held)} of {len(held)} training queries would be "
-            f"held out (--split_by={split_by}); expected some on both sides"
+            f"--{split}={fraction}: {np.count_nonzero(held_out)} of {len(held_out)} training "
+            f"queries would be held out (--split_by={split_by}); expected queries in both splits"
         )
-    how = {
+    description = {
         RANDOM: "at random",
         TEXT: "equal texts together",
         GROUP: f"equal values of {column!r} together",
         TIME: f"the newest by {column!r}",
-    }
+    }[kind]
     return dataclasses.replace(
         raw,
-        understood=(
-            *raw.understood,
-            f"{split}: {100 * share:g}% of the queries held out, {how[manner]}",
+        summary=(
+            *raw.summary,
+            f"{split}: {100 * fraction:g}% of the queries held out, {description}",
         ),
         **{
-            split: raw.train.select(np.flatnonzero(held)),
-            "train": raw.train.select(np.flatnonzero(~held)),
+            split: raw.train.select(np.flatnonzero(held_out)),
+            "train": raw.train.select(np.flatnonzero(~held_out)),
         },
     )
 
 
-def random_groups(key: Int[np.ndarray, " n"], share: float, *, seed: int) -> Bool[np.ndarray, " n"]:
-    """Whether each row is among the groups drawn, which together are `share` of the rows, one at
-    least, or the first to reach it; rows of one group have equal keys."""
+def random_groups(
+    key: Int[np.ndarray, " n"], fraction: float, *, seed: int
+) -> Bool[np.ndarray, " n"]:
+    """Mask of the rows of randomly drawn groups, which have equal keys.
+
+    Groups are drawn until they have `fraction` of the rows, and at least one row.
+    """
     _, group, sizes = np.unique(key, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(sizes))
-    before = np.cumsum(sizes[order]) - sizes[order]
+    rows_before = np.cumsum(sizes[order]) - sizes[order]
     drawn = np.zeros(len(sizes), bool)
-    drawn[order[before < max(1, round(share * len(key)))]] = True
+    drawn[order[rows_before < max(1, round(fraction * len(key)))]] = True
     return drawn[group]
 
 
-def newest(time: Num[np.ndarray, " n"], share: float) -> Bool[np.ndarray, " n"]:
-    """Whether each row is among the newest `share`; what is as new as one of them is, too."""
-    held = max(1, round(share * len(time)))
-    return time >= np.partition(time, len(time) - held)[len(time) - held]
+def newest(time: Num[np.ndarray, " n"], fraction: float) -> Bool[np.ndarray, " n"]:
+    """Mask of the newest `fraction` of the rows, at least one, and of all rows as new as these."""
+    count = max(1, round(fraction * len(time)))
+    return time >= np.partition(time, len(time) - count)[len(time) - count]

@@ -1,4 +1,4 @@
-"""PreparedDataset: what prepare writes and everything else reads, memory-mapped."""
+"""Prepared data sets on disk: written by `vixml_jax.prepare`, read back memory-mapped."""
 
 import collections.abc
 import contextlib
@@ -9,39 +9,50 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple, TypedDict
 
+import msgspec
 import numpy as np
 from etils import epath
 from jaxtyping import Float32, Int, Shaped, UInt8
 from scipy import sparse
 
 from vixml_jax.errors import InputError
-from vixml_jax.storage import atomic
+from vixml_jax.storage import atomic, json_files
 
-FORMAT = 2  # Of the files; raised when older sets can no longer be read.
+FORMAT = 2  # Version of the files; raised when older data sets can no longer be read.
 INFO = "dataset.json"
 TOKENIZER = "tokenizer.json"
-SPLITS = ("train", "valid", "test")  # Of queries; valid need not be there.
+SPLITS = ("train", "valid", "test")  # Of queries; "valid" is optional.
 PARTS = (*SPLITS, "labels")
+_REMEDY = "prepare it again"
 _INT32_MAX = np.iinfo(np.int32).max
+NumLabels = Annotated[int, msgspec.Meta(ge=1, le=int(_INT32_MAX))]  # Ids are int32.
 
 
 class Ragged(NamedTuple):
-    """Rows of unequal length; row i is `values[offsets[i] : offsets[i + 1]]`."""
+    """Rows of different lengths; row i is `values[offsets[i] : offsets[i + 1]]`."""
 
     values: Shaped[np.ndarray, "total *v"]
     offsets: Int[np.ndarray, " n+1"]  # int64.
 
 
 def ranges(starts: Int[np.ndarray, " n"], lengths: Int[np.ndarray, " n"]) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ..."""
+    """The integers of consecutive ranges, concatenated.
+
+    Args:
+      starts: First integer of each range.
+      lengths: Number of integers of each range.
+
+    Returns:
+      starts[0], starts[0] + 1, ..., starts[0] + lengths[0] - 1, starts[1], ...
+    """
     before = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
 
 
 class Texts(collections.abc.Sequence):
-    """Texts that are decoded when asked for."""
+    """A sequence of texts stored as UTF-8; each text is decoded when it is accessed."""
 
     def __init__(self, utf8: UInt8[np.ndarray, " total"], offsets: Int[np.ndarray, " n+1"]):
         self._utf8 = utf8
@@ -57,7 +68,7 @@ class Texts(collections.abc.Sequence):
         return self._utf8[self._offsets[index] : self._offsets[index + 1]].tobytes().decode("utf-8")
 
     def chunks(self, rows: int = 1 << 14) -> Iterator[list[str]]:
-        """All texts in order, so many at a time: much faster than one by one."""
+        """Yields all texts in order, `rows` at a time; much faster than one by one."""
         for start in range(0, len(self), rows):
             offsets = np.asarray(self._offsets[start : start + rows + 1])
             block = self._utf8[offsets[0] : offsets[-1]].tobytes()
@@ -67,7 +78,7 @@ class Texts(collections.abc.Sequence):
 
 
 def _release(array: Shaped[np.ndarray, "..."]) -> None:
-    """Lets go of the pages of a mapped file that were read: they would count as our memory."""
+    """Releases the pages of a mapped file that were read, which count as memory of the process."""
     while isinstance(array, np.ndarray):
         array = array.base
     if isinstance(array, mmap.mmap):
@@ -76,13 +87,21 @@ def _release(array: Shaped[np.ndarray, "..."]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """Queries of a split, or labels: their texts, tokens and pictures."""
+    """The queries of a split, or the labels.
+
+    Attributes:
+      texts: Text of each item.
+      tokens: Tokens of each text after truncation, int32.
+      images: Image embeddings of each item, float16 [total, v]; None if the source has none.
+      ids: Ids of the items in the source.
+      full_lengths: Number of tokens of each text before truncation, int32.
+    """
 
     texts: Texts
-    tokens: Ragged  # int32.
-    images: Ragged | None  # float16 [total, v]; None where the source has no pictures of these.
-    ids: Texts | None = None  # What the source calls them.
-    whole: Int[np.ndarray, " n"] | None = None  # int32, tokens of each text before it was cut.
+    tokens: Ragged
+    images: Ragged | None
+    ids: Texts | None = None
+    full_lengths: Int[np.ndarray, " n"] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -93,16 +112,21 @@ class PreparedDataset:
     """A data set as `prepare` wrote it; arrays stay on disk until they are read.
 
     Attributes:
-      path: Its directory.
-      info: What `dataset.json` says.
-      train, test, labels: Items of each kind.
-      train_relevance, test_relevance: Ones at the labels of each query [queries, labels], float32,
-        column indices sorted. Every training query has a label; a test query may have none.
-      train_filter, test_filter: Pairs (query, label) that are never predicted, int64 [f, 2].
-      valid, valid_relevance, valid_filter: Queries held out of training, to choose by; None: all
-        are trained on.
-      train_weights: What each one of `train_relevance.data` counts when positives are drawn,
-        float32; None: all the same.
+      path: Directory of the data set.
+      info: Contents of `dataset.json`.
+      train: Training queries.
+      test: Test queries.
+      labels: Labels.
+      train_relevance: Ones at the labels of each training query [queries, labels], float32, with
+        sorted column indices. Every training query has a label.
+      test_relevance: As `train_relevance`; a test query may have no label.
+      train_filter: Pairs (query, label) that are never predicted, int64 [f, 2].
+      test_filter: As `train_filter`, of the test queries.
+      valid: Queries held out of training; None if there is no validation split.
+      valid_relevance: As `test_relevance`, of the validation queries; None without them.
+      valid_filter: As `train_filter`, of the validation queries; None without them.
+      train_weights: Weight of each entry of `train_relevance.data` when positives are sampled,
+        float32; None if all weights are equal.
     """
 
     path: str
@@ -127,7 +151,8 @@ class PreparedDataset:
         """
         if getattr(self, name) is None:
             raise InputError(
-                f"{self.path}: has no {name} split; prepare it again with --valid=0.02, say"
+                f"{self.path}: has no validation split; prepare it again with --valid=0.02, for "
+                "example"
             )
         return tuple(getattr(self, name + part) for part in ("", "_relevance", "_filter"))
 
@@ -141,7 +166,7 @@ class PreparedDataset:
 
     @property
     def image_width(self) -> int:
-        """Width of the image embeddings; 0: there are none."""
+        """Width of the image embeddings; 0 if there are none."""
         return self.info["image_width"]
 
     @property
@@ -154,12 +179,12 @@ class PreparedDataset:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of all arrays, the tokenizer and the propensity constants."""
+        """SHA-256 of all arrays, the tokenizer, the propensity constants and `max_tokens`."""
         return self.info["content_hash"]
 
     @property
     def tokenizer(self) -> str:
-        """Path of the tokenizer, in the format of the `tokenizers` library."""
+        """Path of the tokenizer file, in the format of the `tokenizers` library."""
         return os.path.join(self.path, TOKENIZER)
 
     @property
@@ -168,26 +193,26 @@ class PreparedDataset:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of an item at most, special ones included."""
+        """Maximum number of tokens of a text, special tokens included."""
         return self.info["max_tokens"]
 
     @staticmethod
     def open(path: str | os.PathLike) -> "PreparedDataset":
-        """Opens the data set in `path`, reading little more than headers.
+        """Opens the data set in `path`; reads little more than the headers of its arrays.
 
         Raises:
-          InputError: If a file is missing, truncated, or of another size than `dataset.json` says.
+          InputError: If a file is missing, truncated, or does not match `dataset.json`.
         """
         path = os.fspath(path)
         info = read_info(path)
         tokenizer = os.path.join(path, TOKENIZER)
         if not os.path.isfile(tokenizer):
             raise InputError(
-                f"{tokenizer}: not found; the prepared data set is incomplete, {_AGAIN}"
+                f"{tokenizer}: not found; the prepared data set is incomplete, {_REMEDY}"
             )
 
         def array(name: str) -> np.ndarray:
-            return open_array(path, name, info, INFO, _AGAIN)
+            return open_array(path, name, info, INFO, _REMEDY)
 
         def items(split: str) -> Items:
             texts = Texts(array(f"{split}_texts"), array(f"{split}_texts_offsets"))
@@ -199,88 +224,119 @@ class PreparedDataset:
             return Items(texts, tokens, images, ids, array(f"{split}_whole"))
 
         def relevance(split: str) -> sparse.csr_matrix:
-            parts = tuple(
-                array(f"{split}_relevance_{part}") for part in ("data", "indices", "indptr")
+            data, indices, indptr = (
+                array(f"{split}_relevance_{name}") for name in ("data", "indices", "indptr")
             )
             matrix = sparse.csr_matrix(
-                parts, shape=(len(parts[2]) - 1, info["num_labels"]), copy=False
+                (data, indices, indptr), shape=(len(indptr) - 1, info["num_labels"]), copy=False
             )
-            matrix.has_canonical_format = True  # As written; scipy would read all to find out.
+            # `add_relevance` writes it so; scipy would read the whole matrix to find out.
+            matrix.has_canonical_format = True
             return matrix
 
-        found: dict[str, Any] = {"labels": items("labels")}
+        parts: dict[str, Any] = {"labels": items("labels")}
         for split in SPLITS:
             if split == "valid" and "valid_texts" not in info["arrays"]:
                 continue
-            found[split] = items(split)
-            found[f"{split}_relevance"] = relevance(split)
-            found[f"{split}_filter"] = array(f"{split}_filter")
+            parts[split] = items(split)
+            parts[f"{split}_relevance"] = relevance(split)
+            parts[f"{split}_filter"] = array(f"{split}_filter")
         if "train_weights" in info["arrays"]:
-            found["train_weights"] = array("train_weights")
-        return PreparedDataset(path, info, **found)
+            parts["train_weights"] = array("train_weights")
+        return PreparedDataset(path, info, **parts)
 
 
-_AGAIN = "prepare it again"
+class ArrayInfo(TypedDict):
+    """What `Writer.arrays` records of each array."""
+
+    dtype: str
+    shape: list[int]
+    sha256: str
+
+
+class _Info(TypedDict):
+    """The fields of `dataset.json` that are read here; there may be others."""
+
+    name: str
+    num_labels: NumLabels
+    image_width: int
+    vocab_size: int
+    max_tokens: int
+    propensity_a: float
+    propensity_b: float
+    content_hash: str
+    arrays: dict[str, ArrayInfo]
 
 
 def read_info(path: str) -> dict[str, Any]:
-    """What `dataset.json` in `path` says.
+    """The contents of `dataset.json` in the directory `path`.
 
     Raises:
       InputError: If `path` is not a prepared data set of this format.
     """
     file_name = os.path.join(path, INFO)
-    try:
-        info = json.loads(epath.Path(file_name).read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    if not epath.Path(file_name).exists():
         raise InputError(
             f"{file_name}: not found; expected a directory that python -m vixml_jax.prepare wrote"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{file_name}: not readable as JSON ({error}); {_AGAIN}") from None
-    found = info.get("format") if isinstance(info, dict) else None
-    if found != FORMAT:
-        raise InputError(f"{file_name}: format {found}, expected {FORMAT}; {_AGAIN}")
+        )
+    info = json_files.read(file_name, dict[str, Any], _REMEDY)
+    if info.get("format") != FORMAT:
+        raise InputError(f"{file_name}: format {info.get('format')}, expected {FORMAT}; {_REMEDY}")
+    try:
+        msgspec.convert(info, _Info)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{file_name}: {error}; {_REMEDY}") from None
     return info
 
 
 def open_array(
-    path: str, name: str, info: dict[str, Any], said_in: str, again: str
+    path: str, name: str, info: dict[str, Any], info_name: str, remedy: str
 ) -> Shaped[np.ndarray, "..."]:
-    """An array of a `Writer`, memory-mapped (an empty one cannot be), its header checked.
+    """An array that a `Writer` wrote, memory-mapped unless it is empty.
 
     Args:
-      path: The directory.
-      name: Of the array.
-      info: Has `arrays` as the writer had them.
-      said_in: The file that `info` was read from.
-      again: What to do where the array is not what it was.
+      path: Directory of the array.
+      name: Name of the array.
+      info: Has under `arrays` the dtype and shape of each array, as `Writer.arrays` gives them.
+      info_name: Name of the file that `info` was read from, for messages.
+      remedy: What the user can do about a damaged file, for messages.
 
     Raises:
-      InputError: If it is missing, truncated or another.
+      InputError: If the file is missing or truncated, or has another dtype or shape.
     """
     file_name = os.path.join(path, f"{name}.npy")
     expected = info["arrays"].get(name)
     if expected is None:
-        raise InputError(f"{os.path.join(path, said_in)}: says nothing of {name}; {again}")
-    dtype, shape = np.dtype(expected["dtype"]), tuple(expected["shape"])
-    empty = 0 in shape
+        raise InputError(f"{os.path.join(path, info_name)}: no array {name!r} is listed; {remedy}")
     try:
-        array = np.load(file_name, mmap_mode=None if empty else "r", allow_pickle=False)
+        dtype, shape = np.dtype(expected["dtype"]), tuple(expected["shape"])
+    except TypeError as error:
+        raise InputError(
+            f"{os.path.join(path, info_name)}: array {name!r}: {error}; {remedy}"
+        ) from None
+    mmap_mode = None if 0 in shape else "r"  # An empty file cannot be mapped.
+    try:
+        array = np.load(file_name, mmap_mode=mmap_mode, allow_pickle=False)
     except FileNotFoundError:
-        raise InputError(f"{file_name}: not found; {again}") from None
+        raise InputError(f"{file_name}: not found; {remedy}") from None
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{file_name}: truncated or damaged ({error}); {again}") from None
+        raise InputError(f"{file_name}: truncated or damaged ({error}); {remedy}") from None
     if (array.dtype, array.shape) != (dtype, shape):
         raise InputError(
             f"{file_name}: found {array.dtype} {array.shape}, expected {dtype} {shape} as in "
-            f"{said_in}; {again}"
+            f"{info_name}; {remedy}"
         )
     return np.asarray(array)
 
 
 class ArrayFile:
-    """A `.npy` file that grows by rows: what is appended goes straight to disk."""
+    """A `.npy` file that grows by rows; appended rows go straight to disk.
+
+    Args:
+      file: Open for writing, empty.
+      dtype: Of the array.
+      row_shape: Shape of a row: all dimensions of the array but the first.
+    """
 
     def __init__(self, file: BinaryIO, dtype: Any, row_shape: tuple[int, ...]):
         self._file = file
@@ -288,10 +344,11 @@ class ArrayFile:
         self._row_shape = row_shape
         self._hash = hashlib.sha256()
         self._rows = 0
-        self._header()
+        self._write_header()
         self._begin = file.tell()
 
     def append(self, rows: Shaped[np.ndarray, "n *v"]) -> None:
+        """Appends rows, converted to the dtype of the array."""
         rows = np.ascontiguousarray(rows, self._dtype)
         assert rows.shape[1:] == self._row_shape, (rows.shape, self._row_shape)
         data = memoryview(rows).cast("B") if rows.size else b""
@@ -300,17 +357,17 @@ class ArrayFile:
         self._rows += len(rows)
 
     def finish(self) -> dict[str, Any]:
-        """Puts the number of rows into the header; returns dtype, shape and digest."""
+        """Writes the number of rows into the header; returns dtype, shape and SHA-256."""
         self._file.seek(0)
-        self._header()
-        assert self._file.tell() == self._begin  # numpy reserves room for any number of rows.
+        self._write_header()
+        assert self._file.tell() == self._begin  # numpy pads headers for larger counts.
         return {
             "dtype": self._dtype.str,
             "shape": [self._rows, *self._row_shape],
             "sha256": self._hash.hexdigest(),
         }
 
-    def _header(self) -> None:
+    def _write_header(self) -> None:
         np.lib.format.write_array_header_1_0(
             self._file,
             {
@@ -322,7 +379,7 @@ class ArrayFile:
 
 
 class Writer:
-    """Files of a prepared data set in a directory that is not yet named."""
+    """Writes the files of a prepared data set into a temporary directory."""
 
     def __init__(self, directory: str):
         self._directory = directory
@@ -330,30 +387,30 @@ class Writer:
 
     @property
     def directory(self) -> str:
-        """Where the files are until they are named."""
+        """The temporary directory, which `write` renames at the end."""
         return self._directory
 
     @property
     def arrays(self) -> dict[str, dict[str, Any]]:
-        """Dtype, shape and digest of each array so far, by name."""
+        """Dtype, shape and SHA-256 of each array written so far, by name."""
         return dict(self._arrays)
 
     @contextlib.contextmanager
     def array(self, name: str, dtype: Any, row_shape: tuple[int, ...] = ()) -> Iterator[ArrayFile]:
-        """A new array, to be appended to."""
+        """Yields a new array to append to."""
         with open(os.path.join(self._directory, f"{name}.npy"), "wb") as file:
             array = ArrayFile(file, dtype, row_shape)
             yield array
             self._arrays[name] = array.finish()
 
     def add(self, name: str, values: Shaped[np.ndarray, "n *v"]) -> None:
-        """A whole array."""
+        """Writes an array."""
         with self.array(name, values.dtype, values.shape[1:]) as array:
             array.append(values)
 
     @contextlib.contextmanager
     def strings(self, name: str) -> Iterator[Callable[[list[str]], None]]:
-        """Two new arrays, texts as UTF-8 and their offsets; yields what appends some."""
+        """Yields a function that appends texts to two new arrays: UTF-8 bytes and offsets."""
         sizes = [np.zeros(1, np.int64)]
         with self.array(name, np.uint8) as file:
 
@@ -366,7 +423,7 @@ class Writer:
         self.add(f"{name}_offsets", np.cumsum(np.concatenate(sizes)))
 
     def add_relevance(self, split: str, relevance: sparse.csr_matrix) -> None:
-        """Relevance in canonical form; 32-bit indices wherever they suffice."""
+        """Writes a relevance matrix in canonical form; indices are int32 where they fit."""
         small = max(relevance.nnz, *relevance.shape) <= _INT32_MAX
         index = np.int32 if small else np.int64
         with self.array(f"{split}_relevance_data", np.float32) as array:
@@ -377,12 +434,13 @@ class Writer:
         self.add(f"{split}_relevance_indptr", relevance.indptr.astype(index, copy=False))
 
     def finish(self, info: dict[str, Any], tokenizer: str) -> None:
-        """Writes the tokenizer and `dataset.json`, the content hash in it.
+        """Writes the tokenizer and `dataset.json`.
 
         Args:
-          info: What is to be known of the set; `content_hash` covers its propensity constants and
-            length of texts, all arrays and the tokenizer, but not where they came from.
-          tokenizer: In the JSON of the `tokenizers` library.
+          info: Contents of `dataset.json`. `format`, `content_hash` and `arrays` are added here;
+            the hash covers the arrays, the tokenizer, `propensity_a`, `propensity_b` and
+            `max_tokens`, but not where they came from.
+          tokenizer: JSON of the `tokenizers` library.
         """
         with open(os.path.join(self._directory, TOKENIZER), "w", encoding="utf-8") as file:
             file.write(tokenizer)
@@ -392,43 +450,45 @@ class Writer:
             **{key: info[key] for key in ("propensity_a", "propensity_b", "max_tokens")},
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        whole = {"format": FORMAT, **info, "content_hash": digest, "arrays": self._arrays}
+        info = {"format": FORMAT, **info, "content_hash": digest, "arrays": self._arrays}
         with open(os.path.join(self._directory, INFO), "w", encoding="utf-8") as file:
-            json.dump(whole, file, indent=2, ensure_ascii=False)
+            json.dump(info, file, indent=2, ensure_ascii=False)
             file.write("\n")
 
 
 @contextlib.contextmanager
 def write(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Writer]:
-    """Yields a writer; its files appear under `path` together, or not at all.
+    """Yields a writer whose directory is renamed to `path` if no exception is raised.
 
     Args:
-      path: A directory; its parents are made.
-      overwrite: Whether a prepared data set there is replaced; anything else never is.
+      path: Directory to write; its parents are created.
+      overwrite: Whether to replace a prepared data set in `path`. Other files and directories are
+        never replaced.
 
     Raises:
-      InputError: If `path` may not be replaced.
+      InputError: If `path` must not be replaced.
     """
     check_free(path, overwrite)
     with atomic.directory(path) as temporary:
         yield Writer(temporary)
-        check_free(path, overwrite)  # Another process may have been faster.
+        check_free(path, overwrite)  # Another process may have written it in the meantime.
 
 
 def check_free(path: str, overwrite: bool) -> None:
-    """Refuses to write where something is that may not be replaced.
+    """Checks that `path` can be written.
 
     Raises:
-      InputError: If `path` is a file, a directory of something else, or a prepared data set that
-        must not be overwritten.
+      InputError: If `path` is a file, a directory with other files, or a prepared data set and
+        `overwrite` is False.
     """
     if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
         return
     if not os.path.isfile(os.path.join(path, INFO)):
         raise InputError(
-            f"--out={path}: exists and is no prepared data set; choose another directory"
+            f"--out={path}: exists and is not a prepared data set; choose another directory"
         )
     if not overwrite:
         raise InputError(
-            f"--out={path}: holds a prepared data set; --overwrite replaces it, or choose another"
+            f"--out={path}: holds a prepared data set; replace it with --overwrite, or choose "
+            "another directory"
         )

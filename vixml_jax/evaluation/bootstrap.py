@@ -1,58 +1,74 @@
-"""How certain metrics are, and whether two runs differ: resampled queries, swapped runs.
+"""Confidence intervals of metrics, and significance of the difference between two runs.
 
 Intervals are percentiles of the bootstrap over queries (Efron & Tibshirani, An Introduction to
-the Bootstrap, 1993, chapter 13): what a metric would be, had other queries of the same kind been
-judged. Whether two runs differ says the paired randomisation test (Smucker, Allan & Carterette, A
-Comparison of Statistical Significance Tests for Information Retrieval Evaluation, CIKM 2007): were
-both equally good, the two results of each query might as well have been swapped.
+the Bootstrap, 1993, chapter 13). Two runs are compared with the paired randomisation test (Smucker,
+Allan & Carterette, A Comparison of Statistical Significance Tests for Information Retrieval
+Evaluation, CIKM 2007): under the null hypothesis the two results of each query are exchangeable.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.per_query import PerQuery
+from vixml_jax.runtime import progress
 
-LEVEL = 0.95  # Of the intervals.
+LEVEL = 0.95  # Confidence level of the intervals.
 RESAMPLES = 1000
 PERMUTATIONS = 10_000
-_BLOCK = 1024  # Queries at a time.
-_ROUNDING = 1e-7  # Of float32, of a sum of sizes: what is so near is a tie.
+_BLOCK = 1024  # Queries processed at a time.
+# Rounding error of float32, relative to the sum of absolute values; closer sums count as equal.
+_ROUNDING = 1e-7
 
 
 class Comparison(NamedTuple):
-    """Two runs by one metric, in percent."""
+    """Two runs compared by one metric, in percent.
+
+    Attributes:
+      one, other: The metric of the two runs.
+      difference: one - other.
+      low, high: Confidence interval of the difference.
+      p_value: Two-sided p-value of the difference.
+    """
 
     one: float
     other: float
-    difference: float  # one - other.
+    difference: float
     low: float
     high: float
     p_value: float
 
 
 def resample(
-    found: PerQuery, *, resamples: int = RESAMPLES, seed: int = 0
+    queries: PerQuery, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Float[np.ndarray, "n m"]:
-    """All metrics in percent of so many draws of as many queries, with replacement."""
-    num = len(found.values)
-    sums = np.zeros((resamples, len(found.names)))
-    possible = np.zeros((resamples, len(found.ratios)))
-    for queries, weights in _shown(_draws(num, resamples, seed), num, "intervals"):
-        sums += weights @ found.values[queries]
-        possible += weights @ found.possible[queries]
-    return found.means(sums, possible, num)
+    """Returns all metrics in percent of each bootstrap resample of the queries.
+
+    Args:
+      queries: Terms of the metrics per query.
+      resamples: Number of resamples; each draws as many queries as there are, with replacement.
+      seed: Seed of the draws.
+    """
+    num = len(queries.values)
+    sums = np.zeros((resamples, len(queries.names)))
+    possible = np.zeros((resamples, len(queries.ratios)))
+    with progress.track("bootstrapped queries", num, unit="queries") as advance:
+        for block, weights in _draws(num, resamples, seed):
+            sums += weights @ queries.values[block]
+            possible += weights @ queries.possible[block]
+            advance(block.stop - block.start)
+    return queries.means(sums, possible, num)
 
 
 def intervals(
-    found: PerQuery, *, resamples: int = RESAMPLES, seed: int = 0
+    queries: PerQuery, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """The least and the largest of the middle 95 % of each metric, in percent."""
-    low, high = _middle(resample(found, resamples=resamples, seed=seed))
-    return dict(zip(found.names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
+    """Returns the 95 % confidence interval (low, high) of each metric, in percent."""
+    low, high = _interval(resample(queries, resamples=resamples, seed=seed))
+    return dict(zip(queries.names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
 
 def compare(
@@ -63,26 +79,36 @@ def compare(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> dict[str, Comparison]:
-    """Each metric of two runs on the same queries: both, their difference, its interval, p-value.
+    """Returns the comparison of two runs on the same queries, by metric.
 
-    What a query can reach at most depends on its labels alone, so that of two runs PSP and PSnDCG
-    have one denominator, and each difference is a sum over queries. The test is two-sided; its
-    p-value counts what was found among what might have been, so it is never 0 (Phipson & Smyth,
-    Permutation P-values should never be zero, 2010).
+    The largest possible term of a query depends only on its true labels. PSP and PSnDCG of both
+    runs therefore have the same denominator, and each difference is a sum over queries. The test is
+    two-sided. The observed assignment counts as one of the permutations, so a p-value is never 0
+    (Phipson & Smyth, Permutation P-values should never be zero, 2010).
+
+    Args:
+      one, other: Terms of the metrics per query of both runs.
+      resamples: Bootstrap resamples for the intervals.
+      permutations: Random exchanges of the two runs' results for the p-values.
+      seed: Seed of both.
 
     Raises:
-      InputError: If they are not of the same queries and metrics.
+      InputError: If the runs were not evaluated on the same queries with the same metrics.
     """
     if one.names != other.names or one.values.shape != other.values.shape:
         raise InputError(
-            f"found {len(one.values)} queries by {', '.join(one.names)}, and {len(other.values)} "
-            f"by {', '.join(other.names)}; expected the same of both runs: evaluate both again"
+            f"found {len(one.values)} queries with {', '.join(one.names)} in one run and "
+            f"{len(other.values)} with {', '.join(other.names)} in the other; expected the same "
+            "queries and metrics: evaluate both runs again"
         )
     if not np.allclose(one.possible, other.possible, rtol=1e-5):
-        raise InputError("the two runs were judged by other true labels or weights: evaluate again")
+        raise InputError(
+            "the two runs were evaluated with different true labels or label weights: evaluate "
+            "both again"
+        )
     differences = one._replace(values=one.values - other.values)
-    low, high = _middle(resample(differences, resamples=resamples, seed=seed))
-    p_values = _randomise(differences.values, permutations, seed)
+    low, high = _interval(resample(differences, resamples=resamples, seed=seed))
+    p_values = _randomisation_test(differences.values, permutations, seed)
     columns = zip(
         one.metrics().values(),
         other.metrics().values(),
@@ -99,10 +125,11 @@ def compare(
 
 
 def _draws(num: int, resamples: int, seed: int) -> Iterator[tuple[slice, Float[np.ndarray, "n b"]]]:
-    """Blocks of queries, and how often each resample has each one; every resample has `num`.
+    """Yields blocks of queries and how often each resample contains each of them.
 
-    How many fall into a block is drawn first, then which: together that is the multinomial draw of
-    all, and never all of it is in memory.
+    The number of draws that fall into each block is drawn first, then the queries within the block.
+    Together this is one multinomial draw of `num` queries per resample, but only one block of
+    counts is in memory at a time.
     """
     rng = np.random.default_rng(seed)
     starts = np.arange(0, num, _BLOCK)
@@ -116,33 +143,27 @@ def _draws(num: int, resamples: int, seed: int) -> Iterator[tuple[slice, Float[n
         yield slice(start, start + size), drawn.astype(np.float32)
 
 
-def _shown(blocks: Iterable[Any], num: int, title: str) -> Iterable[Any]:
-    """Blocks of queries with a bar, where they take long."""
-    import tqdm
-
-    return tqdm.tqdm(blocks, total=-(-num // _BLOCK), desc=title, delay=1, disable=None)
-
-
-def _middle(
+def _interval(
     values: Float[np.ndarray, "n m"],
 ) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return low, high
 
 
-def _randomise(
+def _randomisation_test(
     differences: Float[np.ndarray, "q m"], permutations: int, seed: int
 ) -> Float[np.ndarray, " m"]:
-    """Two-sided p-values of the sums of the columns under random signs of the rows."""
+    """Returns two-sided p-values of the column sums under random signs of the rows."""
     rng = np.random.default_rng(seed)
     sums = np.zeros((permutations, differences.shape[1]))
-    num = len(differences)
-    for start in _shown(range(0, num, _BLOCK), num, "swaps"):
-        block = differences[start : start + _BLOCK].astype(np.float64)
-        bits = rng.integers(256, size=(permutations, -(-len(block) // 8)), dtype=np.uint8)
-        swapped = np.unpackbits(bits, axis=1, count=len(block))
-        sums += block.sum(axis=0) - 2.0 * (swapped.astype(np.float64) @ block)
-    found = np.abs(differences.sum(axis=0, dtype=np.float64))
-    tie = _ROUNDING * np.abs(differences).sum(axis=0, dtype=np.float64)
-    as_far = np.count_nonzero(np.abs(sums) >= found - tie, axis=0)
-    return (1 + as_far) / (1 + permutations)
+    with progress.track("permuted queries", len(differences), unit="queries") as advance:
+        for start in range(0, len(differences), _BLOCK):
+            block = differences[start : start + _BLOCK].astype(np.float64)
+            bits = rng.integers(256, size=(permutations, -(-len(block) // 8)), dtype=np.uint8)
+            negated = np.unpackbits(bits, axis=1, count=len(block))
+            sums += block.sum(axis=0) - 2.0 * (negated.astype(np.float64) @ block)
+            advance(len(block))
+    observed = np.abs(differences.sum(axis=0, dtype=np.float64))
+    tolerance = _ROUNDING * np.abs(differences).sum(axis=0, dtype=np.float64)
+    as_extreme = np.count_nonzero(np.abs(sums) >= observed - tolerance, axis=0)
+    return (1 + as_extreme) / (1 + permutations)

@@ -1,4 +1,4 @@
-"""What each query adds to each metric: kept beside an evaluation, so that runs can be compared."""
+"""The terms that each query adds to each metric, saved with an evaluation to compare runs."""
 
 import io
 import os
@@ -16,10 +16,16 @@ SUFFIX = ".queries.npz"
 
 
 class PerQuery(NamedTuple):
-    """Terms of the metrics that are means, or ratios of two means, over queries.
+    """Terms per query of the metrics that are means over queries, or ratios of two such means.
 
-    A metric of `ratios` is the sum of its column of `values` over that of `possible`; any other one
-    the mean of its column.
+    A metric of `ratios` is the sum of its column of `values` divided by the sum of its column of
+    `possible`; every other metric is the mean of its column of `values`.
+
+    Attributes:
+      names: Metric of each column of `values`.
+      values: Terms, as fractions, not percent.
+      ratios: Metric of each column of `possible`.
+      possible: The largest possible terms of these metrics.
     """
 
     names: tuple[str, ...]
@@ -28,25 +34,31 @@ class PerQuery(NamedTuple):
     possible: Float32[np.ndarray, "q r"]
 
     def column(self, name: str) -> Float32[np.ndarray, " q"]:
-        """What each query adds to a metric."""
+        """Returns the terms of one metric."""
         return self.values[:, self.names.index(name)]
 
     def means(
         self, sums: Float[np.ndarray, "*n m"], possible: Float[np.ndarray, "*n r"], count: float
     ) -> Float[np.ndarray, "*n m"]:
-        """The metrics in percent, from sums over `count` queries of both columns."""
-        of = np.full(sums.shape, float(count))
-        of[..., [self.names.index(name) for name in self.ratios]] = possible
-        return 100.0 * np.divide(sums, of, out=np.zeros_like(of), where=of > 0)
+        """Returns the metrics in percent.
+
+        Args:
+          sums: Sums of the columns of `values` over `count` queries.
+          possible: Sums of the columns of `possible` over the same queries.
+          count: Number of queries.
+        """
+        totals = np.full(sums.shape, float(count))
+        totals[..., [self.names.index(name) for name in self.ratios]] = possible
+        return 100.0 * np.divide(sums, totals, out=np.zeros_like(totals), where=totals > 0)
 
     def metrics(self) -> dict[str, float]:
-        """All metrics in percent."""
+        """Returns all metrics in percent, by name."""
         sums, possible = (x.sum(axis=0, dtype=np.float64) for x in (self.values, self.possible))
         return dict(zip(self.names, self.means(sums, possible, len(self.values)), strict=True))
 
 
 class About(NamedTuple):
-    """What was judged: only the same queries of the same data are compared."""
+    """What was evaluated; only results of the same queries of the same data can be compared."""
 
     dataset: str
     content_hash: str
@@ -54,26 +66,26 @@ class About(NamedTuple):
     search: str
 
 
-def save(path: str | os.PathLike, found: PerQuery, about: About) -> None:
-    """Writes an npz file, whole or not at all."""
+def save(path: str | os.PathLike, queries: PerQuery, about: About) -> None:
+    """Writes an npz file, atomically."""
     file = io.BytesIO()
-    arrays = {"names": np.array(found.names), "ratios": np.array(found.ratios, np.str_)}
-    arrays |= {"values": found.values, "possible": found.possible}
+    arrays = {"names": np.array(queries.names), "ratios": np.array(queries.ratios, np.str_)}
+    arrays |= {"values": queries.values, "possible": queries.possible}
     np.savez_compressed(file, **arrays, about=np.array(about))
     atomic.write_bytes(path, file.getvalue())
 
 
 def load(path: str | os.PathLike) -> tuple[PerQuery, About]:
-    """What `save` wrote; nothing in it is unpickled.
+    """Reads a file written by `save`. Nothing in it is unpickled.
 
     Raises:
-      InputError: If there is no such file, or it is of something else.
+      InputError: If the file is missing, damaged or of another kind.
     """
     try:
         data = io.BytesIO(epath.Path(path).read_bytes())
         with np.load(data, allow_pickle=False) as file:
             names, ratios = (tuple(file[part].tolist()) for part in ("names", "ratios"))
-            found = PerQuery(names, file["values"], ratios, file["possible"])
+            queries = PerQuery(names, file["values"], ratios, file["possible"])
             about = About(*file["about"].tolist())
     except FileNotFoundError:
         raise InputError(
@@ -81,6 +93,6 @@ def load(path: str | os.PathLike) -> tuple[PerQuery, About]:
         ) from None
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise InputError(
-            f"{path}: not readable as what evaluate writes of queries ({error}); evaluate again"
+            f"{path}: not readable as a file of metrics per query ({error}); evaluate the run again"
         ) from None
-    return found, about
+    return queries, about

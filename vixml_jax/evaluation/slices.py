@@ -1,4 +1,4 @@
-"""Groups of labels by how often training has them, of queries by pictures and length of text."""
+"""Groups for sliced metrics: labels by training frequency, queries by images and text length."""
 
 from typing import NamedTuple
 
@@ -12,69 +12,70 @@ DECILES = 10
 
 
 class Groups(NamedTuple):
-    """A partition of labels, or of queries.
+    """A partition of labels or of queries.
 
     Attributes:
-      names: Of the groups, in the order shown; a group may be empty.
-      of: The group of each label or query; -1 = none.
+      names: Names of the groups, in display order; a group may be empty.
+      group_ids: Index of each label's or query's group in `names`; -1 = no group.
     """
 
     names: tuple[str, ...]
-    of: Int[np.ndarray, " n"]
+    group_ids: Int[np.ndarray, " n"]
 
 
 def by_frequency(frequency: Int[np.ndarray, " l"]) -> Groups:
-    """Head, torso, tail and unseen labels, as the data card has them.
+    """Returns head, torso, tail and unseen labels, with the same bounds as the data card.
 
     Args:
-      frequency: Training queries of each label.
+      frequency: Number of training queries of each label.
     """
-    of = np.full(len(frequency), -1, np.int8)
+    group_ids = np.full(len(frequency), -1, np.int8)
     for i, (_, least, most) in enumerate(stats.GROUPS):
-        of[(frequency >= least) & (most is None or frequency <= most)] = i
-    return Groups(tuple(name for name, *_ in stats.GROUPS), of)
+        group_ids[(frequency >= least) & (most is None or frequency <= most)] = i
+    return Groups(tuple(name for name, *_ in stats.GROUPS), group_ids)
 
 
 def by_decile(frequency: Int[np.ndarray, " l"], pairs: Int[np.ndarray, " l"]) -> Groups:
-    """Ten groups of the labels seen in training, the most frequent first, of about as many pairs.
+    """Returns ten groups of the labels seen in training, the most frequent labels first.
 
-    A tenth of the labels would not do: of most data the first holds nearly all that is judged, and
-    the others next to nothing. With a tenth of the true pairs in each, their values are as certain
-    as one another. Labels of equal frequency stand in the order of their ids; a label that alone
-    has more than a tenth leaves the groups that it covers empty.
+    Each group has about a tenth of the true (query, label) pairs, so that its metrics are about as
+    certain as those of the others. Ten groups with equally many labels would not do: in most data
+    sets the first of them has nearly all pairs. Labels of equal frequency are ordered by id. If one
+    label has more than a tenth of all pairs, the other groups that it spans are empty.
 
     Args:
-      frequency: Training queries of each label.
-      pairs: Queries judged that it is true of.
+      frequency: Number of training queries of each label.
+      pairs: Number of evaluated queries for which each label is true.
     """
     seen = np.flatnonzero(frequency)
     order = seen[np.argsort(-frequency[seen], kind="stable")]
     before = np.cumsum(pairs[order]) - pairs[order]
     total = max(int(pairs[order].sum()), 1)
-    of = np.full(len(frequency), -1, np.int8)
-    # Of a label that two groups share, where its middle lies; twice all, to stay with integers.
+    group_ids = np.full(len(frequency), -1, np.int8)
+    # A label that spans two groups belongs to the one with its middle pair. Both sides are doubled
+    # to stay with integers.
     middle = (2 * before + pairs[order]) * DECILES // (2 * total)
-    of[order] = np.minimum(middle, DECILES - 1)
-    return Groups(tuple(map(str, range(1, DECILES + 1))), of)
+    group_ids[order] = np.minimum(middle, DECILES - 1)
+    return Groups(tuple(map(str, range(1, DECILES + 1))), group_ids)
 
 
-def by_pictures(items: Items) -> Groups:
-    """Queries that have a picture, and those that have none."""
-    none = np.ones(len(items), bool)
+def by_images(items: Items) -> Groups:
+    """Returns the queries with at least one image, and those without."""
+    without = np.ones(len(items), bool)
     if items.images is not None:
-        none = np.diff(items.images.offsets) == 0
-    return Groups(("with pictures", "without"), none.astype(np.int8))
+        without = np.diff(items.images.offsets) == 0
+    return Groups(("with images", "without"), without.astype(np.int8))
 
 
-def by_length(whole: Int[np.ndarray, " q"]) -> Groups:
-    """Quarters of the queries by the length of their texts; equal lengths stay together.
+def by_length(lengths: Int[np.ndarray, " q"]) -> Groups:
+    """Returns the quarters of the queries by text length; equal lengths share a group.
 
     Args:
-      whole: Tokens of each text before it is cut.
+      lengths: Number of tokens of each text before truncation.
     """
-    last = np.unique(np.quantile(whole, [0.25, 0.5, 0.75, 1.0], method="inverted_cdf"))
-    first = np.concatenate([[whole.min()], last[:-1] + 1])
+    last = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75, 1.0], method="inverted_cdf"))
+    first = np.concatenate([[lengths.min()], last[:-1] + 1])
     names = [
         f"{a} tokens" if a == b else f"{a} to {b} tokens" for a, b in zip(first, last, strict=True)
     ]
-    return Groups(tuple(names), np.searchsorted(last, whole).astype(np.int8))
+    return Groups(tuple(names), np.searchsorted(last, lengths).astype(np.int8))

@@ -1,4 +1,4 @@
-"""Centroids of labels: the mean of the unit embeddings of their training queries."""
+"""Label centroids: the mean of the unit embeddings of each label's training queries."""
 
 import os
 from concurrent import futures
@@ -8,55 +8,57 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 from vixml_jax.parallel.distributed import ALONE, Group
-from vixml_jax.structs import Share
+from vixml_jax.structs import Shard
 
-# Entries are rounded to multiples of 1 / _GRID, far below the last digit of a centroid's: a sum of
-# them is exact in a float64, so that who adds what, and in which order, makes no difference.
+# Entries are rounded to multiples of 1 / _GRID, far below the precision of a float32 centroid. Sums
+# of them are exact in float64, so the result does not depend on the order of the additions, nor on
+# which process does them.
 _GRID = 2.0**30
-_SUMS = 1 << 23  # Entries of sums held at a time, for all processes.
-_PAIRS = 1 << 9  # Pairs of a query and a label taken at a time: rows that stay in the cache.
+_SUMS = 1 << 23  # Entries of sums held in memory at a time, over all processes.
+_PAIRS = 1 << 9  # (query, label) pairs processed at a time; their rows stay in the CPU cache.
 
 
 def exact_centroids(
     relevance: sparse.csr_matrix,
-    share: Share,
+    shard: Shard,
     wanted: list[Int[np.ndarray, " m"]],
     *,
     group: Group = ALONE,
 ) -> Float[np.ndarray, "m e"]:
-    """The mean of the embeddings of each label's queries, not re-normalised (paper, section 3).
+    """Mean embedding of the queries of each label, not re-normalised (paper, section 3).
 
-    Each process sums over the queries that it keeps and sends the sums to those who want them; the
-    same bits come out however many there are.
+    Each process sums over its own queries and sends the sums to the processes that need them. The
+    result has the same bits for any number of processes.
 
     Args:
-      relevance: [n, l] of ones.
-      share: Unit embeddings of the queries that this process keeps, float32; each is kept by one.
-      wanted: The labels that each process asks for.
+      relevance: [n, l] matrix of ones.
+      shard: Unit embeddings of this process's queries, float32; each query belongs to exactly one
+        process.
+      wanted: Label ids that each process needs.
       group: The processes.
 
     Returns:
-      float32, the labels of `wanted[group.index]`; zero for a label without queries.
+      Centroids of the labels in `wanted[group.index]`, float32; zero for a label without queries.
     """
     counts = np.bincount(relevance.indices, minlength=relevance.shape[1])
-    by_label = relevance[share.ids].T.tocsr()
-    mine, width = wanted[group.index], share.values.shape[1]
-    centroids = np.empty((len(mine), width), np.float32)
+    by_label = relevance[shard.ids].T.tocsr()
+    labels_here, width = wanted[group.index], shard.values.shape[1]
+    centroids = np.empty((len(labels_here), width), np.float32)
     step = max(1, _SUMS // (width * group.count))
-    # As many of each process's labels at a time, so that all send and get alike.
+    # Every process takes part in every exchange, also once its own labels are done.
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, max(map(len, wanted)), step):
-            at = slice(start, start + step)
-            parts = [_sums(by_label[labels[at]], share.values, pool) for labels in wanted]
+            chunk = slice(start, start + step)
+            parts = [_sums(by_label[labels[chunk]], shard.values, pool) for labels in wanted]
             sums = sum(group.exchange(parts))
-            centroids[at] = sums / _GRID / np.maximum(counts[mine[at]], 1)[:, None]
+            centroids[chunk] = sums / _GRID / np.maximum(counts[labels_here[chunk]], 1)[:, None]
     return centroids
 
 
 def _sums(
     by_label: sparse.csr_matrix, queries: Float[np.ndarray, "n e"], pool: futures.Executor
 ) -> Float[np.ndarray, "l e"]:
-    """Of the queries of each label, in multiples of 1 / _GRID, float64."""
+    """Sum of the queries of each label, in units of 1 / _GRID, float64."""
     sums = np.zeros((by_label.shape[0], queries.shape[1]))
 
     def add(start: int) -> tuple[slice, Float[np.ndarray, "m e"]]:
@@ -66,10 +68,10 @@ def _sums(
         ends = np.clip(by_label.indptr[first : last + 1], start, stop) - start
         rows = np.multiply(queries[by_label.indices[start:stop]], _GRID, dtype=np.float64)
         pairs = np.ones(stop - start), np.arange(stop - start), ends
-        summing = sparse.csr_matrix(pairs, shape=(last - first, len(rows)))
-        return slice(first, last), summing @ np.rint(rows, out=rows)
+        summation = sparse.csr_matrix(pairs, shape=(last - first, len(rows)))
+        return slice(first, last), summation @ np.rint(rows, out=rows)
 
-    # A label may be in more than one piece: only this thread writes.
-    for labels, found in pool.map(add, range(0, by_label.nnz, _PAIRS)):
-        sums[labels] += found
+    # A label's queries may be in more than one chunk, so only this thread writes.
+    for labels, partial_sums in pool.map(add, range(0, by_label.nnz, _PAIRS)):
+        sums[labels] += partial_sums
     return sums

@@ -1,4 +1,4 @@
-"""The prototype network: text embedding, free vector and centroid of a label become one vector."""
+"""The prototype network: combines a label's text embedding, free vector and centroid."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,16 @@ from vixml_jax.models import layers
 
 
 class Combiner(nn.Module):
-    """One post-norm transformer layer over three tokens a label, then their mean, of unit length.
+    """One post-norm transformer layer over three tokens per label, then their normalised mean.
 
-    The tokens carry no positions, so the order of the three does not matter (paper, section 3;
-    PRIME, arXiv 2410.20626). Fresh weights are drawn as `torch.nn.TransformerEncoderLayer` does.
+    The tokens have no positions, so their order does not matter (paper, section 3; PRIME, arXiv
+    2410.20626). Weights are initialised as in `torch.nn.TransformerEncoderLayer`.
 
     Attributes:
-      num_heads: Attention heads.
-      mlp_width: Of the feed-forward layer.
-      dropout: Of attention weights, both branches and the feed-forward layer, in training.
+      num_heads: Number of attention heads.
+      mlp_width: Width of the feed-forward layer.
+      dropout: Dropout rate of the attention weights, of both branches and of the feed-forward
+        layer, in training.
     """
 
     num_heads: int = 8
@@ -36,17 +37,19 @@ class Combiner(nn.Module):
         """Unit prototypes, float32.
 
         Args:
-          u: The tower's vectors of the labels, not normalised.
-          free: Their free vectors.
-          centroid: Mean of the unit vectors of each label's training queries; may be zero.
-          deterministic: Whether dropout is off; else rng "dropout" is needed.
+          u: Tower vectors of the labels, not normalised.
+          free: Free vectors of the labels.
+          centroid: Mean unit vector of each label's training queries; may be zero.
+          deterministic: Whether dropout is off; otherwise the rng "dropout" is needed.
         """
         keys = (None,) * 4 if deterministic else jax.random.split(self.make_rng("dropout"), 4)
         width = u.shape[-1]
         sizes = {"e": width, "m": self.mlp_width, "h": self.num_heads,
                  "a": width // self.num_heads}  # fmt: skip
         narrow, wide = layers.fan_in_uniform(width), layers.fan_in_uniform(self.mlp_width)
-        xavier = layers.uniform((6.0 / (width + 3 * width)) ** 0.5)  # Of the fused [3 e, e].
+        xavier = layers.uniform(
+            (6.0 / (width + 3 * width)) ** 0.5
+        )  # For the fused [3 e, e] weight.
 
         x = jnp.stack([u, free, centroid], axis=1).astype(jnp.float32)  # [c, s, e]
         q, k, v = (
@@ -65,5 +68,5 @@ class Combiner(nn.Module):
             x + layers.dropout(y, self.dropout, keys[3])
         )
         x = jnp.mean(x, axis=1)
-        # The floor stands under the root, where the gradient of a zero row stays finite.
+        # The floor is inside the root, where the gradient of a zero row stays finite.
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))

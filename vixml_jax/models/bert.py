@@ -1,4 +1,4 @@
-"""The BERT family: BERT, MiniLM, E5 and DistilBERT are one post-norm encoder by its sizes."""
+"""Post-norm encoder of the BERT family: BERT, MiniLM, E5 and DistilBERT differ in sizes only."""
 
 import dataclasses
 
@@ -12,26 +12,28 @@ from vixml_jax.parallel import axis_names
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """Sizes of a tower of the BERT family, and how it is computed.
+    """Sizes and computation settings of a tower of the BERT family.
 
     Attributes:
-      vocab_size: Rows of the word embeddings.
-      num_layers: Blocks.
-      width: Of the states, and of the vector that comes out.
-      num_heads: Attention heads; a divisor of `width`.
-      mlp_width: Of the feed-forward layer.
-      max_positions: Rows of the position embeddings.
-      type_vocab_size: Rows of the token types, of which type 0 is used; 0: none (DistilBERT).
-      dropout: Of embeddings and of each layer's two branches, in training.
-      attention_dropout: Of the attention weights, in training.
+      vocab_size: Number of token embeddings.
+      num_layers: Number of blocks.
+      width: Width of the hidden states and of the output vector.
+      num_heads: Number of attention heads; must divide `width`.
+      mlp_width: Width of the feed-forward layer.
+      max_positions: Number of position embeddings.
+      type_vocab_size: Number of token type embeddings, of which only type 0 is used; 0 if the
+        model has none (DistilBERT).
+      dropout: Dropout rate of the embeddings and of both branches of each block, in training.
+      attention_dropout: Dropout rate of the attention weights, in training.
       layer_norm_eps: Added to variances.
-      initializer_range: Standard deviation of fresh weights.
-      image_width: Width of an image embedding; 0: the tower reads no pictures.
-      dtype: What is computed in: "float32" or "bfloat16". Parameters are float32 always, and so
-        are norms, softmax and pooling.
-      scan: Loop over one compiled block: quick to compile. Off: all blocks written out, quicker
-        to run. The parameters are the same.
-      remat: Recompute each block in the backward pass instead of keeping its activations.
+      initializer_range: Standard deviation of freshly initialised weights.
+      image_width: Width of an image embedding; 0 if the tower reads no images.
+      dtype: Computation dtype, "float32" or "bfloat16". Parameters, norms, softmax and pooling are
+        always float32.
+      scan: Whether to scan over one compiled block, which compiles faster. Unrolled blocks run
+        faster. The parameters are the same either way.
+      remat: Whether to recompute each block in the backward pass instead of storing its
+        activations.
     """
 
     vocab_size: int = 30522
@@ -54,28 +56,28 @@ class BertConfig:
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.num_heads} heads")
 
-    word_scale = 1.0  # What word embeddings are multiplied by.
+    embedding_scale = 1.0  # Factor applied to token embeddings.
     pooling = "mean"
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Size of each letter of `axes.LETTERS` that a weight of the tower has."""
+        """Size of each letter of `axis_names.LETTERS` used by the tower's weights."""
         heads, head_width = self.num_heads, self.width // self.num_heads
         return {"d": self.width, "m": self.mlp_width, "h": heads, "a": head_width,
                 "w": self.vocab_size, "v": self.image_width}  # fmt: skip
 
     def einsum(self, equation: str, name: str) -> layers.Einsum:
-        """A contraction with fresh weights as BERT draws them."""
+        """A contraction whose weights are initialised as BERT's are."""
         normal = nn.initializers.normal(self.initializer_range)
         return layers.Einsum(equation, self.sizes, normal, dtype=self.dtype, name=name)
 
     def norm(self, name: str) -> layers.LayerNorm:
-        """A normalisation of the states."""
+        """A layer norm of the hidden states."""
         return layers.LayerNorm("d", self.layer_norm_eps, name=name)
 
 
 class Block(nn.Module):
-    """Self-attention, then a feed-forward layer, each normalised after its residual sum."""
+    """Self-attention and a feed-forward layer, each normalised after its residual sum."""
 
     config: BertConfig
 
@@ -101,9 +103,10 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings in, states out: adds positions and token type 0, normalises, runs the blocks.
+    """Turns embeddings into hidden states.
 
-    The parameters of the blocks are stacked, `[layers, ...]`, however they are run.
+    Adds position embeddings and token type 0, normalises, and runs the blocks. The parameters of
+    the blocks are stacked, `[layers, ...]`, whether or not the blocks are scanned.
     """
 
     config: BertConfig
@@ -117,13 +120,13 @@ class Encoder(nn.Module):
         *,
         deterministic: bool,
     ) -> Float[Array, "p s d"]:
-        """States of all positions.
+        """Hidden states of all positions.
 
         Args:
-          x: Word embeddings or projected pictures.
-          positions: Row of the position embeddings.
-          segments: Positions see those of their own segment; -1 = nothing is here.
-          deterministic: Whether dropout is off; else rng "dropout" is needed.
+          x: Token embeddings or projected image embeddings.
+          positions: Index into the position embeddings.
+          segments: Item at each position; attention stays within an item. -1 for empty positions.
+          deterministic: Whether dropout is off; otherwise the rng "dropout" is needed.
         """
         c = self.config
         x = x + layers.look_up_small(self._table("position_embeddings", c.max_positions), positions)

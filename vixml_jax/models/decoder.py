@@ -1,6 +1,7 @@
-"""Decoder-only language models as towers: Qwen2.5, Qwen3, Llama 3 and Gemma 3 by their sizes.
+"""Decoder-only language models as towers: Qwen2.5, Qwen3, Llama 3 and Gemma 3.
 
-Sources: the published checkpoints' configurations and `transformers`' models of the same names.
+Sources: the configurations of the published checkpoints, and the models of the same names in
+`transformers`.
 """
 
 import dataclasses
@@ -18,16 +19,16 @@ LORA_MAPS = ("query", "key", "value", "out", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embeddings: base, and how positions were stretched after pretraining.
+    """Rotary position embeddings, and how positions were scaled after pretraining.
 
     Attributes:
       theta: Base of the wavelengths.
-      factor: Every position is divided by it; with `original_positions`, only where the
-        wavelength is long.
-      low_freq_factor: Llama 3: wavelengths above `original_positions / low_freq_factor` are
-        stretched whole,
-      high_freq_factor: those below `original_positions / high_freq_factor` not at all.
-      original_positions: Llama 3's pretraining length; 0: positions are stretched alike.
+      factor: Divides every position; with `original_positions`, only at long wavelengths.
+      low_freq_factor: Llama 3 scales wavelengths above `original_positions / low_freq_factor` by
+        the full factor.
+      high_freq_factor: Llama 3 leaves wavelengths below `original_positions / high_freq_factor`
+        unscaled, and interpolates in between.
+      original_positions: Context length of Llama 3's pretraining; 0 scales all wavelengths alike.
     """
 
     theta: float = 10_000.0
@@ -37,51 +38,54 @@ class Rope:
     original_positions: int = 0
 
     def frequencies(self, head_width: int) -> Float[np.ndarray, " a/2"]:
-        """Radians a position, float64, of each pair of a head's entries."""
-        found = self.theta ** -(np.arange(0, head_width, 2) / head_width)
+        """Rotation per position of each pair of a head's entries, in radians, float64."""
+        frequencies = self.theta ** -(np.arange(0, head_width, 2) / head_width)
         if not self.original_positions:
-            return found / self.factor
-        turns = self.original_positions * found / (2 * math.pi)  # Over the original length.
-        share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        share = np.clip(share, 0.0, 1.0)
-        return found * (share + (1.0 - share) / self.factor)
+            return frequencies / self.factor
+        # Number of full rotations within the original context length.
+        turns = self.original_positions * frequencies / (2 * math.pi)
+        unscaled = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        unscaled = np.clip(unscaled, 0.0, 1.0)
+        return frequencies * (unscaled + (1.0 - unscaled) / self.factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of a decoder, and how it is computed.
+    """Sizes and computation settings of a decoder.
 
     Attributes:
-      vocab_size: Rows of the word embeddings.
-      num_layers: Blocks.
-      width: Of the states, and of the vector that comes out.
-      num_heads: Query heads.
-      num_kv_heads: Key and value heads, shared by equal groups of query heads.
-      head_width: Of one head.
-      mlp_width: Of the gated feed-forward layer.
-      max_positions: Longest text of the pretraining, for checks alone.
+      vocab_size: Number of token embeddings.
+      num_layers: Number of blocks.
+      width: Width of the hidden states and of the output vector.
+      num_heads: Number of query heads.
+      num_kv_heads: Number of key and value heads, shared by equal groups of query heads.
+      head_width: Width of one head.
+      mlp_width: Width of the gated feed-forward layer.
+      max_positions: Context length of the pretraining; used in checks only.
       qkv_bias: Whether queries, keys and values have biases (Qwen2.5).
-      qk_norm: Whether queries and keys are normalised, head by head (Qwen3, Gemma 3).
-      post_norms: Whether each branch is normalised once more before its sum (Gemma 3).
+      qk_norm: Whether queries and keys are normalised per head (Qwen3, Gemma 3).
+      post_norms: Whether each branch is normalised again before its residual sum (Gemma 3).
       unit_offset: Whether a norm multiplies by 1 + its weight (Gemma 3).
-      activation: Of the gate: "silu" or "gelu_tanh".
-      word_scale: What word embeddings are multiplied by (Gemma 3: sqrt(width)).
-      attention_scale: What scores are multiplied by.
+      activation: Activation of the gate, "silu" or "gelu_tanh".
+      embedding_scale: Factor applied to token embeddings (Gemma 3: sqrt(width)).
+      attention_scale: Factor applied to attention scores; 0 means head_width ** -0.5.
       norm_eps: Added to mean squares.
-      rope: Positions of layers that see all.
-      window: Positions seen by a sliding layer, itself included; 0: no layer slides.
-      global_every: Of so many layers the last sees all (Gemma 3: 6).
-      local_rope: Positions of sliding layers.
-      causal: Whether a position sees only those before it, as pretrained.
-      pooling: "mean" of an item's positions, or its "last".
-      initializer_range: Standard deviation of fresh weights.
-      lora_rank: Rank of the adapters; 0: none.
-      lora_alpha: Adapters are multiplied by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
+      rope: Rotary embeddings of layers with full attention.
+      window: Number of positions a sliding-window layer attends to, including its own; 0 if all
+        layers have full attention.
+      global_every: Every layer whose number (from 1) is a multiple of this has full attention
+        (Gemma 3: 6).
+      local_rope: Rotary embeddings of sliding-window layers.
+      causal: Whether a position attends only to itself and earlier ones, as in pretraining.
+      pooling: "mean" of an item's positions, or its "last" position.
+      initializer_range: Standard deviation of freshly initialised weights.
+      lora_rank: Rank of the LoRA adapters; 0 for none.
+      lora_alpha: Adapter outputs are multiplied by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
       lora_maps: Which of `LORA_MAPS` have adapters.
-      image_width: Width of an image embedding; 0: the tower reads no pictures.
-      dtype: What is computed in; norms, softmax and pooling are float32 always.
-      scan: Loop over one compiled block. Off: all blocks written out.
-      remat: Recompute each block in the backward pass.
+      image_width: Width of an image embedding; 0 if the tower reads no images.
+      dtype: Computation dtype; norms, softmax and pooling are always float32.
+      scan: Whether to scan over one compiled block instead of unrolling all blocks.
+      remat: Whether to recompute each block in the backward pass.
     """
 
     vocab_size: int
@@ -97,8 +101,8 @@ class DecoderConfig:
     post_norms: bool = False
     unit_offset: bool = False
     activation: str = "silu"
-    word_scale: float = 1.0
-    attention_scale: float = 0.0  # 0: head_width ** -0.5.
+    embedding_scale: float = 1.0
+    attention_scale: float = 0.0
     norm_eps: float = 1e-6
     rope: Rope = Rope()
     window: int = 0
@@ -118,28 +122,31 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"{self.num_heads} query heads do not share {self.num_kv_heads} key heads evenly"
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
         if self.activation not in layers.ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}")
+            raise ValueError(
+                f"unknown activation {self.activation!r}: expected one of "
+                f"{', '.join(layers.ACTIVATIONS)}"
+            )
         unknown = sorted(set(self.lora_maps) - set(LORA_MAPS))
         if unknown:
-            raise ValueError(f"unknown maps {unknown}: expected some of {', '.join(LORA_MAPS)}")
+            raise ValueError(f"unknown lora_maps {unknown}: expected any of {', '.join(LORA_MAPS)}")
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Size of each letter of `axes.LETTERS` that a weight of the tower has."""
+        """Size of each letter of `axis_names.LETTERS` used by the tower's weights."""
         return {"d": self.width, "m": self.mlp_width, "h": self.num_heads,
                 "g": self.num_kv_heads, "a": self.head_width, "r": self.lora_rank,
                 "w": self.vocab_size, "v": self.image_width}  # fmt: skip
 
     @property
     def lora_scale(self) -> float:
-        """What the output of an adapter is multiplied by."""
+        """Factor applied to the output of an adapter."""
         return self.lora_alpha / math.sqrt(self.lora_rank)
 
     def einsum(self, equation: str, name: str, *, bias: bool = False) -> layers.Einsum:
-        """A contraction with fresh weights, and an adapter where it is asked for."""
+        """A contraction, with an adapter if `lora_maps` names it."""
         adapted = self.lora_rank and name in self.lora_maps
         return layers.Einsum(
             equation,
@@ -153,18 +160,18 @@ class DecoderConfig:
         )
 
     def norm(self, name: str, letter: str = "d") -> layers.RMSNorm:
-        """A normalisation of the states, or of the entries of a head."""
+        """An RMS norm of the hidden states, or of the entries of a head."""
         return layers.RMSNorm(letter, self.norm_eps, unit_offset=self.unit_offset, name=name)
 
     @property
     def slides(self) -> Bool[np.ndarray, " layers"]:
-        """Which layers see only a window."""
-        nth = np.arange(1, self.num_layers + 1)
-        return (nth % self.global_every != 0) & (self.window > 0)
+        """Which layers have sliding-window attention."""
+        number = np.arange(1, self.num_layers + 1)
+        return (number % self.global_every != 0) & (self.window > 0)
 
 
 class Block(nn.Module):
-    """Grouped-query attention, then a gated feed-forward layer, each normalised before."""
+    """Grouped-query attention and a gated feed-forward layer, each with a norm in front."""
 
     config: DecoderConfig
 
@@ -175,13 +182,13 @@ class Block(nn.Module):
         views: tuple[tuple[Array, Array, Array], ...],
         slides: Bool[Array, ""],
     ) -> tuple[Float[Array, "p s d"], None]:
-        """One layer.
+        """Hidden states after this block.
 
         Args:
-          x: States.
-          views: (mask [p s s], cosines and sines [p s a/2]) of layers that see all, and of those
-            that slide, if any.
-          slides: Whether this one slides.
+          x: Hidden states.
+          views: (mask [p s s], cosines [p s a/2], sines [p s a/2]) for full attention and, if the
+            model has such layers, for sliding-window attention.
+          slides: Whether this block has sliding-window attention.
         """
         c = self.config
         mask, cos, sin = (
@@ -210,9 +217,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings in, normalised states out.
+    """Turns embeddings into normalised hidden states.
 
-    The parameters of the blocks are stacked, `[layers, ...]`, however they are run.
+    The parameters of the blocks are stacked, `[layers, ...]`, whether or not the blocks are
+    scanned.
     """
 
     config: DecoderConfig
@@ -226,25 +234,26 @@ class Decoder(nn.Module):
         *,
         deterministic: bool,
     ) -> Float[Array, "p s d"]:
-        """States of all positions.
+        """Hidden states of all positions.
 
         Args:
-          x: Word embeddings or projected pictures.
+          x: Token embeddings or projected image embeddings.
           positions: Position within the item.
-          segments: Positions see those of their own segment; -1 = nothing is here.
-          deterministic: Nothing is dropped either way: these towers are trained without dropout.
+          segments: Item at each position; attention stays within an item. -1 for empty positions.
+          deterministic: Ignored, because these towers are trained without dropout.
         """
         del deterministic
         c = self.config
-        at = jnp.arange(x.shape[1])
-        back = at[:, None] - at[None, :]  # How far before it a position looks.
+        column = jnp.arange(x.shape[1])
+        distance = column[:, None] - column[None, :]  # From each query back to each key.
         mask = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, None, :]
         if c.causal:
-            mask &= back >= 0
-        views = [(mask, *layers.turns(positions, c.rope.frequencies(c.head_width)))]
+            mask &= distance >= 0
+        views = [(mask, *layers.rope_angles(positions, c.rope.frequencies(c.head_width)))]
         if c.slides.any():
-            near = mask & (jnp.abs(back) < c.window)
-            views.append((near, *layers.turns(positions, c.local_rope.frequencies(c.head_width))))
+            local_mask = mask & (jnp.abs(distance) < c.window)
+            local_frequencies = c.local_rope.frequencies(c.head_width)
+            views.append((local_mask, *layers.rope_angles(positions, local_frequencies)))
         x = layers.constrain(x.astype(c.dtype), "psd")
         x = layers.run_blocks(self, Block, c, x, (tuple(views),), c.slides)
         return c.norm("final_norm")(x)

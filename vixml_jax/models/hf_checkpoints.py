@@ -1,4 +1,4 @@
-"""Towers from Hugging Face checkpoints and back: safetensors, one tensor at a time."""
+"""Loads towers from Hugging Face safetensors checkpoints, and writes them back."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf_names
+from vixml_jax.models import hf_configs, hf_names
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.siglip import SiglipConfig
 from vixml_jax.models.tower import TowerConfig
@@ -28,33 +28,34 @@ WEIGHTS = "model.safetensors"
 
 
 def read_hf_config(directory_or_name: str) -> TowerConfig:
-    """The sizes of a tower, as `load_hf_tower` gives them, without reading a weight.
+    """The sizes of a tower, as `load_hf_tower` returns them, without reading its weights.
 
     Raises:
-      InputError: If there is no such model, or if it is none of the families.
+      InputError: If there is no such model, or it belongs to an unsupported family.
     """
     path = os.path.join(resolve(directory_or_name, weights=False), CONFIG)
-    return hf_names.read_config(path, _read_json(path), hf_names.TOWERS)[1]
+    return hf_configs.read_config(path, _read_json(path), hf_names.TOWERS)[1]
 
 
 def load_hf_tower(
     directory_or_name: str, *, dtype: str = "float32", mesh: Mesh | None = None
 ) -> tuple[TowerConfig, dict[str, Any]]:
-    """The sizes and the parameters of a tower: BERT family, or one of four decoders.
+    """The sizes and the parameters of a text tower: the BERT family, or one of four decoders.
 
-    The parameters are those of `Tower.init`, without image projection and adapters. Names and
-    shapes are checked before anything is read. Then one tensor at a time goes from its file
-    straight to where it stays: each device reads its own part, and turns and casts it itself.
+    The parameters are those of `Tower.init`, without image projection and adapters. All names and
+    shapes are checked before any tensor is read. Tensors are then loaded one at a time: each device
+    reads only its own shard, and transposes and casts it itself.
 
     Args:
-      directory_or_name: A directory with config.json and model.safetensors (whole, or in parts
-        with their index), or the name of a model on the Hugging Face hub.
-      dtype: Of the parameters: "float32" or "bfloat16".
-      mesh: Where they lie, by their logical axes; None: whole, on the first device.
+      directory_or_name: A directory with config.json and model.safetensors (one file, or several
+        with an index), or the name of a model on the Hugging Face hub.
+      dtype: Dtype of the parameters, "float32" or "bfloat16".
+      mesh: Mesh to shard the parameters over, by their logical axes; None for unsharded parameters
+        on the first device.
 
     Raises:
-      InputError: If there is no such model, if it is none of the families, or if its tensors are
-        not those that its config asks for; all that differ are named.
+      InputError: If there is no such model, it belongs to an unsupported family, or its tensors do
+        not match its config; the message lists all mismatches.
     """
     return _load(directory_or_name, hf_names.TOWERS, dtype, mesh)
 
@@ -62,15 +63,15 @@ def load_hf_tower(
 def load_hf_vision(
     directory_or_name: str, *, dtype: str = "float32", mesh: Mesh | None = None
 ) -> tuple[SiglipConfig, dict[str, Any]]:
-    """The sizes and the parameters of a SigLIP vision tower, those of `VisionTower.init`.
+    """The sizes of a SigLIP vision tower, and its parameters as in `VisionTower.init`.
 
     Args:
-      directory_or_name: As for `load_hf_tower`; a whole SigLIP model will do.
-      dtype: Of the parameters: "float32" or "bfloat16".
-      mesh: Where they lie, by their logical axes; None: whole, on the first device.
+      directory_or_name: See `load_hf_tower`; a SigLIP model with a text half is accepted too.
+      dtype: Dtype of the parameters, "float32" or "bfloat16".
+      mesh: See `load_hf_tower`.
 
     Raises:
-      InputError: As `load_hf_tower`.
+      InputError: As for `load_hf_tower`.
     """
     return _load(directory_or_name, hf_names.VISION, dtype, mesh)
 
@@ -80,35 +81,35 @@ def _load(
 ) -> tuple[Any, dict[str, Any]]:
     directory = resolve(directory_or_name)
     path = os.path.join(directory, CONFIG)
-    family, config = hf_names.read_config(path, _read_json(path), families)
+    family, config = hf_configs.read_config(path, _read_json(path), families)
     sizes = sizes_of(config)
     expected = hf_names.TENSORS[family].expected(config)
-    found, faults = {}, []
+    tensors, mismatches = {}, []
     for name, tensor in _tensors(directory):
         short = re.sub(hf_names.PREFIXES, "", name)
-        # Checkpoints made from TensorFlow's call the weight and bias of a norm gamma and beta.
+        # Checkpoints converted from TensorFlow name the weight and bias of a norm gamma and beta.
         short = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", short))
         if any(re.fullmatch(pattern, short) for pattern in hf_names.IGNORED):
             continue
         if short not in expected:
-            faults.append(f"{name} is unexpected")
+            mismatches.append(f"{name} is unexpected")
             continue
-        found[short] = tensor
-        shape, wanted = tensor.get_shape(), list(expected[short][0].shape(sizes))
-        if shape != wanted:
-            faults.append(f"{name} has shape {shape}, expected {wanted}")
-    faults += [f"{name} is missing" for name in expected if name not in found]
-    if faults:
+        tensors[short] = tensor
+        shape, expected_shape = tensor.get_shape(), list(expected[short][0].shape(sizes))
+        if shape != expected_shape:
+            mismatches.append(f"{name} has shape {shape}, expected {expected_shape}")
+    mismatches += [f"{name} is missing" for name in expected if name not in tensors]
+    if mismatches:
         raise InputError(
-            f"{directory}: the tensors are not those that {CONFIG} asks for ({family}, "
-            f"{config.num_layers} layers of width {config.width}): {'; '.join(faults)}"
+            f"{directory}: the tensors do not match {CONFIG} ({family}, {config.num_layers} layers "
+            f"of width {config.width}): {'; '.join(mismatches)}"
         )
 
     mesh = mesh or sharding.create_mesh(devices=jax.local_devices()[:1])
     layers: dict[hf_names.Place, dict[int | None, Any]] = {}
     for name, (place, layer) in expected.items():
-        layers.setdefault(place, {})[layer] = found[name]
-    # Largest first: what stands beside a tensor on its way is small once most are there.
+        layers.setdefault(place, {})[layer] = tensors[name]
+    # The largest parameters are loaded first, while memory still has room for the temporary copies.
     order = sorted(layers, key=lambda place: -math.prod(place.shape(sizes)))
     return config, _nest(
         {place.path: _parameter(place, layers[place], sizes, dtype, mesh) for place in order}
@@ -122,87 +123,93 @@ def _parameter(
     dtype: str,
     mesh: Mesh,
 ) -> jax.Array:
-    """A parameter, laid out, from its tensors by layer, or from the one that it is, under None."""
-    shape, ours = sharding.stored(
-        tuple(sizes[i] for i in place.ours), axis_names.logical(place.ours), mesh
+    """A sharded parameter.
+
+    Args:
+      place: The parameter.
+      layers: Its tensors by layer; a single one under None if the parameter is not stacked.
+      sizes: Size of each letter.
+      dtype: Dtype of the parameter.
+      mesh: Mesh to shard it over.
+    """
+    shape, target = sharding.stored(
+        tuple(sizes[i] for i in place.letters), axis_names.logical(place.letters), mesh
     )
-    # Their dimensions are spread, and padded, as the first letter of each is, so that a device
-    # reads no more than it keeps; what is spread by a letter within is cut when it is turned.
-    spread = dict(zip(place.ours, ours.spec, strict=True))
-    theirs = NamedSharding(mesh, P(*(spread.get(group[:1]) for group in place.theirs)))
-    first = {group[:1] for group in place.theirs}
-    longer = {i: size for i, size in zip(place.ours, shape, strict=True) if i in first}
-    padded, letters = {**sizes, **longer}, "".join(place.theirs)
-    split, order = tuple(padded[i] for i in letters), tuple(letters.index(i) for i in place.ours)
-    turn = jax.jit(_turned, static_argnums=(1, 2, 3, 4), out_shardings=ours)
+    # A dimension of the tensor is sharded and padded as its first letter is, so that a device reads
+    # no more than it keeps. Sharding by a later letter is applied after the transposition.
+    mesh_axes = dict(zip(place.letters, target.spec, strict=True))
+    source = NamedSharding(mesh, P(*(mesh_axes.get(group[:1]) for group in place.hf_letters)))
+    first = {group[:1] for group in place.hf_letters}
+    longer = {i: size for i, size in zip(place.letters, shape, strict=True) if i in first}
+    padded, letters = {**sizes, **longer}, "".join(place.hf_letters)
+    split, order = tuple(padded[i] for i in letters), tuple(letters.index(i) for i in place.letters)
+    convert = jax.jit(_converted, static_argnums=(1, 2, 3, 4), out_shardings=target)
 
     def read(tensor: Any, cast: str | None) -> jax.Array:
-        parts: dict[str, np.ndarray] = {}  # What several devices keep is read once.
+        slices: dict[str, np.ndarray] = {}  # Slices held by several devices are read once.
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            if str(index) not in parts:
-                parts[str(index)] = _part(tensor, index, place.shape(sizes))
-            return parts[str(index)]
+        def read_once(index: tuple[slice, ...]) -> np.ndarray:
+            if str(index) not in slices:
+                slices[str(index)] = _read_slice(tensor, index, place.shape(sizes))
+            return slices[str(index)]
 
-        found = jax.make_array_from_callback(place.shape(padded), theirs, part)
-        return turn(found, split, order, shape, cast)
+        unconverted = jax.make_array_from_callback(place.shape(padded), source, read_once)
+        return convert(unconverted, split, order, shape, cast)
 
     if None in layers:
         return read(layers[None], dtype).block_until_ready()
-    whole = NamedSharding(mesh, P(None, *ours.spec))
-    stack = jnp.zeros((len(layers), *shape), dtype, device=whole)
-    put = jax.jit(_put, donate_argnums=0, out_shardings=whole)
+    stacked = NamedSharding(mesh, P(None, *target.spec))
+    stack = jnp.zeros((len(layers), *shape), dtype, device=stacked)
+    set_layer = jax.jit(_set_layer, donate_argnums=0, out_shardings=stacked)
     for layer, tensor in layers.items():
-        # XLA's CPU backend takes twice as long where it turns and casts at once. The next tensor
-        # must not be read before this one is gone.
-        stack = put(stack, read(tensor, None), layer).block_until_ready()
+        # Cast in `set_layer`: XLA's CPU backend takes twice as long to transpose and cast at once.
+        # Waiting here frees this tensor before the next one is read.
+        stack = set_layer(stack, read(tensor, None), layer).block_until_ready()
     return stack
 
 
-def _part(tensor: Any, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """What lies at `index` of a tensor of `shape`, read lazily; zeros beyond its ends."""
-    ends = [(at.start or 0, at.stop) for at in index]
-    if all(stop is None or stop <= size for (_, stop), size in zip(ends, shape, strict=True)):
+def _read_slice(tensor: Any, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Reads `tensor[index]`; entries beyond the tensor's shape are zero."""
+    bounds = [(axis.start or 0, axis.stop) for axis in index]
+    if all(stop is None or stop <= size for (_, stop), size in zip(bounds, shape, strict=True)):
         return tensor[index]
-    wanted, there = [], []
-    for (start, stop), size in zip(ends, shape, strict=True):
-        wanted.append((size if stop is None else stop) - start)
-        # Of what lies wholly beyond an end, nothing: an empty slice must begin within.
-        there.append(slice(start, min(start + wanted[-1], size)) if start < size else slice(0, 0))
-    found = tensor[tuple(there)]
-    return np.pad(found, [(0, n - have) for n, have in zip(wanted, found.shape, strict=True)])
+    lengths, inside = [], []
+    for (start, stop), size in zip(bounds, shape, strict=True):
+        lengths.append((size if stop is None else stop) - start)
+        # safetensors requires that even an empty slice starts within the tensor.
+        inside.append(slice(start, min(start + lengths[-1], size)) if start < size else slice(0, 0))
+    part = tensor[tuple(inside)]
+    return np.pad(part, [(0, n - m) for n, m in zip(lengths, part.shape, strict=True)])
 
 
-def _turned(
+def _converted(
     tensor: jax.Array,
     split: tuple[int, ...],
     order: tuple[int, ...],
     shape: tuple[int, ...],
     dtype: str | None,
 ) -> jax.Array:
-    """A tensor of Hugging Face's as ours is stored; its dtype kept where there is none to cast
-    to."""
-    turned = tensor.reshape(split).transpose(order)
-    if turned.shape != shape:
-        turned = jnp.pad(turned, [(0, b - a) for a, b in zip(turned.shape, shape, strict=True)])
-    return turned if dtype is None else turned.astype(dtype)
+    """A tensor split, transposed, padded to `shape`, and cast unless `dtype` is None."""
+    x = tensor.reshape(split).transpose(order)
+    if x.shape != shape:
+        x = jnp.pad(x, [(0, b - a) for a, b in zip(x.shape, shape, strict=True)])
+    return x if dtype is None else x.astype(dtype)
 
 
-def _put(stack: jax.Array, one: jax.Array, layer: jax.Array) -> jax.Array:
-    """The stack with one of its layers in place."""
-    return jax.lax.dynamic_update_index_in_dim(stack, one.astype(stack.dtype), layer, 0)
+def _set_layer(stack: jax.Array, values: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, values.astype(stack.dtype), layer, 0)
 
 
 def end_token(directory_or_name: str) -> int | None:
-    """The token that ends a text, as the checkpoint's config.json says; None where it does not."""
-    about = _read_json(os.path.join(resolve(directory_or_name, weights=False), CONFIG))
-    about = {**about, **about.get("text_config", {})}
-    end = about.get("eos_token_id")
+    """The end-of-text token id in the checkpoint's config.json; None if it has none."""
+    fields = _read_json(os.path.join(resolve(directory_or_name, weights=False), CONFIG))
+    fields = {**fields, **fields.get("text_config", {})}
+    end = fields.get("eos_token_id")
     return end[0] if isinstance(end, list) else end
 
 
 def sizes_of(config: TowerConfig | SiglipConfig) -> dict[str, int]:
-    """Size of each letter in `hf_names`: the tower's, and rows of positions and types."""
+    """Size of each letter in `hf_names`, including s (positions) and t (token types)."""
     if isinstance(config, SiglipConfig):
         return config.sizes
     types = getattr(config, "type_vocab_size", 0)
@@ -214,61 +221,63 @@ def save_hf_tower(
 ) -> None:
     """Writes a directory that `transformers.AutoModel.from_pretrained` loads.
 
-    Adapters are merged into the weights they stand beside. What Hugging Face has no name for (the
-    image projection) is not written.
+    Adapters are merged into their weights. The image projection, for which Hugging Face has no
+    name, is not written.
 
     Args:
-      directory: Made; its model.safetensors and config.json are replaced.
-      params: Of the tower.
-      config: Its sizes, adapters included.
-      like: The Hugging Face directory or name that the tower was loaded from, whose config.json
-        is copied; None: it was trained from nothing.
+      directory: Created if needed; its model.safetensors and config.json are replaced.
+      params: Parameters of the tower.
+      config: Sizes of the tower, including its adapters.
+      like: The Hugging Face directory or name that the tower was loaded from, whose config.json is
+        copied; None if the tower was trained from random weights.
 
     Raises:
-      InputError: If `like` is of another family or size.
+      InputError: If `like` is of another family or size than the tower.
     """
     import safetensors.numpy
 
     if like is None:
-        like, about = directory, hf_names.write_config(config)
+        like, fields = directory, hf_configs.write_config(config)
     else:
-        about = _read_json(os.path.join(resolve(like), CONFIG))
-    if about.get("model_type") == "gemma3":
-        about = {"model_type": "gemma3_text", **about["text_config"]}
-    family, found = hf_names.read_config(os.path.join(like, CONFIG), about, hf_names.TOWERS)
-    sizes = sizes_of(config)
-    if (type(found), sizes_of(found) | {"v": 0, "r": 0}) != (
-        type(config),
-        sizes | {"v": 0, "r": 0},
-    ):
-        raise InputError(f"{like}: {CONFIG} is of another family or size than the tower")
+        fields = _read_json(os.path.join(resolve(like), CONFIG))
+    if fields.get("model_type") == "gemma3":
+        fields = {"model_type": "gemma3_text", **fields["text_config"]}
+    path = os.path.join(like, CONFIG)
+    family, copied = hf_configs.read_config(path, fields, hf_names.TOWERS)
+    sizes, added = sizes_of(config), {"v": 0, "r": 0}  # Image projection and adapters.
+    if (type(copied), sizes_of(copied) | added) != (type(config), sizes | added):
+        raise InputError(
+            f"{path}: describes a model of another family or size than the tower; expected the "
+            "model that the tower was loaded from"
+        )
     tensors = {}
     for name, (place, layer) in hf_names.TENSORS[family].expected(config).items():
         value = _merged(params, place, config, layer)
-        letters = "".join(place.theirs)
-        value = value.reshape([sizes[i] for i in place.ours])
-        value = value.transpose([place.ours.index(i) for i in letters])
+        letters = "".join(place.hf_letters)
+        value = value.reshape([sizes[i] for i in place.letters])
+        value = value.transpose([place.letters.index(i) for i in letters])
         tensors[name] = np.ascontiguousarray(value.reshape(place.shape(sizes)))
     dtype = str(next(iter(tensors.values())).dtype)
-    about |= {"dtype": dtype, "architectures": [hf_names.BARE_MODELS[family]]}
-    about.pop("torch_dtype", None)
+    fields |= {"dtype": dtype, "architectures": [hf_names.BARE_MODELS[family]]}
+    fields.pop("torch_dtype", None)
     os.makedirs(directory, exist_ok=True)
     weights = os.path.join(directory, WEIGHTS)
     safetensors.numpy.save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
     os.replace(weights + ".tmp", weights)
     with open(os.path.join(directory, CONFIG), "w", encoding="utf-8") as file:
-        json.dump(about, file, indent=2)
+        json.dump(fields, file, indent=2)
 
 
 def save_hf_adapters(
     directory: str, params: Mapping[str, Any], *, config: DecoderConfig, base: str
 ) -> None:
-    """Writes the adapters alone, as `peft.PeftModel.from_pretrained` loads them onto the base.
+    """Writes only the adapters, for `peft.PeftModel.from_pretrained` to load onto the base model.
 
     Args:
-      directory: Made; its adapter_model.safetensors and adapter_config.json are replaced.
-      params: Of the tower.
-      config: Its sizes.
+      directory: Created if needed; its adapter_model.safetensors and adapter_config.json are
+        replaced.
+      params: Parameters of the tower.
+      config: Sizes of the tower.
       base: The Hugging Face directory or name that the tower was loaded from.
 
     Raises:
@@ -277,9 +286,11 @@ def save_hf_adapters(
     import safetensors.numpy
 
     if not config.lora_rank:
-        raise InputError(f"{directory}: the tower has no adapters to write")
-    about = _read_json(os.path.join(resolve(base), CONFIG))
-    family, _ = hf_names.read_config(os.path.join(base, CONFIG), about, hf_names.TOWERS)
+        raise InputError(
+            f"{directory}: the tower has no adapters to write; expected a run with --lora.rank > 0"
+        )
+    fields = _read_json(os.path.join(resolve(base), CONFIG))
+    family, _ = hf_configs.read_config(os.path.join(base, CONFIG), fields, hf_names.TOWERS)
     tensors, modules = {}, set()
     for name, (place, layer) in hf_names.TENSORS[family].expected(config).items():
         node: Any = params
@@ -319,12 +330,12 @@ def save_hf_adapters(
 def _merged(
     params: Mapping[str, Any], place: hf_names.Place, config: TowerConfig, layer: int | None
 ) -> np.ndarray:
-    """An array of the tower, of one layer where it is stacked, its adapter added in float32."""
+    """A parameter (of one layer, if stacked) with its adapter added in float32."""
     *parents, leaf = place.path.split("/")
     node: Any = params
     for name in parents:
         node = node[name]
-    value = _cut(node[leaf], place.ours, config, layer)
+    value = _unpadded(node[leaf], place.letters, config, layer)
     if leaf != "kernel" or "lora_a" not in node:
         return value
     down, up = _adapter(node, place, config, layer)
@@ -335,10 +346,10 @@ def _merged(
 def _adapter(
     node: Mapping[str, Any], place: hf_names.Place, config: TowerConfig, layer: int | None
 ) -> tuple[Float[np.ndarray, "i r"], Float[np.ndarray, "r o"]]:
-    """Both halves of the adapter beside a weight, as matrices, float32."""
+    """Both factors of a weight's adapter as float32 matrices."""
     summed = node["lora_a"].ndim - 1 - (layer is not None)
-    down = _cut(node["lora_a"], place.ours[:summed] + "r", config, layer)
-    up = _cut(node["lora_b"], "r" + place.ours[summed:], config, layer)
+    down = _unpadded(node["lora_a"], place.letters[:summed] + "r", config, layer)
+    up = _unpadded(node["lora_b"], "r" + place.letters[summed:], config, layer)
     rank = config.lora_rank
     return (
         down.astype(np.float32).reshape(-1, rank),
@@ -346,29 +357,29 @@ def _adapter(
     )
 
 
-def _cut(stored: Any, letters: str, config: TowerConfig, layer: int | None) -> np.ndarray:
-    """A parameter, of one layer where it is stacked, without what it is padded with."""
+def _unpadded(stored: Any, letters: str, config: TowerConfig, layer: int | None) -> np.ndarray:
+    """A parameter (of one layer, if stacked) without its padding."""
     sizes = sizes_of(config)
-    one = stored if layer is None else stored[layer]
-    return np.asarray(one[tuple(slice(sizes[letter]) for letter in letters)])
+    padded = stored if layer is None else stored[layer]
+    return np.asarray(padded[tuple(slice(sizes[letter]) for letter in letters)])
 
 
 def resolve(directory_or_name: str, *, weights: bool = True) -> str:
-    """The directory itself, or where the hub's files lie after a download.
+    """The local directory of a model; a model on the Hugging Face hub is downloaded first.
 
     Args:
-      directory_or_name: On disk, or on the hub.
-      weights: Whether more is needed than its configuration.
+      directory_or_name: A local directory, or the name of a model on the hub.
+      weights: Whether to download the weights too, or only the configuration.
 
     Raises:
-      InputError: If there is neither.
+      InputError: If there is neither a directory nor a model on the hub.
     """
     if os.path.isdir(directory_or_name):
         return directory_or_name
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", directory_or_name):
         raise InputError(
-            f"{directory_or_name}: no such directory; expected a Hugging Face model directory, "
-            "or a name on the hub"
+            f"{directory_or_name}: no such directory; expected a Hugging Face model directory or "
+            "the name of a model on the hub"
         )
     import huggingface_hub
     from huggingface_hub import errors
@@ -381,13 +392,13 @@ def resolve(directory_or_name: str, *, weights: bool = True) -> str:
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{directory_or_name}: neither a directory nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}: {reason})"
+            f"{directory_or_name}: not a directory, and cannot be downloaded from the Hugging Face "
+            f"hub ({type(error).__name__}: {reason})"
         ) from error
 
 
 def _tensors(directory: str) -> Iterator[tuple[str, Any]]:
-    """(name, lazy slice) of each tensor, in one file or in those that the index names."""
+    """Yields (name, lazy slice) of each tensor, from one file or from all files in the index."""
     import safetensors
 
     index, files = os.path.join(directory, INDEX), [WEIGHTS]
@@ -397,7 +408,7 @@ def _tensors(directory: str) -> Iterator[tuple[str, Any]]:
         path = os.path.join(directory, file)
         if not os.path.exists(path):
             raise InputError(
-                f"{path}: not found; expected the weights as {WEIGHTS}, or in parts with {INDEX}"
+                f"{path}: not found; expected {WEIGHTS}, or the files listed in {INDEX}"
             )
         try:
             tensors = safetensors.safe_open(path, framework="np")
@@ -409,16 +420,16 @@ def _tensors(directory: str) -> Iterator[tuple[str, Any]]:
 def _read_json(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+            fields = json.load(file)
     except FileNotFoundError:
         raise InputError(
-            f"{path}: not found; expected a Hugging Face model directory with it"
+            f"{path}: not found; expected a Hugging Face model directory with this file"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    return fields
 
 
 def _nest(flat: Mapping[str, jax.Array]) -> dict[str, Any]:

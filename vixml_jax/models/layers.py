@@ -1,4 +1,4 @@
-"""Layers that towers share: contractions, norms, dropout, attention, table look-up, pooling."""
+"""Layers shared by the towers: contractions, norms, dropout, attention, lookup, pooling."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ Initializer = Callable[..., Array]
 
 
 def uniform(bound: float) -> Initializer:
-    """Initialises uniformly in [-bound, bound]."""
+    """An initializer that draws uniformly from [-bound, bound]."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -25,32 +25,32 @@ def uniform(bound: float) -> Initializer:
 
 
 def fan_in_uniform(fan_in: int) -> Initializer:
-    """What `torch.nn.Linear` draws its weight and its bias from: U(±1/sqrt(fan_in))."""
+    """The initializer of `torch.nn.Linear` for weight and bias: U(±1/sqrt(fan_in))."""
     return uniform(1.0 / math.sqrt(fan_in))
 
 
 def constrain(x: Float[Array, "..."], letters: str) -> Float[Array, "..."]:
-    """Keeps an activation laid out as its letters say; nothing without a mesh and rules."""
+    """Constrains the sharding of an activation by its letters; no effect without a mesh."""
     return nn.with_logical_constraint(x, axis_names.logical(letters))
 
 
 class Einsum(nn.Module):
-    """Contracts the input with a weight, as `equation` says, and adds a bias.
+    """Contracts the input with a weight by an einsum equation, and adds a bias.
 
     The letters of the weight give its shape (through `sizes`) and its logical axes. The bias has
-    the letters of the weight that the output keeps. With a rank, a low-rank map is added to the
-    weight (LoRA, arXiv 2106.09685): the first half drawn as `torch.nn.Linear` draws, the second
-    zero, so that a fresh adapter changes nothing.
+    the letters of the weight that remain in the output. With `lora_rank` > 0 a low-rank adapter is
+    added to the weight (LoRA, arXiv 2106.09685). Its first factor is initialised as
+    `torch.nn.Linear` is, its second factor is zero, so a fresh adapter changes nothing.
 
     Attributes:
-      equation: E.g. "psd,dha->psha".
+      equation: Einsum equation, e.g. "psd,dha->psha".
       sizes: Size of each letter of the weight.
-      kernel_init: Draws the weight, float32.
-      bias_init: Draws the bias, float32.
-      dtype: What is computed in.
+      kernel_init: Initializer of the weight, float32.
+      bias_init: Initializer of the bias, float32.
+      dtype: Computation dtype.
       use_bias: Whether there is a bias.
-      lora_rank: Rank of the adapter; 0: none.
-      lora_scale: What the adapter's output is multiplied by.
+      lora_rank: Rank of the adapter; 0 for none.
+      lora_scale: Factor applied to the adapter's output.
     """
 
     equation: str
@@ -72,8 +72,8 @@ class Einsum(nn.Module):
         if inputs != batch + summed or weight != summed + kept or output != batch + kept:
             raise ValueError(f"{self.equation}: expected the form 'xs,sk->xk'")
         kernel = self._param("kernel", weight, self.kernel_init)
-        # As one product of matrices: XLA's CPU backend computes the gradient of the weight up to
-        # three times slower where the input has more than one batch dimension.
+        # A single matrix product: with more than one batch dimension XLA's CPU backend computes
+        # the gradient of the weight up to three times slower.
         num_summed = math.prod(self.sizes[letter] for letter in summed)
         flat = x.astype(self.dtype).reshape(-1, num_summed)
         y = flat @ kernel.reshape(num_summed, -1)
@@ -93,10 +93,10 @@ class Einsum(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Normalises the last dimension in float32; comes back in the dtype of its input.
+    """Layer norm over the last dimension, computed in float32, returned in the input's dtype.
 
     Attributes:
-      letter: The dimension normalised, for its logical axis.
+      letter: Letter of the normalised dimension, for its logical axis.
       epsilon: Added to the variance.
     """
 
@@ -117,12 +117,12 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Divides the last dimension by its root mean square, in float32; comes back as it was.
+    """RMS norm over the last dimension, computed in float32, returned in the input's dtype.
 
     Attributes:
-      letter: The dimension normalised, for its logical axis.
+      letter: Letter of the normalised dimension, for its logical axis.
       epsilon: Added to the mean square.
-      unit_offset: Whether the result is multiplied by 1 + the weight rather than by the weight.
+      unit_offset: Whether to multiply by 1 + the weight instead of by the weight.
     """
 
     letter: str
@@ -140,22 +140,22 @@ class RMSNorm(nn.Module):
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Exact GELU. By erf, not as `jax.nn.gelu` by erfc, which costs twice as much on CPU."""
+    """Exact GELU, by erf; the erfc of `jax.nn.gelu` takes twice as long on a CPU."""
     return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU by its tanh approximation, as Gemma is trained."""
+    """The tanh approximation of GELU, with which Gemma is trained."""
     return jax.nn.gelu(x, approximate=True)
 
 
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": jax.nn.silu}
 
 
-def turns(
+def rope_angles(
     positions: Int[Array, "p s"], frequencies: Float[np.ndarray, " a/2"]
 ) -> tuple[Float[Array, "p s a/2"], Float[Array, "p s a/2"]]:
-    """Cosine and sine of each position's angles, float32."""
+    """Cosines and sines of the rotation angles of each position, float32."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -163,25 +163,25 @@ def turns(
 def rotate(
     x: Float[Array, "p s h a"], cos: Float[Array, "p s a/2"], sin: Float[Array, "p s a/2"]
 ) -> Float[Array, "p s h a"]:
-    """Turns entry j of a head with entry j + a/2 (rotary embeddings, arXiv 2104.09864)."""
+    """Rotates each pair of entries j and j + a/2 of a head (RoPE, arXiv 2104.09864)."""
     cos, sin = cos[:, :, None], sin[:, :, None]
-    one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)
-    return turned.astype(x.dtype)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
-    """Zeroes a share `rate` of the entries and scales the others up; all kept without a key.
+    """Zeroes entries with probability `rate` and scales up the others; identity without a key.
 
-    The share is rounded to 1/65536: one 32-bit draw decides on two entries, because drawing is
-    most of what dropout costs on CPU.
+    The rate is rounded to a multiple of 1/65536: one 32-bit random number decides on two entries,
+    because drawing random numbers is most of the cost of dropout on a CPU.
     """
     if key is None or rate == 0.0:
         return x
     size, threshold = x.shape[-1], round(rate * 65536)
-    drawn = jax.random.bits(key, (*x.shape[:-1], (size + 1) // 2), jnp.uint32)
-    drawn = jnp.concatenate([drawn >> 16, drawn & 0xFFFF], axis=-1)[..., :size]
-    return jnp.where(drawn >= threshold, x * (65536 / (65536 - threshold)), 0.0)
+    bits = jax.random.bits(key, (*x.shape[:-1], (size + 1) // 2), jnp.uint32)
+    bits = jnp.concatenate([bits >> 16, bits & 0xFFFF], axis=-1)[..., :size]
+    return jnp.where(bits >= threshold, x * (65536 / (65536 - threshold)), 0.0)
 
 
 def attend(
@@ -193,15 +193,17 @@ def attend(
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "p s h a"]:
-    """Scaled dot-product attention, softmax in float32; a row masked whole attends evenly.
+    """Scaled dot-product attention with softmax in float32.
+
+    A position whose keys are all masked attends to all keys evenly.
 
     Args:
       q: Queries.
       k: Keys.
       v: Values.
-      mask: Which keys a position may see; None: all.
-      rate: Dropout of the attention weights.
-      key: Draws what is dropped; None: nothing.
+      mask: Which keys each position may attend to; None for all.
+      rate: Dropout rate of the attention weights.
+      key: Random key of the dropout; None for no dropout.
     """
     scores = jnp.einsum("psha,ptha->phst", q, k, preferred_element_type=jnp.float32)
     scores = scores * (q.shape[-1] ** -0.5)
@@ -211,7 +213,7 @@ def attend(
     total = jnp.sum(weights, axis=-1)  # [p, h, s]
     weights = dropout(weights, rate, key).astype(v.dtype)
     y = jnp.einsum("phst,ptha->psha", weights, v, preferred_element_type=jnp.float32)
-    # Divided after the sum over keys: a pass over [s, t] less, forwards and backwards.
+    # Normalised after the sum over keys, which saves a pass over [s, t] in both directions.
     return (y / total.transpose(0, 2, 1)[..., None]).astype(v.dtype)
 
 
@@ -223,9 +225,9 @@ def attend_grouped(
     *,
     scale: float,
 ) -> Float[Array, "p s h a"]:
-    """Attention whose query heads share key heads in equal groups; keys are not repeated.
+    """Grouped-query attention: equal groups of query heads share a key head, without copies.
 
-    By cuDNN where it serves: on a GPU, in half precision. Without a mask all is seen.
+    Uses cuDNN on a GPU in half precision. Without a mask every position attends to all keys.
     """
     heads = None if mask is None else mask[:, None]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
@@ -236,47 +238,47 @@ def attend_grouped(
 
 
 def look_up(table: Float[Array, "w d"], ids: Int[Array, "p s"]) -> Float[Array, "p s d"]:
-    """Rows of a table of embeddings; ids must be in range."""
+    """Rows of an embedding table; ids must be in range."""
     rows = jnp.asarray(table).at[ids].get(mode="promise_in_bounds")
-    # Each device looks up its part of the width for all that share the table, and they deal it
-    # out. Said here, so that the gradient comes back the same way: XLA would else gather the states
-    # of all rows.
+    # Each device looks up its slice of the width for all devices that share the table, and an
+    # all-to-all follows. With both constraints the gradient takes the same way back; otherwise XLA
+    # would gather the states of all rows.
     return constrain(constrain(rows, "osd"), "psd")
 
 
-def look_up_small(table: Float[Array, "t d"], at: Int[Array, "p s"]) -> Float[Array, "p s d"]:
-    """As `look_up`, of a table so small that every device takes the whole of it."""
-    whole = nn.with_logical_constraint(jnp.asarray(table), (None, None))
-    return whole.at[at].get(mode="promise_in_bounds")
+def look_up_small(table: Float[Array, "t d"], ids: Int[Array, "p s"]) -> Float[Array, "p s d"]:
+    """As `look_up`, for a table small enough to be replicated on every device."""
+    replicated = nn.with_logical_constraint(jnp.asarray(table), (None, None))
+    return replicated.at[ids].get(mode="promise_in_bounds")
 
 
 def place_rows(
     x: Float[Array, "p s d"], rows: Float[Array, "i d"], at: Int[Array, "p s"]
 ) -> Float[Array, "p s d"]:
-    """Puts `rows[at]` where `at >= 0`, and leaves `x` elsewhere.
+    """`x` with `rows[at]` wherever `at >= 0`.
 
     Args:
-      x: States of the positions.
-      rows: At least one row; each stands at most once.
-      at: Row that stands at a position; -1 = none.
+      x: Hidden states.
+      rows: At least one row; each is used at most once.
+      at: Index of the row at each position; -1 for none.
     """
     num_rows, shape = rows.shape[0], x.shape
     at = at.reshape(-1)
-    where = jnp.full(num_rows, at.size).at[jnp.where(at >= 0, at, num_rows)]
-    where = where.set(jnp.arange(at.size), mode="drop")  # Position of each row.
-    flat = x.reshape(-1, shape[-1]).at[where].set(rows.astype(x.dtype), mode="drop")
+    target = jnp.full(num_rows, at.size).at[jnp.where(at >= 0, at, num_rows)]
+    target = target.set(jnp.arange(at.size), mode="drop")  # Position of each row.
+    flat = x.reshape(-1, shape[-1]).at[target].set(rows.astype(x.dtype), mode="drop")
     return flat.reshape(shape)
 
 
 def sum_by_segment(
     x: Float[Array, "p s d"], segments: Int[Array, "p s"], num_segments: int
 ) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
-    """Sum of the positions of each segment, float32, and how many they are.
+    """Sum of the hidden states of each segment, and its number of positions, both float32.
 
     Args:
-      x: States of the positions.
-      segments: Segment of each position; -1 = in none.
-      num_segments: How many there are.
+      x: Hidden states.
+      segments: Segment of each position; -1 for none.
+      num_segments: Number of segments.
     """
     flat = jnp.where(segments >= 0, segments, num_segments).reshape(-1)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
@@ -285,7 +287,7 @@ def sum_by_segment(
 
 
 def last_of_segments(segments: Int[Array, "p s"]) -> Int[Array, "p s"]:
-    """Keeps the segment of its last position, and -1 elsewhere."""
+    """The segment at the last position of each segment, and -1 elsewhere."""
     following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     return jnp.where(segments != following, segments, -1)
 
@@ -298,18 +300,18 @@ def run_blocks(
     shared: tuple[Any, ...],
     each: Any,
 ) -> Float[Array, "p s d"]:
-    """Runs `config.num_layers` copies of a block, as submodule "blocks" of `module`.
+    """Applies `config.num_layers` blocks in turn, as submodule "blocks" of `module`.
 
-    The parameters are stacked, `[layers, ...]`, however the copies are run: by a scan over one
-    compiled block (`config.scan`), or written out one after another.
+    The parameters are stacked, `[layers, ...]`, whether the blocks are scanned (`config.scan`) or
+    unrolled.
 
     Args:
-      module: The caller, inside its compact method.
-      block: Made as `block(config)`; maps (x, *shared, one of `each`) to (x, None).
+      module: The calling module, inside its compact method.
+      block: Module class; `block(config)` maps (x, *shared, each[i]) to (x, None).
       config: Has `num_layers`, `scan` and `remat`.
-      x: What enters the first block.
-      shared: What all blocks are given.
-      each: What each block is given: an array of leading size `num_layers`, or None for nothing.
+      x: Input of the first block.
+      shared: Arguments passed to every block.
+      each: Argument that differs by block, an array of leading size `num_layers`; None for none.
     """
     if config.scan or module.is_initializing():
         stack = nn.scan(
@@ -322,15 +324,15 @@ def run_blocks(
         )
         return stack(config, name="blocks")(x, *shared, each)[0]
 
-    lone = block(config, parent=None)
+    unbound = block(config, parent=None)
 
-    def run(weights: dict, x: Array, one: Any) -> Array:
-        return lone.apply({"params": weights}, x, *shared, one)[0]
+    def run(weights: dict, x: Array, argument: Any) -> Array:
+        return unbound.apply({"params": weights}, x, *shared, argument)[0]
 
     if config.remat:
         run = jax.checkpoint(run)
-    # One split an array: its transpose is one concatenation, where that of an index would add up
-    # arrays of zeros as large as the stack, one a layer.
+    # The transpose of a split is one concatenation. The transpose of indexing would add up one
+    # array of zeros as large as the stack for each layer.
     stacked, tree = jax.tree.flatten(nn.unbox(module.variables["params"]["blocks"]))
     parts = [jax.lax.split(w, [1] * config.num_layers) for w in stacked]
     for i in range(config.num_layers):

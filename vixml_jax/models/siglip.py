@@ -1,4 +1,4 @@
-"""SigLIP and SigLIP 2 vision towers of fixed resolution, frozen: pixels to one vector a picture.
+"""Frozen SigLIP and SigLIP 2 vision towers of fixed resolution: one vector per image.
 
 Sources: arXiv 2303.15343, arXiv 2502.14786 and `transformers`' SiglipVisionModel.
 """
@@ -15,18 +15,19 @@ from vixml_jax.parallel import axis_names
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiglipConfig:
-    """Sizes of a vision tower, and how it is computed.
+    """Sizes and computation settings of a vision tower.
 
     Attributes:
-      image_size: Height and width of a picture, in pixels.
-      patch_size: Height and width of a patch; pixels left over at the far edges are not seen.
-      num_layers: Blocks.
-      width: Of the states, and of the vector that comes out.
-      num_heads: Attention heads; a divisor of `width`.
-      mlp_width: Of the feed-forward layers.
+      image_size: Height and width of an image in pixels.
+      patch_size: Height and width of a patch in pixels; leftover pixels at the right and bottom
+        edges are ignored.
+      num_layers: Number of blocks.
+      width: Width of the hidden states and of the output vector.
+      num_heads: Number of attention heads; must divide `width`.
+      mlp_width: Width of the feed-forward layers.
       layer_norm_eps: Added to variances.
-      dtype: What is computed in; norms and softmax are float32 always.
-      scan: Loop over one compiled block. Off: all blocks written out.
+      dtype: Computation dtype; norms and softmax are always float32.
+      scan: Whether to scan over one compiled block instead of unrolling all blocks.
     """
 
     image_size: int = 224
@@ -46,28 +47,28 @@ class SiglipConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches of a picture."""
+        """Number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Size of each letter of `axes.LETTERS` that a weight of the tower has."""
+        """Size of each letter of `axis_names.LETTERS` used by the tower's weights."""
         return {"d": self.width, "m": self.mlp_width, "h": self.num_heads,
                 "a": self.width // self.num_heads, "s": self.num_patches, "j": 3,
                 "y": self.patch_size, "x": self.patch_size, "z": 3}  # fmt: skip
 
     def einsum(self, equation: str, name: str) -> layers.Einsum:
-        """A contraction with fresh weights."""
+        """A contraction with normally distributed initial weights."""
         init = nn.initializers.normal(0.02)
         return layers.Einsum(equation, self.sizes, init, dtype=self.dtype, name=name)
 
     def norm(self, name: str) -> layers.LayerNorm:
-        """A normalisation of the states."""
+        """A layer norm of the hidden states."""
         return layers.LayerNorm("d", self.layer_norm_eps, name=name)
 
 
 class Mlp(nn.Module):
-    """The feed-forward layer of a block and of the head."""
+    """The feed-forward layer of a block and of the pooling head."""
 
     config: SiglipConfig
 
@@ -79,13 +80,13 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, then a feed-forward layer, each normalised before."""
+    """Self-attention and a feed-forward layer, each with a norm in front."""
 
     config: SiglipConfig
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "i s d"], nothing: None
+        self, x: Float[Array, "i s d"], unused: None
     ) -> tuple[Float[Array, "i s d"], None]:
         c = self.config
         y = c.norm("attention_norm")(x)
@@ -97,7 +98,7 @@ class Block(nn.Module):
 
 
 class Pool(nn.Module):
-    """One learnt query attends to all patches of a picture."""
+    """Attention pooling: one learnt query attends to all patches of an image."""
 
     config: SiglipConfig
 
@@ -107,21 +108,21 @@ class Pool(nn.Module):
         boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), axis_names.logical("d"))
         probe = self.param("probe", boxed, (c.width,)).astype(c.dtype)
         x = jnp.concatenate([jnp.broadcast_to(probe, (x.shape[0], 1, c.width)), x], axis=1)
-        found = c.einsum("isd,djha->isjha", "query_key_value")(x)
-        q, k, v = found[:, :1, 0], found[:, 1:, 1], found[:, 1:, 2]
+        qkv = c.einsum("isd,djha->isjha", "query_key_value")(x)
+        q, k, v = qkv[:, :1, 0], qkv[:, 1:, 1], qkv[:, 1:, 2]
         y = layers.attend_grouped(q, k, v, None, scale=q.shape[-1] ** -0.5)
         y = c.einsum("isha,had->isd", "out")(y)
         return (y + Mlp(c, name="mlp")(c.norm("norm")(y)))[:, 0]
 
 
 class VisionTower(nn.Module):
-    """Pixels in, one vector a picture out, as `get_image_features` gives it: not normalised."""
+    """Maps pixels to the vectors of `get_image_features`, which are not normalised."""
 
     config: SiglipConfig
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "i height width z"]) -> Float[Array, "i d"]:
-        """Vectors, float32, of pictures whose pixels were scaled as the checkpoint asks for."""
+        """Float32 vectors of images whose pixels are scaled as the checkpoint requires."""
         c = self.config
         side = c.image_size // c.patch_size
         x = pixels[:, : side * c.patch_size, : side * c.patch_size]

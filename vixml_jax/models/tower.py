@@ -1,4 +1,4 @@
-"""The tower: packed items in, pictures injected as tokens, one pooled vector an item out."""
+"""The text tower: maps packed items, with images injected as tokens, to one vector per item."""
 
 import functools
 from collections.abc import Callable
@@ -19,22 +19,22 @@ TowerConfig = BertConfig | DecoderConfig
 ENCODERS = {BertConfig: Encoder, DecoderConfig: Decoder}
 
 
-class Shares(NamedTuple):
-    """How a batch is dealt out to devices, so that each works on its own items alone.
+class ShardLayout(NamedTuple):
+    """How a batch is sharded over devices, so that each device pools only its own items.
 
-    The items are `sides` equal runs (queries, then labels); the n-th of equal parts of the rows
-    holds the n-th part of each run, and the n-th of equal parts of the pictures is theirs.
+    The items are `sides` runs of equal length (queries, then labels). Device n holds the n-th of
+    `devices` equal parts of the rows, of each run of items, and of the images.
     """
 
     devices: int = 1
     sides: int = 1
 
 
-ALONE = Shares()
+UNSHARDED = ShardLayout()
 
 
 class _Rows(NamedTuple):
-    """Packed rows without their pictures; [x p s] of x devices."""
+    """Packed rows without their images, [x p s] for x devices."""
 
     tokens: Int[Array, "p s"]
     segments: Int[Array, "p s"]
@@ -43,10 +43,10 @@ class _Rows(NamedTuple):
 
 
 class Tower(nn.Module):
-    """Reads packed items: at each position a word or a projected picture (paper, section 3).
+    """Encodes packed items; each position is a token or a projected image (paper, section 3).
 
     Attributes:
-      config: Sizes, and how it is computed.
+      config: Sizes and computation settings.
     """
 
     config: TowerConfig
@@ -58,31 +58,32 @@ class Tower(nn.Module):
         num_items: int,
         *,
         deterministic: bool,
-        shares: Shares = ALONE,
-        chunks: int = 0,
+        shards: ShardLayout = UNSHARDED,
+        num_microbatches: int = 0,
     ) -> Float[Array, "b d"]:
-        """Mean of the states over the positions of each item, or the last; float32, no unit length.
+        """Pooled vectors of the items (mean or last state), float32, not normalised.
 
         Args:
-          packed: Items in rows; which share a row changes nothing. `packed.images` may have no
-            row, whatever its width; without `image_width` no position may name a picture.
-          num_items: How many items there are; one that no position belongs to comes out zero.
-          deterministic: Whether dropout is off; else rng "dropout" is needed.
-          shares: Of the devices. What is not dealt out so is lost.
-          chunks: The rows of each device are read in so many equal parts, one after another, each
-            computed again in the backward pass, so that memory holds the activations of one part
-            alone; 0: all at once.
+          packed: Items in rows; items that share a row do not affect each other. `packed.images`
+            may have zero rows of any width; without `image_width` no position may be an image.
+          num_items: Number of items; the vector of an item without positions is zero.
+          deterministic: Whether dropout is off; otherwise the rng "dropout" is needed.
+          shards: How the batch is sharded over devices. Positions of items that belong to another
+            device's shard are ignored.
+          num_microbatches: The rows of each device are processed in this many equal parts, one
+            after another, and recomputed in the backward pass, so that only the activations of one
+            part are held in memory. 0 processes all rows at once.
         """
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
-        words = self.param(
+        embeddings = self.param(
             "word_embeddings",
             nn.with_logical_partitioning(init, axis_names.logical("wd")),
             (c.vocab_size, c.width),
         )
         images, projected = packed.images, None
         if c.image_width:
-            if not images.shape[0]:  # Without a picture the width says nothing.
+            if not images.shape[0]:  # Without images the array may have any width.
                 images = jnp.zeros((0, c.image_width), jnp.float32)
             uniform = layers.fan_in_uniform(c.image_width)
             project = layers.Einsum(
@@ -90,16 +91,16 @@ class Tower(nn.Module):
             )
             projected = project(images)
 
-        devices = shares.devices
+        devices = shards.devices
         if projected is not None:
             projected = projected.reshape(devices, -1, c.width)
 
         def pooled(rows: _Rows, encode: Callable[..., Array]) -> tuple[Array, Array]:
-            """Sum of the states of each device's items [x b d], and of how many [x b]."""
+            """Sums of the states of each device's items [x b d], and their counts [x b]."""
             flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
-            x = layers.look_up(words, flat.tokens)
-            if c.word_scale != 1.0:  # Rounded as the tower was trained, to what it computes in.
-                x = x.astype(c.dtype) * jnp.asarray(c.word_scale, c.dtype)
+            x = layers.look_up(embeddings, flat.tokens)
+            if c.embedding_scale != 1.0:  # In the computation dtype, as the model was trained.
+                x = x.astype(c.dtype) * jnp.asarray(c.embedding_scale, c.dtype)
             if images.shape[0] and projected is not None:
                 placed = jax.vmap(layers.place_rows)(
                     x.reshape(*rows.tokens.shape, -1), projected, rows.image_at
@@ -114,50 +115,57 @@ class Tower(nn.Module):
 
         rows = _Rows(*(x.reshape(devices, -1, x.shape[1]) for x in packed[:4]))
         rows = rows._replace(
-            segments=_own(rows.segments, num_items, shares.sides),
-            image_at=_own(rows.image_at, images.shape[0], 1),
+            segments=_local_ids(rows.segments, num_items, shards.sides),
+            image_at=_local_ids(rows.image_at, images.shape[0], 1),
         )
-        if not chunks or self.is_initializing():
+        if not num_microbatches or self.is_initializing():
             total, count = pooled(rows, ENCODERS[type(c)](c, name="encoder"))
         else:
-            total, count = self._in_chunks(rows, chunks, pooled, num_items, deterministic)
+            total, count = self._in_microbatches(
+                rows, num_microbatches, pooled, num_items, deterministic
+            )
         means = total / jnp.maximum(count, 1.0)[..., None]
-        means = means.reshape(devices, shares.sides, -1, c.width).swapaxes(0, 1)
+        means = means.reshape(devices, shards.sides, -1, c.width).swapaxes(0, 1)
         return means.reshape(num_items, c.width)
 
-    def _in_chunks(
+    def _in_microbatches(
         self,
         rows: _Rows,
-        chunks: int,
+        num_microbatches: int,
         pooled: Callable[..., tuple[Array, Array]],
         num_items: int,
         deterministic: bool,
     ) -> tuple[Array, Array]:
         c = self.config
         devices, _, width = rows.tokens.shape
-        rows = jax.tree.map(lambda x: x.reshape(devices, chunks, -1, width).swapaxes(0, 1), rows)
+        rows = jax.tree.map(
+            lambda x: x.reshape(devices, num_microbatches, -1, width).swapaxes(0, 1), rows
+        )
         encoder = ENCODERS[type(c)](c, parent=None)
         weights = nn.unbox(self.variables["params"]["encoder"])
-        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), chunks)
+        keys = None
+        if not deterministic:
+            keys = jax.random.split(self.make_rng("dropout"), num_microbatches)
 
         @jax.checkpoint
-        def read(one: tuple[_Rows, Array | None]) -> tuple[Array, Array]:
-            part, key = one
+        def pool_one(microbatch: tuple[_Rows, Array | None]) -> tuple[Array, Array]:
+            part, key = microbatch
             rngs = None if key is None else {"dropout": key}
             return pooled(part, functools.partial(encoder.apply, {"params": weights}, rngs=rngs))
 
-        def step(sums: tuple[Array, Array], one: Any) -> tuple[tuple[Array, Array], None]:
-            return jax.tree.map(jnp.add, sums, read(one)), None
+        def step(sums: tuple[Array, Array], microbatch: Any) -> tuple[tuple[Array, Array], None]:
+            return jax.tree.map(jnp.add, sums, pool_one(microbatch)), None
 
-        own = num_items // devices
-        start = jnp.zeros((devices, own, c.width)), jnp.zeros((devices, own))
-        return jax.lax.scan(step, start, (rows, keys))[0]
+        items_per_device = num_items // devices
+        totals = jnp.zeros((devices, items_per_device, c.width))
+        counts = jnp.zeros((devices, items_per_device))
+        return jax.lax.scan(step, (totals, counts), (rows, keys))[0]
 
 
-def _own(ids: Int[Array, "x p s"], num: int, sides: int) -> Int[Array, "x p s"]:
-    """Numbers among a batch's `num` items (pictures), as each device counts its own; -1 stays."""
-    devices, a_side = ids.shape[0], max(num // sides, 1)
-    part = a_side // devices
-    side, at = ids // a_side, ids % a_side
-    mine = side * part + at - jnp.arange(devices)[:, None, None] * part
-    return jnp.where(ids >= 0, mine, -1)
+def _local_ids(ids: Int[Array, "x p s"], num: int, sides: int) -> Int[Array, "x p s"]:
+    """Ids of items (or images) in a batch of `num`, renumbered on each device; -1 stays -1."""
+    devices, per_side = ids.shape[0], max(num // sides, 1)
+    part = per_side // devices
+    side, offset = ids // per_side, ids % per_side
+    local = side * part + offset - jnp.arange(devices)[:, None, None] * part
+    return jnp.where(ids >= 0, local, -1)

@@ -1,4 +1,4 @@
-"""What accelerators have and can do, as their vendors publish it, by `jax.Device.device_kind`."""
+"""Published memory, speed and interconnects of accelerators, by `jax.Device.device_kind`."""
 
 from typing import Any, NamedTuple
 
@@ -6,14 +6,14 @@ GIB = 2**30
 
 
 class Accelerator(NamedTuple):
-    """One device.
+    """Specification of one device.
 
     Attributes:
-      memory: Bytes on it. A process gets somewhat less.
-      peak_flops: Dense products in bfloat16, float32 sums: operations a second.
-      links: To other devices of the same pod, slice or NVLink domain.
-      link_bandwidth: Bytes a second over one link, one way; 0 without links.
-      source: Where this is written.
+      memory: Device memory in bytes; a process can use somewhat less.
+      peak_flops: Operations per second of dense bfloat16 products with float32 accumulation.
+      links: Number of links to other devices of the same pod, slice or NVLink domain.
+      link_bandwidth: Bytes per second over one link in one direction; 0 without links.
+      source: URL of the specification.
     """
 
     memory: int
@@ -26,7 +26,8 @@ class Accelerator(NamedTuple):
 _TPU = "https://docs.cloud.google.com/tpu/docs"
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
 
-# Interconnects are published as the sum over links; of the bidirectional sums this is the half.
+# Vendors publish the interconnect as the sum over all links, mostly over both directions; then half
+# of it is used here.
 KNOWN = {
     # 6 links of 50 GB/s: table 4 of https://arxiv.org/abs/2304.01433.
     "TPU v4": Accelerator(32 * GIB, 275e12, 6, 50e9, f"{_TPU}/v4"),
@@ -40,8 +41,8 @@ KNOWN = {
     "NVIDIA L4": Accelerator(24 * 10**9, 121e12, 0, 0.0, f"{_NVIDIA}/l4/"),
 }
 
-# What a slice of TPUs is named by: the kind of its devices, and what libtpu wants to know to make a
-# chip one device.
+# Name of a TPU generation in slice names -> the kind of its devices, and the options with which
+# libtpu presents a chip as one device.
 TPUS: dict[str, tuple[str, dict[str, str]]] = {
     "v4": ("TPU v4", {"chip_config_name": "megacore"}),
     "v5e": ("TPU v5 lite", {}),
@@ -50,16 +51,12 @@ TPUS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def about(kind: str) -> Accelerator | None:
-    """The device that JAX calls so; None where it is not known, as a CPU is not."""
+def find(kind: str) -> Accelerator | None:
+    """Specification of a `device_kind`; None for unknown devices, such as CPUs."""
     return KNOWN.get(kind)
 
 
 def peak_flops(devices: Any) -> float:
-    """Operations a second of all these devices together; 0 where one is not known.
-
-    Args:
-      devices: Of JAX.
-    """
-    found = [about(device.device_kind) for device in devices]
-    return sum(one.peak_flops for one in found) if all(found) else 0.0
+    """Total operations per second of JAX devices; 0 if any of them is unknown."""
+    specs = [find(device.device_kind) for device in devices]
+    return sum(spec.peak_flops for spec in specs) if all(specs) else 0.0

@@ -1,26 +1,23 @@
-"""One letter, one dimension, one logical axis: the vocabulary of every einsum in the package."""
+"""Letters of the dimensions in einsums and shapes, and the logical axis of each."""
 
-# letter: (what it counts, its logical axis, or None where it is never sharded)
+# Letter -> (what the dimension counts, its logical axis, or None if it is never sharded).
 LETTERS = {
     "b": ("queries of a batch", "batch"),
     "c": ("candidate labels of a batch", "batch"),
     "p": ("packed rows", "batch"),
-    "o": (
-        "packed rows, while their width lies over the devices that share the weights",
-        "looked_up",
-    ),
+    "o": ("packed rows, while their width is sharded over fsdp during the lookup", "looked_up"),
     "s": ("positions of a row", None),
     "t": ("key positions of a row", None),
-    "i": ("pictures of a batch", "batch"),
+    "i": ("images of a batch", "batch"),
     "y": ("rows of a patch", None),
     "x": ("columns of a patch", None),
     "z": ("colours of a pixel", None),
     "j": ("query, key and value together", None),
     "v": ("width of an image embedding", None),
-    "n": ("rows of the label table or of the bank", "label"),
+    "n": ("rows of the label table or of the query bank", "label"),
     "f": ("free vectors", "label"),
     "q": ("search queries", None),
-    "k": ("results or negatives kept", None),
+    "k": ("search results or negatives", None),
     "d": ("tower width", "embed"),
     "m": ("width of the feed-forward layer", "mlp"),
     "h": ("query heads", "heads"),
@@ -33,5 +30,5 @@ LETTERS = {
 
 
 def logical(letters: str) -> tuple[str | None, ...]:
-    """The logical axes of an array whose shape is spelled with `letters`."""
+    """Logical axes of an array whose dimensions are spelled with `letters`."""
     return tuple(LETTERS[letter][1] for letter in letters)

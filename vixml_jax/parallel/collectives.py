@@ -1,4 +1,4 @@
-"""What travels between devices in a compiled program, read from its text."""
+"""Communication volume of a compiled program, read from its HLO text."""
 
 import math
 import re
@@ -20,15 +20,15 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class Collective(NamedTuple):
-    """One instruction by which devices exchange arrays.
+    """One collective instruction.
 
     Attributes:
       kind: One of `KINDS`.
-      shapes: Of the whole arrays: those that an all-gather makes, that a reduce-scatter takes.
-      size: Bytes of these.
-      devices: That take part in one group.
-      times: How often a step runs it.
-      of: Where it comes from: what XLA keeps of the traced names.
+      shapes: Shapes of the unsharded arrays: outputs of an all-gather, inputs of a reduce-scatter.
+      size: Total size of these arrays in bytes.
+      devices: Number of devices in one group.
+      times: Number of executions per run of the program.
+      op_name: Name of the traced JAX operation, as far as XLA preserves it.
     """
 
     kind: str
@@ -36,26 +36,27 @@ class Collective(NamedTuple):
     size: int
     devices: int
     times: int
-    of: str
+    op_name: str
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in a step, around a ring.
+        """Bytes that each device sends per run of the program, with ring algorithms.
 
-        (N - 1) / N of the array where it is gathered, scattered or dealt out, twice that where it
-        is summed for all (https://arxiv.org/abs/1802.05799), all of it where it is passed on.
+        That is (N - 1) / N of the array for all-gather, reduce-scatter and all-to-all, twice that
+        for all-reduce (https://arxiv.org/abs/1802.05799), and the array itself for
+        collective-permute.
         """
-        share = {"all-reduce": 2.0, "collective-permute": 1.0}.get(self.kind, 1.0)
+        factor = 2.0 if self.kind == "all-reduce" else 1.0
         if self.kind != "collective-permute":
-            share *= (self.devices - 1) / self.devices
-        return share * self.size * self.times
+            factor *= (self.devices - 1) / self.devices
+        return factor * self.size * self.times
 
 
 def collectives(program: jax.stages.Compiled) -> list[Collective]:
     """The collectives of a compiled program, in the order of its text.
 
     Raises:
-      ValueError: If a loop that holds one does not say how often it runs.
+      ValueError: If a loop with collectives has an unknown number of iterations.
     """
     return read_collectives(program.as_text())
 
@@ -63,48 +64,53 @@ def collectives(program: jax.stages.Compiled) -> list[Collective]:
 def read_collectives(text: str) -> list[Collective]:
     """As `collectives`, from the text of the optimised HLO.
 
-    A loop without a known number of rounds counts as infinite, and is refused where it holds a
+    A loop with an unknown number of iterations counts as infinite, which is an error if it holds a
     collective.
     """
     bodies, entry = _computations(text)
     times: dict[str, float] = dict.fromkeys(bodies, 0)
     times[entry] = 1
-    # Callees stand before their callers.
+    # Callees come before their callers in the text.
     for name in reversed(bodies):
         for line in bodies[name]:
-            rounds = 1.0
+            iterations = 1.0
             if " while(" in line:
-                rounds = _rounds(line, bodies)
+                iterations = _iterations(line, bodies)
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += [part.strip().lstrip("%") for part in branches.split(",")]
-            for other in called:
-                if other in times and times[name]:
-                    times[other] += times[name] * rounds
+            for callee in called:
+                if callee in times and times[name]:
+                    times[callee] += times[name] * iterations
     found: list[Collective] = []
-    at: dict[str, int] = {}  # Channel -> where in `found`.
+    index_of: dict[str, int] = {}  # Channel id -> index in `found`.
     for name, lines in bodies.items():
         for line in lines:
             match = _COLLECTIVE.search(line)
             if not match or not times[name]:
                 continue
             if math.isinf(times[name]):
-                raise ValueError(f"how often does {name} run? It holds: {line.strip()[:200]}")
-            one = _parse(line, match, int(times[name]))
-            # On TPUs one that runs beside other work stands in each fusion that it runs beside,
-            # loops of these among them.
+                raise ValueError(
+                    f"the loop {name} has an unknown number of iterations, and holds the "
+                    f"collective: {line.strip()[:200]}"
+                )
+            collective = _parse(line, match, int(times[name]))
+            # On TPUs a collective that overlaps with other work is repeated in the text of every
+            # fusion that it overlaps with, also in fusions within loops.
             channel = re.search(r"channel_id=(\d+)", line)
             if channel and ("fused" in name or "fusion" in name):
-                if channel[1] in at:
-                    before = found[at[channel[1]]]
-                    found[at[channel[1]]] = before._replace(times=min(before.times, one.times))
+                if channel[1] in index_of:
+                    index = index_of[channel[1]]
+                    fewest = min(found[index].times, collective.times)
+                    found[index] = found[index]._replace(times=fewest)
                     continue
-                at[channel[1]] = len(found)
-            found.append(one)
+                index_of[channel[1]] = len(found)
+            found.append(collective)
     return found
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Instructions of each computation by its name, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -120,11 +126,12 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _rounds(line: str, bodies: dict[str, list[str]]) -> float:
-    """How often a loop runs; infinity where its text does not say.
+def _iterations(line: str, bodies: dict[str, list[str]]) -> float:
+    """Number of iterations of a loop; infinity if it is not in the text.
 
-    XLA for TPUs leaves it to the condition: a counter, from zero in all loops that JAX and XLA
-    make, below a constant. Loops by which it takes a product apart may count by more than one.
+    XLA for TPUs does not annotate it. There it follows from the condition, which compares a counter
+    with a constant: the counter starts at zero in all loops that JAX and XLA generate. Loops that
+    XLA generates to split a matrix product may count in larger steps than one.
     """
     known = _TRIPS.search(line)
     if known:
@@ -134,13 +141,15 @@ def _rounds(line: str, bodies: dict[str, list[str]]) -> float:
         for part in ("condition", "body")
     )
     values, counts = _scalars(condition), _scalars(body)
-    for inside in condition:
-        below = re.search(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", inside)
+    for instruction in condition:
+        below = re.search(
+            r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", instruction
+        )
         if below and below[2] in values:
             index = next(
-                int(found[1])
+                int(counter[1])
                 for other in condition
-                if (found := re.search(rf"%?{re.escape(below[1])} = .*index=(\d+)", other))
+                if (counter := re.search(rf"%?{re.escape(below[1])} = .*index=(\d+)", other))
             )
             step = 1
             root = next(other for other in reversed(body) if other.lstrip().startswith("ROOT"))
@@ -154,15 +163,15 @@ def _rounds(line: str, bodies: dict[str, list[str]]) -> float:
 
 
 def _scalars(lines: list[str]) -> dict[str, int]:
-    """Constants of a computation by name."""
-    found = (re.search(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", line) for line in lines)
-    return {one[1]: int(one[2]) for one in found if one}
+    """Integer constants of a computation by name."""
+    pattern = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+    return {match[1]: int(match[2]) for line in lines if (match := pattern.search(line))}
 
 
 def _parse(line: str, match: re.Match[str], times: int) -> Collective:
     kind, devices = match[1], _group_size(line)
     arrays = _ARRAY.findall(line[: match.start()].split(" = ", 1)[1])
-    if match[2] and kind != "all-reduce":  # What is started yields operands, results, contexts.
+    if match[2] and kind != "all-reduce":  # Yields operands, results, contexts.
         arrays = [a for a in arrays if a[0] not in ("u32", "s32") or a[1]]
         arrays = arrays[len(arrays) // 2 :]
     shapes = tuple(tuple(int(n) for n in dims.split(",") if n) for _, dims in arrays)
@@ -176,11 +185,13 @@ def _parse(line: str, match: re.Match[str], times: int) -> Collective:
 
 
 def _group_size(line: str) -> int:
-    """Devices of a group, as XLA spells it: {{0,1},{2,3}}, [groups,devices]<=[all], axes of a mesh
-    mesh['x'=2,'y'=4] {'y'}, or pairs.
+    """Number of devices in a group.
+
+    XLA writes groups as {{0,1},{2,3}}, as [groups,devices]<=[all], as axes of a mesh such as
+    mesh['x'=2,'y'=4] {'y'}, or as pairs.
 
     Raises:
-      ValueError: If it is spelled in another way.
+      ValueError: If the groups are written in another way.
     """
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
@@ -191,8 +202,8 @@ def _group_size(line: str) -> int:
     named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        part = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # Or 'x':(before)size.
+        part = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # Or 'x':(offset)size.
         return math.prod(int(size) if size else sizes[name] for name, size in part)
     if "source_target_pairs" in line:
         return 2
-    raise ValueError(f"of which devices? {line.strip()[:300]}")
+    raise ValueError(f"unknown notation of replica groups: {line.strip()[:300]}")

@@ -1,5 +1,7 @@
-"""The processes of one run: how they find each other, what they do together, and that all of them
-leave when one fails. Alone, nothing is exchanged."""
+"""Processes of a run: start-up, joint exit on failure, barriers, broadcasts and exchange of arrays.
+
+With a single process none of the functions communicates.
+"""
 
 import atexit
 import contextlib
@@ -22,123 +24,138 @@ from jaxtyping import Float
 
 from vixml_jax import errors
 from vixml_jax.errors import InputError
-from vixml_jax.structs import Share
+from vixml_jax.structs import Shard
 
-_FAILED = "vixml_jax/failed"  # Key under which the first to fail says why.
-_GONE_S = 30  # A process not heard of for so long is taken for dead, and ends the others.
-_LISTEN_MS = 1000  # For word of a failure, at a time.
-_UNDER_WAY = 16 << 20  # Bytes that a process gets from the others at a time.
-_FAREWELL_S = 2.0  # What the others have to hear why, before the first process hangs up.
+_FAILURE_KEY = "vixml_jax/failed"  # Key under which the first failure is reported.
+_HEARTBEAT_TIMEOUT_S = 30  # A process silent for this long counts as dead; the others then exit.
+_POLL_MS = 1000  # Duration of one wait for a failure report.
+_MAX_BYTES = 16 << 20  # Bytes that a process receives at a time.
+_REPORT_GRACE_S = 2.0  # Time the others have to read a report, before process 0 exits.
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """How a door finds the other processes of its run."""
+    """Defines the flags by which a command finds the other processes of its run."""
     flags.DEFINE_string(
         "coordinator",
         "",
-        "Where the processes of a run meet: HOST:PORT of the first one; 'auto': as the TPU pod, "
-        "Slurm, Kubernetes or MPI says; empty: there is one process.",
+        "Address of the first process of the run, HOST:PORT; 'auto' takes it from the TPU pod, "
+        "Slurm, Kubernetes or MPI; empty for a single process.",
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "num_processes", None, "How many there are; for HOST:PORT.", flag_values=values
+        "num_processes",
+        None,
+        "Number of processes of the run, for --coordinator=HOST:PORT.",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "process_index", None, "Which of them this is, from 0; for HOST:PORT.", flag_values=values
+        "process_index",
+        None,
+        "Index of this process, from 0, for --coordinator=HOST:PORT.",
+        flag_values=values,
     )
 
 
 def start(coordinator: str, num_processes: int | None, process_index: int | None) -> None:
-    """Joins the other processes, before anything else is done with JAX. From then on only the first
-    one prints and shows bars, and all leave when one fails.
+    """Joins the other processes of the run; must be called before any other use of JAX.
+
+    Afterwards only process 0 prints and shows progress, and all processes exit if one fails.
+
+    Args:
+      coordinator: Value of `--coordinator`.
+      num_processes: Value of `--num_processes`.
+      process_index: Value of `--process_index`.
 
     Raises:
-      InputError: If the flags contradict each other, or nobody says who the others are.
+      InputError: If the flags contradict each other, or the processes cannot be connected.
     """
-    by_hand = ":" in coordinator
-    told = num_processes is not None and process_index is not None
-    if by_hand != told or (not by_hand and (num_processes, process_index) != (None, None)):
+    explicit = ":" in coordinator
+    numbered = num_processes is not None and process_index is not None
+    if explicit != numbered or (not explicit and (num_processes, process_index) != (None, None)):
         raise InputError(
             f"--coordinator={coordinator} with --num_processes={num_processes} and "
-            f"--process_index={process_index}: HOST:PORT needs both, 'auto' and one process neither"
+            f"--process_index={process_index}: --coordinator=HOST:PORT needs both numbers; leave "
+            "both out with 'auto' or a single process"
         )
     if not coordinator:
         return
-    if by_hand and not 0 <= process_index < num_processes:
+    if explicit and not 0 <= process_index < num_processes:
         raise InputError(
-            f"--process_index={process_index}: expected 0 to {num_processes - 1}, as "
-            f"--num_processes={num_processes} says"
+            f"--process_index={process_index}: expected 0 to {num_processes - 1}, because of "
+            f"--num_processes={num_processes}"
         )
-    if not by_hand and coordinator != "auto":
+    if not explicit and coordinator != "auto":
         raise InputError(f"--coordinator={coordinator}: expected HOST:PORT or 'auto'")
     try:
         jax.distributed.initialize(
-            *((coordinator, num_processes, process_index) if by_hand else ()),
-            heartbeat_timeout_seconds=_GONE_S,
+            *((coordinator, num_processes, process_index) if explicit else ()),
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--coordinator={coordinator}: {error}") from None
     if jax.process_index():
-        # The file itself, not Python's name for it: Gloo prints too.
+        # Redirects the file descriptor, not sys.stdout: Gloo prints from C++.
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         os.environ["TQDM_DISABLE"] = "1"
-    errors.tell_others = _tell
-    over = threading.Event()
-    listener = threading.Thread(target=_listen, args=(over,), daemon=True)
-    listener.start()
+    errors.report_failure = _report_failure
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch_for_failures, args=(done,), daemon=True)
+    watcher.start()
 
-    def hang_up() -> None:
-        over.set()
-        listener.join()
+    def stop_watching() -> None:
+        done.set()
+        watcher.join()
 
-    atexit.register(hang_up)  # Before JAX, which came first, hangs up.
+    # Exit handlers run in reverse order, so this one runs before JAX disconnects.
+    atexit.register(stop_watching)
 
 
 def _client() -> object:
-    # The store of keys that jax.distributed has has no public name yet.
+    # JAX has no public API for the key-value store of jax.distributed yet.
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
-def _tell(line: str, status: int) -> None:
-    """Says why this process fails, if it is the first, and ends it."""
-    me = jax.process_index()
-    with contextlib.suppress(Exception):  # Another one was first: that is what all show.
-        _client().key_value_set(_FAILED, json.dumps([me, line, status]))
-    if me == 0:
-        time.sleep(_FAREWELL_S)
+def _report_failure(line: str, status: int) -> None:
+    """Reports why this process fails, unless another one failed before, and exits."""
+    index = jax.process_index()
+    with contextlib.suppress(Exception):  # The key exists if another process failed before.
+        _client().key_value_set(_FAILURE_KEY, json.dumps([index, line, status]))
+    if index == 0:
+        time.sleep(_REPORT_GRACE_S)
     sys.stderr.flush()
-    # Not through the exit of Python: that would wait for those who wait for this one.
+    # Python's normal exit would wait for processes that wait for this one.
     os._exit(status)
 
 
-def _listen(over: threading.Event) -> None:
-    while not over.is_set():
+def _watch_for_failures(done: threading.Event) -> None:
+    """Exits this process once another one has reported a failure; process 0 prints the report."""
+    while not done.is_set():
         try:
-            found = _client().blocking_key_value_get(_FAILED, _LISTEN_MS)
-        except Exception:  # Nobody failed so far.
+            report = _client().blocking_key_value_get(_FAILURE_KEY, _POLL_MS)
+        except Exception:  # Timed out: no process has failed so far.
             continue
-        who, line, status = json.loads(found)
-        if who == jax.process_index():
+        failed, line, status = json.loads(report)
+        if failed == jax.process_index():
             return
         if jax.process_index() == 0:
-            print(f"process {who}: {line}", file=sys.stderr, flush=True)
-            time.sleep(_FAREWELL_S)
+            print(f"process {failed}: {line}", file=sys.stderr, flush=True)
+            time.sleep(_REPORT_GRACE_S)
         os._exit(status)
 
 
-def meet(where: str) -> None:
-    """Returns when all processes came here."""
+def barrier(name: str) -> None:
+    """Returns once all processes have called it with the same name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(where)
+        multihost_utils.sync_global_devices(name)
 
 
-def first_says(value: int) -> int:
-    """What process 0 says, in all processes, which come here together."""
+def broadcast_from_first(value: int) -> int:
+    """The value of process 0; all processes must call it together."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -147,40 +164,40 @@ def first_says(value: int) -> int:
 
 
 @contextlib.contextmanager
-def first_alone(what: str) -> Iterator[None]:
-    """The block is run by the first process, then by the others: who find what it made."""
+def first_process_first(name: str) -> Iterator[None]:
+    """Runs the block on process 0, then on the others, which find the files it has made."""
     if jax.process_index():
-        meet(what)
+        barrier(name)
     yield
     if not jax.process_index():
-        meet(what)
+        barrier(name)
 
 
 class Group(Protocol):
-    """Processes that call each method together, in the same order.
+    """A group of processes; all must call its methods together, in the same order.
 
     Attributes:
-      index: Of this process, from 0.
-      count: Of processes.
+      index: Index of this process, from 0.
+      count: Number of processes.
     """
 
     index: int
     count: int
 
     def gather(self, x: np.ndarray, rows: Sequence[int] | None = None) -> list[np.ndarray]:
-        """The array of each process, in order; their first dimensions may differ.
+        """The arrays of all processes, by process index; their first dimensions may differ.
 
         Args:
-          x: What this process gives.
-          rows: The length of each array where all know it: that saves asking.
+          x: Array of this process.
+          rows: First dimension of each process's array, if known; saves one exchange.
         """
 
     def exchange(self, parts: list[np.ndarray]) -> list[np.ndarray]:
-        """Sends `parts[p]` to process p; returns what each process sent to this one."""
+        """Sends `parts[p]` to process p; returns the arrays sent to this process."""
 
 
-class _Alone:
-    """A group of one."""
+class _SingleProcess:
+    """A group of one process."""
 
     index, count = 0, 1
 
@@ -193,54 +210,58 @@ class _Alone:
 
 
 class _World:
-    """All processes of `jax.distributed`: arrays travel as bytes, from device to device, so many at
-    a time that what is on its way stays small."""
+    """All processes of `jax.distributed`.
+
+    Arrays are sent as bytes from device to device, in chunks that bound the memory needed.
+    """
 
     def __init__(self) -> None:
         self.index, self.count = jax.process_index(), jax.process_count()
-        firsts = {}
+        first_device = {}
         for device in jax.devices():
-            firsts.setdefault(device.process_index, device)
-        self._mesh = Mesh(np.array([firsts[p] for p in range(self.count)]), ("process",))
-        self._place = NamedSharding(self._mesh, P("process"))
+            first_device.setdefault(device.process_index, device)
+        self._mesh = Mesh(np.array([first_device[p] for p in range(self.count)]), ("process",))
+        self._sharding = NamedSharding(self._mesh, P("process"))
 
     def gather(self, x: np.ndarray, rows: Sequence[int] | None = None) -> list[np.ndarray]:
         if rows is None:
             rows = self._run(np.array([len(x)], np.int32), "gather")[:, 0]
-        mine, width = _as_bytes(x), _row_bytes(x)
-        found = [np.empty(int(num) * width, np.uint8) for num in rows]
-        longest = max(map(len, found))
-        for start, size in _pieces(longest, _UNDER_WAY // self.count):
-            got = self._run(_padded(mine[start : start + size], size), "gather")
-            for whole, piece in zip(found, got, strict=True):
-                whole[start : start + size] = piece[: max(0, len(whole) - start)]
-        return [_from_bytes(whole, x) for whole in found]
+        sent, width = _as_bytes(x), _row_bytes(x)
+        received = [np.empty(int(num) * width, np.uint8) for num in rows]
+        longest = max(map(len, received))
+        for start, size in _chunks(longest, _MAX_BYTES // self.count):
+            chunks = self._run(_padded(sent[start : start + size], size), "gather")
+            _store(received, chunks, start)
+        return [_from_bytes(array, x) for array in received]
 
     def exchange(self, parts: list[np.ndarray]) -> list[np.ndarray]:
-        given = np.array([len(part) for part in parts], np.int32)
-        rows, width = self._run(given, "gather"), _row_bytes(parts[0])  # [from, to]
-        mine = [_as_bytes(part) for part in parts]
-        found = [np.empty(int(num) * width, np.uint8) for num in rows[:, self.index]]
-        for start, size in _pieces(int(rows.max()) * width, _UNDER_WAY // self.count):
-            sent = np.stack([_padded(part[start : start + size], size) for part in mine])
-            for whole, piece in zip(found, self._run(sent, "exchange")[0], strict=True):
-                whole[start : start + size] = piece[: max(0, len(whole) - start)]
-        return [_from_bytes(whole, parts[0]) for whole in found]
+        lengths = np.array([len(part) for part in parts], np.int32)
+        rows, width = self._run(lengths, "gather"), _row_bytes(parts[0])  # [from, to]
+        sent = [_as_bytes(part) for part in parts]
+        received = [np.empty(int(num) * width, np.uint8) for num in rows[:, self.index]]
+        for start, size in _chunks(int(rows.max()) * width, _MAX_BYTES // self.count):
+            chunks = np.stack([_padded(part[start : start + size], size) for part in sent])
+            _store(received, self._run(chunks, "exchange")[0], start)
+        return [_from_bytes(array, parts[0]) for array in received]
 
-    def _run(self, x: np.ndarray, what: str) -> np.ndarray:
-        """A row of each process in; all of them, or a column, out."""
-        spread = jax.make_array_from_callback(
-            (self.count, *x.shape), self._place, lambda at: x[None]
+    def _run(self, x: np.ndarray, program: str) -> np.ndarray:
+        """Runs a program on the array whose rows are each process's `x`; returns the local part.
+
+        "gather" returns all rows [process, ...]; "exchange" returns column `index`, [1, process,
+        ...].
+        """
+        rows = jax.make_array_from_callback(
+            (self.count, *x.shape), self._sharding, lambda index: x[None]
         )
-        found = self._programs[what](spread)
-        return np.asarray(found.addressable_shards[0].data)
+        result = self._programs[program](rows)
+        return np.asarray(result.addressable_shards[0].data)
 
     @functools.cached_property
     def _programs(self) -> dict[str, object]:
-        whole = NamedSharding(self._mesh, P())
+        replicated = NamedSharding(self._mesh, P())
         return {
-            "gather": jax.jit(lambda x: x, out_shardings=whole),
-            "exchange": jax.jit(lambda x: x.swapaxes(0, 1), out_shardings=self._place),
+            "gather": jax.jit(lambda x: x, out_shardings=replicated),
+            "exchange": jax.jit(lambda x: x.swapaxes(0, 1), out_shardings=self._sharding),
         }
 
 
@@ -252,9 +273,11 @@ def _row_bytes(x: np.ndarray) -> int:
     return x.itemsize * math.prod(x.shape[1:])
 
 
-def _pieces(size: int, at_most: int) -> Iterator[tuple[int, int]]:
-    """Start and length of pieces that cover `size` bytes. Lengths are powers of two: for each there
-    is a program to compile."""
+def _chunks(size: int, at_most: int) -> Iterator[tuple[int, int]]:
+    """Start and length of chunks that cover `size` bytes.
+
+    Lengths are powers of two, because each length needs a compiled program.
+    """
     length = min(1 << max(10, (size - 1).bit_length()), 1 << at_most.bit_length() - 1)
     return ((start, length) for start in range(0, size, length))
 
@@ -263,23 +286,29 @@ def _padded(x: np.ndarray, size: int) -> np.ndarray:
     return np.pad(x, (0, size - len(x)))
 
 
+def _store(arrays: list[np.ndarray], chunks: np.ndarray, start: int) -> None:
+    """Copies one chunk into each array at `start`, without the chunks' padding."""
+    for array, chunk in zip(arrays, chunks, strict=True):
+        array[start : start + len(chunk)] = chunk[: max(0, len(array) - start)]
+
+
 def _from_bytes(x: np.ndarray, like: np.ndarray) -> np.ndarray:
     return x.view(like.dtype).reshape(-1, *like.shape[1:])
 
 
-ALONE: Group = _Alone()
+ALONE: Group = _SingleProcess()
 
 
 def world() -> Group:
-    """All processes of this run."""
+    """The group of all processes of this run."""
     return _World() if jax.process_count() > 1 else ALONE
 
 
-def whole(share: Share, num_rows: int, group: Group) -> Float[np.ndarray, "n e"]:
-    """All rows, on every process, from what each of them keeps; alone, they are not copied."""
+def gather_rows(shard: Shard, num_rows: int, group: Group) -> Float[np.ndarray, "n e"]:
+    """All rows, on every process, from each process's shard; a single process gets no copy."""
     if group.count == 1:
-        return share.values
-    rows = np.empty((num_rows, *share.values.shape[1:]), share.values.dtype)
-    for ids, values in zip(group.gather(share.ids), group.gather(share.values), strict=True):
+        return shard.values
+    rows = np.empty((num_rows, *shard.values.shape[1:]), shard.values.dtype)
+    for ids, values in zip(group.gather(shard.ids), group.gather(shard.values), strict=True):
         rows[ids] = values
     return rows

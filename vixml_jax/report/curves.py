@@ -1,4 +1,4 @@
-"""Learning curves of runs as a picture: `python -m vixml_jax.report.curves --runs=A,B`."""
+"""Plot the learning curves of one or more runs as an image."""
 
 import json
 import os
@@ -8,48 +8,60 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import console
+from vixml_jax.storage import json_files
 
 METRICS = ("P@1", "PSP@5", "R@100")
+COMMON_FLAGS = ("runs", "out")
 
 
 def read_lines(workdir: str) -> list[dict[str, Any]]:
-    """What training wrote on its way.
+    """Returns the lines of a run's metrics.jsonl.
 
     Raises:
-      InputError: If the directory holds no metrics of a run.
+      InputError: If the directory has no readable metrics.jsonl.
     """
     path = os.path.join(workdir, "metrics.jsonl")
     try:
         text = epath.Path(path).read_text()
         return [json.loads(line) for line in text.splitlines()]
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}; expected a run directory that train wrote") from None
+        raise InputError(f"{path}: {error}; expected a run directory written by train") from None
 
 
 def read_curve(workdir: str, name: str) -> tuple[str, list[int], list[float]]:
-    """Steps at which a metric was measured in training, and its values in percent.
+    """Returns the steps at which a metric was evaluated during training, and its values.
+
+    Args:
+      workdir: Run directory.
+      name: Name of the metric.
 
     Returns:
-      The split, steps and values: of 'valid' where the run had one, else of 'test'.
+      The split ('valid' if the run was evaluated on it, else 'test'), the steps, and the values in
+      percent.
 
     Raises:
-      InputError: If the directory holds no metrics of a run.
+      InputError: If the directory has no readable metrics.jsonl, or a results file is damaged.
     """
     lines = read_lines(workdir)
     for split, key in (("valid", f"valid/{name}"), ("test", name)):
-        found = {line["step"]: line[key] for line in lines if key in line}
+        values = {line["step"]: line[key] for line in lines if key in line}
         last = epath.Path(workdir) / "evaluation" / f"{split}-exact.json"
         if lines and last.exists():
-            # Where the last epoch was evaluated on the way, the file may be of a better one.
-            found.setdefault(lines[-1]["step"], json.loads(last.read_text())[name])
-        if found:
+            # If the last step was evaluated during training, that value is kept: the JSON file may
+            # be of an earlier epoch that was selected as the best.
+            results = json_files.read(last, dict[str, Any], "evaluate the run again")
+            if name in results:  # R@100 is missing if fewer labels were retrieved.
+                values.setdefault(lines[-1]["step"], results[name])
+        if values:
             break
-    return split, list(found), list(found.values())
+    return split, list(values), list(values.values())
 
 
 def main(argv: Sequence[str]) -> None:
+    """Draws the curves of the runs that the flags name."""
     del argv
     import matplotlib
 
@@ -62,22 +74,21 @@ def main(argv: Sequence[str]) -> None:
     figure, panels = pyplot.subplots(1, len(METRICS), figsize=(9, 3), layout="constrained")
     for panel, name in zip(panels, METRICS, strict=True):
         for run, style in zip(values.runs, ("o-", "s--", "^:", "d-.") * 9, strict=False):
-            split, steps, values_there = read_curve(run, name)
+            split, steps, percent = read_curve(run, name)
             label = os.path.basename(run.rstrip("/")) + (", valid" if split == "valid" else "")
-            panel.plot(steps, values_there, style, label=label)
+            panel.plot(steps, percent, style, label=label)
         panel.set(title=f"{name}, percent", xlabel="step")
         panel.grid(alpha=0.3)
     panels[0].legend()
     figure.savefig(values.out, dpi=110)
-    print(f"curves of {', '.join(values.runs)} written to {values.out}")
+    console.status(f"curves of {', '.join(values.runs)} written to {values.out}")
 
 
 def define_flags() -> None:
-    """The flags of this picture."""
+    """Defines the flags of this command."""
     flags.DEFINE_list("runs", [], "Run directories, separated by commas.")
-    flags.DEFINE_string("out", "curves.png", "Picture to write.")
+    flags.DEFINE_string("out", "curves.png", "Image file to write.")
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.launch(main)
+    command_line.launch(main, define_flags, common=COMMON_FLAGS)

@@ -1,78 +1,87 @@
-"""The Markdown that the data card is written in, as HTML: no more of it than the card uses."""
+"""The data card's Markdown as HTML for the report.
+
+CommonMark with tables. Raw HTML and links are shown as text; images come from the caller, so that
+the HTML loads nothing.
+"""
 
 import html
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-_BAR = re.compile(r"(?<!\\)\|")
-_CODE = re.compile(r"(?<!\\)`(.+?)(?<!\\)`")
-_ESCAPED = re.compile(r"\\([\\`*\[\]<>|&~$_#+=.)-])")
-_PICTURE = re.compile(r"!\[(.*)\]\((.*)\)")
-_RULE = re.compile(r"[|:\- ]+")
+import markdown_it
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
 
-
-def to_html(text: str, *, pictures: Mapping[str, str], level: int = 3) -> str:
-    """Headings, paragraphs, lists, tables and pictures; everything else is text.
-
-    Args:
-      text: As `data/card.py` writes it.
-      pictures: Data URIs by name of the file; a picture that is not there is left out.
-      level: Of the first heading.
-    """
-    parts = []
-    for block in re.split(r"\n{2,}", text.strip()):
-        lines = block.split("\n")
-        if heading := re.fullmatch(r"(#+) (.*)", block):
-            depth = min(level + len(heading[1]) - 1, 6)
-            parts.append(f"<h{depth}>{_inline(heading[2])}</h{depth}>")
-        elif picture := _PICTURE.fullmatch(block):
-            if source := pictures.get(picture[2]):
-                parts.append(f'<img src="{source}" alt="{html.escape(picture[1])}">')
-        elif all(line.startswith("|") for line in lines):
-            parts.append(_table(lines))
-        elif block.startswith("- "):
-            items = re.split(r"\n- ", "\n" + block)[1:]
-            parts.append(f"<ul>{''.join(f'<li>{_lines(item)}</li>' for item in items)}</ul>")
-        else:
-            parts.append(f"<p>{_inline(' '.join(lines))}</p>")
-    return "\n".join(parts)
+_DISABLED = ["autolink", "html_block", "html_inline", "link", "reference"]
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]], *, label: str) -> str:
-    """A table in a box of its own that scrolls; the first cell of a row is its heading.
+def to_html(text: str, *, images: Mapping[str, str], level: int = 3) -> str:
+    """Returns the HTML of a Markdown text.
 
     Args:
-      header, rows: HTML of the cells.
-      label: Text that names the box.
+      text: CommonMark, with tables.
+      images: `data:` URLs by file name. Images with other names are left out.
+      level: Level of top headings in the HTML, 1 to 6.
     """
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
-    body = ""
-    for first, *rest in rows:
-        cells = "".join(f"<td>{cell}</td>" for cell in rest)
-        body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(label)}">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    parser = markdown_it.MarkdownIt("commonmark", {"html": False, "xhtmlOut": False})
+    parser.enable("table").disable(_DISABLED)
+    parser.add_render_rule("image", _render_image)
+    parser.add_render_rule("softbreak", lambda *_: " ")
+    parser.add_render_rule("table_open", _render_table_open)
+    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    tokens = parser.parse(text)
+    _shift_headings(tokens, level - 1)
+    _keep_lines_of_lists(tokens)
+    _mark_table_headings(tokens)
+    return parser.renderer.render(tokens, parser.options, {"images": images})
 
 
-def _table(lines: list[str]) -> str:
-    rows = [
-        [_inline(cell.strip()) for cell in _BAR.split(line)[1:-1]]
-        for line in lines
-        if not _RULE.fullmatch(line)
-    ]
-    return table(rows[0], rows[1:], label="table")
+def _shift_headings(tokens: Sequence[Token], by: int) -> None:
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(int(token.tag[1]) + by, 6)}"
 
 
-def _lines(text: str) -> str:
-    return "<br>".join(_inline(line.strip()) for line in text.split("\n"))
+def _keep_lines_of_lists(tokens: Sequence[Token]) -> None:
+    """Turns line breaks in list items, where the card puts a query and its labels, into <br>."""
+    depth = 0
+    for token in tokens:
+        depth += token.nesting if token.type.startswith("list_item") else 0
+        if depth and token.children:
+            for child in token.children:
+                child.type = "hardbreak" if child.type == "softbreak" else child.type
 
 
-def _inline(text: str) -> str:
-    """Spans of code and all else, what is escaped as it is."""
-    parts = _CODE.split(text)  # Every other one was between backticks.
-    return "".join(
-        f"<code>{html.escape(part)}</code>" if i % 2 else html.escape(_ESCAPED.sub(r"\1", part))
-        for i, part in enumerate(parts)
-    )
+def _mark_table_headings(tokens: Sequence[Token]) -> None:
+    """Makes the first cell of each row a heading and names each table by the heading above it."""
+    title, first = "table", False
+    for i, token in enumerate(tokens):
+        if token.type == "heading_open":
+            title = tokens[i + 1].content
+        elif token.type == "table_open":
+            token.meta["title"] = title
+        elif token.type == "tr_open":
+            first = True
+        elif token.type in ("th_open", "td_open"):
+            token.attrs = {}  # Alignment is an inline style, which the report's policy blocks.
+            if token.type == "th_open":
+                token.attrs["scope"] = "col"
+            elif first:
+                token.tag, token.attrs["scope"] = "th", "row"
+                tokens[i + 2].tag = "th"  # After the cell's text comes its closing token.
+            first = False
+
+
+def _render_image(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any
+) -> str:
+    url = env["images"].get(tokens[index].attrs["src"])
+    alt = html.escape(renderer.renderInlineAsText(tokens[index].children, options, env))
+    return f'<img src="{html.escape(url)}" alt="{alt}">' if url else ""
+
+
+def _render_table_open(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any
+) -> str:
+    label = html.escape(tokens[index].meta["title"])
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table>\n'

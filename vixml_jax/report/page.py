@@ -1,4 +1,4 @@
-"""What a report shows: gathered from an evaluation, a run directory and prepared data."""
+"""Content of the report, gathered from an evaluation, a run directory and prepared data."""
 
 import dataclasses
 import datetime
@@ -11,40 +11,41 @@ from jaxtyping import Float, Int
 
 from vixml_jax.data.card import card
 from vixml_jax.data.store import PreparedDataset
-from vixml_jax.evaluation.sliced_metrics import Judgement
+from vixml_jax.evaluation.sliced_metrics import SlicedMetrics
 from vixml_jax.report import curves, examples, thumbnails
 from vixml_jax.report.examples import Example, Neighbours
 from vixml_jax.structs import SearchResult
 
-EXAMPLES = 8  # Worst and best queries, and labels with neighbours.
-CHOSEN_BY = "nDCG@5"  # These queries.
+NUM_EXAMPLES = 8  # Worst queries, best queries, and labels with their nearest labels.
+CHOSEN_BY = "nDCG@5"  # Metric that chooses the worst and best queries.
 
 Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Page:
-    """All that a report shows.
+    """Everything that a report shows.
 
     Attributes:
-      dataset, split, search: What was judged, and how.
-      queries, labels: How many.
-      run: Name of the row of this run.
+      dataset, split, search: What was evaluated, and the kind of search.
+      queries, labels: Numbers of queries and labels.
+      run: Name of this run's row.
       rows: Metrics in percent, by name of the row.
-      intervals: By name of the row, of each metric; rows without are left out.
-      groups: By name of the row, as `breakdown.Judgement` has them.
-      losses: Step and loss, in training.
-      curves: By metric, step and value, on `curves_split`.
+      intervals: 95 % interval of each metric, by name of the row; some rows may have none.
+      groups: Metrics of groups as in `SlicedMetrics.groups`, by name of the row.
+      losses: Step and training loss.
+      curves: Step and value on `curves_split`, by metric.
       curves_split: 'valid' or 'test'.
-      recall_curve: Settings of the index tried: recall, and queries a second.
-      thumbnails: Pictures of these queries by their ids, as `data:` urls; empty: it is broken.
-      worst, best: Queries to look at, chosen by the metric `chosen_by`.
-      neighbours: Labels, and those near them.
-      card, card_picture: The data card, Markdown and PNG; None: the data have none.
-      command: What was run.
-      versions: Of programs, and the device.
-      settings: Flags of the run, as JSON.
-      facts: What else there is to say in a word or number: by name.
+      recall_curve: Index settings tried, each with its recall and queries per second.
+      thumbnails: Images of queries as `data:` URLs, by id of the query; "" = unreadable.
+      worst, best: Example queries, chosen by the metric `chosen_by`.
+      chosen_by: Name of that metric.
+      neighbours: Labels with their nearest labels.
+      card, card_image: The data card as Markdown, and its PNG image; None: the data have none.
+      command: Command line of the evaluation.
+      versions: Versions of libraries, and the devices.
+      settings: Configuration of the run, as JSON.
+      facts: Other facts about the evaluation, by name.
     """
 
     dataset: str
@@ -66,7 +67,7 @@ class Page:
     chosen_by: str
     neighbours: Sequence[Neighbours]
     card: str | None
-    card_picture: bytes | None
+    card_image: bytes | None
     command: str
     versions: Mapping[str, str]
     settings: str
@@ -79,46 +80,48 @@ def assemble(
     split: str,
     *,
     results: Mapping[str, Any],
-    kept: SearchResult,
+    result: SearchResult,
     label_vectors: Float[np.ndarray, "l e"],
     frequency: Int[np.ndarray, " l"],
-    judged: Mapping[str, Judgement],
+    sliced: Mapping[str, SlicedMetrics],
     intervals: Mapping[str, Mapping[str, tuple[float, float]]],
     rows: Mapping[str, Mapping[str, float]],
     command: str,
     versions: Mapping[str, str],
     settings: str,
-    pictures: str = "",
+    images: str = "",
 ) -> Page:
-    """Reads what is not given: curves of the run, the data card, texts of queries and labels.
+    """Returns the content of a report; curves, data card and texts are read from the directories.
 
     Args:
-      workdir, dataset, split: Of the run.
-      results: What is written of the evaluation as json.
-      kept: Labels found of each query, filter pairs taken out.
+      workdir, dataset, split: The run directory, its data, and the evaluated split.
+      results: Contents of the evaluation's JSON file.
+      result: Labels found for each query, filter pairs removed.
       label_vectors: Unit vectors of all labels.
-      frequency: Training queries of each label.
-      judged, intervals: By name of the row; the first is the run, of which are the examples.
-      rows, command, versions, settings: As of `Page`.
-      pictures: A table that names those of the queries (see `thumbnails.find`); empty: none.
+      frequency: Number of training queries of each label.
+      sliced: Metrics per query and per group, by name of the row. The first row is this run, whose
+        queries serve as examples.
+      intervals, rows, command, versions, settings: As in `Page`.
+      images: Table with the image files of the queries (see `thumbnails.find`); empty: none.
     """
-    run = next(iter(judged))
+    run = next(iter(sliced))
     queries, relevance, _ = dataset.split(split)
-    by_query = judged[run].queries
-    chosen = examples.choose(by_query, np.diff(relevance.indptr), by=CHOSEN_BY, count=EXAMPLES)
+    per_query = sliced[run].queries
     worst, best = (
         examples.describe(
-            some, queries, dataset.labels, relevance, kept, by_query.column(CHOSEN_BY)
+            chosen, queries, dataset.labels, relevance, result, per_query.column(CHOSEN_BY)
         )
-        for some in chosen
+        for chosen in examples.choose(
+            per_query, np.diff(relevance.indptr), by=CHOSEN_BY, count=NUM_EXAMPLES
+        )
     )
-    shown = {}
-    if pictures:
-        named = thumbnails.find(pictures, [one.id for one in [*worst, *best]])
-        shown = {name: list(map(thumbnails.draw, paths)) for name, paths in named.items()}
+    drawn = {}
+    if images:
+        files = thumbnails.find(images, [example.id for example in [*worst, *best]])
+        drawn = {id: [thumbnails.draw(path) for path in paths] for id, paths in files.items()}
     lines = curves.read_lines(workdir)
     read = {n: curves.read_curve(workdir, n) for n in curves.METRICS if n in rows[run]}
-    text, picture = (epath.Path(dataset.path) / name for name in (card.TEXT, card.PICTURE))
+    text, image = (epath.Path(dataset.path) / name for name in (card.TEXT, card.IMAGE))
     search = {name: value for name, value in results["search"].items() if name != "curve"}
     return Page(
         dataset=dataset.name,
@@ -129,37 +132,37 @@ def assemble(
         run=run,
         rows=rows,
         intervals=intervals,
-        groups={name: judgement.groups for name, judgement in judged.items()},
+        groups={name: metrics.groups for name, metrics in sliced.items()},
         losses=[(line["step"], line["loss"]) for line in lines if "loss" in line],
         curves={
             name: list(zip(steps, values, strict=True)) for name, (_, steps, values) in read.items()
         },
-        curves_split=next((judged_on for judged_on, *_ in read.values()), ""),
+        curves_split=next((curve_split for curve_split, *_ in read.values()), ""),
         recall_curve=results["search"].get("curve", []),
+        thumbnails=drawn,
         worst=worst,
-        thumbnails=shown,
         best=best,
         chosen_by=CHOSEN_BY,
         neighbours=examples.nearest(
-            examples.spread(frequency, EXAMPLES), label_vectors, dataset.labels, frequency
+            examples.spread(frequency, NUM_EXAMPLES), label_vectors, dataset.labels, frequency
         ),
         card=text.read_text() if text.exists() else None,
-        card_picture=picture.read_bytes() if picture.exists() else None,
+        card_image=image.read_bytes() if image.exists() else None,
         command=command,
         versions=versions,
         settings=settings,
         facts={
             "run": workdir,
             "data": dataset.path,
-            "content": dataset.content_hash,
-            "search": _words(search),
-            **({"memory": _words(results["mixing"])} if "mixing" in results else {}),
-            "seconds": _words(results["seconds"]),
+            "content hash": dataset.content_hash,
+            "search": _join(search),
+            **({"training neighbours": _join(results["mixing"])} if "mixing" in results else {}),
+            "seconds": _join(results["seconds"]),
             "peak memory": f"{results['peak_memory_gb']} GB",
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         },
     )
 
 
-def _words(values: Mapping[str, Any]) -> str:
+def _join(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())

@@ -1,58 +1,64 @@
-"""The report: one page of HTML on an evaluation, which needs no network and no script."""
+"""The report as a single HTML file, which loads nothing from the network and has no script."""
 
 import base64
+import functools
 import hashlib
+import importlib.resources
+from typing import Any
+
+import jinja2
 
 from vixml_jax.report import sections, svg
 from vixml_jax.report.page import Page
-from vixml_jax.report.sections import escape
-from vixml_jax.report.style import style
-
-_SECTIONS = {
-    "Metrics": sections.metrics,
-    "By label frequency": sections.by_frequency,
-    "By query": sections.by_query,
-    "Learning curves": sections.curves,
-    "Recall and speed of the index": sections.recall_curve,
-    "Queries": sections.examples,
-    "Label neighbours": sections.neighbours,
-    "Data": sections.card,
-    "How this was made": sections.made,
-}
 
 
 def render(page: Page) -> str:
-    """The whole file."""
-    written = {title: section(page) for title, section in _SECTIONS.items()}
-    written = {title: body for title, body in written.items() if body}
-    links = "".join(
-        f'<li><a href="#{_anchor(title)}">{escape(title)}</a></li>' for title in written
-    )
-    bodies = "".join(
-        f'<section aria-labelledby="{_anchor(title)}"><h2 id="{_anchor(title)}">{escape(title)}'
-        f"</h2>{body}</section>"
-        for title, body in written.items()
-    )
-    title = f"{page.dataset}, {page.split}"
-    sheet = style()
-    digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
+    """Returns the HTML of a report."""
+    templates = environment()
+    written = [
+        {
+            "title": section.title,
+            "anchor": section.title.lower().replace(" ", "-"),
+            "html": templates.get_template(section.template).render(section.data),
+        }
+        for section in sections.all_sections(page)
+    ]
+    style = stylesheet()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; "
         "form-action 'none'"
     )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{sheet}</style></head><body>{svg.patterns()}"
-        f"<header><h1>{escape(title)}</h1>"
-        f'<p class="muted">{page.queries:,} queries, {page.labels:,} labels, '
-        f"{escape(page.search)} search. Values in percent; in brackets, 95 % intervals of the "
-        f'bootstrap over queries.</p><nav aria-label="Sections"><ul>{links}</ul></nav></header>'
-        f"<main>{bodies}</main></body></html>\n"
+    return templates.get_template("page.html.j2").render(
+        page=page, sections=written, policy=policy, style=style, patterns=svg.patterns()
     )
 
 
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
+@functools.cache
+def environment() -> jinja2.Environment:
+    """Returns the templates, which escape all text unless it is marked as safe."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("vixml_jax.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["figure"] = _figure
+    templates.filters["interval"] = "[{0[0]:.2f}, {0[1]:.2f}]".format
+    return templates
+
+
+def stylesheet() -> str:
+    """Returns the style sheet of the report."""
+    path = importlib.resources.files("vixml_jax.report") / "templates" / "style.css"
+    return path.read_text(encoding="utf-8")
+
+
+def _figure(value: Any) -> str:
+    """Returns a number as shown: integers with separators, floats with two decimals."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else value

@@ -1,7 +1,10 @@
-"""Small charts as inline SVG: bars, columns and lines, told apart by more than their colour.
+"""Charts of the report as inline SVG: horizontal bars, vertical columns, and lines.
 
-Colours are classes that the page's style fills in, for light and for dark. A chart is 360 wide, as
-wide as a phone, so that its letters keep their size there.
+Series are distinguished by hatching, dashes and marks as well as by colour. Colours are CSS classes
+(s0, s1 ...) that the style sheet defines for light and dark. A chart is 360 units wide, about the
+width of a phone, so that its text keeps its size there.
+
+The functions return markup with all text escaped.
 """
 
 import html
@@ -11,20 +14,21 @@ from collections.abc import Mapping, Sequence
 
 WIDTH = 360
 _LEFT, _RIGHT, _TOP = 40, 8, 8
-_MARKS = ("circle", "square", "triangle")  # Of the first, second ... series.
-MOST_SERIES = len(_MARKS)
+_MARKS = ("circle", "square", "triangle")  # Marks of the first, second and third series.
+MAX_SERIES = len(_MARKS)
 _ids = itertools.count()
 
 
 def bars(
     title: str, description: str, series: Mapping[str, Mapping[str, float]], *, unit: str = ""
 ) -> str:
-    """Lying bars, one below another with their names above: for few groups of long names.
+    """Returns horizontal bars with their names above; for few groups with long names.
 
     Args:
-      title, description: What a reader of screens is told.
-      series: By name, the value of each group; all of the same groups.
-      unit: Stands behind the values.
+      title: Title of the chart.
+      description: Description for screen readers.
+      series: By name of the series, the value of each group; all series have the same groups.
+      unit: Appended to the values.
     """
     _check(title, series)
     names = list(next(iter(series.values())))
@@ -51,23 +55,33 @@ def columns(
     xlabel: str,
     ylabel: str,
 ) -> str:
-    """Standing bars over a scale: for many groups of short names. None: there is no value."""
+    """Returns vertical bars; for many groups with short names.
+
+    Args:
+      title: Title of the chart.
+      description: Description for screen readers.
+      series: By name of the series, the value of each group; None: no bar.
+      names: Names of the groups.
+      xlabel, ylabel: Labels of the axes.
+    """
     _check(title, series)
     values = [value for row in series.values() for value in row if value is not None]
     height, largest = 150, _top(values)
     bottom = _TOP + 20 + height
     parts = _y_axis(0.0, largest, bottom, height, ylabel)
-    each = (WIDTH - _LEFT - _RIGHT) / len(names)
-    wide = 0.8 * each / len(series)
+    group_width = (WIDTH - _LEFT - _RIGHT) / len(names)
+    bar_width = 0.8 * group_width / len(series)
     for j, name in enumerate(names):
-        parts.append(_text(_LEFT + (j + 0.5) * each, bottom + 15, name, "middle"))
+        parts.append(_text(_LEFT + (j + 0.5) * group_width, bottom + 15, name, "middle"))
         for i, row in enumerate(series.values()):
             if (value := row[j]) is None:
                 continue
-            x, tall = _LEFT + (j + 0.1) * each + i * wide, height * value / largest
+            x = _LEFT + (j + 0.1) * group_width + i * bar_width
+            bar_height = height * value / largest
             parts.append(
-                f'<rect class="s{i}" x="{x:.1f}" y="{bottom - tall:.1f}" width="{wide - 1:.1f}" '
-                f'height="{tall:.1f}"><title>{html.escape(name)}: {value:.2f}</title></rect>'
+                f'<rect class="s{i}" x="{x:.1f}" y="{bottom - bar_height:.1f}" '
+                f'width="{bar_width - 1:.1f}" height="{bar_height:.1f}">'
+                f"<title>{html.escape(name)}: {value:.2f}</title></rect>"
             )
     parts.append(_text((_LEFT + WIDTH) / 2, bottom + 33, xlabel, "middle muted"))
     return _chart(title, description, parts, bottom + 40, series)
@@ -82,18 +96,26 @@ def lines(
     ylabel: str,
     log_x: bool = False,
 ) -> str:
-    """Points (x, y) of each series, marked where they are few, and the lines between them."""
+    """Returns lines through the points of each series, with marks if the points are few.
+
+    Args:
+      title: Title of the chart.
+      description: Description for screen readers.
+      series: By name of the series, its points (x, y) in the order of x.
+      xlabel, ylabel: Labels of the axes.
+      log_x: Whether the x axis is logarithmic.
+    """
     _check(title, series)
     points = [point for row in series.values() for point in row]
-    place = math.log10 if log_x else float
-    xs, ys = [place(x) for x, _ in points], [y for _, y in points]
+    scale = math.log10 if log_x else float
+    xs, ys = [scale(x) for x, _ in points], [y for _, y in points]
     (left, right), (low, high) = _widened(min(xs), max(xs)), _widened(min(ys), max(ys))
     height = 160
     bottom = _TOP + 20 + height
     parts = _y_axis(low, high, bottom, height, ylabel)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (place(x) - left) / (right - left)
+        across = (scale(x) - left) / (right - left)
         up = (y - low) / (high - low)
         return _LEFT + 6 + across * (WIDTH - _LEFT - _RIGHT - 12), bottom - up * height
 
@@ -102,18 +124,18 @@ def lines(
         x, _ = at(tick, low)
         parts.append(_text(x, bottom + 15, _number(tick), "middle"))
     for i, row in enumerate(series.values()):
-        places = [at(*point) for point in row]
-        path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        positions = [at(*point) for point in row]
+        path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in positions)
         parts.append(f'<path class="l{i}" d="{path}"/>')
-        if len(places) <= 40:
-            parts += [_mark(i, x, y) for x, y in places]
+        if len(positions) <= 40:
+            parts += [_mark(i, x, y) for x, y in positions]
     parts.append(_text((_LEFT + WIDTH) / 2, bottom + 33, xlabel, "middle muted"))
     return _chart(title, description, parts, bottom + 40, series, marks=True)
 
 
 def _check(title: str, series: Mapping[str, object]) -> None:
-    if len(series) > MOST_SERIES:
-        raise ValueError(f"{title}: {len(series)} series, of which {MOST_SERIES} can be told apart")
+    if len(series) > MAX_SERIES:
+        raise ValueError(f"{title}: expected at most {MAX_SERIES} series, found {len(series)}")
 
 
 def _chart(
@@ -125,7 +147,7 @@ def _chart(
     *,
     marks: bool = False,
 ) -> str:
-    """The whole figure: caption, legend where there are several series, picture."""
+    """Returns a figure: caption, legend if there are several series, and the chart."""
     number = next(_ids)
     legend = ""
     if len(series) > 1:
@@ -144,18 +166,18 @@ def _chart(
 
 
 def patterns() -> str:
-    """What the style fills bars with, so that series differ without colours; once a page."""
-    drawn = (
+    """Returns the fill patterns that the style sheet refers to; needed once per page."""
+    shapes = (
         '<path class="p1" d="M0 6 L6 0 M-1 1 L1 -1 M5 7 L7 5"/>',
         '<circle class="p2" cx="3" cy="3" r="1.6"/>',
     )
-    found = "".join(
-        f'<pattern id="pattern{i}" width="6" height="6" patternUnits="userSpaceOnUse">{what}'
+    defs = "".join(
+        f'<pattern id="pattern{i}" width="6" height="6" patternUnits="userSpaceOnUse">{shape}'
         "</pattern>"
-        for i, what in enumerate(drawn, start=1)
+        for i, shape in enumerate(shapes, start=1)
     )
     return (
-        f'<svg class="patterns" width="0" height="0" aria-hidden="true"><defs>{found}</defs></svg>'
+        f'<svg class="patterns" width="0" height="0" aria-hidden="true"><defs>{defs}</defs></svg>'
     )
 
 
@@ -166,14 +188,14 @@ def _key(series: int, marks: bool) -> str:
 
 
 def _mark(series: int, x: float, y: float) -> str:
-    found = f'class="m{series}"'
+    name = f'class="m{series}"'
     match _MARKS[series]:
         case "circle":
-            return f'<circle {found} cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
+            return f'<circle {name} cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
         case "square":
-            return f'<rect {found} x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
+            return f'<rect {name} x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
         case _:
-            return f'<path {found} d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
+            return f'<path {name} d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
 
 
 def _y_axis(low: float, high: float, bottom: float, height: float, label: str) -> list[str]:
@@ -191,7 +213,7 @@ def _text(x: float, y: float, text: str, kind: str = "") -> str:
 
 
 def _top(values) -> float:
-    """A round number that no value exceeds."""
+    """Returns a round number at least as large as all values."""
     largest = max(values, default=0.0)
     if largest <= 0:
         return 1.0
@@ -206,7 +228,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers from low to high: so many, or up to twice as many."""
+    """Returns round numbers from low to high: about `count` of them, or up to twice as many."""
     raw = (high - low) / count
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * n for n in (10, 5, 2.5, 2, 1) if size * n <= raw * (1 + 1e-9))
@@ -215,13 +237,13 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from 10^low to 10^high, so few that they stand apart."""
+    """Returns round numbers from 10^low to 10^high, few enough for their texts not to overlap."""
     powers = [10.0**n for n in range(math.floor(low), math.ceil(high) + 1)]
     for steps in ((1, 2, 5), (1,)):
-        found = [x * n for x in powers for n in steps if low <= math.log10(x * n) <= high]
-        if len(found) <= 7:
+        ticks = [x * n for x in powers for n in steps if low <= math.log10(x * n) <= high]
+        if len(ticks) <= 7:
             break
-    return found if len(found) > 1 else _ticks(10.0**low, 10.0**high, 4)
+    return ticks if len(ticks) > 1 else _ticks(10.0**low, 10.0**high, 4)
 
 
 def _number(value: float) -> str:

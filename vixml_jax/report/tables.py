@@ -1,4 +1,4 @@
-"""What an evaluation shows and keeps: a table for the screen and a json file."""
+"""Results of an evaluation as a text table, and as a JSON file."""
 
 import json
 import os
@@ -11,11 +11,11 @@ COLUMNS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5", "R@10", "R@
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str] = COLUMNS) -> str:
-    """An aligned table of percent values, one line a row; a dash where a row lacks a column.
+    """Returns an aligned table of percentages, one line per row; "-" where a metric is missing.
 
     Args:
-      rows: Metrics by the name of the row, in the order shown.
-      columns: Metrics shown, in this order; those that no row has are left out.
+      rows: Metrics by name of the row, in display order.
+      columns: Metrics to show, in this order; those that no row has are left out.
     """
     columns = [column for column in columns if any(column in row for row in rows.values())]
     cells = [["", *columns]]
@@ -30,11 +30,11 @@ def format_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]
 
 
 def write_json(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
-    """Writes results, under a temporary name that is then renamed; makes the directories above.
+    """Writes a JSON file atomically; missing parent directories are made.
 
     Raises:
-      ValueError: If a value is not finite: json has no word for it.
-      TypeError: If a value is not json's. Either way what lay at `path` stays.
+      ValueError: If a number is not finite, which JSON cannot represent.
+      TypeError: If a value has no JSON type. In both cases an existing file is left unchanged.
     """
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     atomic.write_text(path, text + "\n")

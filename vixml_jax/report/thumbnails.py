@@ -1,4 +1,4 @@
-"""Small pictures of some queries, as text that a page shows without another file."""
+"""Thumbnails of the queries' images as `data:` URLs, so that the report needs no other file."""
 
 import base64
 import io
@@ -11,48 +11,48 @@ from vixml_jax.data.sources.columns import Columns
 from vixml_jax.data.sources.readers import Chunk
 from vixml_jax.errors import InputError
 
-SIDE = 144  # Pixels at most, either way.
+MAX_SIDE = 144  # Pixels.
 
 
 def find(path: str, ids: Collection[str]) -> dict[str, list[str]]:
-    """Paths of the pictures that a table names for some ids, read in one pass.
+    """Returns the image files that a table lists for some ids. The table is read once.
 
     Args:
-      path: Of a table with an id and an image column, named so that they are guessed: the source of
-        the data will do. Paths are relative to it.
-      ids: Whose pictures are wanted; a row without an id has its line for one.
+      path: A table whose id and image columns are recognised by their names, such as the source
+        that the data were prepared from. Image paths are relative to its directory.
+      ids: Ids to look up. A row without an id has its line number as id.
 
     Raises:
-      InputError: If the file cannot be read, or has no such columns.
+      InputError: If the file cannot be read, or has no image column.
     """
     names = readers.column_names(path, encoding="utf-8")
     roles = columns.assign(path, Columns(), "utf-8", names=names, labelled=False)
     if roles.image is None:
-        raise InputError(f"--report_pictures={path}: no image column among {', '.join(names)}")
-    wanted, found = set(ids), {}
+        raise InputError(f"--report_images={path}: no image column among {', '.join(names)}")
+    ids, paths = set(ids), {}
     directory = os.path.dirname(os.path.abspath(path))
     for line, row in readers.read_rows(path):
         if isinstance(row, InputError):
             raise row
-        name = str(row.get(roles.id, line)) if roles.id else str(line)
-        if name in wanted:
+        id = str(row.get(roles.id, line)) if roles.id else str(line)
+        if id in ids:
             chunk = Chunk(path, [line], {roles.image: [row.get(roles.image)]})
-            parts = values.pieces(row.get(roles.image), "|", chunk, 0, roles.image)
-            named = [values.text(part, chunk, 0, roles.image) for part in parts]
-            found[name] = [p if download.is_url(p) else os.path.join(directory, p) for p in named]
-    return found
+            parts = values.list_items(row.get(roles.image), "|", chunk, 0, roles.image)
+            files = [values.text(part, chunk, 0, roles.image) for part in parts]
+            paths[id] = [f if download.is_url(f) else os.path.join(directory, f) for f in files]
+    return paths
 
 
 def draw(path: str) -> str:
-    """A picture as a `data:` url, no larger than SIDE; empty where it is none on this disk."""
+    """Returns an image file as a `data:` URL of at most MAX_SIDE pixels; "" if it is unreadable."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as picture:
-            small = ImageOps.exif_transpose(picture).convert("RGBA")
+        with Image.open(path) as image:
+            small = ImageOps.exif_transpose(image).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
-    small.thumbnail((SIDE, SIDE))
+    small.thumbnail((MAX_SIDE, MAX_SIDE))
     out = io.BytesIO()
     small.save(out, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""The memory of host and devices; how this process keeps what XLA allocates anew in every step."""
+"""Available and peak memory of host and devices, and the allocator settings of a process."""
 
 import ctypes
 import os
@@ -15,29 +15,29 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_pages() -> None:
-    """Has glibc keep freed memory instead of returning it to the system.
+    """Makes glibc keep freed memory instead of returning it to the system.
 
-    On a CPU, XLA takes the temporaries of a step from malloc and frees them after it; returned
-    pages come back one fault at a time, which can cost as long as the step itself. Peak memory is
-    the same. Does nothing where the C library is another.
+    On a CPU, XLA allocates the temporaries of each step with malloc and frees them afterwards.
+    Pages that were returned to the system come back one page fault at a time, which can take as
+    long as the step itself. Peak memory is unchanged. Does nothing with other C libraries.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # Never.
+        mallopt(_M_TRIM_THRESHOLD, -1)  # Never trim.
         mallopt(_M_ARENA_MAX, 1)
 
 
 def available(root: str = "/") -> int | None:
-    """Bytes that this process may still take on the host; None: the system does not say.
+    """Bytes of host memory that this process can still allocate; None if unknown.
 
-    The least of what the machine has left and of what the control groups that the process is in
-    (containers, batch systems) leave it; pages of files that could be dropped count as left.
+    This is the minimum over the machine's available memory and the remaining limits of the
+    process's control groups (containers, batch systems). Reclaimable file pages count as available.
 
     Args:
-      root: Where /proc and /sys lie, for tests.
+      root: Directory that contains proc and sys, for tests.
     """
     try:
         lines = pathlib.Path(root, "proc/meminfo").read_text().splitlines()
@@ -45,11 +45,11 @@ def available(root: str = "/") -> int | None:
         left = [int(fields["MemAvailable"].split()[0]) * 1024]
     except (OSError, KeyError, ValueError):
         return None
-    return max(0, min(left + _left_by_groups(pathlib.Path(root))))
+    return max(0, min(left + _left_in_groups(pathlib.Path(root))))
 
 
-def _left_by_groups(root: pathlib.Path) -> list[int]:
-    """What each control group with a limit leaves, from the process's own up to the root's."""
+def _left_in_groups(root: pathlib.Path) -> list[int]:
+    """Bytes left in each control group with a limit, from the process's own up to the root."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -58,28 +58,31 @@ def _left_by_groups(root: pathlib.Path) -> list[int]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # https://docs.kernel.org/admin-guide/cgroup-v2.html
-            top, limit, used, droppable = "", "memory.max", "memory.current", "inactive_file"
+            top, limit, used, reclaimable = "", "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
             top, limit, used = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            droppable = "total_inactive_file"
+            reclaimable = "total_inactive_file"
         else:
             continue
-        place = pathlib.PurePosixPath(path.lstrip("/"))
-        for group in (place, *place.parents):
+        own_group = pathlib.PurePosixPath(path.lstrip("/"))
+        for group in (own_group, *own_group.parents):
             directory = root / "sys/fs/cgroup" / top / group
             try:
                 most, now = (int((directory / name).read_text()) for name in (limit, used))
                 stat = dict(x.split() for x in (directory / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # Not to be seen from here, or "max": no limit.
+            except (
+                OSError,
+                ValueError,
+            ):  # Not visible in this container, or "max", which is no limit.
                 continue
-            left.append(most - now + int(stat.get(droppable, 0)))
+            left.append(most - now + int(stat.get(reclaimable, 0)))
     return left
 
 
-def of_a_device(device: "jax.Device | None" = None) -> int:
-    """Bytes that a device has for arrays, by default one of this process; 0: it does not say.
+def device_memory(device: "jax.Device | None" = None) -> int:
+    """Bytes available for arrays on a device, by default a local one; 0 if unknown.
 
-    The devices of a CPU share what the machine has.
+    The devices of a CPU share the memory of the machine equally.
     """
     import jax
 
@@ -90,15 +93,15 @@ def of_a_device(device: "jax.Device | None" = None) -> int:
     return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
-def peak_of_a_device() -> int:
-    """The most bytes that arrays have taken so far of any one device of this process.
+def peak_device_memory() -> int:
+    """Peak bytes of arrays on any local device so far.
 
-    Where devices do not say, as those of a CPU: the most that the process has held at once.
+    For devices that do not report it, such as CPUs, this is the peak memory of the process.
     """
     import jax
 
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peak = max(one.get("peak_bytes_in_use", 0) for one in stats)
+    peak = max(stat.get("peak_bytes_in_use", 0) for stat in stats)
     if peak:
         return peak
     # https://man7.org/linux/man-pages/man2/getrusage.2.html

@@ -1,4 +1,4 @@
-"""Nested dicts of parameters, taken apart and put together; imports nothing."""
+"""Splitting and merging of nested dicts of parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,32 +9,38 @@ Path = tuple[str, ...]
 def partition(
     tree: Mapping[str, Any], chosen: Callable[[Path], bool], path: Path = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The leaves whose path is chosen, and the others; branches without a leaf are left out."""
-    found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    """Splits a tree into the leaves whose path is `chosen` and the others, without empty dicts.
+
+    Args:
+      tree: Nested dicts.
+      chosen: Whether a path belongs to the first result.
+      path: Path of `tree`, for the recursion.
+    """
+    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for name, value in tree.items():
-        here = (*path, name)
+        child = (*path, name)
         if isinstance(value, Mapping):
-            for side, part in zip(found, partition(value, chosen, here), strict=True):
-                if part:
-                    side[name] = part
+            for part, subtree in zip(parts, partition(value, chosen, child), strict=True):
+                if subtree:
+                    part[name] = subtree
         else:
-            found[0 if chosen(here) else 1][name] = value
-    return found
+            parts[0 if chosen(child) else 1][name] = value
+    return parts
 
 
-def merge(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """All leaves of both; where both have one, that of `other`."""
-    merged = dict(one)
-    for name, value in other.items():
-        below = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = merge(merged[name], value) if below else value
+def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """All leaves of both trees; those of `update` take precedence."""
+    merged = dict(base)
+    for name, value in update.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = merge(merged[name], value) if nested else value
     return merged
 
 
 def paths(tree: Mapping[str, Any], path: Path = ()) -> set[Path]:
-    """The paths of all leaves."""
-    found: set[Path] = set()
+    """Paths of all leaves."""
+    leaves: set[Path] = set()
     for name, value in tree.items():
-        here = (*path, name)
-        found |= paths(value, here) if isinstance(value, Mapping) else {here}
-    return found
+        child = (*path, name)
+        leaves |= paths(value, child) if isinstance(value, Mapping) else {child}
+    return leaves

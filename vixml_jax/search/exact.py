@@ -1,4 +1,4 @@
-"""Exact search: blocks of inner products, a running top-k, rows of the labels over the mesh."""
+"""Exact search: inner products in blocks with a running top-k, label rows sharded over a mesh."""
 
 import functools
 import os
@@ -15,61 +15,62 @@ from jaxtyping import Array, Float, Int
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.sharding import ROWS
 from vixml_jax.search import index, top_k
-from vixml_jax.structs import SearchResult, Share
+from vixml_jax.structs import SearchResult, Shard
 
 
 class ExactIndex:
-    """All inner products in float32, of which never more than one block exists.
+    """Scores every label in float32; only one block of scores exists at a time.
 
     Attributes:
-      settings: Sizes of the blocks.
+      settings: The block sizes.
     """
 
     def __init__(
         self,
-        vectors: Float[np.ndarray, "n e"] | Share,
+        vectors: Float[np.ndarray, "n e"] | Shard,
         *,
         num_labels: int | None = None,
         query_block: int = 1024,
         label_block: int = 65536,
         mesh: Mesh | None = None,
     ):
-        """Places the vectors.
+        """Moves the vectors to the devices.
 
         Args:
-          vectors: Of the labels; a label's id is its row. Or, over a mesh, those that this process
-            holds.
-          num_labels: Of all processes together; None: `vectors` are all.
+          vectors: Label vectors; the id of a label is its row. With a mesh, a `Shard` holds only
+            the rows of this process.
+          num_labels: Labels of all processes together; None: `vectors` holds all of them.
           query_block: Queries searched at a time.
-          label_block: Labels scored at a time on each device: the scores of a block hold
-            query_block * label_block float32.
-          mesh: Whose (replica, fsdp) axes share the rows; None: the default device has them all.
+          label_block: Labels scored at a time on each device; a block of scores takes
+            4 * query_block * label_block bytes.
+          mesh: Rows are sharded over its (replica, fsdp) axes; None: the default device holds all.
         """
         self.settings: dict[str, Any] = {
             "kind": "exact",
             "query_block": query_block,
             "label_block": label_block,
         }
-        if not isinstance(vectors, Share):
-            vectors = Share(np.arange(len(vectors)), vectors)
+        if not isinstance(vectors, Shard):
+            vectors = Shard(np.arange(len(vectors)), vectors)
         vectors = vectors._replace(values=np.asarray(vectors.values, np.float32))
         self._num_labels = len(vectors.values) if num_labels is None else num_labels
         self._query_block = query_block
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        self._rows: _OnHost | _OnDevices
+        self._rows: _HostRows | _DeviceRows
         if device.platform == "cpu" and (mesh is None or mesh.size == 1):
-            self._rows = _OnHost(vectors.values[: self._num_labels], label_block)
+            self._rows = _HostRows(vectors.values[: self._num_labels], label_block)
         else:
-            self._rows = _OnDevices(vectors, self._num_labels, label_block, mesh)
+            self._rows = _DeviceRows(vectors, self._num_labels, label_block, mesh)
 
     def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
-        """Returns the k best labels of each query, best first, of equal scores the lower id first.
+        """Returns the k best labels of each query, best first, ties by the lower id.
 
         Where k exceeds the number of labels, rows end in id -1, score -inf.
         """
         few = min(k, self._num_labels)
-        result = index.nothing(len(queries), few)
-        # One program for all blocks; of few queries, one of the next power of two.
+        result = index.empty_result(len(queries), few)
+        # All blocks have one size, so one program is compiled; few queries are padded to a power
+        # of two.
         size = min(self._query_block, 1 << max(3, (len(queries) - 1).bit_length()))
         block = np.zeros((size, queries.shape[1]), np.float32)
         for start in range(0, len(queries) if few else 0, size):
@@ -80,28 +81,29 @@ class ExactIndex:
         return index.pad_columns(result, k)
 
 
-class _OnHost:
-    """All rows on one CPU: XLA multiplies and numpy selects, on all its cores."""
+class _HostRows:
+    """All rows on one CPU: XLA computes the scores and numpy selects, on all cores."""
 
     def __init__(self, values: Float[np.ndarray, "n e"], label_block: int):
         self._num_labels = len(values)
-        self._size = _whole_groups(min(label_block, len(values)))
+        self._size = _round_to_groups(min(label_block, len(values)))
         self._blocks = []
         for start in range(0, len(values), self._size):
             rows = values[start : start + self._size]
-            if missing := _whole_groups(len(rows)) - len(rows):  # No maximum changes by a copy.
+            # Copies of the last row do not change the maximum of its group.
+            if missing := _round_to_groups(len(rows)) - len(rows):
                 rows = np.pad(rows, ((0, missing), (0, 0)), mode="edge")
             self._blocks.append(jax.device_put(rows))
-        # Those that this process may use, where the system tells.
-        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else "1"
-        self._num_threads = len(mine)
+        # The cores that this process may use, if the system reports them; else one.
+        has_affinity = hasattr(os, "sched_getaffinity")
+        self._num_threads = len(os.sched_getaffinity(0)) if has_affinity else 1
         self._threads = futures.ThreadPoolExecutor(self._num_threads)
 
     def best(self, queries: Float[np.ndarray, "q e"], count: int, k: int) -> SearchResult:
-        """The k best rows of each of the first `count` queries; more are there for their number."""
+        """Returns the k best rows of each of the first `count` queries; the others are padding."""
         each = -(-count // self._num_threads)
         parts = [slice(start, min(start + each, count)) for start in range(0, count, each)]
-        best = [index.nothing(part.stop - part.start, k) for part in parts]
+        best = [index.empty_result(part.stop - part.start, k) for part in parts]
         group = top_k.group_size(k, self._size)
         for i, block in enumerate(self._blocks):
             scores, maxima = map(np.asarray, _score(queries, block, group=group))
@@ -111,18 +113,19 @@ class _OnHost:
             )
             scores, maxima = ([x[part] for part in parts] for x in (scores, maxima))
             best = list(self._threads.map(add, best, scores, maxima))
-            del scores, maxima  # Else the next block's would lie beside them.
+            del scores, maxima  # So that the scores of two blocks never exist together.
         return SearchResult(*map(np.concatenate, zip(*best, strict=True)))
 
 
-def _whole_groups(count: int) -> int:
+def _round_to_groups(count: int) -> int:
+    """Rounds up to a multiple of the group size."""
     return -(-max(1, count) // top_k.GROUP) * top_k.GROUP
 
 
-class _OnDevices:
-    """Rows over the devices of a mesh, or on one accelerator."""
+class _DeviceRows:
+    """Rows sharded over the devices of a mesh, or all on one accelerator."""
 
-    def __init__(self, vectors: Share, num_labels: int, label_block: int, mesh: Mesh | None):
+    def __init__(self, vectors: Shard, num_labels: int, label_block: int, mesh: Mesh | None):
         self._num_labels, self._mesh = num_labels, mesh
         if mesh is None:
             self._vectors = jax.device_put(vectors.values)
@@ -132,7 +135,7 @@ class _OnDevices:
         self._num_blocks = max(1, -(-(self._vectors.shape[0] // devices) // label_block))
 
     def best(self, queries: Float[np.ndarray, "q e"], count: int, k: int) -> SearchResult:
-        """The k best rows of each of the first `count` queries; more are there for their number."""
+        """Returns the k best rows of each of the first `count` queries; the others are padding."""
         found = _top_k(
             self._vectors,
             queries,
@@ -148,13 +151,13 @@ class _OnDevices:
 def _score(
     queries: Float[Array, "q e"], rows: Float[Array, "n e"], *, group: int
 ) -> tuple[Float[Array, "q n"], Float[Array, "q g"]]:
-    """All inner products, and the largest of each group of them."""
+    """Returns all inner products and the maximum of each group of columns."""
     scores = _inner_products(queries, rows)
     return scores, jnp.max(scores.reshape(len(scores), -1, group), axis=2)
 
 
 def _inner_products(queries: Float[Array, "q e"], rows: Float[Array, "n e"]) -> Float[Array, "q n"]:
-    """In float32 throughout."""
+    """Returns the inner products of all queries and rows, computed in float32 throughout."""
     return jnp.einsum(
         "qe,ne->qn",
         queries,
@@ -174,20 +177,20 @@ def _top_k(
     num_blocks: int,
     mesh: Mesh | None,
 ) -> SearchResult:
-    """The k best of the first `num_labels` rows, those of a device in `num_blocks` blocks."""
+    """Returns the k best of the first `num_labels` rows; each device scores `num_blocks` blocks."""
     local = functools.partial(_local_top_k, k=k, num_labels=num_labels, num_blocks=num_blocks)
     if mesh is None:
         return local(vectors, queries, 0)
 
-    def shared(rows: Float[Array, "n e"], queries: Float[Array, "q e"]) -> SearchResult:
+    def search_shard(rows: Float[Array, "n e"], queries: Float[Array, "q e"]) -> SearchResult:
         found = local(rows, queries, jax.lax.axis_index(ROWS) * rows.shape[0])
         # [q, devices * k] candidates, in the same order on every device.
         found = jax.tree.map(lambda x: jax.lax.all_gather(x, ROWS, axis=1, tiled=True), found)
         return _best(found, k)
 
-    # The results are equal on all devices, which the type of all_gather does not tell.
+    # The results are equal on all devices, which the type of all_gather does not express.
     search = jax.shard_map(
-        shared, mesh=mesh, in_specs=(P(ROWS), P()), out_specs=P(), check_vma=False
+        search_shard, mesh=mesh, in_specs=(P(ROWS), P()), out_specs=P(), check_vma=False
     )
     return search(vectors, queries)
 
@@ -201,11 +204,12 @@ def _local_top_k(
     num_labels: int,
     num_blocks: int,
 ) -> SearchResult:
-    """The k best rows of one device, whose first row is label `first`."""
+    """Returns the k best rows of one device, whose first row is label `first`."""
     size = -(-rows.shape[0] // num_blocks)
 
     def add_block(best: SearchResult, start: Array) -> tuple[SearchResult, None]:
-        # The last block ends with the rows: what it shares with the one before counts once.
+        # The last block ends with the last row; rows that it shares with the block before are
+        # masked, so that they count once.
         at = jnp.minimum(start, rows.shape[0] - size) + jnp.arange(size, dtype=jnp.int32)
         vectors = jax.lax.dynamic_slice_in_dim(rows, at[0], size)
         scores = _inner_products(queries, vectors)
@@ -225,6 +229,6 @@ def _local_top_k(
 
 
 def _best(found: SearchResult, k: int) -> SearchResult:
-    """The k best columns; of equal scores the earlier column, which must hold the lower id."""
+    """Returns the k best columns; ties go to the earlier column, which must hold the lower id."""
     scores, at = jax.lax.top_k(found.scores, k)
     return SearchResult(scores, jnp.take_along_axis(found.ids, at, axis=1))

@@ -1,4 +1,4 @@
-"""An index ready to search: kept, or built, tuned to a recall and kept; what is done is printed."""
+"""Opens a search index: loads it, or builds it, tunes it to a recall and saves it."""
 
 import contextlib
 import os
@@ -14,16 +14,17 @@ from jaxtyping import Float
 
 from vixml_jax import errors
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import console, progress
 from vixml_jax.search import cost as cost_lib
 from vixml_jax.search import index, scann, tuning
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.index import Index
 from vixml_jax.search.scann import ScannIndex
-from vixml_jax.structs import SearchResult, Share
+from vixml_jax.structs import SearchResult, Shard
 
 
 def open_index(
-    vectors: Float[np.ndarray, "n e"] | Share,
+    vectors: Float[np.ndarray, "n e"] | Shard,
     *,
     kind: str,
     directory: str = "",
@@ -37,62 +38,63 @@ def open_index(
     mesh: Mesh | None = None,
     num_labels: int | None = None,
 ) -> Index:
-    """The index to search these vectors with.
+    """Returns an index over label vectors, ready to search.
 
-    A ScaNN index is read from `directory` if it is of these vectors, else built and kept there; and
-    tuned, once for each k and recall, on a sample of the queries. Its settings then say `kind`,
-    `k`, `recall_wanted`, the `recall` reached on the sample, and all that was measured, as `curve`.
-    Where ScaNN cannot be imported a line says so, the settings say `wanted`, and search is exact.
+    A ScaNN index is loaded from `directory` if it is of these vectors; otherwise it is built and
+    saved there. It is tuned on a sample of the queries, once for each k and recall. Its settings
+    then hold `kind`, `k`, `recall_wanted`, the `recall` reached on the sample, and all measurements
+    as `curve`. Where ScaNN cannot be used, a message is printed, search is exact, and the settings
+    hold `wanted`.
 
     Args:
-      vectors: Of the labels; over a mesh of several processes, for exact search, those held here.
+      vectors: Label vectors; for exact search over a mesh of several processes, a `Shard` with the
+        rows of this process.
       kind: 'exact' or 'scann'.
-      directory: Where a ScaNN index is kept; empty: it is not.
-      queries: Such as it will be searched for, to tune it on; None: it is searched as tuned before
+      directory: Directory of the ScaNN index; empty: it is not saved.
+      queries: Typical queries, to tune the index on; None: it is searched as it was tuned before
         for the nearest k, or else as it was built.
-      k: Results that will be judged.
-      recall: Share of the exact k best to find, in (0, 1].
-      sample: Queries that it is tuned on at most.
-      query_block, label_block, mesh, num_labels: Of exact search; see `ExactIndex`.
-      memory_gb: What may be taken on the host; 0: what the machine has left.
+      k: Results per query that will be evaluated.
+      recall: Fraction of the exact k best labels to find, in (0, 1].
+      sample: Maximum number of queries used for tuning.
+      query_block, label_block, mesh, num_labels: See `ExactIndex`.
+      memory_gb: Host memory that may be used; 0: what is free on the machine.
 
     Raises:
       InputError: If the memory does not suffice, or the index cannot be written.
     """
-    values = vectors.values if isinstance(vectors, Share) else vectors
+    values = vectors.values if isinstance(vectors, Shard) else vectors
     limit = round(memory_gb * 2**30) or None
     blocks = {"query_block": query_block, "label_block": label_block}
     devices = jax.local_devices() if mesh is None else mesh.local_devices
-    # Other devices have a memory of their own.
-    on_host = len(devices) if mesh is not None else 1
-    exact_bytes = cost_lib.exact_bytes(*values.shape, devices=on_host, **blocks)
-    exact_bytes *= devices[0].platform == "cpu"
+    num_devices = len(devices) if mesh is not None else 1
+    exact_bytes = cost_lib.exact_bytes(*values.shape, devices=num_devices, **blocks)
+    exact_bytes *= devices[0].platform == "cpu"  # Accelerators have memory of their own.
     what = f"--search={kind}: {len(values):,} labels x {values.shape[1]}"
 
     def open_exact() -> ExactIndex:
-        instead = "choose a smaller --search.query_block or --search.label_block, or more memory"
-        cost_lib.check_room(exact_bytes, what, instead, limit=limit)
-        found = ExactIndex(vectors, num_labels=num_labels, mesh=mesh, **blocks)
-        found.settings.update(k=k, recall=1.0)
-        return found
+        remedy = "choose a smaller --search.query_block or --search.label_block, or more memory"
+        cost_lib.check_memory(exact_bytes, what, remedy, limit=limit)
+        exact = ExactIndex(vectors, num_labels=num_labels, mesh=mesh, **blocks)
+        exact.settings.update(k=k, recall=1.0)
+        return exact
 
     if kind == "exact":
         return open_exact()
-    if reason := scann.why_not():
-        print(f"--search=scann: {reason}; searching exactly instead", flush=True)
-        found = open_exact()
-        found.settings["wanted"] = kind
-        return found
+    if reason := scann.unavailable_reason():
+        print(f"--search=scann: {reason}; exact search is used instead", flush=True)
+        exact = open_exact()
+        exact.settings["wanted"] = kind
+        return exact
     values = np.ascontiguousarray(values, np.float32)
     tunable = queries is not None and len(queries) > 0
-    instead = "choose a machine with more memory, or --search=exact"
-    held, tree = cost_lib.search_bytes(*values.shape), None
+    remedy = "choose a machine with more memory, or --search=exact"
+    search_bytes, tree = cost_lib.search_bytes(*values.shape), None
     if os.path.isdir(directory):
-        cost_lib.check_room(held, what, instead, limit=limit)
-        tree = _kept(directory, values)
+        cost_lib.check_memory(search_bytes, what, remedy, limit=limit)
+        tree = _load(directory, values)
     if tree is None:
-        needed = max(held + exact_bytes * tunable, cost_lib.build_bytes(*values.shape))
-        cost_lib.check_room(needed, what, instead, limit=limit)
+        needed = max(search_bytes + exact_bytes * tunable, cost_lib.build_bytes(*values.shape))
+        cost_lib.check_memory(needed, what, remedy, limit=limit)
         tree = _build(values, scann.settings_for(len(values)), directory)
     if not tree.settings["leaves"]:
         tree.settings.update(k=k, recall=1.0)
@@ -103,61 +105,62 @@ def open_index(
         queries = queries[np.sort(chosen)]
         truth = open_exact().search(queries, k)
         point = _tune(tree, values, queries, truth, k, recall)
+        unreachable = f"recall@{k} of {recall} cannot be reached"
         if point["recall"] < recall and tree.settings["dimensions_per_block"] > 1:
-            print(f"recall@{k} of {recall} is out of reach: building anew with finer codes")
+            console.status(f"{unreachable}: building the index again with finer codes")
             del tree
             tree = _build(values, scann.settings_for(len(values), fine=True), directory)
             point = _tune(tree, values, queries, truth, k, recall)
         if point["recall"] < recall:
-            print(f"recall@{k} of {recall} is out of reach: searching for {point['recall']:.4f}")
+            print(f"{unreachable}: searching with recall {point['recall']:.4f}", flush=True)
         tree.use(point)
         if directory:
             with errors.writing(directory):
                 tree.save_points(directory)
     else:
-        print(f"index not tuned for recall@{k} of {recall}: no queries to tune it on", flush=True)
+        console.status(f"index not tuned for recall@{k} of {recall}: no queries to tune it on")
     return tree
 
 
-def _kept(directory: str, vectors: Float[np.ndarray, "n e"]) -> ScannIndex | None:
-    """The index in a directory; None: it is not of these vectors, or cannot be read."""
+def _load(directory: str, vectors: Float[np.ndarray, "n e"]) -> ScannIndex | None:
+    """Loads an index; returns None if it is of other vectors or cannot be read."""
     start = time.perf_counter()
     try:
-        found = ScannIndex.load(directory, vectors)
+        tree = ScannIndex.load(directory, vectors)
     except InputError as error:
-        print(error, flush=True)  # Says what it found, and that it is to be built anew.
+        console.status(str(error))
         return None
-    print(f"{directory}: index read in {time.perf_counter() - start:.1f} s", flush=True)
-    return found
+    console.status(f"{directory}: index loaded in {time.perf_counter() - start:.1f} s")
+    return tree
 
 
 def _build(
     vectors: Float[np.ndarray, "n e"], settings: dict[str, Any], directory: str
 ) -> ScannIndex:
-    """A new index, kept in the directory."""
+    """Builds an index and saves it to the directory, unless that is empty."""
     count, width = vectors.shape
     seconds = cost_lib.build_seconds(count, width, settings["leaves"])
-    needed = cost_lib.build_bytes(count, width) / 2**30
+    gigabytes = cost_lib.build_bytes(count, width) / 2**30
     what = f"building an index of {count:,} labels x {width}, {settings['leaves']:,} leaves"
-    with _passing(what, seconds, f"up to {needed:.1f} GB"):
+    with _timed(what, seconds, f"up to {gigabytes:.1f} GB"):
         tree = ScannIndex.build(vectors, settings)
     if directory:
         with errors.writing(directory):
             tree.save(directory)
-        print(f"index kept in {directory}", flush=True)
+        console.status(f"{directory}: index saved")
     return tree
 
 
 def _tuned_before(
     tree: ScannIndex, k: int, recall: float, *, exactly: bool
 ) -> dict[str, Any] | None:
-    """How the index was tuned before, if it was.
+    """Returns saved search settings for a k and recall; None if there are none.
 
     Args:
       tree: With its points.
-      k, recall: Asked for.
-      exactly: Whether a point for another k or recall will not do. Else the one for the least k
-        that is not smaller, then for the recall next to what is asked.
+      k, recall: Wanted.
+      exactly: Whether k and recall must match. Otherwise the point with the least k that is not
+        smaller is returned, and of several the one with the nearest recall.
     """
 
     def distance(point: dict[str, Any]) -> tuple[bool, int, float]:
@@ -177,14 +180,14 @@ def _tune(
     k: int,
     recall: float,
 ) -> dict[str, Any]:
-    """The cheapest way to search a tree for a recall, or the widest if none reaches it.
+    """Returns the cheapest search settings that reach a recall, or the widest if none does.
 
     Args:
       tree: To be searched.
-      vectors: Of its labels.
+      vectors: Label vectors of the tree.
       queries: The sample.
-      truth: What exact search finds of it.
-      k: Results that count.
+      truth: Exact results of the sample.
+      k: Results per query that count.
       recall: Wanted.
     """
 
@@ -208,15 +211,15 @@ def _tune(
         recall,
     )
     chosen = tuning.choose(found, recall, cost)
-    # What less and more would find, for the curve of recall and speed.
+    # Measure fewer and more leaves as well, so that the curve shows recall against speed.
     nearby = {
         max(1, min(leaves, round(chosen.leaves_searched * 2.0**step))) for step in range(-4, 5)
     }
-    known = {one.leaves_searched for one in found if one.reordered == chosen.reordered}
+    known = {point.leaves_searched for point in found if point.reordered == chosen.reordered}
     found += [measure(searched, chosen.reordered) for searched in sorted(nearby - known)]
     best = tuning.undominated(found, cost)
-    print(f"tuned on {len(queries):,} queries for recall@{k} of {recall}:")
-    print(tuning.table(best, chosen, k), flush=True)
+    console.status(f"tuned on {len(queries):,} queries for recall@{k} of {recall}:")
+    console.status(tuning.table(best, chosen, k))
     return {
         "k": k,
         "recall_wanted": recall,
@@ -224,31 +227,29 @@ def _tune(
         "leaves_searched": chosen.leaves_searched,
         "reordered": chosen.reordered,
         "sample": len(queries),
-        "curve": [one._asdict() for one in best],
+        "curve": [point._asdict() for point in best],
     }
 
 
 @contextlib.contextmanager
-def _passing(what: str, seconds: float, more: str) -> Iterator[None]:
-    """Tells how long a call takes that itself tells nothing: before, in a bar, and after.
+def _timed(what: str, seconds: float, more: str) -> Iterator[None]:
+    """Reports a call that reports no progress itself: before, while it runs, and after.
 
     Args:
-      what: Is done.
-      seconds: It takes, about.
-      more: What else is to be said before.
+      what: Describes the call.
+      seconds: Expected duration.
+      more: Appended to the first message.
     """
-    import tqdm
-
-    print(f"{what}: about {seconds:.0f} s, {more}", flush=True)
-    start, done = time.perf_counter(), threading.Event()
-    form = "{desc}: {n:.0f} of about {total:.0f} s |{bar}|"
-    # The estimate stands in for what is not known, so the bar waits at its end if it was too short.
-    with tqdm.tqdm(total=seconds, desc=what, bar_format=form, delay=1, disable=None) as bar:
+    console.status(f"{what}: about {seconds:.0f} s, {more}")
+    start, done, total = time.perf_counter(), threading.Event(), max(1, round(seconds))
+    with progress.track("index build", total, unit="s") as advance:
 
         def tick() -> None:
-            while not done.wait(0.5):
-                bar.n = min(time.perf_counter() - start, seconds)
-                bar.refresh()
+            # Stops at the expected duration, since it is not known how much longer it takes.
+            for _ in range(total):
+                if done.wait(1.0):
+                    break
+                advance(1)
 
         thread = threading.Thread(target=tick, daemon=True)
         thread.start()
@@ -257,4 +258,4 @@ def _passing(what: str, seconds: float, more: str) -> Iterator[None]:
         finally:
             done.set()
             thread.join()
-    print(f"{what}: done in {time.perf_counter() - start:.0f} s", flush=True)
+    console.status(f"{what}: done in {time.perf_counter() - start:.0f} s")

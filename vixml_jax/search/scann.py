@@ -1,4 +1,4 @@
-"""ScaNN: a tree over quantised label vectors, whose best candidates are scored exactly."""
+"""Approximate search with ScaNN: a tree over quantised vectors; candidates are scored exactly."""
 
 import hashlib
 import json
@@ -6,35 +6,45 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from jaxtyping import Float
 
 from vixml_jax.errors import InputError
 from vixml_jax.search import index
-from vixml_jax.storage import atomic
+from vixml_jax.storage import atomic, json_files
 from vixml_jax.structs import SearchResult
 
 ABOUT = "index.json"
 FORMAT = 2  # Of a saved index; raised when older ones can no longer be read.
-FEW = 10_000  # Below so many labels a tree gains nothing over scoring all.
+FEW = 10_000  # With fewer labels a tree is no faster than scoring all of them.
+SAMPLE = 250_000  # Maximum number of vectors from which the tree is learnt.
+_REMEDY = "the index has to be built again"
 
 
-SAMPLE = 250_000  # Vectors at most from which the tree is learnt.
+class _About(msgspec.Struct):
+    """Contents of `index.json`."""
+
+    format: Literal[2]  # FORMAT.
+    num_labels: int
+    fingerprint: str
+    settings: dict[str, Any]
+    points: list[dict[str, Any]]
 
 
 def settings_for(num_labels: int, *, fine: bool = False) -> dict[str, Any]:
-    """The settings of an index over so many labels, and how it is searched until it is tuned.
+    """Returns the build settings of an index, and the search settings used until it is tuned.
 
-    About sqrt(n) leaves make finding leaves and scoring what they hold cost alike. Labels near the
-    border of two leaves lie in both (SOAR, Sun et al., NeurIPS 2023), so few leaves suffice: on
-    embeddings of a trained tower the search found 0.985 of the exact 100 best among 19,000 vectors
+    With about sqrt(n) leaves, choosing leaves and scoring their contents cost the same. Labels near
+    the boundary of two leaves lie in both (SOAR, Sun et al., NeurIPS 2023), so few leaves suffice:
+    on embeddings of a trained tower the recall of the exact 100 best was 0.985 among 19,000 vectors
     and 0.99 among 120,000.
 
     Args:
       num_labels: Vectors of the index.
-      fine: Codes of twice the size, for vectors among which the usual ones tell too little.
+      fine: Use codes of twice the size, for vectors that the usual codes cannot distinguish.
     """
     if num_labels < FEW:
         return {"kind": "scann", "leaves": 0}
@@ -45,7 +55,7 @@ def settings_for(num_labels: int, *, fine: bool = False) -> dict[str, Any]:
         "soar_lambda": 1.5,
         "dimensions_per_block": 1 if fine else 2,
         "anisotropic_threshold": 0.2,
-        "k": 100,  # For so many results, or fewer:
+        "k": 100,  # The search settings below are meant for up to k results.
         "leaves_searched": max(30, leaves // 10),
         "reordered": 400,  # Candidates scored exactly.
     }
@@ -54,9 +64,11 @@ def settings_for(num_labels: int, *, fine: bool = False) -> dict[str, Any]:
 class ScannIndex:
     """Approximate maximum inner product search on all cores (Guo et al., ICML 2020).
 
+    Sets too small for a tree (`leaves` is 0) are searched exactly.
+
     Attributes:
-      settings: How it was built and is searched; sets too small for a tree are searched exactly.
-      points: How else it may be searched: settings tuned for some k, among them `k`,
+      settings: How the index was built and is searched.
+      points: Tuned search settings, each for one k and recall; dicts with at least `k`,
         `leaves_searched` and `reordered`.
     """
 
@@ -68,7 +80,7 @@ class ScannIndex:
         num_labels: int,
         points: Sequence[dict[str, Any]] = (),
     ):
-        """Use `build` or `load`."""
+        """Not called directly: use `build` or `load`."""
         self.settings, self.points = settings, list(points)
         self._searcher, self._fingerprint, self._num_labels = searcher, fingerprint, num_labels
 
@@ -76,20 +88,20 @@ class ScannIndex:
     def build(
         vectors: Float[np.ndarray, "n e"], settings: dict[str, Any] | None = None
     ) -> "ScannIndex":
-        """Builds an index, the same for the same vectors.
+        """Builds an index; equal vectors give equal indexes.
 
         Args:
-          vectors: Of the labels; a label's id is its row.
-          settings: As `settings_for` makes them, which is also the default.
+          vectors: Label vectors; the id of a label is its row.
+          settings: From `settings_for`; None: its defaults.
 
         Raises:
-          InputError: Where scann cannot be imported.
+          InputError: If scann cannot be used on this machine.
         """
         vectors = np.ascontiguousarray(vectors, np.float32)
         settings = settings_for(len(vectors)) if settings is None else settings
         builder = _import_scann().builder(vectors, 1, "dot_product")
         if settings["leaves"]:
-            # Without a random start; ScaNN takes no seed.
+            # ScaNN takes no seed, so a random start would not be reproducible.
             builder.tree(
                 settings["leaves"],
                 settings["leaves_searched"],
@@ -108,24 +120,24 @@ class ScannIndex:
         return ScannIndex(builder.build(), settings, _fingerprint(vectors), len(vectors))
 
     def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
-        """Returns the k best labels found of each query, best first; absent = -1, score -inf.
+        """Returns the k best labels found for each query, best first; absent = id -1, score -inf.
 
-        More results than the settings are meant for (`k` of them) take more leaves and candidates.
+        If k exceeds the k that the settings are meant for, more leaves and candidates are used.
         """
         if not self.settings["leaves"]:
             return self._search(queries, k)
-        few = min(k, self._num_labels)
-        many = max(1.0, few / self.settings["k"])
-        # Many results spread wide: leaves enough to hold 16 times as many.
-        needed = math.ceil(16 * few * self.settings["leaves"] / self._num_labels)
-        searched = max(self.settings["leaves_searched"], needed if many > 1.0 else 0)
-        reordered = math.ceil(self.settings["reordered"] * many)
+        k_real = min(k, self._num_labels)
+        scale = max(1.0, k_real / self.settings["k"])
+        # Many results are spread over many leaves: search enough to hold 16 times as many.
+        needed = math.ceil(16 * k_real * self.settings["leaves"] / self._num_labels)
+        searched = max(self.settings["leaves_searched"], needed if scale > 1.0 else 0)
+        reordered = math.ceil(self.settings["reordered"] * scale)
         return self.search_with(queries, k, leaves_searched=searched, reordered=reordered)
 
     def search_with(
         self, queries: Float[np.ndarray, "q e"], k: int, *, leaves_searched: int, reordered: int
     ) -> SearchResult:
-        """As `search`, with other settings than the index's own; of an index that has leaves."""
+        """Like `search`, with the given settings; the index must have leaves."""
         return self._search(
             queries,
             k,
@@ -134,95 +146,84 @@ class ScannIndex:
         )
 
     def _search(self, queries: Float[np.ndarray, "q e"], k: int, **options: int) -> SearchResult:
-        few = min(k, self._num_labels)
-        if not len(queries) or not few:
-            empty = np.empty((len(queries), 0))
-            return index.pad_columns(SearchResult(empty.astype("f4"), empty.astype("i4")), k)
+        k_real = min(k, self._num_labels)
+        if not len(queries) or not k_real:
+            return index.empty_result(len(queries), k)
         ids, scores = self._searcher.search_batched_parallel(
-            np.ascontiguousarray(queries, np.float32), final_num_neighbors=few, **options
+            np.ascontiguousarray(queries, np.float32), final_num_neighbors=k_real, **options
         )
-        absent = np.isnan(scores)  # Where the leaves held fewer; the id is 0 there.
+        absent = np.isnan(scores)  # The searched leaves held fewer than k labels; the id is 0.
         scores = np.where(absent, np.float32(-np.inf), scores)
         return index.pad_columns(SearchResult(scores, np.where(absent, -1, ids.astype("i4"))), k)
 
     def use(self, point: dict[str, Any]) -> None:
-        """Searches as a point says from now on, which is kept when the index is saved."""
+        """Makes a point the search settings, and adds it to the points that are saved."""
         if point not in self.points:
             self.points.append(point)
         self.settings = {**self.settings, **point}
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes the index, whole or not at all; replaces an older one."""
+        """Writes the index atomically; replaces an older one."""
         with atomic.directory(directory) as temporary:
             self._searcher.serialize(temporary, relative_path=True)
             self._write_about(os.path.join(temporary, ABOUT))
 
     def save_points(self, directory: str | os.PathLike) -> None:
-        """Writes settings and points alone, beside the index that `save` wrote or `load` read."""
+        """Writes only settings and points, into a directory that already holds this index."""
         with atomic.file(os.path.join(directory, ABOUT)) as temporary:
             self._write_about(temporary)
 
     def _write_about(self, path: str) -> None:
-        about = {
-            "format": FORMAT,
-            "num_labels": self._num_labels,
-            "fingerprint": self._fingerprint,
-            "settings": self.settings,
-            "points": self.points,
-        }
+        about = _About(FORMAT, self._num_labels, self._fingerprint, self.settings, self.points)
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(about, file, indent=2)
+            json.dump(msgspec.structs.asdict(about), file, indent=2)
 
     @staticmethod
     def load(directory: str | os.PathLike, vectors: Float[np.ndarray, "n e"]) -> "ScannIndex":
-        """Reads an index that `save` wrote.
+        """Loads an index that `save` wrote.
 
         Args:
-          directory: Where it lies.
-          vectors: Of the labels: what it must have been built from.
+          directory: Of the index.
+          vectors: Label vectors; the index must have been built from the same.
 
         Raises:
-          InputError: If there is none, it was built from other vectors or cannot be read, or scann
-            cannot be imported.
+          InputError: If the index is missing, damaged or of other vectors, or scann cannot be used
+            on this machine.
         """
         directory = os.path.abspath(directory)
         about = _read_about(directory)
-        if about["fingerprint"] != _fingerprint(vectors):
+        if about.fingerprint != _fingerprint(vectors):
             raise InputError(
-                f"{directory}: found an index of {about['num_labels']} other label vectors, "
-                f"expected of these {len(vectors)}; build it anew"
+                f"{directory}: found an index of {about.num_labels} other label vectors, expected "
+                f"one of the {len(vectors)} label vectors given; {_REMEDY}"
             )
         scann = _import_scann()
         try:
             searcher = scann.load_searcher(directory, assets_backcompat_shim=False)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"{directory}: found an index that scann cannot read ({_one_line(error)}); "
-                "build it anew"
+                f"{directory}: scann cannot read the index ({_one_line(error)}); {_REMEDY}"
             ) from None
-        fields = ("settings", "fingerprint", "num_labels", "points")
-        return ScannIndex(searcher, *(about[field] for field in fields))
+        return ScannIndex(
+            searcher, about.settings, about.fingerprint, about.num_labels, about.points
+        )
 
 
-def _read_about(directory: str) -> dict[str, Any]:
-    """What `save` wrote of the index."""
-    path = os.path.join(directory, ABOUT)
-    expected = f"expected a saved index of format {FORMAT}; build it anew"
-    try:
-        with open(path, encoding="utf-8") as file:
-            about = json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {_one_line(error)}; {expected}") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise InputError(f"{path}: found another format; {expected}")
-    # ScaNN would unpickle names of the rows, of which we write none.
+def _read_about(directory: str) -> _About:
+    """Reads `index.json`, and checks that ScaNN will not unpickle anything.
+
+    Raises:
+      InputError: If the file is missing or of another format, or the directory holds a pickle.
+    """
+    about = json_files.read(os.path.join(directory, ABOUT), _About, _REMEDY)
+    # ScaNN unpickles names of rows from this file. We never write it, so it may be malicious.
     if os.path.exists(os.path.join(directory, "scann_docids.pkl")):
-        raise InputError(f"{directory}: found scann_docids.pkl, expected no such file")
+        raise InputError(f"{directory}: found scann_docids.pkl, expected no such file; {_REMEDY}")
     return about
 
 
 def _fingerprint(vectors: Float[np.ndarray, "n e"]) -> str:
-    """SHA-256 of the shape and the float32 values."""
+    """SHA-256 of the shape and the float32 values, in hexadecimal."""
     vectors = np.ascontiguousarray(vectors, np.float32)
     digest = hashlib.sha256(str(vectors.shape).encode())
     digest.update(vectors.data)
@@ -233,24 +234,24 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def why_not() -> str | None:
-    """Why ScaNN cannot be used here, in one line; None: it can.
+def unavailable_reason() -> str | None:
+    """Returns the reason why ScaNN cannot be used on this machine, in one line; None: it can.
 
-    It needs Linux, and on x86 a processor with AVX2 and FMA, without which it would end the
+    ScaNN needs Linux and, on x86, a processor with AVX2 and FMA, without which it kills the
     process.
     """
     missing = {"avx2", "fma"} - _processor_flags() if platform.machine() == "x86_64" else None
     if missing:
-        return f"scann cannot be used here: this processor lacks {' and '.join(sorted(missing))}"
+        return f"scann cannot be used: this processor lacks {' and '.join(sorted(missing))}"
     try:
         from scann.scann_ops.py import scann_ops_pybind  # noqa: F401
     except ImportError as error:
-        return f"scann cannot be imported here ({_one_line(error)})"
+        return f"scann cannot be imported ({_one_line(error)})"
     return None
 
 
 def _import_scann() -> Any:
-    if reason := why_not():
+    if reason := unavailable_reason():
         raise InputError(f"--search=scann: {reason}; use --search=exact")
     from scann.scann_ops.py import scann_ops_pybind
 
@@ -258,10 +259,10 @@ def _import_scann() -> Any:
 
 
 def _processor_flags() -> set[str]:
-    """What the processor can do, as Linux tells; all that is asked for where it does not."""
+    """Feature flags of the processor; all required ones where the system does not list any."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            found = [line for line in file if line.startswith("flags")]
+            lines = [line for line in file if line.startswith("flags")]
     except OSError:
-        found = []
-    return set(found[0].split()) if found else {"avx2", "fma"}
+        lines = []
+    return set(lines[0].split()) if lines else {"avx2", "fma"}

@@ -1,11 +1,11 @@
-"""The cheapest setting of an index that finds what is asked for, from measurements on queries."""
+"""Finds the cheapest search settings that reach a recall, from measurements on sample queries."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
 class Measurement(NamedTuple):
-    """What one setting of a tree finds, and how fast."""
+    """Recall and speed of one setting of a tree index."""
 
     leaves_searched: int
     reordered: int  # Candidates scored exactly.
@@ -19,17 +19,17 @@ def frontier(
     reordered: Sequence[int],
     wanted: float,
 ) -> list[Measurement]:
-    """Measurements along the border between settings that find too little and those that suffice.
+    """Measures settings along the boundary between too little recall and enough.
 
-    Recall grows with either number, so the border is walked as a staircase: from the fewest leaves
-    and the most candidates, more leaves where the recall is short, else fewer candidates. For each
-    number of candidates that can suffice it meets the fewest leaves that do, in
-    `len(leaves) + len(reordered)` measurements at most.
+    Recall grows with either number, so the boundary is walked as a staircase: from the fewest
+    leaves and the most candidates, more leaves where the recall is too low, else fewer candidates.
+    For each number of candidates that can suffice, the walk meets the fewest leaves that do, in at
+    most `len(leaves) + len(reordered)` measurements.
 
     Args:
-      measure: (leaves searched, reordered) -> what is found.
-      leaves: To choose from, ascending.
-      reordered: To choose from, ascending.
+      measure: (leaves searched, reordered) -> measurement.
+      leaves: Choices, ascending.
+      reordered: Choices, ascending.
       wanted: Recall, in (0, 1].
     """
     found = []
@@ -46,10 +46,10 @@ def frontier(
 def choose(
     found: Sequence[Measurement], wanted: float, cost: Callable[[int, int], float]
 ) -> Measurement:
-    """The cheapest measurement of the recall wanted; where none is, the one that finds most.
+    """Returns the cheapest measurement with the wanted recall, else the one with the most recall.
 
-    Settings are compared by a model of their cost, not by their times: on a machine that is busy
-    the choice stays the same.
+    Settings are compared by a cost model instead of measured times, so that the choice is the same
+    on a busy machine.
 
     Args:
       found: From `frontier`.
@@ -57,31 +57,34 @@ def choose(
       cost: (leaves searched, reordered) -> cost, in any unit.
     """
 
-    def price(one: Measurement) -> tuple[float, int, int]:
-        return cost(one.leaves_searched, one.reordered), one.leaves_searched, one.reordered
+    def price(setting: Measurement) -> tuple[float, int, int]:
+        leaves_searched, reordered = setting.leaves_searched, setting.reordered
+        return cost(leaves_searched, reordered), leaves_searched, reordered
 
-    enough = [one for one in found if one.recall >= wanted]
-    if enough:
-        return min(enough, key=price)
-    most = max(one.recall for one in found)
-    return min((one for one in found if one.recall == most), key=price)
+    sufficient = [setting for setting in found if setting.recall >= wanted]
+    if sufficient:
+        return min(sufficient, key=price)
+    most = max(setting.recall for setting in found)
+    return min((setting for setting in found if setting.recall == most), key=price)
 
 
 def undominated(
     found: Sequence[Measurement], cost: Callable[[int, int], float]
 ) -> list[Measurement]:
-    """Those that find more than all that are cheaper, by the model of cost; the cheapest first."""
+    """Returns the settings with more recall than every cheaper one, cheapest first."""
+
+    def price(setting: Measurement) -> tuple[float, float]:
+        return cost(setting.leaves_searched, setting.reordered), -setting.recall
+
     best: list[Measurement] = []
-    for one in sorted(
-        found, key=lambda one: (cost(one.leaves_searched, one.reordered), -one.recall)
-    ):
-        if not best or one.recall > best[-1].recall:
-            best.append(one)
+    for setting in sorted(found, key=price):
+        if not best or setting.recall > best[-1].recall:
+            best.append(setting)
     return best
 
 
 def steps(least: int, most: int, per_doubling: int = 2) -> list[int]:
-    """Whole numbers from `least` to `most`, both among them, evenly by their logarithms."""
+    """Returns integers from `least` to `most`, both included, evenly spaced in their logarithm."""
     found, at = [], 0
     while (value := round(least * 2 ** (at / per_doubling))) < most:
         found.append(value)
@@ -90,11 +93,11 @@ def steps(least: int, most: int, per_doubling: int = 2) -> list[int]:
 
 
 def table(found: Sequence[Measurement], chosen: Measurement, k: int) -> str:
-    """The measurements, one a line; the chosen one is marked."""
+    """Formats measurements as a table, one per line; the chosen one is marked with '>'."""
     lines = [f"  {'leaves':>8} {'reordered':>10} {f'recall@{k}':>12} {'queries/s':>10}"]
-    for one in found:
+    for setting in found:
         lines.append(
-            f"{'>' if one == chosen else ' '} {one.leaves_searched:8,} {one.reordered:10,} "
-            f"{one.recall:12.4f} {one.queries_per_s:10,.0f}"
+            f"{'>' if setting == chosen else ' '} {setting.leaves_searched:8,} "
+            f"{setting.reordered:10,} {setting.recall:12.4f} {setting.queries_per_s:10,.0f}"
         )
     return "\n".join(lines)

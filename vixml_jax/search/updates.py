@@ -1,4 +1,4 @@
-"""An index of labels to which others were added, and from which some were removed."""
+"""An index of a run's labels to which labels were added and from which labels were removed."""
 
 from typing import Any
 
@@ -10,36 +10,42 @@ from vixml_jax.search.index import Index
 from vixml_jax.structs import SearchResult
 
 
-class ChangedIndex:
-    """Searches both and leaves out what was removed; ids of added labels follow the others.
+class UpdatedIndex:
+    """Searches the original and the added labels and leaves out the removed ones.
+
+    Ids of added labels follow those of the original labels.
 
     Attributes:
-      settings: Of the first index.
+      settings: Those of the original index.
     """
 
     def __init__(
-        self, first: Index, added: Index | None, num_first: int, removed: Int[np.ndarray, " r"]
+        self,
+        original: Index,
+        added: Index | None,
+        num_original: int,
+        removed: Int[np.ndarray, " r"],
     ):
-        """Takes the two indexes.
+        """Combines two indexes.
 
         Args:
-          first: Of the labels that there were.
-          added: Of those that were added; None: none were.
-          num_first: How many the first has.
-          removed: Ids of labels that are not to be found.
+          original: Over the original labels.
+          added: Over the added labels; None: there are none.
+          num_original: Number of original labels.
+          removed: Ids of removed labels, original or added.
         """
-        self.settings: dict[str, Any] = first.settings
-        self._first, self._added, self._num_first = first, added, num_first
+        self.settings: dict[str, Any] = original.settings
+        self._original, self._added, self._num_original = original, added, num_original
         self._removed = np.asarray(removed)
 
     def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
         """Returns the k best labels of each query, best first."""
-        # Few numbers of results, so that few programs are compiled.
-        more = len(self._removed) and 1 << (len(self._removed) - 1).bit_length()
-        found = [self._first.search(queries, k + more)]
+        # A power of two extra results, so that few programs are compiled.
+        extra = len(self._removed) and 1 << (len(self._removed) - 1).bit_length()
+        found = [self._original.search(queries, k + extra)]
         if self._added is not None:
-            scores, ids = self._added.search(queries, k + more)
-            found.append(SearchResult(scores, np.where(ids >= 0, ids + self._num_first, -1)))
+            scores, ids = self._added.search(queries, k + extra)
+            found.append(SearchResult(scores, np.where(ids >= 0, ids + self._num_original, -1)))
         scores, ids = (np.concatenate(x, axis=1) for x in zip(*found, strict=True))
         scores = np.where(np.isin(ids, self._removed), -np.inf, scores)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]

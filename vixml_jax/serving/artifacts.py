@@ -1,12 +1,13 @@
-"""What a run answers from: ids, texts and vectors of its labels, the tokenizer, its memory."""
+"""Serving artifacts of a run: label ids, texts and vectors, tokenizer, training neighbours."""
 
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from typing import Any
+from typing import Literal
 
+import msgspec
 import numpy as np
 from jaxtyping import Float32
 from scipy import sparse
@@ -14,97 +15,144 @@ from scipy import sparse
 from vixml_jax.data import store
 from vixml_jax.data.store import PreparedDataset, Texts
 from vixml_jax.errors import InputError
-from vixml_jax.storage import atomic
+from vixml_jax.storage import atomic, json_files
 
-DIRECTORY = "answers"  # In a run directory.
-ABOUT = "answers.json"
+DIRECTORY = "serving"  # In a run directory.
+ABOUT = "artifacts.json"
 FORMAT = 1
+# Names of version 0.1: the directory, its description, and the arrays of training queries.
+_DIRECTORY_0_1, _ABOUT_0_1 = "answers", "answers.json"
+_ARRAYS_0_1 = {
+    "train_vectors": "memory",
+    "train_indptr": "memory_indptr",
+    "train_labels": "memory_labels",
+}
+
+
+class About(msgspec.Struct):
+    """Contents of `artifacts.json`.
+
+    Attributes:
+      format: FORMAT.
+      name: Name of the data set.
+      step: Step of the model that made the vectors.
+      content_hash: Of the prepared data.
+      num_labels: Labels of the prepared data.
+      max_tokens: Tokens after which texts are cut.
+      mean_tokens: Tokens of a training query, on average.
+      image_width: Width of the image embeddings in the prepared data; 0: there are none.
+      images: Model that embedded the images, then ', aspect kept' or ', stretched'; empty: the data
+        came with embeddings or has no images.
+      arrays: Data type, shape and checksum of each array.
+    """
+
+    format: Literal[1]
+    name: str
+    step: int
+    content_hash: str
+    num_labels: store.NumLabels
+    max_tokens: int
+    mean_tokens: float
+    image_width: int
+    images: str
+    arrays: dict[str, store.ArrayInfo]
+
+    @property
+    def has_train_vectors(self) -> bool:
+        """Whether the artifacts hold vectors of the training queries."""
+        return "train_vectors" in self.arrays or _ARRAYS_0_1["train_vectors"] in self.arrays
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """Labels of a run, as its model of one step sees them; arrays stay on disk until they are read.
+class ServingArtifacts:
+    """Labels and training queries as the model of one step encodes them; arrays are memory-mapped.
 
     Attributes:
-      path: Their directory.
-      about: What `answers.json` says: the step, the data's content hash, lengths, who embedded
-        pictures.
-      ids, texts: Of the labels.
+      path: Directory of the artifacts.
+      about: Contents of `artifacts.json`.
+      ids, texts: Ids and texts of the labels.
       vectors: Unit prototypes of the labels.
-      memory: Unit vectors of the training queries; None: the run has no memory.
-      relevance: Labels of these [training queries, labels], ones.
+      train_vectors: Unit vectors of the training queries; None: saved without training neighbours.
+      train_relevance: Their labels, [training queries, labels], ones; None: likewise.
     """
 
     path: str
-    about: dict[str, Any]
+    about: About
     ids: Texts
     texts: Texts
     vectors: Float32[np.ndarray, "n e"]
-    memory: Float32[np.ndarray, "t e"] | None = None
-    relevance: sparse.csr_matrix | None = None
+    train_vectors: Float32[np.ndarray, "t e"] | None = None
+    train_relevance: sparse.csr_matrix | None = None
 
     @staticmethod
-    def open(path: str) -> "Answers":
-        """Opens what `keep` wrote.
+    def open(path: str) -> "ServingArtifacts":
+        """Opens artifacts that `save` wrote, and compares all arrays with their checksums.
 
         Raises:
-          InputError: If a file is missing, or holds something else than `answers.json` says.
+          InputError: If a file is missing or does not match its checksum in `artifacts.json`.
         """
-        about, again = read_about(path), "remove the directory to make it anew"
+        about = read_about(path)
 
         def array(name: str) -> np.ndarray:
-            found = store.open_array(path, name, about, ABOUT, again)
-            data = memoryview(found).cast("B") if found.size else b""
-            if hashlib.sha256(data).hexdigest() != about["arrays"][name]["sha256"]:
-                raise InputError(
-                    f"{os.path.join(path, name)}.npy: has other bytes than were written; {again}"
-                )
-            return found
+            if name not in about.arrays:
+                name = _ARRAYS_0_1.get(name, name)
+            info = {"arrays": about.arrays}
+            values = store.open_array(path, name, info, ABOUT, _remedy(path))
+            data = memoryview(values).cast("B") if values.size else b""
+            if hashlib.sha256(data).hexdigest() != about.arrays[name]["sha256"]:
+                file_name = os.path.join(path, f"{name}.npy")
+                raise InputError(f"{file_name}: does not match its checksum; {_remedy(path)}")
+            return values
 
         texts = {name: Texts(array(name), array(f"{name}_offsets")) for name in ("ids", "texts")}
-        memory = {}
-        if "memory" in about["arrays"]:
-            indptr, indices = array("memory_indptr"), array("memory_labels")
-            matrix = sparse.csr_matrix(
+        train = {}
+        if about.has_train_vectors:
+            indptr, indices = array("train_indptr"), array("train_labels")
+            relevance = sparse.csr_matrix(
                 (np.ones(len(indices), np.float32), indices, indptr),
-                shape=(len(indptr) - 1, about["num_labels"]),
+                shape=(len(indptr) - 1, about.num_labels),
             )
-            memory = {"memory": array("memory"), "relevance": matrix}
-        return Answers(path, about, **texts, vectors=array("vectors"), **memory)
+            train = {"train_vectors": array("train_vectors"), "train_relevance": relevance}
+        return ServingArtifacts(path, about, **texts, vectors=array("vectors"), **train)
 
 
-def read_about(path: str) -> dict[str, Any]:
-    """What `answers.json` says.
+def locate(workdir: str) -> str:
+    """Returns the directory of a run's serving artifacts, which need not exist yet."""
+    path, path_0_1 = (os.path.join(workdir, name) for name in (DIRECTORY, _DIRECTORY_0_1))
+    return path_0_1 if os.path.isdir(path_0_1) and not os.path.isdir(path) else path
+
+
+def read_about(path: str) -> About:
+    """Reads `artifacts.json` of a directory.
 
     Raises:
-      InputError: If it is not there, or of another format.
+      InputError: If it is missing, damaged or of another format.
     """
-    name = os.path.join(path, ABOUT)
-    try:
-        with open(name, encoding="utf-8") as file:
-            about = json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: {error}; remove {path} to make it anew") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise InputError(f"{name}: found another format, expected {FORMAT}; remove {path}")
-    return about
+    name, name_0_1 = (os.path.join(path, name) for name in (ABOUT, _ABOUT_0_1))
+    if os.path.exists(name_0_1) and not os.path.exists(name):
+        name = name_0_1
+    return json_files.read(name, About, _remedy(path))
 
 
-def keep(
+def _remedy(path: str) -> str:
+    return f"remove the directory {path}; it is then written again"
+
+
+def save(
     path: str,
     dataset: PreparedDataset,
     step: int,
     vectors: Float32[np.ndarray, "n e"],
-    memory: Float32[np.ndarray, "t e"] | None,
+    train_vectors: Float32[np.ndarray, "t e"] | None,
 ) -> None:
-    """Writes what a run answers from, whole or not at all; replaces what was there.
+    """Writes the serving artifacts of a run atomically; replaces those of another step.
 
     Args:
       path: Directory.
-      dataset: Of the run.
-      step: Of the model.
+      dataset: Prepared data of the run.
+      step: Step of the model.
       vectors: Unit prototypes of the labels.
-      memory: Unit vectors of the training queries; None: they are not remembered.
+      train_vectors: Unit vectors of the training queries; None: without training neighbours.
     """
     with atomic.directory(path) as temporary:
         writer = store.Writer(temporary)
@@ -113,23 +161,23 @@ def keep(
                 for chunk in texts.chunks():
                     append(chunk)
         writer.add("vectors", np.asarray(vectors, np.float32))
-        if memory is not None:
-            writer.add("memory", np.asarray(memory, np.float32))
-            writer.add("memory_indptr", np.asarray(dataset.train_relevance.indptr))
-            writer.add("memory_labels", np.asarray(dataset.train_relevance.indices))
+        if train_vectors is not None:
+            writer.add("train_vectors", np.asarray(train_vectors, np.float32))
+            writer.add("train_indptr", np.asarray(dataset.train_relevance.indptr))
+            writer.add("train_labels", np.asarray(dataset.train_relevance.indices))
         shutil.copyfile(dataset.tokenizer, os.path.join(temporary, store.TOKENIZER))
         offsets = dataset.train.tokens.offsets
-        about = {
-            "format": FORMAT,
-            "name": dataset.name,
-            "step": step,
-            "content_hash": dataset.content_hash,
-            "num_labels": dataset.num_labels,
-            "max_tokens": dataset.max_tokens,
-            "mean_tokens": float(offsets[-1]) / max(1, len(offsets) - 1),
-            "image_width": dataset.image_width,
-            "images": dataset.info["settings"]["images"],
-            "arrays": writer.arrays,
-        }
+        about = About(
+            format=FORMAT,
+            name=dataset.name,
+            step=step,
+            content_hash=dataset.content_hash,
+            num_labels=dataset.num_labels,
+            max_tokens=dataset.max_tokens,
+            mean_tokens=float(offsets[-1]) / max(1, len(offsets) - 1),
+            image_width=dataset.image_width,
+            images=dataset.info["settings"]["images"],
+            arrays=writer.arrays,
+        )
         with open(os.path.join(temporary, ABOUT), "w", encoding="utf-8") as file:
-            json.dump(about, file, indent=2, ensure_ascii=False)
+            json.dump(msgspec.structs.asdict(about), file, indent=2, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""A run for others to use: its tower as a Hugging Face directory and as StableHLO, its labels."""
+"""Exports a run to other programs: tower as Hugging Face directory and StableHLO, label vectors."""
 
 import itertools
 import json
@@ -19,20 +19,24 @@ from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.tower import TowerConfig
 from vixml_jax.parallel import sharding
+from vixml_jax.runtime import progress
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.storage import atomic
 from vixml_jax.structs import PackedItems
 
 TOWER, PROGRAM, ABOUT = "tower", "tower.stablehlo", "export.json"
-TOLERANCE = 1e-4  # Of an entry of a unit vector.
+TOLERANCE = 1e-4  # Largest difference of an entry of a unit vector.
 _ROWS = 1 << 14  # Labels written at a time.
-_MOST = 1_900_000_000  # Bytes of a program: what the format holds.
-_KINDS = ("Transformer", "Pooling", "Normalize")
+_MAX_PROGRAM_BYTES = 1_900_000_000  # The serialised format is limited to 2 GB.
+_PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # Used as padding if the tokenizer has them.
+_MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
 
 
 def host_tower(model: Model, params: Any) -> Any:
-    """The tower's parameters as numpy arrays in float32, without padding; a base kept in bfloat16
-    takes up its adapters without being rounded again."""
+    """Returns the tower's parameters as numpy arrays in float32, without padding.
+
+    In float32, adapters can be merged into a bfloat16 base without rounding it again.
+    """
     tower = sharding.unpad(params["tower"], model.abstract_params["tower"])
     return jax.tree.map(lambda x: np.asarray(x, np.float32), tower)
 
@@ -40,19 +44,20 @@ def host_tower(model: Model, params: Any) -> Any:
 def write_tower(
     directory: str, model: Model, tower: Any, *, like: str | None, tokenizer: str, max_tokens: int
 ) -> None:
-    """Writes what `AutoModel` and `PreTrainedTokenizerFast` of transformers load; text alone.
+    """Writes a directory for `AutoModel` and `PreTrainedTokenizerFast` of transformers; text only.
 
-    Position embeddings of an encoder that leaves room for pictures are turned round, so that those
-    of texts come first, as others count them; those of pictures come last. What a decoder trained
-    from nothing multiplies its words by goes into them.
+    Encoders with reserved image positions get their position embeddings rotated: those of texts
+    come first, as other programs count them, and those of images last. The factor by which a
+    decoder trained from scratch multiplies its token embeddings is multiplied into them.
 
     Args:
-      directory: Made.
-      model: Of the run.
-      tower: Its parameters, of `host_tower`.
-      like: Where it was loaded from; None: it was trained from nothing.
-      tokenizer: The run's tokenizer.json.
-      max_tokens: Where texts are cut.
+      directory: To be written.
+      model: Model of the run.
+      tower: Parameters from `host_tower`.
+      like: Hugging Face directory or name that the tower was loaded from; None: trained from
+        scratch.
+      tokenizer: Path of the run's tokenizer.json.
+      max_tokens: Tokens after which texts are cut.
 
     Raises:
       InputError: If `transformers` has no such tower.
@@ -67,36 +72,35 @@ def write_tower(
             tower = {**tower, "encoder": encoder}
     elif not config.causal:
         raise InputError(
-            "--model.causal=false: transformers has no decoder that sees both ways; leave the "
-            "tower out by --notower"
+            "--model.causal=false: transformers has no decoder with bidirectional attention; "
+            "leave the tower out by --notower"
         )
-    if like is None and config.word_scale != 1.0:
-        scaled = tower["word_embeddings"] * np.float32(config.word_scale)
+    if like is None and config.embedding_scale != 1.0:
+        scaled = tower["word_embeddings"] * np.float32(config.embedding_scale)
         tower = {**tower, "word_embeddings": scaled}
     hf_checkpoints.save_hf_tower(directory, tower, config=config, like=like)
     shutil.copyfile(tokenizer, os.path.join(directory, store.TOKENIZER))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_tokens}
     with open(tokenizer, encoding="utf-8") as file:
-        words = {token["content"] for token in json.load(file)["added_tokens"]}
-    pad = next((word for word in ("[PAD]", "<pad>", "<|endoftext|>") if word in words), None)
+        tokens = {token["content"] for token in json.load(file)["added_tokens"]}
+    pad = next((token for token in _PAD_TOKENS if token in tokens), None)
     _write_json(directory, "tokenizer_config.json", about | ({"pad_token": pad} if pad else {}))
     if isinstance(config, BertConfig):
         _write_modules(directory, config.width, max_tokens)
 
 
 def _write_modules(directory: str, width: int, max_tokens: int) -> None:
-    """What `sentence_transformers.SentenceTransformer` wants to know."""
-    paths = ("", "1_Pooling", "2_Normalize")
+    """Writes the files that `sentence_transformers.SentenceTransformer` reads."""
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(zip(paths, _KINDS, strict=True))
+        for i, (path, kind) in enumerate(_MODULES)
     ]
-    for path in paths[1:]:
+    for path, _ in _MODULES:
         os.makedirs(os.path.join(directory, path), exist_ok=True)
     _write_json(directory, "modules.json", modules)
     _write_json(directory, "sentence_bert_config.json", {"max_seq_length": max_tokens})
     _write_json(
-        os.path.join(directory, paths[1]),
+        os.path.join(directory, "1_Pooling"),
         "config.json",
         {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True},
     )
@@ -108,18 +112,19 @@ def _write_json(directory: str, name: str, value: Any) -> None:
 
 
 def program(model: Model, tower: Any) -> jax.export.Exported:
-    """Unit vectors [b, e] of token ids [b, t] and mask [b, t], int32, for any b and t.
+    """Returns a program from token ids [b, t] and mask [b, t], int32, to unit vectors [b, e].
 
-    A row is all that the tower reads of one text: special tokens, a decoder's prompt too.
+    b and t are symbolic. A row holds the complete sequence of one text: special tokens and, for a
+    decoder, the prompt.
 
     Raises:
       InputError: If the tower is too large for one program.
     """
     size = sum(x.nbytes for x in jax.tree.leaves(tower))
-    if size > _MOST:
+    if size > _MAX_PROGRAM_BYTES:
         raise InputError(
-            f"the tower's {size / 1e9:.1f} GB are more than a program of StableHLO holds "
-            f"({_MOST / 1e9:.1f} GB); leave it out by --noprogram"
+            f"the tower has {size / 1e9:.1f} GB, but a StableHLO program holds at most "
+            f"{_MAX_PROGRAM_BYTES / 1e9:.1f} GB; leave it out by --noprogram"
         )
     layout, config = model.layout, model.tower.config
     first = layout.num_images if layout.reserve_images else 0
@@ -133,8 +138,8 @@ def program(model: Model, tower: Any) -> jax.export.Exported:
             image_at=jnp.full_like(ids, -1),
             images=jnp.zeros((0, max(1, config.image_width)), jnp.float16),
         )
-        found = model.tower.apply({"params": tower}, packed, ids.shape[0], deterministic=True)
-        return unit(found)
+        vectors = model.tower.apply({"params": tower}, packed, ids.shape[0], deterministic=True)
+        return unit(vectors)
 
     shape = jax.export.symbolic_shape("b, t")
     argument = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -143,7 +148,7 @@ def program(model: Model, tower: Any) -> jax.export.Exported:
 
 
 def rows_of(predictor: Predictor, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask [b, t], int32, as the tower reads these texts."""
+    """Returns token ids and mask [b, t], int32: the complete sequences of texts."""
     layout, items = predictor.model.layout, predictor.items(texts)
     values, offsets = items.tokens
     rows = []
@@ -153,90 +158,93 @@ def rows_of(predictor: Predictor, texts: list[str]) -> tuple[np.ndarray, np.ndar
         rows.append(np.concatenate(pieces))
     ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
     mask = np.zeros_like(ids)
-    for row, found in enumerate(rows):
-        ids[row, : len(found)], mask[row, : len(found)] = found, 1
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
     return ids, mask
 
 
 def write_program(path: str, predictor: Predictor, tower: Any, texts: list[str]) -> float:
-    """Writes the query tower as StableHLO, if read back it finds what the run finds.
+    """Writes the tower as StableHLO, after checking that it computes the same vectors as the run.
 
     Args:
       path: Of the file.
       predictor: Of the run.
-      tower: Its tower's parameters, of `host_tower`.
-      texts: To try it on.
+      tower: Parameters from `host_tower`.
+      texts: Texts to check it on.
 
     Returns:
-      The largest difference of an entry.
+      The largest difference of an entry of a vector.
 
     Raises:
-      InputError: If that is above TOLERANCE, or the tower too large.
+      InputError: If the difference is above TOLERANCE, or the tower is too large.
     """
-    written = program(predictor.model, tower).serialize()
-    read = jax.export.deserialize(written)
-    found = np.asarray(read.call(*rows_of(predictor, texts)))
-    difference = float(np.abs(found - predictor.encode(texts)).max())
+    serialized = program(predictor.model, tower).serialize()
+    deserialized = jax.export.deserialize(serialized)
+    vectors = np.asarray(deserialized.call(*rows_of(predictor, texts)))
+    difference = float(np.abs(vectors - predictor.encode(texts)).max())
     if not difference <= TOLERANCE:
         raise InputError(
-            f"{path}: the program differs from the run by {difference:.1e}, above {TOLERANCE}; "
-            "leave it out by --noprogram"
+            f"{path}: vectors of the program differ from those of the run by {difference:.1e}, "
+            f"expected at most {TOLERANCE}; leave the program out by --noprogram"
         )
-    atomic.write_bytes(path, written)
+    atomic.write_bytes(path, serialized)
     return difference
 
 
-def labels_of(
+def label_blocks(
     predictor: Predictor,
 ) -> Iterator[tuple[list[str], list[str], Float[np.ndarray, "n e"]]]:
-    """Ids, texts and unit vectors of all labels that are searched, so many at a time."""
-    answers, changes = predictor.answers, predictor.changes
-    start, gone = 0, changes.removed
-    chunks = zip(answers.ids.chunks(_ROWS), answers.texts.chunks(_ROWS), strict=True)
+    """Yields ids, texts and unit vectors of all labels, label updates applied, in blocks."""
+    artifacts, updates = predictor.artifacts, predictor.updates
+    start = 0
+
+    def select(
+        ids: list[str], texts: list[str], vectors: Float[np.ndarray, "n e"]
+    ) -> tuple[list[str], list[str], Float[np.ndarray, "n e"]]:
+        rows = np.arange(start, start + len(ids))
+        kept = np.flatnonzero(~np.isin(rows, updates.removed))
+        return [ids[i] for i in kept], [texts[i] for i in kept], vectors[kept]
+
+    chunks = zip(artifacts.ids.chunks(_ROWS), artifacts.texts.chunks(_ROWS), strict=True)
     for ids, texts in chunks:
-        stay = np.flatnonzero(~np.isin(np.arange(start, start + len(ids)), gone))
-        vectors = np.asarray(answers.vectors[start : start + len(ids)])
-        yield [ids[i] for i in stay], [texts[i] for i in stay], vectors[stay]
+        yield select(ids, texts, np.asarray(artifacts.vectors[start : start + len(ids)]))
         start += len(ids)
-    stay = np.flatnonzero(~np.isin(np.arange(start, start + len(changes.ids)), gone))
-    if len(stay):
-        yield (
-            [changes.ids[i] for i in stay],
-            [changes.texts[i] for i in stay],
-            changes.vectors[stay],
-        )
+    if updates.ids:
+        yield select(updates.ids, updates.texts, updates.vectors)
 
 
 def write_labels(directory: str, predictor: Predictor) -> None:
-    """Writes labels.npy, float32 [l, e], and labels.parquet with id, text and vector, both in the
-    same order, a part at a time."""
+    """Writes labels.npy, float32 [l, e], and labels.parquet with id, text and vector.
+
+    Both have the same order.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import tqdm
 
-    count, width = predictor.num_labels, predictor.answers.vectors.shape[1]
+    count, width = predictor.num_labels, predictor.artifacts.vectors.shape[1]
     fields = [("id", pa.string()), ("text", pa.string()), ("vector", pa.list_(pa.float32(), width))]
     schema = pa.schema(fields)
-    into = np.lib.format.open_memmap(
+    array = np.lib.format.open_memmap(
         os.path.join(directory, "labels.npy"), mode="w+", dtype=np.float32, shape=(count, width)
     )
-    done = 0
+    written = 0
     with (
         pq.ParquetWriter(os.path.join(directory, "labels.parquet"), schema) as file,
-        tqdm.tqdm(total=count, desc="labels", unit="label", unit_scale=True, disable=None) as bar,
+        progress.track("labels", count, unit="label") as advance,
     ):
-        for ids, texts, vectors in labels_of(predictor):
-            into[done : done + len(ids)] = vectors
+        for ids, texts, vectors in label_blocks(predictor):
+            array[written : written + len(ids)] = vectors
             flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
-            column = pa.FixedSizeListArray.from_arrays(flat, width)
-            file.write_table(pa.table([pa.array(ids), pa.array(texts), column], schema=schema))
-            done += len(ids)
-            bar.update(len(ids))
-    into.flush()
+            vector_column = pa.FixedSizeListArray.from_arrays(flat, width)
+            columns = [pa.array(ids, pa.string()), pa.array(texts, pa.string()), vector_column]
+            file.write_table(pa.table(columns, schema=schema))
+            written += len(ids)
+            advance(len(ids))
+    array.flush()
 
 
 def describe(predictor: Predictor, config: TowerConfig) -> dict[str, Any]:
-    """How others get the run's vectors from the tower."""
+    """Returns export.json: how other programs compute the run's vectors with the tower."""
     layout = predictor.model.layout
     at = layout.unseen.index("text")
     before, after = (
@@ -246,17 +254,17 @@ def describe(predictor: Predictor, config: TowerConfig) -> dict[str, Any]:
     return {
         "pooling": config.pooling,
         "unit_length": True,
-        "max_tokens": predictor.answers.about["max_tokens"],
+        "max_tokens": predictor.artifacts.about.max_tokens,
         "trimmed": list(layout.trim),
         "before": before,
         "after": after,
         "width": config.width,
         "labels": predictor.num_labels,
-        "pictures": layout.num_images if predictor.image_width else 0,
+        "images": layout.num_images if predictor.image_width else 0,
     }
 
 
 def write_projection(path: str, tower: Any) -> None:
-    """Writes what turns embeddings of pictures into the tower's tokens: kernel [v, d], bias [d]."""
+    """Writes the projection of image embeddings to tower inputs: kernel [v, d], bias [d]."""
     with atomic.file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **tower["image_projection"])

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole, or not at all."""
+"""Atomic writes: files and directories that appear only once they are complete."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from vixml_jax.storage import object_store
 
 @contextlib.contextmanager
 def directory(path: str | os.PathLike) -> Iterator[str]:
-    """Yields an empty directory that becomes `path`; what was there is removed only afterwards."""
+    """Yields an empty directory that becomes `path` at the end, replacing what was there."""
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary, retired = (f"{path}.{word}-{os.getpid()}" for word in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)  # Of a process that was killed.
+    temporary, retired = (f"{path}.{suffix}-{os.getpid()}" for suffix in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)  # Left by a process that was killed.
     os.mkdir(temporary)
     try:
         yield temporary
@@ -36,14 +36,15 @@ def directory(path: str | os.PathLike) -> Iterator[str]:
 
 @contextlib.contextmanager
 def file(path: str | os.PathLike) -> Iterator[str]:
-    """Yields a name to write to, which becomes `path`; makes the directories above.
+    """Yields a file name to write to, which becomes `path` at the end.
 
-    A pipe or a device, /dev/null say, is written to as it is: a file must not take its place.
+    Missing parent directories are created. A pipe or a device, such as /dev/null, is written to
+    directly, because a file must not replace it.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         yield os.fspath(path)
         return
-    path = os.path.realpath(path)  # Else a file would take the place of a link to it.
+    path = os.path.realpath(path)  # A symbolic link stays, its target is replaced.
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
@@ -55,8 +56,8 @@ def file(path: str | os.PathLike) -> Iterator[str]:
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a whole file, here or in a store of objects."""
-    if not object_store.is_local(path):  # Objects appear when they are whole.
+    """Writes a file atomically, on a disk or in an object store."""
+    if not object_store.is_local(path):  # Object stores write objects atomically.
         epath.Path(path).write_bytes(data)
         return
     with file(path) as temporary, open(temporary, "wb") as out:
@@ -64,5 +65,5 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a whole file in UTF-8, here or in a store of objects."""
+    """Writes a UTF-8 file atomically, on a disk or in an object store."""
     write_bytes(path, text.encode("utf-8"))

@@ -1,9 +1,8 @@
-"""Checkpoints on disk: sealed with the digests of their files, checked before they are read.
+"""Checksums of checkpoints, written with them and verified before they are read.
 
-Neither a file system nor the formats of arrays notice every damage: a crash of the machine leaves
-files cut or empty, a disk turns bytes. So a directory that is written once and read much later
-carries a list of its files, their sizes and checksums, made as the last thing before it gets its
-name.
+Neither file systems nor array formats detect all damage: a crash of the machine can leave files
+truncated or empty, and a disk can corrupt bytes. A checkpoint directory therefore holds a list of
+its files with their sizes and checksums, written last, just before the directory gets its name.
 """
 
 import concurrent.futures
@@ -12,151 +11,146 @@ import os
 import zlib
 from typing import Any
 
-import jax
 from etils import epath
 
-from vixml_jax.parallel import distributed
 from vixml_jax.storage import object_store
 
 NAME = "digests.json"
 COMMITTED = "commit_success.txt"
-# Orbax writes them when all else is done, the last of all; reading needs neither.
-_UNSEALED = ("_CHECKPOINT_METADATA", COMMITTED)
+# Orbax writes these files last, after the digests; reading a checkpoint needs neither.
+_NOT_COVERED = ("_CHECKPOINT_METADATA", COMMITTED)
 _CHUNK = 1 << 22
-_TIMEOUT_S = 3600  # Of one write, the slowest process's.
+_TIMEOUT_S = 3600  # Time limit of one write on the slowest process.
 
 
-def seal(directory: str) -> None:
-    """Writes the digests of all files of a directory, and has the disk keep them for good."""
+def write_digests(directory: str) -> None:
+    """Writes the digests of all files of a directory, and flushes everything to the disk."""
     files = _files(directory)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        digests = pool.map(lambda name: _digest(directory, name, True), files)
-        found = dict(zip(files, digests, strict=True))
+        values = pool.map(lambda name: _digest(directory, name, flush=True), files)
+        digests = dict(zip(files, values, strict=True))
     path = epath.Path(directory) / NAME
-    path.write_text(json.dumps({"files": found, "check": _check(found)}, indent=0) + "\n")
+    path.write_text(json.dumps({"files": digests, "check": _check(digests)}, indent=0) + "\n")
     if object_store.is_local(directory):
-        _keep(os.fspath(path))
+        _flush(os.fspath(path))
         for folder in {os.path.dirname(name) for name in files} | {""}:
-            _keep(os.path.join(directory, folder))
+            _flush(os.path.join(directory, folder))
 
 
 def damage(directory: str) -> str | None:
-    """What is wrong with a sealed directory: the first file that is, and how; None: nothing."""
+    """The first mismatch between a directory and its digests, in words; None if it is intact."""
     try:
-        told = json.loads((epath.Path(directory) / NAME).read_bytes())
-        if told["check"] != _check(told["files"]):
-            return f"{NAME} has other bytes than were written"
-        items = [(name, *digest) for name, digest in told["files"].items()]
+        digests = json.loads((epath.Path(directory) / NAME).read_bytes())
+        if digests["check"] != _check(digests["files"]):
+            return f"{NAME} has a wrong checksum"
+        items = [(name, *digest) for name, digest in digests["files"].items()]
     except FileNotFoundError:
         return f"{NAME} is missing"
-    except (ValueError, TypeError, KeyError):
-        return f"{NAME} has other bytes than were written"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return f"{NAME} has unreadable content"
 
-    def wrong(item: tuple[str, int, str]) -> str | None:
-        name, size, check = item
+    def mismatch(item: tuple[str, int, str]) -> str | None:
+        name, expected_size, expected_check = item
         try:
-            found = _digest(directory, name, False)
+            size, check = _digest(directory, name)
         except (OSError, ValueError):
             return f"{name} is missing"
-        if found[0] != size:
-            return f"{name} has {found[0]} bytes, {size} were written"
-        return None if found[1] == check else f"{name} has other bytes than were written"
+        if size != expected_size:
+            return f"{name} has {size} bytes, expected {expected_size}"
+        return None if check == expected_check else f"{name} has a wrong checksum"
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return next((said for said in pool.map(wrong, items) if said), None)
+        return next((text for text in pool.map(mismatch, items) if text), None)
 
 
 def steps(directory: str) -> list[int]:
-    """The steps whose checkpoints are complete in a directory, ascending."""
+    """Steps with complete checkpoints in a directory, ascending."""
     root = epath.Path(directory)
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if path.name.isdigit() and path.is_dir()]
-    # In a store of objects nothing is renamed: what is there may be under way.
-    done = [
-        path for path in found if object_store.is_local(directory) or (path / COMMITTED).exists()
+    paths = [path for path in root.iterdir() if path.name.isdigit() and path.is_dir()]
+    # On a disk a checkpoint is renamed once it is complete. Object stores cannot rename.
+    complete = [
+        path for path in paths if object_store.is_local(directory) or (path / COMMITTED).exists()
     ]
-    return sorted(int(path.name) for path in done)
+    return sorted(int(path.name) for path in complete)
 
 
-def newest_whole(directory: str) -> tuple[int | None, dict[int, str]]:
-    """The newest step that is as it was written, and what is wrong with those after it.
+def newest_intact(directory: str) -> tuple[int | None, dict[int, str]]:
+    """The newest step whose checkpoint is intact, and what is wrong with later ones.
 
-    Of several processes the first one looks; the others learn the step alone.
+    Returns:
+      The step, None if there is none, and a description of the damage by step.
     """
-    step, damaged = -1, {}
-    if jax.process_index() == 0:
-        for candidate in reversed(steps(directory)):
-            said = damage(os.path.join(directory, str(candidate)))
-            if said is None:
-                step = candidate
-                break
-            damaged[candidate] = said
-    step = distributed.first_says(step)
-    return (None if step < 0 else step), damaged
+    damaged = {}
+    for step in reversed(steps(directory)):
+        mismatch = damage(os.path.join(directory, str(step)))
+        if mismatch is None:
+            return step, damaged
+        damaged[step] = mismatch
+    return None, damaged
 
 
 def read(directory: str, **items: Any) -> dict[str, Any]:
-    """Items of a checkpoint.
+    """The items of a checkpoint, by name.
 
     Args:
-      directory: Of one step.
-      items: Abstract arrays with shardings, by the item's name; rows that are not there are zero,
-        those beyond are left out. None: an item of JSON.
+      directory: Directory of one step.
+      items: Abstract arrays with shardings for each item, None for a JSON item. Where a stored
+        array has fewer rows the rest is zero; additional rows are dropped.
     """
     import orbax.checkpoint as ocp
 
-    wanted = {
+    restores = {
         name: ocp.args.JsonRestore()
         if like is None
         else ocp.args.StandardRestore(like, strict=False)
         for name, like in items.items()
     }
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*wanted)) as checkpointer:
-        found = checkpointer.restore(epath.Path(directory), args=ocp.args.Composite(**wanted))
-    return {name: found[name] for name in wanted}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*restores)) as checkpointer:
+        restored = checkpointer.restore(epath.Path(directory), args=ocp.args.Composite(**restores))
+    return {name: restored[name] for name in restores}
 
 
-def writer(directory: str) -> Any:
-    """Options for Orbax under which all that is saved in a directory is sealed."""
+def async_options(directory: str) -> Any:
+    """Orbax options that write digests with every checkpoint saved in a directory."""
     import orbax.checkpoint as ocp
 
-    def seal_it() -> None:
-        # Process 0 comes here when the files of all are written, before the directory gets its
-        # name (on a disk) or the file that says that it is complete (in a store of objects).
+    def write_new_digests() -> None:
+        # Process 0 calls this once all processes have written their files, before the directory
+        # gets its final name (on a disk) or the file that marks it as complete (object store).
         for path in epath.Path(directory).iterdir():
             if object_store.is_local(directory):
                 is_new = ocp.utils.TMP_DIR_SUFFIX in path.name
             else:
                 is_new = path.is_dir() and not (path / COMMITTED).exists()
             if is_new:
-                seal(os.fspath(path))
+                write_digests(os.fspath(path))
 
-    return ocp.AsyncOptions(timeout_secs=_TIMEOUT_S, post_finalization_callback=seal_it)
+    return ocp.AsyncOptions(timeout_secs=_TIMEOUT_S, post_finalization_callback=write_new_digests)
 
 
 def _files(directory: str) -> list[str]:
-    """All files below, but the digests themselves; paths relative to the directory, sorted."""
-    found, folders = [], [""]
+    """Relative paths of all files covered by the digests, sorted."""
+    names, folders = [], [""]
     while folders:
         folder = folders.pop()
         for path in (epath.Path(directory) / folder).iterdir():
             name = os.path.join(folder, path.name)
             if path.is_dir():
                 folders.append(name)
-            elif folder or name not in (NAME, *_UNSEALED):
-                found.append(name)
-    return sorted(found)
+            elif folder or name not in (NAME, *_NOT_COVERED):
+                names.append(name)
+    return sorted(names)
 
 
-def _digest(directory: str, name: str, keep: bool) -> tuple[int, str]:
-    """Size and checksum of a file; of one that lies in a store of objects, which checks each
-    object itself, the size alone.
+def _digest(directory: str, name: str, *, flush: bool = False) -> tuple[int, str]:
+    """Size and CRC-32 of a file; no CRC in an object store, which verifies objects itself.
 
     Args:
-      directory: Where it lies,
-      name: under this name.
-      keep: Whether the disk shall have it for good before this returns.
+      directory: Directory of the checkpoint.
+      name: Path of the file within it.
+      flush: Whether to flush the file to the disk.
     """
     path = epath.Path(directory) / name
     if not object_store.is_local(directory):
@@ -166,8 +160,8 @@ def _digest(directory: str, name: str, keep: bool) -> tuple[int, str]:
         while chunk := file.read(_CHUNK):
             check = zlib.crc32(chunk, check)
         size = file.tell()
-    if keep:
-        _keep(os.fspath(path))
+    if flush:
+        _flush(os.fspath(path))
     return size, f"{check:08x}"
 
 
@@ -175,7 +169,7 @@ def _check(files: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(files).encode()):08x}"
 
 
-def _keep(path: str) -> None:
+def _flush(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Directories in a store of objects, as gs://bucket/run: reached through etils' epath."""
+"""Directories in an object store, such as gs://bucket/run, accessed with etils' epath."""
 
 import concurrent.futures
 import contextlib
@@ -13,108 +13,112 @@ from absl import flags
 from etils import epath
 
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import progress
 
 CACHE = os.path.join("~", ".cache", "vixml_jax", "data")
-_EVERY_S = 60.0  # Between copies of what a run appends to.
+_EVERY_S = 60.0  # Time between two copies by a Mirror.
 _CHUNK = 1 << 24
 _THREADS = 16
 
 
 def define_flag(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines `--data_cache`. It is no part of a run: each machine may have another."""
+    """Defines `--data_cache`, which may differ between the machines of a run."""
     flags.DEFINE_string(
         "data_cache",
         CACHE,
-        "Directory of this machine where prepared data of a --data=gs://... are copied to, once.",
+        "Local directory for copies of prepared data from --data=gs://...; each is copied once.",
         flag_values=values,
     )
 
 
 def is_local(path: str | os.PathLike) -> bool:
-    """Whether a path is on a file system, not in a store of objects."""
+    """Whether a path is on a file system, not in an object store."""
     return "://" not in os.fspath(path)
 
 
 def absolute(path: str) -> str:
-    """The path from the root; that of a store is one."""
+    """The absolute path; paths in an object store are returned unchanged."""
     return os.path.abspath(path) if is_local(path) else path
 
 
 def check(path: str, flag: str) -> None:
-    """Refuses a store that cannot be reached, before any work.
+    """Checks that the object store of a path can be accessed; does nothing for local paths.
+
+    Args:
+      path: Path given by the user.
+      flag: Name of its flag, for the error message.
 
     Raises:
-      InputError: If what reads it is not installed, or it denies access.
+      InputError: If the client library is not installed, or access is denied.
     """
     if is_local(path):
         return
     try:
-        # Objects are written by tensorstore too: a listing that is kept would not know of them.
+        # tensorstore writes objects as well, which a cached listing of gcsfs would not contain.
         import fsspec
 
         fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
         epath.Path(path).exists()
     except ImportError as error:
         raise InputError(
-            f"--{flag}={path}: {error}; install what reads it: pip install 'vixml_jax[gcs]'"
+            f"--{flag}={path}: {error}; install support for it: pip install 'vixml_jax[gcs]'"
         ) from None
-    except Exception as error:  # Each store has errors of its own.
+    except Exception as error:  # Each object store raises its own types.
         raise InputError(
-            f"--{flag}={path}: cannot be reached ({error}); to sign in to Google Cloud: gcloud "
-            "auth application-default login"
+            f"--{flag}={path}: cannot be accessed ({error}); to sign in to Google Cloud, run: "
+            "gcloud auth application-default login"
         ) from None
 
 
-def copied(path: str, name: str, cache: str) -> str:
-    """A directory of a store as a local one, copied the first time that this machine asks for it.
+def local_copy(path: str, name: str, cache: str) -> str:
+    """Path of a local copy of a directory in an object store, made on the first call.
 
-    Processes of one machine that ask together wait for the one that copies; a copy that was cut off
-    is begun again.
+    Other processes of this machine wait for the one that copies. A copy that was interrupted is
+    started again.
 
     Args:
-      path: What to copy.
-      name: Of the copy; says what is in it, as a digest does.
-      cache: Where copies are kept.
+      path: Directory in the object store.
+      name: Name of the copy, which must identify its content.
+      cache: Local directory that holds the copies.
 
-    Returns:
-      Where it lies.
+    Raises:
+      InputError: If the disk lacks the space for the copy.
     """
-    from vixml_jax.data import progress
-
     cache = os.path.abspath(os.path.expanduser(cache))
-    here = os.path.join(cache, name)
+    copy = os.path.join(cache, name)
     os.makedirs(cache, exist_ok=True)
-    with _alone(here + ".lock"):
-        if os.path.isdir(here):
-            return here
-        files = {found.relative_to(path): found.stat().length for found in _files(path)}
-        room = shutil.disk_usage(cache).free
-        if sum(files.values()) > room:
+    with _locked(copy + ".lock"):
+        if os.path.isdir(copy):
+            return copy
+        files = {file.relative_to(path): file.stat().length for file in _files(path)}
+        total, free = sum(files.values()), shutil.disk_usage(cache).free
+        if total > free:
             raise InputError(
-                f"--data_cache={cache}: {path} takes {sum(files.values()):,} bytes, {room:,} are "
-                "free; make room, or name another directory"
+                f"--data_cache={cache}: {path} takes {total:,} bytes, but only {free:,} are free; "
+                "free disk space, or choose another directory"
             )
         with (
             tempfile.TemporaryDirectory(dir=cache, prefix=f"{name}.tmp-") as scratch,
-            progress.watch(f"bytes of {path}", sum(files.values())) as update,
+            progress.track(f"bytes of {path}", total) as update,
             concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
         ):
             for size in pool.map(lambda file: _download(path, file, scratch), files):
                 update(size)
-            os.rename(scratch, here)
-            os.makedirs(scratch)  # For the one who clears it away.
-    return here
+            os.rename(scratch, copy)
+            os.makedirs(scratch)  # TemporaryDirectory expects it to exist.
+    return copy
 
 
 def _files(path: str) -> list[epath.Path]:
-    found, folders = [], [epath.Path(path)]
+    files, folders = [], [epath.Path(path)]
     while folders:
-        for one in folders.pop().iterdir():
-            (folders if one.is_dir() else found).append(one)
-    return found
+        for entry in folders.pop().iterdir():
+            (folders if entry.is_dir() else files).append(entry)
+    return files
 
 
 def _download(path: str, file: os.PathLike, to: str) -> int:
+    """Copies one file of a directory; returns its size in bytes."""
     target = os.path.join(to, os.fspath(file))
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with (epath.Path(path) / file).open("rb") as source, open(target, "wb") as copy:
@@ -123,74 +127,77 @@ def _download(path: str, file: os.PathLike, to: str) -> int:
 
 
 @contextlib.contextmanager
-def _alone(lock: str) -> Iterator[None]:
+def _locked(lock: str) -> Iterator[None]:
+    """Holds a lock file, so that one process of the machine at a time runs the block."""
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _about(path: str) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
+def _version(path: str) -> tuple[int, int]:
+    """Size and modification time, by which a changed file is recognised."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 class Mirror:
-    """A directory that files are appended to: a store has no such files, so they are written on
-    this machine and copied there, in the background once a minute, and when all is done.
+    """A local directory whose files are copied to an object store.
 
-    A local directory is its own mirror: nothing is copied.
+    Object stores cannot append to a file. A run therefore appends to files in a local directory,
+    which are copied in the background once a minute, and at the end. If the target is a local
+    directory, it is used directly and nothing is copied.
 
     Attributes:
-      here: Where to write.
+      local: The local directory to write to.
 
     Args:
-      directory: Where the files belong.
-      names: Of those that exist and are appended to.
+      directory: The target directory.
+      names: Names of existing files that will be appended to.
     """
 
     def __init__(self, directory: str, names: list[str]):
-        self._there = None if is_local(directory) else epath.Path(directory)
-        self.here, self._copied_at = directory, time.monotonic()
-        if self._there is None:
+        self._target = None if is_local(directory) else epath.Path(directory)
+        self.local, self._copied_at = directory, time.monotonic()
+        if self._target is None:
             return
         self._scratch = tempfile.TemporaryDirectory(prefix="vixml_jax-")
-        self.here = self._scratch.name
-        self._known: dict[str, tuple[int, int]] = {}  # Size and time of what is there.
+        self.local = self._scratch.name
+        self._copied: dict[str, tuple[int, int]] = {}  # Version of each file in the target.
         for name in names:
-            if (self._there / name).exists():
-                _download(os.fspath(self._there), name, self.here)
-                self._known[name] = _about(os.path.join(self.here, name))
+            if (self._target / name).exists():
+                _download(os.fspath(self._target), name, self.local)
+                self._copied[name] = _version(os.path.join(self.local, name))
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        self._under_way: concurrent.futures.Future | None = None
+        self._pending: concurrent.futures.Future | None = None
 
     def copy(self) -> None:
-        """Has what changed copied, if it is time to; returns at once."""
-        if self._there is None or time.monotonic() - self._copied_at < _EVERY_S:
+        """Starts copying changed files in the background, at most once a minute."""
+        if self._target is None or time.monotonic() - self._copied_at < _EVERY_S:
             return
-        if self._under_way:
-            if not self._under_way.done():
+        if self._pending:
+            if not self._pending.done():
                 return
-            self._under_way.result()
+            self._pending.result()
         self._copied_at = time.monotonic()
-        self._under_way = self._pool.submit(self._copy)
+        self._pending = self._pool.submit(self._copy)
 
     def close(self) -> None:
-        """Copies the rest; what was written here is gone then."""
-        if self._there is None:
+        """Copies the remaining changes and removes the local directory."""
+        if self._target is None:
             return
         self._pool.shutdown()
         self._copy()
         self._scratch.cleanup()
 
     def _copy(self) -> None:
-        for folder, _, names in os.walk(self.here):
+        for folder, _, names in os.walk(self.local):
             for name in names:
                 path = os.path.join(folder, name)
-                file = os.path.relpath(path, self.here)
-                seen = _about(path)
-                if self._known.get(file) != seen:
-                    to = self._there / file
-                    to.parent.mkdir(parents=True, exist_ok=True)
-                    with open(path, "rb") as source, to.open("wb") as copy:
+                file = os.path.relpath(path, self.local)
+                version = _version(path)
+                if self._copied.get(file) != version:
+                    target = self._target / file
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with open(path, "rb") as source, target.open("wb") as copy:
                         shutil.copyfileobj(source, copy, _CHUNK)
-                    self._known[file] = seen
+                    self._copied[file] = version

@@ -1,4 +1,4 @@
-"""Checkpoints: the state, the clusters and the position in the data, saved and found together."""
+"""Checkpoints of a run: training state, query clusters and data position, saved together."""
 
 import contextlib
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from vixml_jax import errors
+from vixml_jax import errors, workdir
 from vixml_jax.errors import InputError
 from vixml_jax.parallel import distributed
 from vixml_jax.storage import digests, object_store
@@ -21,33 +21,33 @@ from vixml_jax.structs import LabelState, TrainState
 
 
 class Checkpoints:
-    """Orbax checkpoints of a run, written in the background, sealed with digests, checked when
-    found.
+    """Orbax checkpoints of a run, written in the background, with checksums of all files.
 
     A checkpoint holds three items: `model` (parameters and label state, all that evaluation
-    needs), `training` (optimizer, bank, clusters) and `position` (where the data stand). The best
-    model so far lies in a directory of its own, as a `model` alone; which one that is the newest
-    checkpoint's position says, so a kill at any time leaves the two in agreement.
+    needs), `training` (optimizer state, bank, clusters) and `position` (where the data iterator
+    is). The best model so far is kept in a directory of its own, as a `model` item alone. The
+    newest checkpoint's position names its step, so the two directories agree whenever the process
+    is killed.
 
-    Opening the directory makes order in it: what a kill left half written goes, and checkpoints
-    that are not as they were written move to `<directory>.damaged/`, said in a line each.
+    Opening the directory cleans it up: half-written checkpoints are deleted, and checkpoints whose
+    checksums do not match are moved to `<directory>.damaged/`, with a warning for each.
 
     Args:
-      directory: Of the checkpoints.
-      keep: Newest ones kept.
-      every: Steps after which one is due,
-      minutes: and minutes, of process 0's clock; 0: never.
+      directory: Where the checkpoints are.
+      max_to_keep: Number of newest checkpoints to keep.
+      every: Steps between checkpoints.
+      minutes: Also save when this many minutes have passed on process 0's clock; 0: never.
       best: Directory of the best model; None: none is kept.
 
     Raises:
-      InputError: If there are checkpoints, and all of them are damaged; then nothing is moved.
+      InputError: If there are checkpoints and all of them are damaged; nothing is moved then.
     """
 
     def __init__(
         self,
         directory: str,
         *,
-        keep: int,
+        max_to_keep: int,
         every: int,
         minutes: float = 0.0,
         best: str | None = None,
@@ -56,26 +56,26 @@ class Checkpoints:
 
         self._ocp = ocp
         self._directory = object_store.absolute(directory)
-        self._keep, self._every, self._minutes = keep, every, minutes
-        _put_back(self._directory)
+        self._max_to_keep, self._every, self._minutes = max_to_keep, every, minutes
+        _finish_replacement(self._directory)
         _move_damaged(self._directory)
-        self._manager = self._open(self._directory, ("model", "training", "position"), keep)
+        self._manager = self._open(self._directory, ("model", "training", "position"), max_to_keep)
         self._best_directory = best and object_store.absolute(best)
         self._best = best and self._open(self._best_directory, ("model",), None)
         self._due, self._saved_at = False, time.monotonic()
-        self._under_way: tuple[int, int] | None = None  # Step and bytes.
+        self._pending: tuple[int, int] | None = None  # Step and bytes of an unfinished write.
         self._failed = False
 
-    def _open(self, directory: str, items: tuple[str, ...], keep: int | None) -> Any:
+    def _open(self, directory: str, items: tuple[str, ...], max_to_keep: int | None) -> Any:
         ocp = self._ocp
         return ocp.CheckpointManager(
             directory,
             item_names=items,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                max_to_keep=max_to_keep,
                 create=True,
                 cleanup_tmp_directories=True,
-                async_options=digests.writer(directory),
+                async_options=digests.async_options(directory),
             ),
         )
 
@@ -83,62 +83,69 @@ class Checkpoints:
         """The newest step saved, or None."""
         return self._manager.latest_step()
 
-    def check_room(self, like: TrainState) -> str:
-        """What checkpoints of such a state take, in a line.
+    def check_disk_space(self, like: TrainState) -> str:
+        """A status line with the size of the checkpoints of such a state.
 
         Raises:
-          InputError: If the disk has no room for those that a run keeps and the one under way.
+          InputError: If the disk cannot hold the checkpoints that a run keeps and the one being
+            written.
         """
-        size = nbytes(like._replace(frozen=()))
-        model = nbytes((like.params, like.labels))
-        count = self._keep + 1
-        wanted = count * size + (2 * model if self._best else 0)
-        told = f"checkpoints: up to {_amount(size)} each, {count} at a time"
+        checkpoint_bytes = nbytes(like._replace(frozen=()))
+        model_bytes = nbytes((like.params, like.labels))
+        count = self._max_to_keep + 1
+        needed = count * checkpoint_bytes + (2 * model_bytes if self._best else 0)
+        line = f"checkpoints: up to {_format_size(checkpoint_bytes)} each, at most {count} on disk"
         if self._best:
-            told += f", and the best model, up to {_amount(model)}, twice"
+            line += f"; best model: up to {_format_size(model_bytes)}, at most 2 on disk"
         if not object_store.is_local(self._directory) or jax.process_index():
-            return told
+            return line
         free = shutil.disk_usage(self._directory).free
-        held = _bytes_in(self._directory) + (_bytes_in(self._best_directory) if self._best else 0)
-        if free + held < wanted:
+        used = _bytes_in(self._directory) + (_bytes_in(self._best_directory) if self._best else 0)
+        if free + used < needed:
             raise InputError(
-                f"{self._directory}: no room for {told}: {wanted:,} bytes, and {free:,} are free "
-                f"beside the {held:,} that this run has there; make room, choose another "
-                "--workdir, or keep fewer (--loop.keep)"
+                f"{self._directory}: not enough disk space: {needed:,} bytes needed, {used:,} used "
+                f"by this run so far and {free:,} free ({line}); free disk space, choose another "
+                "--workdir, or lower --loop.max_to_keep"
             )
-        return f"{told}; {_amount(free)} free"
+        return f"{line}; {_format_size(free)} free"
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step: one is due, and the one before is written.
+        """Whether to save after this step: a checkpoint is due and the last one is written.
 
-        One that falls due while another is written is due from then on: the loop never waits.
+        A checkpoint that falls due while another is being written stays due, so that training
+        never waits for the disk.
         """
-        waited = time.monotonic() - self._saved_at
-        if step % self._every == 0 or 0 < 60 * self._minutes <= waited:
+        elapsed_s = time.monotonic() - self._saved_at
+        if step % self._every == 0 or 0 < 60 * self._minutes <= elapsed_s:
             self._due = True
         self.check()
-        return self._due and self._under_way is None
+        return self._due and self._pending is None
 
     def save(
         self, state: TrainState, clusters: Int[np.ndarray, " n"], position: dict[str, Any]
     ) -> None:
-        """Saves under the state's step; returns once the arrays are copied.
+        """Saves a checkpoint under the state's step; returns once the arrays are copied.
 
-        Waits for the one before, should it still be written. One of the same step is replaced.
+        Waits for an unfinished write first. A checkpoint of the same step is replaced.
+
+        Args:
+          state: Its frozen parameters are not saved.
+          clusters: Cluster of each training query.
+          position: Data position, as JSON.
 
         Raises:
-          InputError: If the disk is full, here or where it is found later. What was saved before
-            stands.
+          InputError: If the disk is full, now or when the write is waited for. Earlier
+            checkpoints are kept.
         """
         self.wait()
         step = int(state.step)
-        replaced = step == self.latest_step()
-        if replaced:
+        replaces = step == self.latest_step()
+        if replaces:
             _set_aside(self._directory, step)
             self._manager.reload()
         args = self._ocp.args
-        self._under_way = step, nbytes(state._replace(frozen=()))
-        with self._on_disk():
+        self._pending = step, nbytes(state._replace(frozen=()))
+        with self._reporting_disk_faults():
             saved = self._manager.save(
                 step,
                 args=args.Composite(
@@ -156,24 +163,27 @@ class Checkpoints:
             )
         assert saved, f"step {step} after step {self.latest_step()}"
         self._due, self._saved_at = False, time.monotonic()
-        if replaced:
+        if replaces:
             self.wait()
-            _put_back(self._directory)
+            _finish_replacement(self._directory)
 
     def restore(
         self, like: TrainState, clusters: Int[np.ndarray, " n"]
     ) -> tuple[TrainState, Int[np.ndarray, " n"], dict[str, Any]]:
-        """The newest checkpoint, placed as `like` is, whatever mesh it was saved on: rows that
-        stand for nothing are left out or filled with zeros.
+        """The newest checkpoint, sharded as `like` is, whatever mesh it was saved on.
 
-        Where the best model that it names is damaged or gone, which is said, none is named.
+        Padding rows are cut off or added as the mesh requires. If the best model that the position
+        names is damaged or missing, a warning is printed and the position returned names none.
 
         Args:
-          like: A state of the same shapes and shardings; of its arrays the frozen ones are kept.
+          like: A state of the same shapes and shardings; its frozen parameters are kept.
           clusters: An array of the clusters' shape and dtype.
+
+        Returns:
+          The state, the cluster of each training query, and the data position.
         """
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
-        found = digests.read(
+        items = digests.read(
             os.path.join(self._directory, str(self._manager.latest_step())),
             model={"params": abstract.params, "labels": abstract.labels},
             training={
@@ -184,7 +194,7 @@ class Checkpoints:
             },
             position=None,
         )
-        model, training = found["model"], found["training"]
+        model, training = items["model"], items["training"]
         state = TrainState(
             step=training["step"],
             params=model["params"],
@@ -193,45 +203,53 @@ class Checkpoints:
             labels=LabelState(*model["labels"]),
             bank=training["bank"],
         )
-        position = self._with_best(found["position"])
+        position = self._without_damaged_best(items["position"])
         return state, np.asarray(training["clusters"]), position
 
-    def _with_best(self, position: dict[str, Any]) -> dict[str, Any]:
-        """The position, without a best model that cannot be read."""
+    def _without_damaged_best(self, position: dict[str, Any]) -> dict[str, Any]:
+        """The position; it names no best model if that one cannot be read."""
         step = position["best_step"]
         if step is None or not self._best:
             return position
-        said = None
+        reason = None
         if jax.process_index() == 0:
-            said = digests.damage(os.path.join(self._best_directory, str(step)))
-        if distributed.first_says(said is None):
+            reason = digests.damage(os.path.join(self._best_directory, str(step)))
+        if distributed.broadcast_from_first(reason is None):
             return position
         if jax.process_index() == 0:
-            where = _move(self._best_directory, step) if step in self._best.all_steps() else None
+            moved = ""
+            if step in self._best.all_steps():
+                moved = f" and was moved to {_move(self._best_directory, step)}"
             print(
-                f"{self._best_directory}: step {step}, the best model, is damaged ({said})"
-                f"{where and f': moved to {where}'}; the best is chosen among what is judged from "
-                "here on"
+                f"{self._best_directory}: the best model (step {step}) is damaged ({reason})"
+                f"{moved}; a new one is selected from the next evaluation on"
             )
-        distributed.meet("checkpoints: best moved")
+        distributed.barrier("checkpoints: best moved")
         self._best.reload()
         return position | {"best": None, "best_step": None, "waited": 0}
 
     def save_best(self, state: TrainState, labels: LabelState) -> None:
-        """Saves a state's parameters, with the labels that they were judged with, beside the best
-        model before; returns once they are on disk."""
+        """Saves a best model beside the previous one; returns once it is on disk.
+
+        Args:
+          state: Its step and parameters are saved.
+          labels: The label state that the parameters were evaluated with.
+        """
         args = self._ocp.args
         self.wait()
-        self._under_way = int(state.step), nbytes((state.params, labels))
-        with self._on_disk():
+        self._pending = int(state.step), nbytes((state.params, labels))
+        with self._reporting_disk_faults():
             model = args.StandardSave({"params": state.params, "labels": labels})
             self._best.save(int(state.step), args=args.Composite(model=model))
             self._best.wait_until_finished()
-        self._under_way = None
+        self._pending = None
 
     def drop_best_but(self, step: int | None) -> None:
-        """Deletes all that `save_best` saved but the model of `step`, which the newest checkpoint
-        names: older ones, and those of a run that was killed before its next checkpoint."""
+        """Deletes every best model but that of `step`, which the newest checkpoint names.
+
+        The others are earlier best models, and those of a run that was killed before its next
+        checkpoint.
+        """
         if self._best:
             self.wait()
             for other in self._best.all_steps():
@@ -239,19 +257,19 @@ class Checkpoints:
                     self._best.delete(other)
 
     def check(self) -> None:
-        """Raises what went wrong in a write that is over; does not wait for one that is not."""
-        if self._under_way and not self._manager.is_saving_in_progress():
+        """Raises the error of a finished write, if it failed; does not wait for one under way."""
+        if self._pending and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
-        with self._on_disk():
+        with self._reporting_disk_faults():
             self._manager.wait_until_finished()
-        self._under_way = None
+        self._pending = None
 
     def close(self) -> None:
-        """Waits and lets go."""
-        if self._failed:  # What there is to say has been said.
+        """Waits for writes and closes the checkpoint managers."""
+        if self._failed:  # The error has already been raised.
             return
         self.wait()
         self._manager.close()
@@ -259,39 +277,38 @@ class Checkpoints:
             self._best.close()
 
     @contextlib.contextmanager
-    def _on_disk(self) -> Iterator[None]:
-        """Turns a disk that takes no more into one line, and removes what was half written."""
+    def _reporting_disk_faults(self) -> Iterator[None]:
+        """Turns a disk fault into an `InputError` and deletes what is half written."""
         try:
             yield
         except Exception as error:
             self._failed = True
-            said = errors.disk_fault(error)
-            if said is None:
+            fault = errors.disk_fault(error)
+            if fault is None:
                 raise
             directories = [d for d in (self._directory, self._best_directory) if d]
+            # Measured before the half-written files are deleted.
             free = [shutil.disk_usage(d).free for d in directories if object_store.is_local(d)]
             if jax.process_index() == 0:
                 for path in (p for d in directories for p in epath.Path(d).iterdir()):
                     if not path.name.isdigit():
                         path.rmtree(missing_ok=True)
-            step, size = self._under_way or (0, 0)
-            standing = digests.steps(self._directory)
-            stands = (
-                f"the checkpoint of step {standing[-1]} stands" if standing else "none is saved"
-            )
+            step, size = self._pending or (0, 0)
+            steps = digests.steps(self._directory)
+            latest = f"the checkpoint of step {steps[-1]} is kept" if steps else "none was saved"
+            was_free = f", {free[0]:,} bytes were free" if free else ""
             raise InputError(
-                f"{self._directory}: {said} while saving step {step}, which takes up to {size:,} "
-                f"bytes; {', '.join(f'{n:,}' for n in free[:1])} were free; {stands}: make room "
-                "and start again with the same command"
+                f"{self._directory}: {fault} while saving step {step} (up to {size:,} bytes"
+                f"{was_free}); {latest}; free disk space and run the same command again"
             ) from None
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays, over all devices, as they are written but for compression."""
+    """Bytes of all arrays over all devices, before compression."""
     return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def _amount(size: int) -> str:
+def _format_size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
@@ -304,52 +321,55 @@ def _bytes_in(directory: str) -> int:
 
 
 def _move_damaged(directory: str) -> None:
-    """Moves checkpoints that are newer than the newest whole one, so damaged, out of the way."""
-    step, damaged = digests.newest_whole(directory)
-    if step is None and distributed.first_says(bool(damaged)):
-        listed = "; ".join(f"step {found}: {said}" for found, said in damaged.items())
+    """Moves the damaged checkpoints that are newer than the newest intact one out of the way."""
+    step, damaged = workdir.newest_checkpoint(directory)
+    if step is None and distributed.broadcast_from_first(bool(damaged)):
+        reasons = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
         raise InputError(
-            f"{directory}: no checkpoint is whole ({listed}); nothing was changed; put one back, "
-            "or start anew in another --workdir"
+            f"{directory}: all checkpoints are damaged ({reasons}); nothing was changed; restore "
+            "one from a backup, or start again with another --workdir"
         )
-    for found, said in damaged.items():
-        where = _move(directory, found)
+    for number, reason in damaged.items():
+        target = _move(directory, number)
         print(
-            f"{directory}: the checkpoint of step {found} is damaged ({said}): moved to {where}; "
-            f"going on from step {step}"
+            f"{directory}: the checkpoint of step {number} is damaged ({reason}) and was moved to "
+            f"{target}; resuming from step {step}"
         )
-    distributed.meet("checkpoints: damaged moved")
+    distributed.barrier("checkpoints: damaged moved")
 
 
 def _move(directory: str, step: int) -> str:
-    """Moves a checkpoint to `<directory>.damaged/`, beside others of its step; returns where."""
-    aside = epath.Path(f"{directory}.damaged")
-    aside.mkdir(parents=True, exist_ok=True)
-    taken = {path.name for path in aside.iterdir()}
+    """Moves a checkpoint to `<directory>.damaged/`, under a new name if its step is taken there.
+
+    Returns:
+      The new path.
+    """
+    parent = epath.Path(f"{directory}.damaged")
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = {path.name for path in parent.iterdir()}
     names = [str(step), *(f"{step}.{n}" for n in range(2, len(taken) + 3))]
-    to = aside / next(name for name in names if name not in taken)
-    (epath.Path(directory) / str(step)).rename(to)
-    return os.fspath(to)
+    target = parent / next(name for name in names if name not in taken)
+    (epath.Path(directory) / str(step)).rename(target)
+    return os.fspath(target)
 
 
 def _set_aside(directory: str, step: int) -> None:
-    """Makes way for another checkpoint of the same step: until that stands, `_put_back` returns
-    this one."""
+    """Moves a checkpoint to `<directory>.replaced/` until its replacement is written."""
     if jax.process_index() == 0:
-        aside = epath.Path(f"{directory}.replaced")
-        aside.mkdir(parents=True, exist_ok=True)
-        (epath.Path(directory) / str(step)).rename(aside / str(step))
-    distributed.meet("checkpoints: set aside")
+        parent = epath.Path(f"{directory}.replaced")
+        parent.mkdir(parents=True, exist_ok=True)
+        (epath.Path(directory) / str(step)).rename(parent / str(step))
+    distributed.barrier("checkpoints: set aside")
 
 
-def _put_back(directory: str) -> None:
-    """Returns what `_set_aside` moved, or deletes it if the other one stands."""
-    aside = epath.Path(f"{directory}.replaced")
-    if jax.process_index() == 0 and aside.is_dir():
-        for path in aside.iterdir():
+def _finish_replacement(directory: str) -> None:
+    """Deletes what `_set_aside` moved if its replacement is complete, and else moves it back."""
+    parent = epath.Path(f"{directory}.replaced")
+    if jax.process_index() == 0 and parent.is_dir():
+        for path in parent.iterdir():
             if (epath.Path(directory) / path.name).is_dir():
                 path.rmtree()
             else:
                 path.rename(epath.Path(directory) / path.name)
-        aside.rmdir()
-    distributed.meet("checkpoints: put back")
+        parent.rmdir()
+    distributed.barrier("checkpoints: put back")

@@ -1,13 +1,13 @@
-"""How many floating-point operations a step needs, counted from the sizes of the model.
+"""Floating-point operations of a training step, counted from the sizes of the model.
 
-A multiplication and an addition are two. Counted are the products of matrices: dense layers,
-adapters, attention within the true lengths of the items, the combiner, the similarities. Not
-counted are embeddings, norms and whatever else is linear in the width, padding, and what is
-computed twice to save memory; so the share of a device's peak is that of useful work (MFU, arXiv
-2204.02311).
+A multiplication and an addition count as two operations. Matrix products are counted: dense layers,
+adapters, attention within the true lengths of the items, the combiner and the similarities. Not
+counted are embeddings, norms and everything else that is linear in the width, padding, and
+activations that are recomputed to save memory. Divided by the peak of the devices, the count gives
+the model FLOPs utilisation (MFU, arXiv 2204.02311).
 
-A product costs as much again for the gradient of its input, and as much for that of its weight.
-Frozen weights have no gradient; pictures, which are no parameters, have none either.
+The gradient of a product's input costs as much as the product, and so does that of its weight.
+Frozen weights need no gradient, and neither do images, which are inputs.
 """
 
 from typing import NamedTuple
@@ -22,11 +22,11 @@ from vixml_jax.structs import Batch, PackedItems
 
 
 class Flops(NamedTuple):
-    """Operations.
+    """Numbers of floating-point operations.
 
     Attributes:
-      forward: Of the forward pass.
-      step: Of forward and backward pass.
+      forward: Operations of the forward pass.
+      step: Operations of the forward and the backward pass.
     """
 
     forward: float
@@ -40,15 +40,15 @@ def step_flops(config: TowerConfig, combiner: Combiner | None, batch: Batch) -> 
     """Operations of one training step.
 
     Args:
-      config: The tower's sizes.
-      combiner: The prototype network, if there is one.
-      batch: On the host.
+      config: Sizes of the tower.
+      combiner: The prototype network, or None.
+      batch: A batch on the host.
     """
     queries, labels = (
         int(np.count_nonzero(ids >= 0)) for ids in (batch.query_ids, batch.label_ids)
     )
-    pictures = int(np.count_nonzero(batch.items.image_at >= 0))
-    total = tower_flops(config, item_lengths(batch.items), pictures)
+    images = int(np.count_nonzero(batch.items.image_at >= 0))
+    total = tower_flops(config, item_lengths(batch.items), images)
     total += similarity_flops(queries, labels, config.width, 1 if combiner is None else 2)
     if combiner is not None:
         total += combiner_flops(combiner, labels, config.width)
@@ -56,21 +56,21 @@ def step_flops(config: TowerConfig, combiner: Combiner | None, batch: Batch) -> 
 
 
 def item_lengths(items: PackedItems) -> Int[np.ndarray, " n"]:
-    """Positions of each item, 0 for those that are not there: text, pictures, prompt."""
+    """Number of positions (text, images, prompt) of each item; 0 for absent items."""
     segments = np.asarray(items.segments)
     return np.bincount(segments[segments >= 0])
 
 
-def tower_flops(config: TowerConfig, lengths: Int[np.ndarray, " n"], num_pictures: int) -> Flops:
-    """Of a tower.
+def tower_flops(config: TowerConfig, lengths: Int[np.ndarray, " n"], num_images: int) -> Flops:
+    """Operations of a tower.
 
-    Under adapters all of its weights are taken for frozen, and every position for one whose
-    gradient is needed, though the first layer's is not where there are no pictures.
+    With adapters, all other weights of the tower count as frozen. The gradient of every layer's
+    input is counted, although the first layer's is not needed without images.
 
     Args:
-      config: Its sizes.
-      lengths: Positions of each item.
-      num_pictures: Projected into it.
+      config: Sizes of the tower.
+      lengths: Number of positions of each item.
+      num_images: Number of images projected into the tower.
     """
     positions = float(np.sum(lengths))
     maps, adapted = _maps(config)
@@ -80,15 +80,15 @@ def tower_flops(config: TowerConfig, lengths: Int[np.ndarray, " n"], num_picture
     dense = 2.0 * positions * config.num_layers * weights
     adapters = 2.0 * positions * config.num_layers * low_rank
     attention = _attention(config, lengths)
-    pictures = 2.0 * num_pictures * config.image_width * config.width
+    images = 2.0 * num_images * config.image_width * config.width
     return Flops(
-        dense + adapters + attention + pictures,
-        (2 if rank else 3) * dense + 3 * (adapters + attention) + 2 * pictures,
+        dense + adapters + attention + images,
+        (2 if rank else 3) * dense + 3 * (adapters + attention) + 2 * images,
     )
 
 
 def _maps(config: TowerConfig) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
-    """Inputs and outputs of the dense layers of a block, and which have adapters."""
+    """Input and output width of each dense layer of a block, and the layers with adapters."""
     d, m = config.width, config.mlp_width
     if isinstance(config, BertConfig):
         maps = dict.fromkeys(("query", "key", "value", "out"), (d, d))
@@ -102,39 +102,46 @@ def _maps(config: TowerConfig) -> tuple[dict[str, tuple[int, int]], tuple[str, .
 
 
 def _attention(config: TowerConfig, lengths: Int[np.ndarray, " n"]) -> float:
-    """Scores and weighted sums of all layers: two products an entry of each pair seen."""
+    """Operations of attention scores and weighted sums, of all layers."""
     if isinstance(config, BertConfig):
-        return 4.0 * config.num_layers * config.width * seen_pairs(lengths, causal=False)
+        return 4.0 * config.num_layers * config.width * attended_pairs(lengths, causal=False)
     sliding = int(np.count_nonzero(config.slides))
-    pairs = (config.num_layers - sliding) * seen_pairs(lengths, causal=config.causal)
+    pairs = (config.num_layers - sliding) * attended_pairs(lengths, causal=config.causal)
     if sliding:
-        pairs += sliding * seen_pairs(lengths, causal=config.causal, window=config.window)
+        pairs += sliding * attended_pairs(lengths, causal=config.causal, window=config.window)
     return 4.0 * config.num_heads * config.head_width * pairs
 
 
-def seen_pairs(lengths: Int[np.ndarray, " n"], *, causal: bool, window: int = 0) -> float:
-    """Pairs of positions of one item of which one sees the other.
+def attended_pairs(lengths: Int[np.ndarray, " n"], *, causal: bool, window: int = 0) -> float:
+    """Number of pairs of positions of the same item of which one attends to the other.
 
     Args:
-      lengths: Positions of each item.
-      causal: Whether a position sees only itself and those before it.
-      window: Only those nearer than this; 0: all.
+      lengths: Number of positions of each item.
+      causal: Whether a position attends only to itself and earlier positions.
+      window: Positions attend only to those at a smaller distance; 0: to all.
     """
     n = np.asarray(lengths, np.float64)
     near = np.minimum(n, window) if window else n
-    # Itself and those before it: 1, 2, ... up to the window, then the window's size each time.
+    # Itself and earlier ones: 1, 2, ... up to the window, then the size of the window each time.
     before = near * (near + 1) / 2 + (n - near) * near
     return float(np.sum(before if causal else 2 * before - n))
 
 
 def combiner_flops(combiner: Combiner, num_labels: int, width: int) -> Flops:
-    """Of the prototype network: three tokens a label, all of it trained."""
+    """Operations of the prototype network: three tokens per label; all weights are trained."""
     weights = 4 * width * width + 2 * width * combiner.mlp_width
     forward = num_labels * (2.0 * 3 * weights + 4.0 * 3 * 3 * width)
     return Flops(forward, 3 * forward)
 
 
 def similarity_flops(num_queries: int, num_labels: int, width: int, matrices: int) -> Flops:
-    """Of matrices of scores, queries by labels, with gradients to both sides."""
+    """Operations of score matrices.
+
+    Args:
+      num_queries: Rows of a matrix.
+      num_labels: Columns of a matrix.
+      width: Width of the vectors; both sides need gradients.
+      matrices: Number of matrices.
+    """
     forward = 2.0 * matrices * num_queries * num_labels * width
     return Flops(forward, 3 * forward)

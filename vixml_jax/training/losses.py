@@ -1,11 +1,11 @@
 """The contrastive loss of the paper (arXiv 2511.13189, section 3): pure functions of arrays.
 
-All of it is float32. Masks say which rows and columns are real; the finite numbers that padding
-holds change neither the loss nor a gradient.
+Everything is computed in float32. Masks say which rows and columns are real; padding may hold any
+finite numbers and changes neither the loss nor a gradient.
 
-Over a mesh each device scores its own rows against all columns: what travels is vectors of the
-width of an embedding, never scores. `over` names the axes of the mesh that share the rows; empty
-where there is nobody to share with.
+On a mesh, each device scores its own rows against all columns, so that devices exchange embedding
+vectors and never scores. `axes` names the mesh axes that the rows are sharded over; it is empty on
+a single device.
 """
 
 import functools
@@ -20,12 +20,12 @@ from jaxtyping import Array, Bool, Float, Int
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.sharding import ROWS
 
-# The score that replaces that of a satisfied negative before the softmax, as published. It leaves
-# such a negative without weight, unless all negatives of the row are satisfied: then all are alike.
+# Replaces the score of a satisfied negative before the softmax, as published. Such a negative has
+# no weight, unless all negatives of the row are satisfied: then all have the same weight.
 _SATISFIED = -50.0
-_NEVER = -1e9  # Below every satisfied one, at any temperature.
+_EXCLUDED = -1e9  # Below `_SATISFIED` at any temperature.
 
-Axes = tuple[str, ...]
+MeshAxes = tuple[str, ...]
 
 
 def total_loss(
@@ -49,21 +49,22 @@ def total_loss(
 
     Args:
       queries: Unit vectors.
-      labels: Unit vectors of the labels as the tower sees them.
-      prototypes: Unit vectors of the same labels out of the combiner, or None.
+      labels: Unit vectors of the labels from the tower.
+      prototypes: Unit vectors of the same labels from the combiner, or None.
       relevance: Whether the candidate is a label of the query.
       row_mask: True for real queries.
       column_mask: True for real candidates.
-      key: Draws the positives, anew in each term.
+      key: Draws the positives, independently in each term.
       num_negatives: Hardest negatives of each row.
-      margin_min: See `triplet_loss`; so with `margin_max` and `temperature`.
+      margin_min: See `triplet_loss`, also for `margin_max` and `temperature`.
       regulariser: Weight of the prototype margin term.
       tie_gradient: See `triplet_loss`.
-      mesh: Whose (replica, fsdp) devices share the rows, which changes the result by rounding
-        alone; None: one device has them all.
+      mesh: Rows are sharded over its (replica, fsdp) axes, which changes the result by rounding
+        only; None: one device holds all rows.
 
     Returns:
-      The loss, and scalars: each term by name, and the violators of the query -> label term.
+      The loss, and scalars: each term by name, and the mean number of violators of the query ->
+      label term.
     """
     terms = functools.partial(
         _terms,
@@ -80,13 +81,13 @@ def total_loss(
         arrays = (queries, labels, prototypes, relevance, relevance.T, row_mask, column_mask)
         return terms(*arrays, key)
     b, c = (sharding.pad_rows(size, mesh) for size in relevance.shape)
-    shared = jax.shard_map(
-        functools.partial(terms, over=ROWS),
+    sharded_terms = jax.shard_map(
+        functools.partial(terms, axes=ROWS),
         mesh=mesh,
         in_specs=(*[P(ROWS)] * 7, P()),
         out_specs=P(),
     )
-    return shared(
+    return sharded_terms(
         _pad(queries, b),
         _pad(labels, c),
         None if prototypes is None else _pad(prototypes, c),
@@ -110,30 +111,30 @@ def _terms(
     *,
     regulariser: float,
     triplet: dict[str, Any],
-    over: Axes = (),
+    axes: MeshAxes = (),
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """What `total_loss` returns, from this device's queries and labels."""
+    """The result of `total_loss`, from this device's queries and labels."""
     text_key, prototype_key, label_key, margin_key = jax.random.split(key, 4)
-    all_columns = _everyone(column_mask, over)
-    scores = _similarity(queries, _everyone(labels, over))
+    all_columns = _all_rows(column_mask, axes)
+    scores = _similarity(queries, _all_rows(labels, axes))
     loss, violators = triplet_loss(
-        scores, relevance, row_mask, all_columns, text_key, over=over, **triplet
+        scores, relevance, row_mask, all_columns, text_key, axes=axes, **triplet
     )
     zero = jnp.zeros_like(loss)
     scalars = {"loss_text": loss, "loss_prototype": zero, "loss_label": zero, "loss_margin": zero}
     if prototypes is not None:
-        prototype_scores = _similarity(queries, _everyone(prototypes, over))
+        prototype_scores = _similarity(queries, _all_rows(prototypes, axes))
         scalars["loss_prototype"], _ = triplet_loss(
-            prototype_scores, relevance, row_mask, all_columns, prototype_key, over=over, **triplet
+            prototype_scores, relevance, row_mask, all_columns, prototype_key, axes=axes, **triplet
         )
-        # The product once more, rather than scores that would have to be dealt out anew.
+        # Computing the scores again is cheaper than sending them to the devices of their columns.
         scalars["loss_label"], _ = triplet_loss(
-            _similarity(labels, _everyone(queries, over)),
+            _similarity(labels, _all_rows(queries, axes)),
             relevance_of_labels,
             column_mask,
-            _everyone(row_mask, over),
+            _all_rows(row_mask, axes),
             label_key,
-            over=over,
+            axes=axes,
             **triplet,
         )
         scalars["loss_margin"] = prototype_margin_loss(
@@ -145,7 +146,7 @@ def _terms(
             margin_key,
             num_negatives=triplet["num_negatives"],
             tie_gradient=triplet["tie_gradient"],
-            over=over,
+            axes=axes,
         )
         loss += scalars["loss_prototype"] + scalars["loss_label"]
         loss += regulariser * scalars["loss_margin"]
@@ -164,37 +165,37 @@ def triplet_loss(
     margin_max: float,
     temperature: float = 0.1,
     tie_gradient: bool = True,
-    over: Axes = (),
+    axes: MeshAxes = (),
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Hinges of one positive a row against its hardest negatives, weighted towards the hardest.
+    """Hinges of one positive per row against its hardest negatives, weighted towards the hardest.
 
     With s+ the score of a positive drawn uniformly and s- one of the `num_negatives` largest
-    scores of a negative, the hinge is max(0, s- - s+ + margin), where the margin is the gap
-    |s+ - s-| clipped to [margin_min, margin_max] and constant to the gradient. So a gap of
-    margin_min is asked for, and a violated order costs more. The weights are a softmax of s- over
-    the negatives whose hinge is positive, with gradient.
+    scores of negatives, the hinge is max(0, s- - s+ + margin). The margin is the gap |s+ - s-|
+    clipped to [margin_min, margin_max], a constant for the gradient. A pair is thus satisfied from
+    a gap of margin_min on, and a pair in the wrong order costs more. The weights are a softmax of
+    s- over the negatives whose hinge is positive; the gradient passes through them.
 
     Args:
       scores: Similarities in [-1, 1]; rows are the anchors.
       positive: Whether the column belongs to the row.
-      row_mask: True for real rows. The mean is over these.
+      row_mask: True for real rows, over which the mean is taken.
       column_mask: True for real columns.
       key: Draws the positives.
-      num_negatives: Hardest negatives of each row. A row with fewer uses what it has: neither a
-        positive nor padding takes the place of one.
+      num_negatives: Hardest negatives of each row. A row with fewer negatives uses those it has;
+        positives and padding never replace them.
       margin_min: Smallest margin.
       margin_max: Largest margin.
       temperature: Of the softmax.
-      tie_gradient: The hinge is exactly zero for every gap in [margin_min, margin_max]. True
-        gives it half a slope there, as published, which is felt in rows where all hinges are zero;
-        False gives none.
-      over: Axes of the mesh whose devices share the rows; the result is of all rows.
+      tie_gradient: Gradient of a hinge that is exactly zero, as for every gap in [margin_min,
+        margin_max]. True: 0.5, as published, which matters in rows where all hinges are zero;
+        False: 0.
+      axes: Mesh axes that the rows are sharded over; the result is that of all rows.
 
     Returns:
       The mean over real rows of the weighted sum of hinges (0 for a row without a positive or
       without a negative), and the mean number of negatives of a row that contribute.
     """
-    chosen, has_positive = _draw_positive(positive & column_mask, key, over)
+    chosen, has_positive = _draw_positive(positive & column_mask, key, axes)
     hardest, is_negative = _hardest_negatives(scores, positive, column_mask, num_negatives)
     counts = is_negative & (has_positive & row_mask)[:, None]  # [b, k]
 
@@ -205,10 +206,10 @@ def triplet_loss(
     hinge = jnp.where(counts, _hinge(s_negative - s_positive + margin, tie_gradient), 0.0)
 
     logits = jnp.where(hinge > 0, s_negative, _SATISFIED) / temperature
-    weights = jax.nn.softmax(jnp.where(counts, logits, _NEVER), axis=1)
+    weights = jax.nn.softmax(jnp.where(counts, logits, _EXCLUDED), axis=1)
     weighted = weights * hinge
-    num_rows = jnp.maximum(_sum(row_mask, over), 1)
-    return _sum(weighted, over) / num_rows, _sum(weighted > 0, over) / num_rows
+    num_rows = jnp.maximum(_sum(row_mask, axes), 1)
+    return _sum(weighted, axes) / num_rows, _sum(weighted > 0, axes) / num_rows
 
 
 def prototype_margin_loss(
@@ -222,13 +223,13 @@ def prototype_margin_loss(
     num_negatives: int,
     margin: float = 0.1,
     tie_gradient: bool = True,
-    over: Axes = (),
+    axes: MeshAxes = (),
 ) -> Float[Array, ""]:
-    """Asks prototypes to separate better than the labels' own embeddings, by a margin.
+    """Hinge loss by which prototypes separate labels better than label embeddings, by a margin.
 
-    At one positive a row, drawn uniformly, the prototype shall score higher by `margin`; at the
-    hardest negatives of the prototypes, lower by `margin`. Each half is the mean of its hinges
-    that are above zero, 0 if none is; the result is the mean of the halves.
+    At one positive per row, drawn uniformly, the prototype should score higher than the embedding
+    by `margin`; at the hardest negatives of the prototypes, lower by `margin`. Each of these two
+    terms is the mean of its hinges above zero, 0 if there are none; the result is their mean.
 
     Args:
       raw_scores: Similarities of queries and label embeddings.
@@ -238,11 +239,14 @@ def prototype_margin_loss(
       column_mask: True for real candidates.
       key: Draws the positives.
       num_negatives: Hardest negatives of each row.
-      margin: Lead asked of the prototype.
-      tie_gradient: Whether a hinge of exactly zero has half a slope.
-      over: See `triplet_loss`.
+      margin: Difference wanted between prototype and embedding scores.
+      tie_gradient: Whether a hinge that is exactly zero has the gradient 0.5, else 0.
+      axes: See `triplet_loss`.
+
+    Returns:
+      The loss of all rows.
     """
-    chosen, has_positive = _draw_positive(positive & column_mask, key, over)
+    chosen, has_positive = _draw_positive(positive & column_mask, key, axes)
     hardest, is_negative = _hardest_negatives(
         prototype_scores, positive, column_mask, num_negatives
     )
@@ -253,30 +257,31 @@ def prototype_margin_loss(
     above = _hinge(margin - at_positive, tie_gradient)
     below = _hinge(margin + at_negative, tie_gradient)
     return 0.5 * (
-        _active_mean(above, has_positive[:, None] & real, over)
-        + _active_mean(below, is_negative & real, over)
+        _active_mean(above, has_positive[:, None] & real, axes)
+        + _active_mean(below, is_negative & real, axes)
     )
 
 
 def _similarity(rows: Float[Array, "b e"], columns: Float[Array, "c e"]) -> Float[Array, "b c"]:
-    # Margins of 0.1 are lost in the bfloat16 or TF32 that accelerators multiply in by default.
+    # Accelerators multiply in bfloat16 or TF32 by default, too coarse for margins of 0.1.
     return jnp.einsum(
         "be,ce->bc", rows, columns, precision="highest", preferred_element_type=jnp.float32
     )
 
 
 def _draw_positive(
-    positive: Bool[Array, "b c"], key: Array, over: Axes
+    positive: Bool[Array, "b c"], key: Array, axes: MeshAxes
 ) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
     """A column drawn uniformly from each row's positives, and whether there is one."""
-    # One number a row, not one a score: cheaper, and padding columns leave the draw alone.
+    # One number per row rather than per score is cheaper, and padding columns do not change it.
     rank = jnp.cumsum(positive, axis=1, dtype=jnp.int32)
     count = rank[:, -1]
     num_rows = positive.shape[0]
-    uniform = jax.random.uniform(key, (num_rows * jax.lax.axis_size(over),))  # Of all rows.
-    if over:
+    # Every device draws for all rows, so that the mesh does not change the draws.
+    uniform = jax.random.uniform(key, (num_rows * jax.lax.axis_size(axes),))
+    if axes:
         uniform = jax.lax.dynamic_slice_in_dim(
-            uniform, jax.lax.axis_index(over) * num_rows, num_rows
+            uniform, jax.lax.axis_index(axes) * num_rows, num_rows
         )
     wanted = 1 + jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
     return jnp.argmax(rank >= wanted[:, None], axis=1), count > 0
@@ -288,7 +293,7 @@ def _hardest_negatives(
     column_mask: Bool[Array, " c"],
     num_negatives: int,
 ) -> tuple[Int[Array, "b k"], Bool[Array, "b k"]]:
-    """The columns of the largest scores of negatives, and which of them are negatives at all."""
+    """Columns of the largest scores of negatives, and which of these columns are negatives."""
     candidates = jnp.where(~positive & column_mask, jax.lax.stop_gradient(scores), -jnp.inf)
     largest, columns = jax.lax.top_k(candidates, min(num_negatives, scores.shape[1]))
     return columns, largest > -jnp.inf
@@ -299,24 +304,24 @@ def _hinge(x: Float[Array, "..."], tie_gradient: bool) -> Float[Array, "..."]:
 
 
 def _active_mean(
-    hinge: Float[Array, "b k"], where: Bool[Array, "b k"], over: Axes
+    hinge: Float[Array, "b k"], where: Bool[Array, "b k"], axes: MeshAxes
 ) -> Float[Array, ""]:
     active = where & (hinge > 0)
-    return _sum(jnp.where(active, hinge, 0.0), over) / jnp.maximum(_sum(active, over), 1)
+    return _sum(jnp.where(active, hinge, 0.0), axes) / jnp.maximum(_sum(active, axes), 1)
 
 
-def _sum(x: Array, over: Axes) -> Float[Array, ""] | Int[Array, ""]:
-    """Of all entries, those of the other devices too."""
+def _sum(x: Array, axes: MeshAxes) -> Float[Array, ""] | Int[Array, ""]:
+    """The sum of all entries on all devices."""
     total = jnp.sum(x)
-    return jax.lax.psum(total, over) if over else total
+    return jax.lax.psum(total, axes) if axes else total
 
 
-def _everyone(x: Array, over: Axes) -> Array:
+def _all_rows(x: Array, axes: MeshAxes) -> Array:
     """The rows of all devices."""
-    return jax.lax.all_gather(x, over, tiled=True) if over else x
+    return jax.lax.all_gather(x, axes, tiled=True) if axes else x
 
 
 def _pad(x: Array, *sizes: int) -> Array:
-    """`x` with zeros behind its first dimensions, up to these sizes."""
-    added = [(0, size - old) for size, old in zip(sizes, x.shape, strict=False)]
-    return jnp.pad(x, added + [(0, 0)] * (x.ndim - len(sizes)))
+    """`x` with its first dimensions padded with zeros to these sizes."""
+    widths = [(0, size - old) for size, old in zip(sizes, x.shape, strict=False)]
+    return jnp.pad(x, widths + [(0, 0)] * (x.ndim - len(sizes)))

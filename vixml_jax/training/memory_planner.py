@@ -1,4 +1,4 @@
-"""The memory of a run, known before anything of it is allocated."""
+"""Device memory of a run, computed before anything is allocated."""
 
 import math
 import os
@@ -16,22 +16,22 @@ from vixml_jax.runtime import host_memory
 from vixml_jax.structs import Batch, PackedItems, TrainState
 
 GIB, MIB = 2**30, 2**20
-NUM_SHOWN = 20  # Arrays of a table, however small; all of a MiB a device are shown.
+NUM_SHOWN = 20  # Arrays listed however small they are; those of 1 MiB per device always are.
 HELP = (
-    "the step's part falls with a smaller --batch.encode_chunk (0 is all rows at once) or "
-    "--batch.size and with --model.remat, what is held with more devices along fsdp (--mesh), with "
-    "--lora.rank and with fewer --labels.num_free"
+    "to reduce the training step, lower --batch.microbatch_rows (0 means all rows at once) or "
+    "--batch.size, or set --model.remat; to reduce stored arrays, shard over a larger fsdp axis "
+    "(--mesh), set --lora.rank, or lower --labels.num_free"
 )
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes of one device.
+    """Memory of one device, in bytes.
 
     Attributes:
-      held: What stays there all the time, by what it is.
-      step: What a training step takes beside it, as its compiled program says: temporaries, the
-        batch, the program itself, and what the device's layouts add to arrays.
-      device: What the device has; 0: it does not say.
+      held: Bytes of the arrays that stay allocated, by group.
+      step: Bytes that a training step needs in addition, from the compiled program: temporaries,
+        the batch, the program itself, and padding by the device's memory layouts.
+      device: Memory of the device; 0 if it is unknown.
     """
 
     held: dict[str, int]
@@ -40,73 +40,74 @@ class MemoryPlan(NamedTuple):
 
     @property
     def total(self) -> int:
-        """What the run needs."""
+        """Bytes that the run needs."""
         return sum(self.held.values()) + self.step
 
     def __str__(self) -> str:
-        of = f" of {self.device / GIB:.1f}" if self.device else ""
+        capacity = f" of {self.device / GIB:.1f}" if self.device else ""
         return (
-            f"memory a device, GiB: {_spell_sizes(self.held)}, a step {self.step / GIB:.2f}: "
-            f"{self.total / GIB:.2f}{of}"
+            f"memory per device (GiB): {_format_sizes(self.held)}, "
+            f"training step {self.step / GIB:.2f}, total {self.total / GIB:.2f}{capacity}"
         )
 
     def check(self) -> None:
         """Raises an `InputError` if the run does not fit."""
         if self.device and self.total > self.device:
-            raise InputError(f"{self}: it does not fit; {HELP}")
+            raise InputError(f"{self}: the run does not fit; {HELP}")
 
 
-def _spell_sizes(held: dict[str, int]) -> str:
+def _format_sizes(held: dict[str, int]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items() if size)
 
 
-def bytes_a_device(tree: Any) -> int:
-    """Of the leaves' shards on one device; leaves have shape, dtype and sharding."""
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of one device's shards of all leaves; leaves have a shape, dtype and sharding."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def plan_memory(like: TrainState, compiled: Callable[[], jax.stages.Compiled]) -> MemoryPlan:
-    """What a run takes.
+    """The memory that a run needs on each device.
 
     Args:
       like: The state's shapes, dtypes and shardings.
-      compiled: Gives the compiled step.
+      compiled: Returns the compiled step.
 
     Raises:
-      InputError: If the compiler itself finds that the step does not fit.
+      InputError: If the compiler finds that the step does not fit.
     """
     held = {name: sum(size for *_, size in rows) for name, rows in _arrays(like).items()}
     try:
-        found = compiled().memory_analysis()
+        analysis = compiled().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = re.search(
+        sizes = re.search(
             r"Used \S+ of \S+ hbm|memory required[^.]*\([^)]*\) exceeds available HBM \S+\)",
             str(error),
         )
         raise InputError(
-            f"memory a device, GiB: {_spell_sizes(held)}, and of the step its compiler says "
-            f"'{said[0] if said else str(error)[:200]}': it does not fit; {HELP}"
+            f"memory per device (GiB): {_format_sizes(held)}; training step: the compiler reports "
+            f"'{sizes[0] if sizes else str(error)[:200]}': the run does not fit; {HELP}"
         ) from error
-    beside = (
-        found.argument_size_in_bytes - sum(held.values()),
-        found.output_size_in_bytes - found.alias_size_in_bytes,  # The donated state is in place.
-        found.temp_size_in_bytes,
-        found.generated_code_size_in_bytes,
+    additional = (
+        analysis.argument_size_in_bytes - sum(held.values()),
+        # The donated state is updated in place.
+        analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        analysis.generated_code_size_in_bytes,
     )
-    return MemoryPlan(held, sum(max(0, size) for size in beside), _of_a_device(like))
+    return MemoryPlan(held, sum(max(0, size) for size in additional), _device_memory(like))
 
 
-def _of_a_device(like: TrainState) -> int:
-    """Bytes of a device that the state lies on: its own count, or the published one."""
-    found = like.step.sharding.device_set
-    here = [device for device in found if device in set(jax.local_devices())]
-    if here:
-        return host_memory.of_a_device(here[0])
-    chip = accelerators.about(next(iter(found)).device_kind)
+def _device_memory(like: TrainState) -> int:
+    """Memory of a device of the state in bytes: as it reports, or else as published."""
+    devices = like.step.sharding.device_set
+    local = [device for device in devices if device in set(jax.local_devices())]
+    if local:
+        return host_memory.device_memory(local[0])
+    chip = accelerators.find(next(iter(devices)).device_kind)
     return chip.memory if chip else 0
 
 
@@ -115,23 +116,23 @@ class _Array(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     spec: str
-    size: int  # Bytes a device.
+    size: int  # Bytes per device.
 
 
 def _arrays(like: TrainState) -> dict[str, list[_Array]]:
-    """The arrays of a state by what they are of."""
+    """The arrays of a state, by group."""
     groups = {
         "trained parameters": like.params,
         "frozen parameters": like.frozen,
         "optimizer": like.opt_state,
         "labels": like.labels,
-        "embeddings of the queries": {"bank": like.bank},
+        "query embeddings": {"bank": like.bank},
     }
     return {
         group: [
             _Array(
-                sharding.path_name(path), x.shape, str(x.dtype), _spell(x.sharding.spec),
-                bytes_a_device(x),
+                sharding.path_name(path), x.shape, str(x.dtype), _format_spec(x.sharding.spec),
+                bytes_per_device(x),
             )
             for path, x in jax.tree_util.tree_leaves_with_path(tree)
         ]
@@ -139,28 +140,28 @@ def _arrays(like: TrainState) -> dict[str, list[_Array]]:
     }  # fmt: skip
 
 
-def _spell(spec: Sequence[Any]) -> str:
-    """A partition spec as `--mesh` spells axes: "fsdp . tensor"; "whole" on every device."""
+def _format_spec(spec: Sequence[Any]) -> str:
+    """A partition spec with the mesh axes of each dimension, "fsdp . tensor", or "replicated"."""
     axes = ["+".join((axis,) if isinstance(axis, str) else axis or ".") for axis in spec]
-    return " ".join(axes) if any(axis != "." for axis in axes) else "whole"
+    return " ".join(axes) if any(axis != "." for axis in axes) else "replicated"
 
 
 def array_table(like: TrainState) -> str:
-    """Every large array of a state, a line each, by group; what is small in a line a group.
+    """A table of the large arrays of a state by group, with one line for the others of a group.
 
-    Large is what takes a MiB of a device, and the largest `NUM_SHOWN` whatever they take. The
-    partition spec has a word a dimension: the axes of the mesh it is spread over, or "." for none.
+    Arrays of at least 1 MiB per device are large, and so are the `NUM_SHOWN` largest. The column
+    "sharded over" has one entry for each dimension: mesh axes joined by "+", or "." for none.
     """
     groups = _arrays(like)
     sizes = sorted((x.size for rows in groups.values() for x in rows), reverse=True)
-    least = min(MIB, sizes[min(NUM_SHOWN, len(sizes)) - 1])
-    lines = [("array", "shape", "dtype", "spread over", "MiB a device")]
+    smallest = min(MIB, sizes[min(NUM_SHOWN, len(sizes)) - 1])
+    lines = [("array", "shape", "dtype", "sharded over", "MiB per device")]
     for group, rows in groups.items():
-        shown = sorted((x for x in rows if x.size >= least), key=lambda x: -x.size)
+        shown = sorted((x for x in rows if x.size >= smallest), key=lambda x: -x.size)
         for x in shown:
-            shape = "x".join(map(str, x.shape)) or "one"
+            shape = "x".join(map(str, x.shape)) or "scalar"
             lines.append((f"{group}: {x.name}", shape, x.dtype, x.spec, f"{x.size / MIB:.2f}"))
-        rest = sum(x.size for x in rows if x.size < least)
+        rest = sum(x.size for x in rows if x.size < smallest)
         if rest:
             count = len(rows) - len(shown)
             lines.append((f"{group}: {count} smaller", "", "", "", f"{rest / MIB:.2f}"))
@@ -172,19 +173,28 @@ def array_table(like: TrainState) -> str:
 
 
 class DataSizes(NamedTuple):
-    """How large data are."""
+    """Sizes of a data set.
+
+    Attributes:
+      queries: Number of training queries.
+      labels: Number of labels.
+    """
 
     queries: int
     labels: int
 
     @staticmethod
-    def parse(text: str, found: "DataSizes") -> "DataSizes":
-        """Sizes as `--plan_size` names them; what it does not name is as found.
+    def parse(text: str, default: "DataSizes") -> "DataSizes":
+        """The sizes given by the flag `--plan_size`.
+
+        Args:
+          text: "queries:NUMBER,labels:NUMBER", either one alone, or "".
+          default: Sizes that the text does not give.
 
         Raises:
-          InputError: If it names none.
+          InputError: If the text is anything else.
         """
-        sizes = found._asdict()
+        sizes = default._asdict()
         for part in text.split(",") if text else ():
             name, _, size = part.partition(":")
             if name not in sizes or not re.fullmatch("[1-9][0-9]{0,11}", size):
@@ -196,7 +206,10 @@ class DataSizes(NamedTuple):
 
 
 def slice_of(name: str) -> Sequence[jax.Device]:
-    """The devices of a slice of TPUs, to compile for alone: "v5e:16x16" has 256.
+    """The devices of a TPU slice that need not exist here; programs can only be compiled for them.
+
+    Args:
+      name: Kind and topology: "v5e:16x16" has 256 devices.
 
     Raises:
       InputError: If there is no such slice, or no compiler for it.
@@ -205,17 +218,17 @@ def slice_of(name: str) -> Sequence[jax.Device]:
     flag = f"--plan_devices={name}"
     if kind not in accelerators.TPUS or not re.fullmatch(r"\d+x\d+(x\d+)?", topology):
         raise InputError(
-            f"{flag}: expected {' or '.join(accelerators.TPUS)} and a topology, as v5e:16x16 or "
-            "v5p:4x4x8"
+            f"{flag}: expected {' or '.join(accelerators.TPUS)} and a topology, for example "
+            "v5e:16x16 or v5p:4x4x8"
         )
     try:
         import libtpu  # noqa: F401
     except ImportError:
-        raise InputError(f"{flag}: the compiler of TPUs is missing: pip install libtpu") from None
+        raise InputError(f"{flag}: the TPU compiler is missing; pip install libtpu") from None
     from jax.experimental import topologies
 
-    # Nothing is run, so no accelerator is taken; libtpu need not ask what machine this is, nor be
-    # the only one at work here.
+    # Nothing is run, so no accelerator is needed. libtpu must neither query the metadata server for
+    # the kind of this machine nor insist on being the only process that uses it.
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -224,31 +237,30 @@ def slice_of(name: str) -> Sequence[jax.Device]:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     try:
-        found = topologies.get_topology_desc(
+        return topologies.get_topology_desc(
             name, platform="tpu", **accelerators.TPUS[kind][1]
         ).devices
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
         raise InputError(f"{flag}: no such slice: {str(error).splitlines()[0]}") from None
-    return found
 
 
 def abstract_batch(
-    model: Model, size: int, length: float, *, pictures: Sequence[bool], width: int
+    model: Model, size: int, length: float, *, has_images: Sequence[bool], width: int
 ) -> tuple[Batch, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a batch and of the key that goes with it into a step.
+    """Shapes, dtypes and shardings of a batch and of the random key of a step.
 
     Args:
-      model: Packs it.
-      size: Queries, and labels.
-      length: Positions of a query and a label together, on average.
-      pictures: Whether queries, and whether labels, have pictures.
-      width: Of a picture's embedding.
+      model: The model that the batch is packed for.
+      size: Number of queries, and of labels.
+      length: Mean number of positions of a query and a label together.
+      has_images: Whether queries, and whether labels, have images.
+      width: Width of an image embedding.
     """
-    shares = sharding.num_shares(model.mesh)
-    rows = model.row_sizes(length, size, shares)
-    size = -(-size // shares) * shares
-    num_images = size * model.layout.num_images * sum(pictures)
-    packed = jax.ShapeDtypeStruct((shares * rows.least, model.row_width), np.int32)
+    shards = sharding.num_shards(model.mesh)
+    rows = model.row_sizes(length, size, shards)
+    size = -(-size // shards) * shards
+    num_images = size * model.layout.num_images * sum(has_images)
+    packed = jax.ShapeDtypeStruct((shards * rows.least, model.row_width), np.int32)
     ids = jax.ShapeDtypeStruct((size,), np.int32)
     batch = Batch(
         PackedItems(

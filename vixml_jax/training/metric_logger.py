@@ -1,4 +1,4 @@
-"""Scalars to TensorBoard and jsonl, a progress bar, and warnings worth reading."""
+"""Writes metrics to `metrics.jsonl` and TensorBoard, and shows the progress of training."""
 
 import io
 import json
@@ -7,35 +7,42 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
+from vixml_jax.runtime import console
 from vixml_jax.storage import object_store
-from vixml_jax.training.step_timer import Profiler, Watch
+from vixml_jax.training.step_timer import Profiler, StepTimer
 
 METRICS = "metrics.jsonl"
+_EVERY_S, _AT_MOST_S = 30.0, 60.0  # Seconds between plain lines: with new scalars, in any case.
 
 
-class Telemetry:
-    """What a run says while it trains; only process 0 speaks.
+class MetricLogger:
+    """Writes scalars, flags and profiles of a training run, and shows its progress.
 
-    Lines of `metrics.jsonl` beyond `step` are dropped on opening, so that a resumed run's curve
-    has no echoes.
+    Only process 0 writes. Lines of `metrics.jsonl` beyond `step` are dropped when it is opened, so
+    a resumed run has one line per logged step.
 
     Attributes:
-      path: Of `metrics.jsonl`.
-      watch: Where the time goes; its means are written with the scalars, as `watch/...`.
-      profiler: Writes a window of steps to `profile` of the run directory.
+      path: Path of `metrics.jsonl`.
+      timer: Step-time breakdown; its means are written with the scalars as `step_time/...`.
+      profiler: Traces a window of steps to `profile` in the run directory.
 
     Args:
       workdir: The run directory.
-      step: Where the run stands,
-      total_steps: and where it ends.
-      peak_flops: See `Watch`.
-      profile: The window of the profiler.
+      step: Number of steps already done.
+      total_steps: Number of steps when the run ends.
+      num_epochs: Number of epochs when the run ends, all of the same number of steps.
+      learning_rates: Learning rate of each parameter group in each step, arrays on the host;
+        written with the scalars as `learning_rate/...`.
+      flags: Flags of the run, one per line; written to TensorBoard as text.
+      peak_flops: See `StepTimer`.
+      profile: Window of the profiler; see `Profiler`.
     """
 
     def __init__(
@@ -44,87 +51,222 @@ class Telemetry:
         *,
         step: int,
         total_steps: int,
+        num_epochs: int,
+        learning_rates: Mapping[str, Float[np.ndarray, " steps"]] | None = None,
+        flags: Sequence[str] = (),
         peak_flops: float = 0.0,
         profile: tuple[int, int] | None = None,
     ):
-        import tqdm
-
         self._mirror = object_store.Mirror(workdir, [METRICS])
-        shown, workdir = os.path.join(workdir, "profile"), self._mirror.here
+        shown, workdir = os.path.join(workdir, "profile"), self._mirror.local
         self.path = os.path.join(workdir, METRICS)
-        self.watch = Watch(peak_flops=peak_flops)
-        self.profiler = Profiler(profile, os.path.join(workdir, "profile"), self.say, shown)
+        self.timer = StepTimer(peak_flops=peak_flops)
+        self.profiler = Profiler(profile, os.path.join(workdir, "profile"), self.print, shown)
+        self._learning_rates = learning_rates or {}
         self._file = self._board = None
         if jax.process_index() == 0:
             _keep_until(self.path, step)
             self._file = open(self.path, "ab", buffering=0)
             self._board = _Board(os.path.join(workdir, "tensorboard"), purge_step=step + 1)
-        self._bar = tqdm.tqdm(
-            total=total_steps,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.05,
-            mininterval=1.0 if sys.stderr.isatty() else 30.0,
+            if flags:  # An indented block is code in Markdown, which TensorBoard renders.
+                self._board.add_text("flags", "".join(f"    {line}\n" for line in flags), step)
+        self._progress: _Progress = (
+            _Bar(step, total_steps, num_epochs)
+            if console.shows_bars()
+            else _Lines(step, total_steps, num_epochs, lambda: self.timer.seconds("compiling"))
         )
 
     def advance(self, epoch: int) -> None:
-        """One step done."""
-        self._bar.set_description(f"epoch {epoch}", refresh=False)
-        self._bar.update()
+        """Counts one step of an epoch (from 0)."""
+        self._progress.advance(epoch)
 
-    def scalars(self, step: int, values: Mapping[str, float], **more: Any) -> None:
-        """Writes the values of a step, and shows loss, violators and speed on the bar."""
-        watched = self.watch.report()
-        named = {f"watch/{name}": value for name, value in watched.items()}
-        self.write(step, {**values, **named}, **more)
+    def scalars(self, step: int, values: Mapping[str, float], *, epoch: int) -> None:
+        """Writes the scalars of training at a step, and shows loss, violators and speed.
+
+        Args:
+          step: Number of steps done.
+          values: Means since the last call; `loss` and `violators` among them.
+          epoch: Number of the epoch, from 0.
+        """
+        times = self.timer.report()
+        rates = {name: rate[step - 1] for name, rate in self._learning_rates.items()}
+        self.write(
+            step,
+            {
+                **values,
+                **{f"learning_rate/{name}": float(rate) for name, rate in rates.items()},
+                **{f"step_time/{name}": value for name, value in times.items()},
+            },
+            epoch=epoch,
+        )
         shown = f"loss {values['loss']:.4f}, violators {values['violators']:.2f}"
-        if watched:
-            shown += f", {watched['queries_per_s']:.0f} queries/s"
-            if watched["data_share"] > 0.02:
-                shown += f", {100 * watched['data_share']:.0f} % waiting for data"
-        self._bar.set_postfix_str(shown, refresh=False)
+        if times:
+            shown += f", {times['queries_per_s']:,.0f} queries/s"
+            if times["data_share"] > 0.02:
+                shown += f", {100 * times['data_share']:.0f} % waiting for data"
+        self._progress.scalars(step, epoch, shown)
         self._mirror.copy()
 
-    def write(self, step: int, values: Mapping[str, float], **more: Any) -> None:
-        """Writes values without touching the bar."""
+    def write(self, step: int, values: Mapping[str, float], *, epoch: int) -> None:
+        """Writes values of a step without showing them."""
         if not self._file:
             return
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        line = {"step": step, **more, **{name: float(value) for name, value in values.items()}}
+        line = {
+            "step": step,
+            "epoch": epoch,
+            **{name: float(value) for name, value in values.items()},
+        }
         _append(self._file, (json.dumps(line) + "\n").encode())
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+    def status(self, text: str) -> None:
+        """Prints a status line, unless `--quiet` is given."""
+        if console.shows_status():
+            self._progress.print(text)
+
+    def print(self, text: str) -> None:
+        """Prints a warning or a result."""
+        self._progress.print(text)
 
     def close(self) -> None:
-        """Ends profile, bar and files."""
+        """Ends the profile and the progress bar, and closes the files."""
         self.profiler.close()
-        self._bar.close()
+        self._progress.close()
         if self._file:
             self._board.close()
             self._file.close()
         self._mirror.close()
 
 
-class _Board:
-    """Curves for TensorBoard, written when they are made.
+class _Progress(Protocol):
+    """Shows the progress of training."""
 
-    tensorboardX's own `SummaryWriter` hands them to a thread. A full disk ends that thread, and
-    the run waits for it from then on.
+    def advance(self, epoch: int) -> None:
+        """Counts one step."""
+
+    def scalars(self, step: int, epoch: int, text: str) -> None:
+        """Shows the scalars of a step."""
+
+    def print(self, text: str) -> None:
+        """Prints a line of its own."""
+
+    def close(self) -> None:
+        """Ends the display."""
+
+
+class _Bar:
+    """A progress bar, for terminals."""
+
+    def __init__(self, step: int, total_steps: int, num_epochs: int):
+        import tqdm
+
+        self._num_epochs = num_epochs
+        self._bar = tqdm.tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            mininterval=1.0,
+        )
+
+    def advance(self, epoch: int) -> None:
+        self._bar.set_description(f"epoch {epoch + 1}/{self._num_epochs}", refresh=False)
+        self._bar.update()
+
+    def scalars(self, step: int, epoch: int, text: str) -> None:
+        del step, epoch  # The bar counts by itself.
+        self._bar.set_postfix_str(text, refresh=False)
+
+    def print(self, text: str) -> None:
+        self._bar.write(text, file=sys.stdout)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines:
+    """Plain lines, for logs: at least one a minute, and one at the end of each epoch.
 
     Args:
-      directory: Of the event files.
-      purge_step: TensorBoard forgets what files before this one say from this step on.
+      step: Step that training starts from.
+      total_steps: Last step.
+      num_epochs: Number of epochs.
+      compiling: Returns the seconds spent on compiling so far, which the time left leaves out.
+    """
+
+    def __init__(
+        self, step: int, total_steps: int, num_epochs: int, compiling: Callable[[], float]
+    ):
+        self._step, self._total_steps, self._num_epochs = step, total_steps, num_epochs
+        self._steps_per_epoch = max(1, total_steps // num_epochs) if num_epochs else 1
+        self._printed_at = time.monotonic()
+        self._text = ""  # The newest scalars.
+        self._compiling = compiling
+        # Time and step of the first `advance`, which is slower than later ones.
+        self._start: tuple[float, int] | None = None
+
+    def advance(self, epoch: int) -> None:
+        now = time.monotonic()
+        self._step += 1
+        if self._start is None:
+            self._start = now - self._compiling(), self._step
+        if now - self._printed_at >= _AT_MOST_S:
+            self._show(epoch, now)
+
+    def scalars(self, step: int, epoch: int, text: str) -> None:
+        self._text = text
+        now = time.monotonic()
+        if step % self._steps_per_epoch == 0 or now - self._printed_at >= _EVERY_S:
+            self._show(epoch, now)
+
+    def _show(self, epoch: int, now: float) -> None:
+        parts = [part for part in (self._text, self._time_left(now)) if part]
+        console.status(
+            f"epoch {epoch + 1}/{self._num_epochs}, step {self._step:,} of {self._total_steps:,}"
+            + (f": {', '.join(parts)}" if parts else "")
+        )
+        self._printed_at = now
+
+    def _time_left(self, now: float) -> str:
+        now -= self._compiling()
+        started_at, first_step = self._start or (now, self._step)
+        left, done = self._total_steps - self._step, self._step - first_step
+        if left <= 0 or done <= 0:
+            return ""
+        return f"about {_duration((now - started_at) / done * left)} left"
+
+    def print(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _duration(seconds: float) -> str:
+    """Returns a duration in a unit that suits it, such as "40 s", "4 min" or "2.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+class _Board:
+    """Event files of TensorBoard, written at once in the calling thread.
+
+    The `SummaryWriter` of tensorboardX hands events to a thread of its own. A full disk ends that
+    thread, and from then on the run waits for it forever.
+
+    Args:
+      directory: Where event files are written.
+      purge_step: TensorBoard ignores events of earlier files from this step on.
     """
 
     def __init__(self, directory: str, *, purge_step: int):
         from tensorboardX import record_writer, summary
-        from tensorboardX.proto import event_pb2
+        from tensorboardX.proto import event_pb2, summary_pb2
 
-        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._event, self._summary, self._text = event_pb2.Event, summary_pb2.Summary, summary.text
         self._checksum = record_writer.masked_crc32c
         os.makedirs(directory, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
@@ -134,26 +276,34 @@ class _Board:
         self._write(step=purge_step, session_log=start)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """One point of a curve."""
-        self._write(step=step, summary=self._scalar(name, value))
+        """Writes one point of a curve."""
+        # tensorboardX would turn a tag such as P@1 into P_1.
+        point = self._summary.Value(tag=name, simple_value=float(value))
+        self._write(step=step, summary=self._summary(value=[point]))
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        """Writes a text in Markdown."""
+        self._write(step=step, summary=self._text(name, text))
 
     def close(self) -> None:
+        """Closes the event file."""
         self._file.close()
 
     def _write(self, **fields: Any) -> None:
         data = self._event(wall_time=time.time(), **fields).SerializeToString()
         length = struct.pack("<Q", len(data))
-        checks = (struct.pack("<I", self._checksum(part)) for part in (length, data))
-        _append(self._file, length + next(checks) + data + next(checks))
+        checksums = (struct.pack("<I", self._checksum(part)) for part in (length, data))
+        _append(self._file, length + next(checksums) + data + next(checksums))
 
 
 def _append(file: io.RawIOBase, data: bytes) -> None:
-    """Writes all of it, or raises: a disk that fills takes a part first."""
+    """Writes all of the data or raises; a disk that fills up takes only part of a write first."""
     while data:
         data = data[file.write(data) :]
 
 
 def _keep_until(path: str, step: int) -> None:
+    """Drops the lines of `metrics.jsonl` beyond a step."""
     if not os.path.exists(path):
         return
     kept = []
@@ -163,35 +313,40 @@ def _keep_until(path: str, step: int) -> None:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except json.JSONDecodeError:
-                break  # A kill cut the last line.
+                break  # The run was killed while it wrote the last line.
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.writelines(kept)
     os.replace(path + ".tmp", path)
 
 
 class CollapseGuard:
-    """Tells when a run has collapsed: the loss at the margin while nearly every negative violates.
+    """Detects collapse: the loss stays at the margin while nearly every negative violates it.
 
-    All embeddings then point one way; the loss alone looks as if it had converged.
+    All embeddings are then nearly the same, although the loss alone looks as if it had converged.
+
+    Args:
+      margin: Margin of the loss.
+      num_negatives: Negatives per row of the loss.
+      patience: Consecutive steps that must look collapsed.
     """
 
     def __init__(self, *, margin: float, num_negatives: int, patience: int = 100):
         self._margin = margin
         self._num_negatives = num_negatives
         self._patience = patience
-        self._seen: list[bool] = []
+        self._collapsed: list[bool] = []  # Of the last `patience` steps.
 
     def warning(self, scalars: Mapping[str, float]) -> str | None:
-        """A line to show once, when every one of the last `patience` steps looked collapsed."""
+        """Returns a warning once each of the last `patience` steps looked collapsed, else None."""
         at_margin = abs(scalars["loss_text"] - self._margin) < 0.1 * self._margin
         violated = scalars["violators"] > 0.95 * self._num_negatives
-        self._seen = [*self._seen, bool(at_margin and violated)][-self._patience :]
-        if len(self._seen) == self._patience and np.all(self._seen):
-            self._seen = []
+        self._collapsed = [*self._collapsed, bool(at_margin and violated)][-self._patience :]
+        if len(self._collapsed) == self._patience and all(self._collapsed):
+            self._collapsed = []
             return (
-                f"warning: collapsed? for {self._patience} steps the loss has stood at the margin "
-                f"({self._margin}) while {scalars['violators']:.1f} of {self._num_negatives} "
-                "negatives violate; try a lower --optimizer.learning_rate or more "
-                "--optimizer.warmup_steps"
+                f"warning: training seems to have collapsed: for {self._patience} steps the loss "
+                f"stayed at the margin ({self._margin}) while {scalars['violators']:.1f} of "
+                f"{self._num_negatives} negatives violated it; try a lower "
+                "--optimizer.learning_rate or more --optimizer.warmup_steps"
             )
         return None

@@ -1,4 +1,4 @@
-"""AdamW with the paper's parameter groups, its schedule and clipping (supplement, training)."""
+"""AdamW with the paper's parameter groups, schedule and clipping (supplement, training)."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import optax
 
 
 def schedule(peak: float, *, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear from 0 to `peak` over the warm-up, then linear to 0 at the last step."""
+    """A learning rate that rises linearly to `peak` over the warm-up, then falls linearly to 0."""
     warmup_steps = min(warmup_steps, max(total_steps - 1, 0))
     return optax.join_schedules(
         [
@@ -16,6 +16,26 @@ def schedule(peak: float, *, warmup_steps: int, total_steps: int) -> optax.Sched
         ],
         [warmup_steps],
     )
+
+
+def schedules(
+    *,
+    learning_rate: float,
+    label_learning_rate: float,
+    image_learning_rate: float,
+    warmup_steps: int,
+    total_steps: int,
+) -> dict[str, optax.Schedule]:
+    """Returns the learning-rate schedule of each parameter group, by the name of the group."""
+    peaks = {
+        "tower": learning_rate,
+        "labels": label_learning_rate,
+        "images": image_learning_rate,
+    }
+    return {
+        group: schedule(peak, warmup_steps=warmup_steps, total_steps=total_steps)
+        for group, peak in peaks.items()
+    }
 
 
 def make_optimizer(
@@ -28,21 +48,29 @@ def make_optimizer(
     clip_norm: float,
     total_steps: int,
 ) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.999, eps 1e-6), decoupled decay, one schedule, a peak rate for each group.
+    """AdamW (0.9, 0.999, eps 1e-6) with one schedule and a peak rate for each parameter group.
 
-    Groups: the tower; the combiner and the free vectors; the image projection. Biases, norms and
-    free vectors do not decay.
+    Groups: the tower; the combiner and the free vectors; the image projection. Weight decay is
+    decoupled; biases, norms and free vectors do not decay.
+
+    Args:
+      learning_rate: Peak rate of the tower.
+      label_learning_rate: Peak rate of the combiner and the free vectors.
+      image_learning_rate: Peak rate of the image projection.
+      weight_decay: Times the learning rate, what a weight loses in a step.
+      warmup_steps: Steps until the peak.
+      clip_norm: Largest global norm of the gradient; 0: no clipping.
+      total_steps: Steps until the rate is 0 again.
     """
-    peaks = {
-        "tower": learning_rate,
-        "labels": label_learning_rate,
-        "images": image_learning_rate,
-    }
     rates = {
-        group: optax.scale_by_learning_rate(
-            schedule(peak, warmup_steps=warmup_steps, total_steps=total_steps)
-        )
-        for group, peak in peaks.items()
+        group: optax.scale_by_learning_rate(rate)
+        for group, rate in schedules(
+            learning_rate=learning_rate,
+            label_learning_rate=label_learning_rate,
+            image_learning_rate=image_learning_rate,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps,
+        ).items()
     }
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     return optax.chain(
@@ -54,7 +82,7 @@ def make_optimizer(
 
 
 def groups(params: Any) -> Any:
-    """The group of each parameter, by its path."""
+    """A tree of group names: "tower", "labels" or "images" for each parameter."""
 
     def group(path: tuple[Any, ...], _: Any) -> str:
         names = _names(path)
@@ -66,7 +94,7 @@ def groups(params: Any) -> Any:
 
 
 def decayed(params: Any) -> Any:
-    """Whether each parameter decays: weights do; biases, norms and free vectors do not."""
+    """A tree of booleans: True for weights; False for biases, norms and free vectors."""
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         names = _names(path)

@@ -1,4 +1,4 @@
-"""Signals that stop a run where it can be resumed, and how all processes stop at the same step."""
+"""Handling of SIGTERM and SIGINT, and the agreement by which all processes stop at one step."""
 
 import collections
 import contextlib
@@ -17,32 +17,35 @@ from jax.sharding import PartitionSpec as P
 from vixml_jax.errors import Preempted
 from vixml_jax.parallel import sharding
 
-GO_ON, SAVE, STOP = range(3)  # What a process wishes at the end of a step; the largest counts.
-_SAME_S = 1.0  # Schedulers signal a process and then its group: within this it is one signal.
+GO_ON, SAVE, STOP = range(3)  # Requests at the end of a step; the largest one is followed.
+# Schedulers signal a process and then its process group: within this time it is one signal.
+_SAME_SIGNAL_S = 1.0
+_NOTHING_UNSAVED = "no unsaved training progress"
 
 
-class Stop:
-    """What SIGTERM and SIGINT ask of this process.
+class StopSignal:
+    """A request to stop this process, made by SIGTERM or SIGINT.
 
-    The first one raises `Preempted` where it comes, but where that is held: there it is found
-    by `asked`. Where there are several processes it is always held, since the others would wait
-    for the one that left; they agree at the ends of steps and in `at_once`. A second signal ends
-    the process on the spot, with the status that the signal has by itself.
+    By default the first signal raises `Preempted` where it arrives. Inside `deferred` it is only
+    recorded in `requested_by`. With several processes it is always deferred, since the others
+    would wait for the one that left; they agree at the end of each step (`Agreement`) and in
+    `interruptible`. A second signal ends the process at once with the exit status of the signal.
 
     Attributes:
-      asked: Name of the signal that came; None: none.
+      requested_by: Name of the signal that arrived, "SIGTERM" say; None if there was none.
     """
 
     def __init__(self) -> None:
-        self.asked: str | None = None
-        self._since = 0.0
-        self._is_held = False
+        self.requested_by: str | None = None
+        self._requested_at = 0.0
+        self._is_deferred = False
 
     @contextlib.contextmanager
-    def caught(self) -> Iterator["Stop"]:
-        """Inside, signals come here; only the main thread of a program can ask for that.
+    def installed(self) -> Iterator["StopSignal"]:
+        """Installs the signal handlers within the context; only the main thread may do so.
 
-        After it they count for nothing: what is left is to end the process, and how is settled.
+        After the context both signals are ignored: the process is about to end, and its exit
+        status is settled.
         """
         numbers = (signal.SIGTERM, signal.SIGINT)
         for number in numbers:
@@ -54,61 +57,68 @@ class Stop:
                 signal.signal(number, signal.SIG_IGN)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside, nothing is raised."""
-        with self._holding(True):
+    def deferred(self) -> Iterator[None]:
+        """Records a signal within the context instead of raising `Preempted`."""
+        with self._deferring(True):
             yield
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside what is held: work that may be left anywhere, since a resumed run does it again.
+    def interruptible(self) -> Iterator[None]:
+        """Raises `Preempted` as soon as a signal arrives, inside `deferred` too.
 
-        All processes come here together.
+        For work that may be abandoned anywhere because a resumed run repeats it. All processes
+        enter and leave the context together.
         """
-        self.check()
-        with self._holding(False):
+        self.raise_if_requested()
+        with self._deferring(False):
             yield
-        self.check()
+        self.raise_if_requested()
 
-    def check(self) -> None:
-        """Raises `Preempted` if any process was asked; all processes come here together."""
-        asked = self.asked is not None
+    def raise_if_requested(self) -> None:
+        """Raises `Preempted` if any process was asked to stop; all processes call it together."""
+        requested = self.requested_by is not None
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            asked = bool(np.any(multihost_utils.process_allgather(np.bool_(asked))))
-        if asked:
-            raise self.preempted("nothing was under way that is not saved")
+            requested = bool(np.any(multihost_utils.process_allgather(np.bool_(requested))))
+        if requested:
+            raise self.preempted(_NOTHING_UNSAVED)
 
-    def preempted(self, what: str) -> Preempted:
-        """The exception to raise, which says what became of the run."""
-        return Preempted(f"stopped by {self.asked or 'a signal to another process'}: {what}")
+    def preempted(self, outcome: str) -> Preempted:
+        """The exception to raise.
+
+        Args:
+          outcome: What became of the run, for the message: "saved at step 12".
+        """
+        return Preempted(
+            f"stopped by {self.requested_by or 'a signal to another process'}: {outcome}"
+        )
 
     @contextlib.contextmanager
-    def _holding(self, held: bool) -> Iterator[None]:
-        before, self._is_held = self._is_held, held
+    def _deferring(self, deferred: bool) -> Iterator[None]:
+        before, self._is_deferred = self._is_deferred, deferred
         try:
             yield
         finally:
-            self._is_held = before
+            self._is_deferred = before
 
     def _handle(self, number: int, frame: Any) -> None:
         now = time.monotonic()
-        if self.asked is None:
-            self.asked, self._since = signal.Signals(number).name, now
-            if not self._is_held and jax.process_count() == 1:
-                raise self.preempted("nothing was under way that is not saved")
-        elif now - self._since > _SAME_S:
+        if self.requested_by is None:
+            self.requested_by, self._requested_at = signal.Signals(number).name, now
+            if not self._is_deferred and jax.process_count() == 1:
+                raise self.preempted(_NOTHING_UNSAVED)
+        elif now - self._requested_at > _SAME_SIGNAL_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 class Agreement:
-    """What all processes do at the end of a step: the largest of their wishes.
+    """What all processes do at the end of a step: the largest of their requests.
 
-    A process alone does what it wishes. Several ask each other by a tiny program on the devices,
-    step by step, and read the answer two steps later: so the steps before it need not be over,
-    and devices do not wait for hosts. A new one belongs to each epoch.
+    A single process follows its own request. Several processes reduce their requests by a small
+    program on the devices and read the result two steps later, so that earlier steps may still be
+    running and devices do not wait for hosts. Each epoch makes a new agreement.
 
     Args:
       mesh: All devices of all processes.
@@ -116,16 +126,23 @@ class Agreement:
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
-        self._asked: collections.deque[jax.Array] = collections.deque()
+        self._pending: collections.deque[jax.Array] = collections.deque()
         self._largest = jax.jit(jnp.max, out_shardings=sharding.replicated(mesh))
 
-    def __call__(self, wish: int) -> int:
-        """What to do now; every process calls it at the end of every step."""
+    def __call__(self, request: int) -> int:
+        """What to do now; every process calls it at the end of every step.
+
+        Args:
+          request: `GO_ON`, `SAVE` or `STOP`, from this process.
+
+        Returns:
+          The largest request that the processes made, two steps ago if there are several.
+        """
         if jax.process_count() == 1:
-            return wish
-        spread = NamedSharding(self._mesh, P(self._mesh.axis_names))
-        wishes = jax.make_array_from_callback(
-            (self._mesh.size,), spread, lambda index: np.full(1, wish, np.int32)
+            return request
+        one_per_device = NamedSharding(self._mesh, P(self._mesh.axis_names))
+        requests = jax.make_array_from_callback(
+            (self._mesh.size,), one_per_device, lambda index: np.full(1, request, np.int32)
         )
-        self._asked.append(self._largest(wishes))
-        return int(self._asked.popleft()) if len(self._asked) > 2 else GO_ON
+        self._pending.append(self._largest(requests))
+        return int(self._pending.popleft()) if len(self._pending) > 2 else GO_ON

@@ -1,4 +1,4 @@
-"""Where the time of training goes, what comes of it, and a window of steps for the profiler."""
+"""Measures the phases of a training step and its throughput, and profiles a window of steps."""
 
 import collections
 import dataclasses
@@ -11,13 +11,14 @@ import jax
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import host_memory
 
-# Of a step, and how the closing line calls them. Whatever else takes time stands beside the steps.
+# The phases of a step, with their names in the summary. Time of any other phase (compiling, saving)
+# is counted separately.
 PHASES = {"compute": "compute", "host": "host", "data": "waiting for data"}
 
 
 @dataclasses.dataclass
 class _Tally:
-    """What was done in some steps, and the seconds of each phase."""
+    """Seconds of each phase, and the work done, over some steps."""
 
     seconds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     work: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -27,36 +28,41 @@ class _Tally:
         self.work.update(other.work)
 
     def means(self, peak_flops: float) -> dict[str, float]:
-        """Seconds a step, their shares, and what a second brings; empty without a step."""
+        """Returns seconds per step, the share of each phase, and rates; empty without steps."""
         steps, seconds = self.work["steps"], sum(self.seconds[phase] for phase in PHASES)
         if not steps or seconds <= 0:
             return {}
-        found = {"step_s": seconds / steps}
+        means = {"step_s": seconds / steps}
         for phase in PHASES:
-            found[f"{phase}_s"] = self.seconds[phase] / steps
-            found[f"{phase}_share"] = self.seconds[phase] / seconds
-        for what in ("queries", "labels", "tokens"):
-            found[f"{what}_per_s"] = self.work[what] / seconds
-        found["flops_per_s"] = self.work["flops"] / seconds
+            means[f"{phase}_s"] = self.seconds[phase] / steps
+            means[f"{phase}_share"] = self.seconds[phase] / seconds
+        for unit in ("queries", "labels", "tokens"):
+            means[f"{unit}_per_s"] = self.work[unit] / seconds
+        means["flops_per_s"] = self.work["flops"] / seconds
         if peak_flops:
-            found["mfu"] = found["flops_per_s"] / peak_flops
-        return found
+            means["mfu"] = means["flops_per_s"] / peak_flops
+        return means
 
 
-class Watch:
-    """Tells the phases of a step apart, without a look at the device that a step would not take.
+class StepTimer:
+    """Step-time breakdown: how long each phase of a training step takes.
 
-    Every moment from `start` to the last `lap` belongs to one phase, so phases sum to the wall
-    time. Those of a step are of the thread that drives it: "data", blocked on the pipeline; "host",
-    placing a batch, dispatching its step, counting, writing; and "compute", blocked on the device:
-    on a step some steps back, so that few are under way, and where scalars are read. The device
-    works on while the host does, so "compute" is the least share of the time that it was busy, and
-    the other two are the most that it may have been idle. Other phases (compiling, saving) are
-    no part of a step and counted beside.
+    It never waits for a device where the step itself would not. Every moment from `start` to the
+    last `lap` belongs to exactly one phase, so the phases add up to the wall time. The phases of a
+    step are those of the thread that drives it:
+
+    - "data": waiting for the input pipeline,
+    - "host": placing a batch, dispatching its step, counting, writing metrics,
+    - "compute": waiting for the device, either for an earlier step (so that only a few are
+      queued) or for scalars.
+
+    The device runs while the host works, so the share of "compute" is a lower bound of the time
+    that the device was busy, and the other two are upper bounds of the time that it was idle.
+    Other phases (compiling, saving) are not part of a step and are counted separately.
 
     Args:
-      peak_flops: Operations a second of all devices together; 0: not known.
-      now: Seconds, from any start.
+      peak_flops: Operations per second of all devices together; 0 if unknown.
+      now: Clock, in seconds from any start.
     """
 
     def __init__(self, *, peak_flops: float, now: Callable[[], float] = time.perf_counter):
@@ -65,65 +71,72 @@ class Watch:
         self._recent, self._all = _Tally(), _Tally()
 
     def start(self) -> None:
-        """What was since the last lap belongs to no phase."""
+        """Starts the clock; the time since the last lap belongs to no phase."""
         self._last = self._now()
 
     def lap(self, phase: str) -> None:
-        """What was since the last lap, or start, belongs to this phase."""
+        """Adds the time since the last lap, or start, to a phase."""
         now = self._now()
         self._recent.seconds[phase] += now - self._last
         self._last = now
 
+    def seconds(self, phase: str) -> float:
+        """Total seconds of a phase so far."""
+        return self._all.seconds[phase] + self._recent.seconds[phase]
+
     def count(self, *, queries: int, labels: int, tokens: int, flops: float) -> None:
-        """One step is done or under way.
+        """Counts one step, finished or dispatched.
 
         Args:
-          queries: Of its batch, padding left out; so with `labels`.
-          labels: Candidates.
-          tokens: Positions of both, pictures and prompt among them.
-          flops: Operations that it needs.
+          queries: Queries of its batch, without padding.
+          labels: Candidate labels of its batch, without padding.
+          tokens: Positions of both, including images and the prompt.
+          flops: Operations that the step needs.
         """
         self._recent.work.update(
             steps=1, queries=queries, labels=labels, tokens=tokens, flops=flops
         )
 
     def report(self) -> dict[str, float]:
-        """Means over the steps since the last report: `step_s`, `data_share`, `mfu`, ..."""
+        """Returns means over the steps since the last report: `step_s`, `data_share`, `mfu`, ..."""
         recent, self._recent = self._recent, _Tally()
         self._all.add(recent)
-        found = recent.means(self._peak_flops)
-        return found and found | {"peak_memory_gib": host_memory.peak_of_a_device() / 2**30}
+        means = recent.means(self._peak_flops)
+        return means and means | {"peak_memory_gib": host_memory.peak_device_memory() / 2**30}
 
-    def closing(self) -> str:
-        """A line on all reported steps; empty if there was none."""
-        found = self._all.means(self._peak_flops)
-        if not found:
+    def summary(self) -> str:
+        """Returns one line about all reported steps; empty if there were none."""
+        means = self._all.means(self._peak_flops)
+        if not means:
             return ""
-        step_ms = 1e3 * found["step_s"]
-        shares = ", ".join(f"{said} {found[f'{x}_share']:.1%}" for x, said in PHASES.items())
-        speed = f"{found['flops_per_s'] / 1e9:,.0f} GFLOP/s"
-        if "mfu" in found:
-            speed = f"MFU {found['mfu']:.1%}"
-        whose = "of the process" if jax.default_backend() == "cpu" else "a device"
+        step_ms = 1e3 * means["step_s"]
+        shares = ", ".join(f"{name} {means[f'{x}_share']:.1%}" for x, name in PHASES.items())
+        speed = f"{means['flops_per_s'] / 1e9:,.0f} GFLOP/s"
+        if "mfu" in means:
+            speed = f"MFU {means['mfu']:.1%}"
+        owner = "process" if jax.default_backend() == "cpu" else "device"
         parts = [
-            f"step {step_ms:,.{0 if step_ms >= 100 else 1}f} ms: {shares.replace('%', ' %')}",
-            f"{found['queries_per_s']:,.0f} queries/s, {found['tokens_per_s']:,.0f} tokens/s",
+            f"training step {step_ms:,.{0 if step_ms >= 100 else 1}f} ms: "
+            f"{shares.replace('%', ' %')}",
+            f"{means['queries_per_s']:,.0f} queries/s, {means['tokens_per_s']:,.0f} tokens/s",
             speed.replace("%", " %"),
-            f"peak memory {whose} {host_memory.peak_of_a_device() / 2**30:.2f} GiB",
+            f"peak memory per {owner} {host_memory.peak_device_memory() / 2**30:.2f} GiB",
         ]
-        beside = [
+        other_phases = [
             f"{phase} {seconds:.1f} s"
             for phase, seconds in self._all.seconds.items()
             if phase not in PHASES and seconds >= 0.05
         ]
-        return "; ".join(parts + ([f"beside the steps: {', '.join(beside)}"] if beside else []))
+        if other_phases:
+            parts.append(f"outside of steps: {', '.join(other_phases)}")
+        return "; ".join(parts)
 
 
 def parse_window(text: str) -> tuple[int, int] | None:
-    """START:END of `--profile_steps`; None if it is empty.
+    """Returns START and END of `--profile_steps`; None if it is empty.
 
     Raises:
-      InputError: If it is something else.
+      InputError: If it is not such a window.
     """
     if not text:
         return None
@@ -131,73 +144,74 @@ def parse_window(text: str) -> tuple[int, int] | None:
     if colon and start.isdecimal() and end.isdecimal() and int(start) < int(end):
         return int(start), int(end)
     raise InputError(
-        f"--profile_steps={text}: expected START:END, as 100:110 for the ten steps after step 100"
+        f"--profile_steps={text}: expected START:END, such as 100:110 for the ten steps after step "
+        "100"
     )
 
 
 class Profiler:
-    """Writes what host and devices do in a window of steps, by JAX's profiler.
+    """Traces host and devices during a window of steps with the JAX profiler.
 
     Args:
-      window: (start, end): the steps after `start` up to and including `end`, or to the end of
-        their epoch; None: none.
-      directory: Where to.
-      say: Shows a line to the user.
-      shown: Where the user will find it, if not there.
+      window: (start, end): the steps after `start` up to and including `end`, cut off at the end of
+        their epoch; None for no profile.
+      directory: Where the trace is written.
+      report: Called with a line for the user.
+      shown: Path of the trace as the user will find it, if it is not `directory`.
     """
 
     def __init__(
         self,
         window: tuple[int, int] | None,
         directory: str,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
         shown: str = "",
     ):
         self._window = window if jax.process_index() == 0 else None
-        self._directory, self._say, self._shown = directory, say, shown or directory
-        self._first: int | None = None  # Of the trace under way.
+        self._directory, self._report, self._shown = directory, report, shown or directory
+        self._first: int | None = None  # First step of the trace being written.
         self._step = 0
 
-    def at(self, step: int, under_way: Any) -> None:
-        """To be called between steps.
+    def at(self, step: int, unread: Any) -> None:
+        """Starts or ends the trace where it is due; to be called between steps.
 
         Args:
-          step: Steps dispatched so far.
-          under_way: Results of steps that may not be done; awaited at either end of the window.
+          step: Number of steps dispatched so far.
+          unread: Results of steps that may still be running; awaited at either end of the window.
         """
         self._step = step
         if self._window is None:
             return
         start, end = self._window
         if self._first is None and start <= step < end:
-            jax.block_until_ready(under_way)
+            jax.block_until_ready(unread)
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # It would slow down the host that is to be seen.
-            # The second form of the trace is for those who do not want to install a viewer.
+            options.python_tracer_level = 0  # Tracing Python calls would slow the host down.
+            # The Perfetto trace can be opened without installing anything.
             jax.profiler.start_trace(
                 self._directory, create_perfetto_trace=True, profiler_options=options
             )
             self._first = step + 1
         elif self._first is not None and step >= end:
-            jax.block_until_ready(under_way)
+            jax.block_until_ready(unread)
             self.stop()
 
     def stop(self) -> None:
-        """Ends the trace, if there is one, and says where it lies."""
+        """Ends the trace, if one is being written, and reports its path."""
         if self._first is None:
             return
         jax.profiler.stop_trace()
-        self._say(
-            f"profile of steps {self._first} to {self._step}: {self._shown}; to look at it: "
-            f"pip install xprof && xprof --logdir={self._shown}; or open its "
+        self._report(
+            f"profile of steps {self._first} to {self._step} written to {self._shown}; to view it, "
+            f"run `pip install xprof && xprof --logdir={self._shown}`, or open its "
             "perfetto_trace.json.gz at https://ui.perfetto.dev"
         )
         self._first = self._window = None
 
     def close(self) -> None:
-        """Ends what is under way; says so if a profile was asked for and there is none."""
+        """Ends the trace; reports if a profile was requested and none was written."""
         self.stop()
         if self._window is not None:
             start, end = self._window
-            self._say(f"--profile_steps={start}:{end}: none of these steps was run, no profile")
+            self._report(f"--profile_steps={start}:{end}: none of these steps was run; no profile")
             self._window = None

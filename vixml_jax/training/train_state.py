@@ -1,4 +1,4 @@
-"""The state of a run before its first step: shapes, places, and what labels start from."""
+"""The state of a run before its first step: shapes, shardings and the initial label state."""
 
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ from vixml_jax.labels.centroids import exact_centroids
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.distributed import Group
-from vixml_jax.structs import LabelState, Share, TrainState
+from vixml_jax.structs import LabelState, Shard, TrainState
 from vixml_jax.training.clustering.balanced import balanced_clusters, numbered_by_first_row
 
 
@@ -30,37 +30,37 @@ def abstract_state(
     """Shape, dtype and sharding of each array of a state.
 
     Args:
-      model: Where to.
-      trained: Abstract parameters with their logical axes (of `Model.abstract_params`).
-      frozen: Those that are not trained, alike.
-      optimizer: Whose state it holds.
-      num_queries: Training queries.
+      model: Its mesh and label table are used.
+      trained: Abstract trained parameters with logical axes, from `Model.abstract_params`.
+      frozen: Abstract parameters that are not trained.
+      optimizer: Its state is part of the result.
+      num_queries: Number of training queries.
     """
-    mesh, whole = model.mesh, sharding.replicated(model.mesh)
+    mesh, replicated = model.mesh, sharding.replicated(model.mesh)
     params = sharding.stored_tree(trained, mesh)
     opt_state = jax.eval_shape(optimizer.init, params)
-    opt_places = optax.tree.map_params(
+    opt_shardings = optax.tree.map_params(
         optimizer,
         lambda _, like: like.sharding,
         opt_state,
         params,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: replicated,
     )
     return TrainState(
-        step=jax.ShapeDtypeStruct((), np.int32, sharding=whole),
+        step=jax.ShapeDtypeStruct((), np.int32, sharding=replicated),
         params=params,
         frozen=sharding.stored_tree(frozen, mesh),
         opt_state=jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            lambda x, placement: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
             opt_state,
-            opt_places,
+            opt_shardings,
         ),
         **sharding.stored_tree(abstract_tables(model, num_queries), mesh),
     )
 
 
 def abstract_tables(model: Model, num_queries: int) -> dict[str, Any]:
-    """Logical shapes and axes of what a state holds a row a label, or a row a query, of."""
+    """Logical shapes and axes of the arrays of a state with one row per label or per query."""
     bank = jax.ShapeDtypeStruct((num_queries, model.table.width), np.float32)
     return {"labels": model.table.abstract_state, "bank": sharding.boxed(bank, "ne")}
 
@@ -73,57 +73,63 @@ def place_state(
     labels: LabelState,
     bank: jax.Array,
 ) -> TrainState:
-    """The first state, each array where it will stay.
+    """The first state, each array on the devices of its sharding.
 
     Args:
       like: From `abstract_state`.
-      params: The parameters that are trained, unboxed, on host or device.
-      frozen: Those that are not.
-      optimizer: Whose state to make.
+      params: Trained parameters, unboxed, on host or device.
+      frozen: Parameters that are not trained.
+      optimizer: Makes the initial optimizer state.
       labels: The label state.
-      bank: Unit embeddings of the training queries, spread over the mesh.
+      bank: Unit embeddings of the training queries, rows sharded over the mesh.
     """
-    places = jax.tree.map(lambda x: x.sharding, like)
-    params = jax.device_put(params, places.params)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    params = jax.device_put(params, shardings.params)
     return TrainState(
-        step=jax.device_put(np.int32(0), places.step),
+        step=jax.device_put(np.int32(0), shardings.step),
         params=params,
-        frozen=jax.device_put(frozen, places.frozen),
-        opt_state=jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
-        labels=jax.device_put(labels, places.labels),
-        bank=jax.device_put(bank, places.bank),
+        frozen=jax.device_put(frozen, shardings.frozen),
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params),
+        labels=jax.device_put(labels, shardings.labels),
+        bank=jax.device_put(bank, shardings.bank),
     )
 
 
 def empty_bank(model: Model, num_queries: int) -> jax.Array:
-    """Zero rows for all training queries, spread over the mesh."""
+    """Zero rows for all training queries, sharded over the mesh."""
     rows = sharding.pad_rows(num_queries, model.mesh)
     zeros = functools.partial(jnp.zeros, (rows, model.table.width), jnp.float32)
     return jax.jit(zeros, out_shardings=sharding.rows_sharding(model.mesh))()
 
 
-def mean_by_column(relevance: sparse.csr_matrix, share: Share, mesh: Mesh, group: Group) -> Share:
-    """Of each column (a label, or a free vector) the mean of the unit vectors of its rows: those
-    that this process holds of an array spread over the mesh.
+def mean_by_column(relevance: sparse.csr_matrix, shard: Shard, mesh: Mesh, group: Group) -> Shard:
+    """The mean vector of the rows of each column (a label, or a free vector).
 
     Args:
-      relevance: [rows, columns] of ones.
-      share: The vectors that this process holds.
-      mesh: Over which both are spread.
+      relevance: [rows, columns]; 1 where a row belongs to a column.
+      shard: The unit vectors of the rows that this process holds.
+      mesh: Rows and columns are both sharded over it.
       group: The processes of the mesh.
+
+    Returns:
+      The means of the columns that this process holds.
     """
     num_rows, num_columns = relevance.shape
-    wanted = [sharding.row_ids(num_columns, mesh, process) for process in range(group.count)]
-    means = exact_centroids(relevance, keep(share, num_rows, mesh), wanted, group=group)
-    return Share(wanted[group.index], means)
+    column_ids = [sharding.row_ids(num_columns, mesh, process) for process in range(group.count)]
+    rows = without_replicas(shard, num_rows, mesh)
+    means = exact_centroids(relevance, rows, column_ids, group=group)
+    return Shard(column_ids[group.index], means)
 
 
-def keep(share: Share, num_rows: int, mesh: Mesh) -> Share:
-    """Of the rows that this process holds, those that it keeps: together each row once."""
-    kept = sharding.row_ids(num_rows, mesh, kept=True)
-    if len(kept) == len(share.ids):
-        return share
-    return Share(kept, share.values[np.isin(share.ids, kept, assume_unique=True)])
+def without_replicas(shard: Shard, num_rows: int, mesh: Mesh) -> Shard:
+    """The rows of a shard that belong to this process, so that all processes have each row once.
+
+    Several processes hold the same rows if a tensor axis spans them.
+    """
+    ids = sharding.row_ids(num_rows, mesh, owned=True)
+    if len(ids) == len(shard.ids):
+        return shard
+    return Shard(ids, shard.values[np.isin(shard.ids, ids, assume_unique=True)])
 
 
 def initial_labels(
@@ -136,14 +142,23 @@ def initial_labels(
     seed: int,
     group: Group,
 ) -> tuple[Any, LabelState, jax.Array]:
-    """What training starts from: the label -> free vector map, centroids, the bank.
+    """The initial label -> free vector map, centroids and bank.
 
-    The map clusters the labels' embeddings under the starting weights (paper, section 3); where
-    every label has a free vector of its own there is nothing to cluster.
+    The map clusters the embeddings of the labels under the initial weights (paper, section 3). If
+    every label has its own free vector, nothing is clustered.
+
+    Args:
+      model: Tower, combiner and table.
+      params: All initial parameters.
+      dataset: Training queries and labels.
+      labels: `num_free` and `free_init` are used.
+      block: Items encoded at a time.
+      seed: Seed of the clusters.
+      group: The processes of the mesh.
 
     Returns:
-      The parameters (free vectors set where `labels.free_init` says so), the label state, and the
-      bank, spread over the mesh.
+      The parameters (with new free vectors if `labels.free_init` is "embedding"), the label state,
+      and the bank, sharded over the mesh.
     """
     mesh, num_queries = model.mesh, len(dataset.train)
     num_labels, num_free = model.table.num_labels, model.table.num_free
@@ -153,13 +168,15 @@ def initial_labels(
             params, dataset.labels, block=block, title="labels, before training"
         )
         if num_free < num_labels:
-            kept = keep(vectors, num_labels, mesh)
-            found = balanced_clusters(kept, num_labels, num_free, seed=seed, group=group)
-            cluster_of = numbered_by_first_row(found)
+            rows = without_replicas(vectors, num_labels, mesh)
+            clusters = balanced_clusters(rows, num_labels, num_free, seed=seed, group=group)
+            cluster_of = numbered_by_first_row(clusters)
         if labels.free_init == "embedding":
-            shared = (np.ones(num_labels, np.float32), cluster_of, np.arange(num_labels + 1))
-            shared = sparse.csr_matrix(shared, shape=(num_labels, num_free))
-            free = mean_by_column(shared, vectors, mesh, group)
+            membership = sparse.csr_matrix(
+                (np.ones(num_labels, np.float32), cluster_of, np.arange(num_labels + 1)),
+                shape=(num_labels, num_free),
+            )
+            free = mean_by_column(membership, vectors, mesh, group)
             params = {**params, "free": sharding.spread_rows(free, num_free, mesh)}
     queries = model.encode_queries(
         params, dataset.train, block=block, title="training queries, before training"

@@ -1,4 +1,4 @@
-"""One training step: both sides through the tower, the four-term loss, one update."""
+"""The training step: queries and labels through the tower, the loss, one optimizer update."""
 
 import functools
 from collections.abc import Callable
@@ -20,12 +20,12 @@ LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
 class TrainStep:
-    """The training step, compiled once a shape of batches: (state, batch, key) -> state, scalars.
+    """The training step, compiled once per batch shape: (state, batch, key) -> (state, scalars).
 
     The state is donated and keeps its shardings; scalars are float32.
 
     Args:
-      jitted: What is compiled.
+      jitted: The jitted step.
       like: The state's shapes, dtypes and shardings.
     """
 
@@ -34,7 +34,7 @@ class TrainStep:
         self._programs: dict[tuple[Any, ...], jax.stages.Compiled] = {}
 
     def program(self, batch: Batch, key: Array) -> jax.stages.Compiled:
-        """The program for batches of this shape, on the mesh; compiled if it is the first."""
+        """The program for batches of this shape, compiled at the first call with that shape."""
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self._programs:
             self._programs[shapes] = self._jitted.lower(self._like, batch, key).compile()
@@ -55,19 +55,19 @@ def make_train_step(
     centroid_momentum: float | None = None,
     sparse_free: bool = False,
 ) -> TrainStep:
-    """The step of a model under a loss and an optimizer.
+    """Makes the training step of a model with a loss and an optimizer.
 
     Args:
       model: Tower, combiner and table.
       loss_fn: `losses.total_loss` with its settings bound.
-      optimizer: Acts on all of `state.params`; nothing touches `state.frozen`.
-      like: Shapes, dtypes and shardings of the state; these are pinned on the way out, so that the
-        next call finds what it was compiled for.
-      centroid_momentum: What a moving centroid keeps at each update (0.95); None: centroids are
-        left alone.
-      sparse_free: Whether the optimizer sees, of the free vectors and their moments, the rows of
-        the batch's labels alone, and the others stay as they are (as `torch.optim.SparseAdam`
-        does); False: all rows move by their momentum, as published.
+      optimizer: Updates all of `state.params`; `state.frozen` is never changed.
+      like: Shapes, dtypes and shardings of the state. The output shardings are pinned to them, so
+        that the next call needs no new compilation.
+      centroid_momentum: Weight of the old centroid in each update of a moving centroid (0.95);
+        None: the step does not change centroids.
+      sparse_free: True: the optimizer updates only those free vectors and moments that labels of
+        the batch use, as `torch.optim.SparseAdam` does. False: all of them move by their momentum,
+        as published.
     """
     sparse_free &= model.combiner is not None
 
@@ -75,9 +75,9 @@ def make_train_step(
         tower_key, combiner_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
         params, opt_state = state.params, state.opt_state
         if sparse_free:
-            free_ids, place = model.table.distinct_free(state.labels, batch.label_ids)
-            look_up = functools.partial(table.gather_rows, model.mesh, ids=free_ids)
-            params, opt_state = (_map_free(look_up, tree) for tree in (params, opt_state))
+            free_ids, free_index = model.table.distinct_free(state.labels, batch.label_ids)
+            gather = functools.partial(table.gather_rows, model.mesh, ids=free_ids)
+            params, opt_state = (_map_free(gather, tree) for tree in (params, opt_state))
 
         def objective(trained: Any) -> tuple[Array, tuple[dict[str, Array], Array]]:
             params = tree_utils.merge(trained, state.frozen)
@@ -94,7 +94,7 @@ def make_train_step(
                     state.labels,
                     labels,
                     batch.label_ids,
-                    free=params["free"][place] if sparse_free else None,
+                    free=params["free"][free_index] if sparse_free else None,
                     dropout=combiner_key,
                 )
             loss, scalars = loss_fn(
@@ -113,9 +113,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         params = optax.apply_updates(params, updates)
         if sparse_free:
-            write = functools.partial(table.scatter_rows, model.mesh, ids=free_ids)
-            params = _map_free(write, state.params, params)
-            opt_state = _map_free(write, state.opt_state, opt_state)
+            scatter = functools.partial(table.scatter_rows, model.mesh, ids=free_ids)
+            params = _map_free(scatter, state.params, params)
+            opt_state = _map_free(scatter, state.opt_state, opt_state)
         labels = state.labels
         if centroid_momentum is not None:
             labels = move_centroids(
@@ -141,21 +141,23 @@ def make_train_step(
     return TrainStep(jitted, like)
 
 
-def _map_free(change: Callable[..., Array], whole: Any, rows: Any = None) -> Any:
-    """Changes what belongs to the free vectors (themselves, their moments) in a tree.
+def _map_free(fn: Callable[..., Array], tree: Any, updated: Any = None) -> Any:
+    """Applies a function to the free vectors and their moments in a tree.
 
     Args:
-      change: (rows=leaf of `whole`) -> leaf, or with `values=leaf of rows` beside it.
-      whole: Parameters or the optimizer's state.
-      rows: A tree of the same structure, which gives all the other leaves; None: `whole` does.
+      fn: (rows=leaf of `tree`) -> leaf; with `updated`, (rows=leaf of `tree`, values=leaf of
+        `updated`) -> leaf.
+      tree: Parameters or optimizer state, with all rows of the free vectors.
+      updated: A tree of the same structure, from which all other leaves are taken; None: they are
+        taken from `tree`.
     """
 
-    def at(path: tuple[Any, ...], leaf: Array, other: Array) -> Array:
+    def map_leaf(path: tuple[Any, ...], leaf: Array, other: Array) -> Array:
         if not any(getattr(key, "key", None) == "free" for key in path):
             return other
-        return change(rows=leaf) if rows is None else change(rows=leaf, values=other)
+        return fn(rows=leaf) if updated is None else fn(rows=leaf, values=other)
 
-    return jax.tree_util.tree_map_with_path(at, whole, whole if rows is None else rows)
+    return jax.tree_util.tree_map_with_path(map_leaf, tree, tree if updated is None else updated)
 
 
 def move_centroids(
@@ -165,10 +167,17 @@ def move_centroids(
     queries: Float[Array, "b e"],
     momentum: float,
 ) -> LabelState:
-    """Moves the centroid of each label of the batch towards the mean of its queries there.
+    """Moves the centroid of each label of the batch towards the mean of its queries in the batch.
 
     Candidate j was drawn for query j (paper, section 3, moving average). A label drawn for several
     queries moves once, towards their mean, so the order in the batch does not matter.
+
+    Args:
+      label_table: The table that the centroids belong to.
+      labels: The label state.
+      label_ids: Label j was drawn for query j; -1 is padding.
+      queries: Unit vectors of the queries.
+      momentum: Weight of the old centroid.
     """
     same = (label_ids[:, None] == label_ids[None, :]).astype(jnp.float32)
     mean = jnp.einsum("cb,be->ce", same, queries) / jnp.sum(same, axis=1, keepdims=True)

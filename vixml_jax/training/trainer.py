@@ -1,4 +1,4 @@
-"""The training run: epochs of batches, then clusters, centroids, evaluation and saving."""
+"""The training loop: per epoch its batches, then clustering, centroids, evaluation, saving."""
 
 import dataclasses
 import math
@@ -25,24 +25,24 @@ from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.clustering.balanced import balanced_clusters, numbered_by_first_row
 from vixml_jax.training.flops import step_flops
 from vixml_jax.training.memory_planner import MemoryPlan, plan_memory
-from vixml_jax.training.metric_logger import CollapseGuard, Telemetry
+from vixml_jax.training.metric_logger import CollapseGuard, MetricLogger
 from vixml_jax.training.train_step import TrainStep
 
-# One that the devices work on, and one that waits for them. More would hold more batches there.
-STEPS_UNDER_WAY = 2
+# One step that the devices run and one that is queued. More would hold more batches on the devices.
+STEPS_IN_FLIGHT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a run stands in its data.
+    """The position of a run in its data and in the selection of its best model.
 
     Attributes:
-      epoch: The epoch under way.
-      batches: The iterator's state within it; None at its start.
-      cluster_size: Queries of a cluster when next clustered.
-      clustered: Whether batches follow the clusters.
-      best: The best value so far of the metric that a model is chosen by; None: no value yet.
-      best_step: The step that had it, the first of equals.
+      epoch: The current epoch, from 0.
+      batches: State of the batch iterator within the epoch; None at its start.
+      cluster_size: Queries per cluster at the next clustering.
+      clustered: Whether batches consist of clusters.
+      best: Best value so far of `--loop.monitor`; None before the first evaluation.
+      best_step: First step that had the best value.
       waited: Evaluations since then.
     """
 
@@ -62,22 +62,23 @@ def _all_finite(state: Any) -> Bool[Array, ""]:
 
 
 class Trainer:
-    """Runs epochs from wherever the state stands; one call to `run` does it all.
+    """Runs the epochs of a training run from any position; `run` is called once.
 
     Args:
-      model: Tower, combiner, table.
-      dataset: What to train on.
+      model: Tower, combiner and label table.
+      dataset: Prepared data; the training split is used.
       train_step: From `make_train_step`.
-      batch, labels, loop: The groups of flags.
+      batch, labels, loop: Groups of flags.
       block: Items encoded at a time.
-      seed: Of order, positives, dropout and clusters.
-      shares: That batches are packed in; a multiple of the row shards of the mesh.
+      seed: Seed of the order, the positives, dropout and clustering.
+      shards: Number of shards that batches are packed in; a multiple of the row shards of the mesh.
       group: The processes of the mesh.
-      checkpoints: Where states go.
-      guard: Watches for collapse.
-      evaluate: (params, labels) -> metrics, called as `loop.eval_every` says.
-      split: What it judges on; goes into the names of what is logged, but for 'test'.
-      stop: Whether a signal asks the run to end.
+      checkpoints: Where states are saved.
+      guard: Detects collapse.
+      evaluate: (params, labels) -> metrics; called after epochs as `loop.eval_every` sets.
+      split: The split that `evaluate` uses. Unless it is 'test', names of logged metrics start
+        with it.
+      stop: Tells whether a signal requested the run to stop.
     """
 
     def __init__(
@@ -91,13 +92,13 @@ class Trainer:
         loop: LoopConfig,
         block: int,
         seed: int,
-        shares: int,
+        shards: int,
         group: Group,
         checkpoints: Checkpoints,
         guard: CollapseGuard,
         evaluate: Callable[[Any, LabelState], Mapping[str, float]],
         split: str = "test",
-        stop: preemption.Stop,
+        stop: preemption.StopSignal,
     ):
         self.model, self.dataset, self.train_step = model, dataset, train_step
         self.batch, self.labels, self.loop = batch, labels, loop
@@ -106,40 +107,50 @@ class Trainer:
         self.evaluate, self.split, self.stop = evaluate, split, stop
         self.num_queries = len(dataset.train)
         self.steps_per_epoch = math.ceil(self.num_queries / batch.size)
-        # Where all devices have it: else every step would copy it to them.
-        self._key = sharding.everywhere(jax.random.key(seed), model.mesh)
-        self._ahead: tuple[Position | None, Any] = None, None  # An iterator opened in advance.
+        # Replicated once; otherwise every step would copy the key to the devices.
+        self._key = sharding.replicate(jax.random.key(seed), model.mesh)
+        # Batches of the next epoch, opened while the last checkpoint is saved.
+        self._opened: tuple[Position | None, Any] = None, None
         self._weights = None
         if batch.positives == "inverse_propensity":
             counts = np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
             self._weights = propensity.inverse_propensity(
                 counts, self.num_queries, dataset.propensity_a, dataset.propensity_b
             )
-        here = sharding.row_shards(model.mesh)
-        each = shares // sharding.num_row_shards(model.mesh)
+        shards_per_device = shards // sharding.num_row_shards(model.mesh)
         self._packing = {
             "width": model.row_width,
             "layout": model.layout,
             "image_dropout": batch.image_dropout,
-            "shares": shares,
-            "read": [shard * each + at for shard in here for at in range(each)],
+            "shards": shards,
+            "read": [
+                device * shards_per_device + offset
+                for device in sharding.row_shards(model.mesh)
+                for offset in range(shards_per_device)
+            ],
             "rows": model.row_sizes(
                 model.mean_length(dataset.train) + model.mean_length(dataset.labels),
                 batch.size,
-                shares,
+                shards,
             ),
         }
-        self._parts = shares / len(self._packing["read"])  # Processes, where all have as much.
+        # Shards of a batch per shard that this process reads.
+        self._shards_per_read = shards / len(self._packing["read"])
+
+    @property
+    def batch_rows(self) -> int:
+        """Packed rows of a typical batch, over all devices."""
+        return self._packing["shards"] * self._packing["rows"].least
 
     def start(self) -> tuple[Int[np.ndarray, " n"], Position]:
-        """Clusters (none yet) and position of a run that has not begun."""
+        """Returns the clusters (-1: none yet) and the position of a new run."""
         return (
             np.full(self.num_queries, -1, np.int32),
             Position(0, None, self.batch.cluster_size, False),
         )
 
     def plan(self, like: TrainState) -> MemoryPlan:
-        """What memory the run needs, from the program of its first batch."""
+        """Returns the memory that the run needs, from the compiled step for its first batch."""
         batch = sharding.to_devices(next(self._batches(*self.start())), self.model.mesh)
         return plan_memory(like, lambda: self.train_step.program(batch, self._key))
 
@@ -148,39 +159,43 @@ class Trainer:
         state: TrainState,
         clusters: Int[np.ndarray, " n"],
         position: Position,
-        telemetry: Telemetry,
+        logger: MetricLogger,
     ) -> tuple[TrainState, Position]:
-        """Trains until the epochs are over, or patience is, and returns the last state and
-        position; every epoch ends in a checkpoint.
+        """Trains until the last epoch or until patience ends; every epoch ends with a checkpoint.
+
+        Returns:
+          The last state and position.
 
         Raises:
-          Preempted: If a signal came; all steps that were done are saved.
-          NotFiniteError: If a loss or a state is not finite; what is saved is.
-          InputError: If the disk is full; what was saved before stands.
+          Preempted: If a signal arrived; all finished steps are saved.
+          NotFiniteError: If a loss or a state is not finite; saved checkpoints are finite.
+          InputError: If the disk is full; earlier checkpoints are kept.
         """
-        with self.stop.held():
+        with self.stop.deferred():
             while position.epoch < self.loop.epochs and not self.out_of_patience(position):
-                state, done = self._run_batches(state, clusters, position, telemetry)
+                state, done = self._run_batches(state, clusters, position, logger)
                 try:
-                    ended = self._end_epoch(state, clusters, position, telemetry)
-                except Preempted:  # What was left is done again, from the end of the batches.
-                    self._leave(state, clusters, done)
+                    ended = self._end_epoch(state, clusters, position, logger)
+                except Preempted:  # A resumed run repeats the end of the epoch.
+                    self._save_and_stop(state, clusters, done)
                 state, clusters, position = ended
                 if position.epoch < self.loop.epochs:
-                    # Its first batches are made while it is saved.
-                    self._ahead = position, self._open(clusters, position)
+                    # Its first batches are prepared while the checkpoint is saved.
+                    self._opened = position, self._open(clusters, position)
                 self._save(state, clusters, position)
             self.checkpoints.wait()
             self.checkpoints.drop_best_but(position.best_step)
         return state, position
 
-    def _leave(self, state: TrainState, clusters: np.ndarray, position: Position) -> NoReturn:
+    def _save_and_stop(
+        self, state: TrainState, clusters: np.ndarray, position: Position
+    ) -> NoReturn:
         self._save(state, clusters, position)
         self.checkpoints.wait()
         raise self.stop.preempted(f"saved at step {int(state.step)}")
 
     def out_of_patience(self, position: Position) -> bool:
-        """Whether `loop.patience` evaluations brought nothing better."""
+        """Returns whether `loop.patience` evaluations in a row were not better than the best."""
         return 0 < self.loop.patience <= position.waited
 
     def _order(self, clusters: np.ndarray, position: Position) -> np.ndarray:
@@ -190,7 +205,7 @@ class Trainer:
         return sampling.shuffled_order(self.num_queries, rng)
 
     def _batches(self, clusters: np.ndarray, position: Position) -> Any:
-        """A grain iterator over an epoch's batches, at its start."""
+        """Returns a Grain iterator over the batches of an epoch, at its start."""
         return input_pipeline.epoch_batches(
             self.dataset,
             self._order(clusters, position),
@@ -204,7 +219,7 @@ class Trainer:
         )
 
     def _open(self, clusters: np.ndarray, position: Position) -> Any:
-        """The iterator over what is left of an epoch; it begins to make batches at once."""
+        """Returns an iterator over the rest of an epoch, which prefetches batches at once."""
         batches = self._batches(clusters, position)
         if position.batches is not None:
             batches.set_state(position.batches)
@@ -212,125 +227,149 @@ class Trainer:
         return batches
 
     def _run_batches(
-        self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
+        self, state: TrainState, clusters: np.ndarray, position: Position, logger: MetricLogger
     ) -> tuple[TrainState, Position]:
-        """The state after the epoch's batches, and the position there."""
-        watch, profiler = telemetry.watch, telemetry.profiler
-        watch.start()
-        at, batches = self._ahead
-        if at != position:
+        """Runs the batches of an epoch; returns the state and the position after them."""
+        timer, profiler = logger.timer, logger.profiler
+        timer.start()
+        opened_at, batches = self._opened
+        if opened_at != position:
             batches = self._open(clusters, position)
-        self._ahead = None, None
+        self._opened = None, None
         step, last = int(state.step), (position.epoch + 1) * self.steps_per_epoch
         unread: list[dict[str, jax.Array]] = []
         agree = preemption.Agreement(self.model.mesh)
-        watch.lap("host")
+        timer.lap("host")
         for batch in batches:
-            watch.lap("data")
+            timer.lap("data")
             profiler.at(step, unread)
-            watch.lap("profiling")
-            placed = sharding.to_devices(batch, self.model.mesh)
-            watch.lap("host")
-            program = self.train_step.program(placed, self._key)
-            watch.lap("compiling")
+            timer.lap("profiling")
+            on_devices = sharding.to_devices(batch, self.model.mesh)
+            timer.lap("host")
+            program = self.train_step.program(on_devices, self._key)
+            timer.lap("compiling")
             with jax.profiler.StepTraceAnnotation("step", step_num=step + 1):
-                state, scalars = program(state, placed, self._key)
+                state, scalars = program(state, on_devices, self._key)
             step += 1
             unread.append(scalars)
-            watch.count(**self._work(batch))
-            telemetry.advance(position.epoch)
-            watch.lap("host")
-            jax.block_until_ready(unread[: 1 - STEPS_UNDER_WAY][-1:])
-            watch.lap("compute")
+            timer.count(**self._work(batch))
+            logger.advance(position.epoch)
+            timer.lap("host")
+            jax.block_until_ready(unread[: 1 - STEPS_IN_FLIGHT][-1:])
+            timer.lap("compute")
             if step % self.loop.log_every == 0 or step == last:
-                self._report(step, position.epoch, unread, telemetry)
+                self._report(step, position.epoch, unread, logger)
                 unread = []
-            todo = agree(self._wish(step))
-            if todo == preemption.GO_ON or (todo == preemption.SAVE and step == last):
+            action = agree(self._request(step))
+            if action == preemption.GO_ON or (action == preemption.SAVE and step == last):
                 continue
-            # A state is saved only if all that led to it was finite.
-            watch.lap("host")
+            # A state is saved only if all losses before it were finite.
+            timer.lap("host")
             unread = self._read(step, position.epoch, unread)
-            watch.lap("compute")
-            there = dataclasses.replace(position, batches=batches.get_state())
-            if todo == preemption.STOP:
+            timer.lap("compute")
+            reached = dataclasses.replace(position, batches=batches.get_state())
+            if action == preemption.STOP:
                 if unread:
-                    self._report(step, position.epoch, unread, telemetry)
-                self._leave(state, clusters, there)
-            watch.lap("host")
-            self._save(state, clusters, there)
-            watch.lap("saving")
+                    self._report(step, position.epoch, unread, logger)
+                self._save_and_stop(state, clusters, reached)
+            timer.lap("host")
+            self._save(state, clusters, reached)
+            timer.lap("saving")
         profiler.at(step, unread)
-        profiler.stop()  # What ends an epoch is no step.
+        profiler.stop()  # The end of an epoch is not part of a step.
         return state, dataclasses.replace(position, batches=batches.get_state())
 
-    def _wish(self, step: int) -> int:
-        if self.stop.asked:
+    def _request(self, step: int) -> int:
+        """Returns what this process requests to do after a step."""
+        if self.stop.requested_by:
             return preemption.STOP
         return preemption.SAVE if self.checkpoints.due(step) else preemption.GO_ON
 
     def _work(self, batch: Batch) -> dict[str, Any]:
-        """What there is to do in a batch of the host, padding left out."""
-        own = {
+        """Returns the amount of work in a batch over all processes, without padding.
+
+        Exact for one process; several processes assume that the others have as much as this one.
+        """
+        work = {
             "queries": np.count_nonzero(batch.query_ids >= 0),
             "labels": np.count_nonzero(batch.label_ids >= 0),
             "tokens": np.count_nonzero(batch.items.segments >= 0),
             "flops": step_flops(self.model.tower.config, self.model.combiner, batch),
         }
-        return {name: count * self._parts for name, count in own.items()}
+        return {name: count * self._shards_per_read for name, count in work.items()}
 
     def _report(
-        self, step: int, epoch: int, unread: list[dict[str, jax.Array]], telemetry: Telemetry
+        self, step: int, epoch: int, unread: list[dict[str, jax.Array]], logger: MetricLogger
     ) -> None:
-        """Writes the mean of the scalars since the last report."""
+        """Logs the mean of the scalars since the last report."""
         read = self._read(step, epoch, unread)
-        telemetry.watch.lap("compute")
+        logger.timer.lap("compute")
         for scalars in read:
             warning = self.guard.warning(scalars)
             if warning:
-                telemetry.say(warning)
+                logger.print(warning)
         mean = {name: float(np.mean([scalars[name] for scalars in read])) for name in read[0]}
-        telemetry.scalars(step, mean, epoch=epoch)
+        logger.scalars(step, mean, epoch=epoch)
 
     def _read(
         self, step: int, epoch: int, unread: list[dict[str, jax.Array]]
     ) -> list[dict[str, np.ndarray]]:
-        """The scalars of the last steps, on the host; stops where they are not finite."""
+        """Returns the scalars of the last steps, on the host.
+
+        Raises:
+          NotFiniteError: If a loss or a gradient is not finite.
+        """
         read = jax.device_get(unread)
         first = step - len(read) + 1
         for offset, scalars in enumerate(read):
-            # Of vectors that are not numbers every hinge is 0: the gradient tells where the loss
-            # does not.
+            # With NaN embeddings every hinge is 0, so the loss may be finite while its gradient is
+            # not.
             if not np.isfinite(scalars["loss"] + scalars["gradient_norm"]):
                 raise self._not_finite(
-                    f"the loss is {scalars['loss']} and its gradient's norm "
-                    f"{scalars['gradient_norm']} at step {first + offset} (epoch {epoch}), the "
-                    "first that is not finite"
+                    f"the loss ({scalars['loss']}) or its gradient norm "
+                    f"({scalars['gradient_norm']}) is not finite at step {first + offset} "
+                    f"({self._name(epoch)})"
                 )
         return read
 
+    def _name(self, epoch: int) -> str:
+        """Returns the name of an epoch as users see it, counted from 1."""
+        return f"epoch {epoch + 1}/{self.loop.epochs}"
+
     def _not_finite(self, what: str) -> NotFiniteError:
         self.checkpoints.wait()
-        kept = self.checkpoints.latest_step()
-        stands = "no checkpoint is saved yet" if kept is None else f"that of step {kept} is kept"
+        latest = self.checkpoints.latest_step()
+        kept = "no checkpoint is saved yet"
+        if latest is not None:
+            kept = f"the checkpoint of step {latest} is kept"
         return NotFiniteError(
-            f"{what}; {stands}; the same flags lead there again: start in another --workdir with "
-            "a lower --optimizer.learning_rate, or with --optimizer.clip_norm=1"
+            f"{what}; {kept}; the same flags would lead to the same result: start again in another "
+            "--workdir with a lower --optimizer.learning_rate, or with --optimizer.clip_norm=1"
         )
 
     def _save(self, state: TrainState, clusters: np.ndarray, position: Position) -> None:
-        """Saves a state that is finite: the loss of a step says nothing of the update after it."""
+        """Saves a checkpoint if the state is finite.
+
+        The loss of a step is computed before its update, so a finite loss does not imply it.
+
+        Raises:
+          NotFiniteError: If the state is not finite.
+        """
         if not bool(_all_finite(state._replace(frozen={}))):
             raise self._not_finite(
-                f"the state after step {int(state.step)} (epoch {position.epoch}) is not finite, "
-                "though the loss before it was"
+                f"the state after step {int(state.step)} ({self._name(position.epoch)}) is not "
+                "finite, although the loss before it was"
             )
         self.checkpoints.save(state, clusters, dataclasses.asdict(position))
 
     def _end_epoch(
-        self, state: TrainState, clusters: np.ndarray, position: Position, telemetry: Telemetry
+        self, state: TrainState, clusters: np.ndarray, position: Position, logger: MetricLogger
     ) -> tuple[TrainState, np.ndarray, Position]:
-        """Curriculum, clusters, centroids, evaluation: in the order of the paper's program."""
+        """Ends an epoch: curriculum, clustering, centroids and evaluation, in the paper's order.
+
+        Returns:
+          The state, the clusters and the position at the start of the next epoch.
+        """
         epoch, is_last = position.epoch, position.epoch == self.loop.epochs - 1
         size, clustered = position.cluster_size, position.clustered
         if epoch in self.batch.curriculum:
@@ -342,9 +381,9 @@ class Trainer:
             and not is_last
             and since % self.batch.cluster_every == 0
         ):
-            bank = sharding.share_of(state.bank, self.num_queries, self.model.mesh, kept=True)
+            bank = sharding.shard_of(state.bank, self.num_queries, self.model.mesh, owned=True)
             num_clusters = max(1, math.ceil(self.num_queries / size))
-            with self.stop.at_once():
+            with self.stop.interruptible():
                 clusters = numbered_by_first_row(
                     balanced_clusters(
                         bank,
@@ -355,42 +394,42 @@ class Trainer:
                     )
                 )
             clustered = True
-        with self.stop.at_once():
+        with self.stop.interruptible():
             state = state._replace(labels=self._centroids(state, is_last))
         due = self.loop.eval_every and (epoch + 1) % self.loop.eval_every == 0
-        # The last epoch is judged once more after training; here only if it may be chosen.
-        if self.loop.choose_by if is_last else due:
-            position = self._judge(state, position, telemetry)
+        # The last epoch is evaluated after training anyway; here only if it may be the best one.
+        if self.loop.monitor if is_last else due:
+            position = self._evaluate(state, position, logger)
         position = dataclasses.replace(
             position, epoch=epoch + 1, batches=None, cluster_size=size, clustered=clustered
         )
         return state, clusters, position
 
-    def _judge(self, state: TrainState, position: Position, telemetry: Telemetry) -> Position:
-        """Evaluates; where a model is to be chosen, keeps this one if it is the best so far.
+    def _evaluate(self, state: TrainState, position: Position, logger: MetricLogger) -> Position:
+        """Evaluates the model; with `--loop.monitor`, saves it if it is the best so far.
 
-        What may become the run's model is judged, and kept, as if its epoch were the last: with
-        exact centroids in place of stale ones. They cost a pass over the training queries and are
-        no part of the state that trains on, so training is the same whether it is evaluated or not.
+        The best model is evaluated and saved as if its epoch were the last: with exact centroids in
+        place of stale ones. They cost a pass over the training queries and are not part of the
+        state that training continues with, so evaluating does not change training.
         """
-        chosen, labels = self.loop.choose_by, state.labels
-        if chosen and position.epoch < self.loop.epochs - 1 and self.labels.centroids == "stale":
-            with self.stop.at_once():
+        monitor, labels = self.loop.monitor, state.labels
+        if monitor and position.epoch < self.loop.epochs - 1 and self.labels.centroids == "stale":
+            with self.stop.interruptible():
                 labels = self._centroids(state, is_last=True)
-        with self.stop.at_once():
+        with self.stop.interruptible():
             metrics = self.evaluate(tree_utils.merge(state.params, state.frozen), labels)
         prefix = "" if self.split == "test" else f"{self.split}/"
-        telemetry.write(
+        logger.write(
             int(state.step),
             {prefix + name: value for name, value in metrics.items()},
             epoch=position.epoch,
         )
-        shown = dict.fromkeys([chosen, "P@1", "P@5", "PSP@5", "R@100"])
-        said = ", ".join(f"{name} {metrics[name]:.2f}" for name in shown if name in metrics)
-        telemetry.say(f"epoch {position.epoch}, {self.split}: {said}")
-        if not chosen:
+        names = dict.fromkeys([monitor, "P@1", "P@5", "PSP@5", "R@100"])
+        shown = ", ".join(f"{name} {metrics[name]:.2f}" for name in names if name in metrics)
+        logger.status(f"{self._name(position.epoch)}, {self.split}: {shown}")
+        if not monitor:
             return position
-        value = float(metrics[chosen])
+        value = float(metrics[monitor])
         if position.best is not None and value <= position.best:
             return dataclasses.replace(position, waited=position.waited + 1)
         self.checkpoints.drop_best_but(position.best_step)
@@ -398,8 +437,8 @@ class Trainer:
         return dataclasses.replace(position, best=value, best_step=int(state.step), waited=0)
 
     def _centroids(self, state: TrainState, is_last: bool) -> LabelState:
-        """The centroids that the next epoch, or evaluation, reads."""
-        if self.model.combiner is None or (self.labels.centroids == "moving"):
+        """Returns the labels with the centroids for the next epoch or for evaluation."""
+        if self.model.combiner is None or self.labels.centroids == "moving":
             return state.labels
         if is_last or self.labels.centroids == "exact":
             params = tree_utils.merge(state.params, state.frozen)
@@ -407,7 +446,7 @@ class Trainer:
                 params, self.dataset.train, block=self.block, title="training queries"
             )
         else:
-            queries = sharding.share_of(state.bank, self.num_queries, self.model.mesh)
+            queries = sharding.shard_of(state.bank, self.num_queries, self.model.mesh)
         means = state_lib.mean_by_column(
             self.dataset.train_relevance, queries, self.model.mesh, self.group
         )

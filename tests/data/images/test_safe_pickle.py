@@ -1,4 +1,4 @@
-"""Object arrays are read as numpy wrote them; whatever else a file says is refused, never run."""
+"""Object arrays are read as NumPy wrote them; anything else in a file is refused, never run."""
 
 import functools
 import io
@@ -33,7 +33,7 @@ PLAIN = [[0, 2], -1, [1], [3, 4], [-1], [5]]
 
 
 def objects(values):
-    """An array of them, whatever they are."""
+    """An array of Python objects of any kind."""
     array = np.empty(len(values), object)
     for n, value in enumerate(values):
         array[n] = value
@@ -52,19 +52,20 @@ def saved(array):
 
 
 def plain(array):
-    """As Python's own, to compare."""
+    """The array as lists and integers of Python, for comparisons."""
     assert array.ndim == 1 and array.dtype == object
     for value in array:
         if isinstance(value, np.ndarray):
             assert value.ndim == 1 and value.dtype.kind in "iu"
         elif isinstance(value, list):
-            assert all(type(one) is int for one in value)
+            assert all(type(element) is int for element in value)
         else:
             assert type(value) is int
     return [value.tolist() if isinstance(value, np.ndarray) else value for value in array]
 
 
 def refused(path, content=None):
+    """The message of the error that reading the file raises, without its path."""
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError) as caught:
@@ -74,7 +75,7 @@ def refused(path, content=None):
     return message.removeprefix(str(path))
 
 
-def test_what_numpy_1_wrote(tmp_path):
+def test_file_of_numpy_1(tmp_path):
     path = tmp_path / "map.npy"
     path.write_bytes(with_header(NUMPY_1))
     assert str(np.load(path, allow_pickle=True).tolist()) == (
@@ -99,7 +100,7 @@ ELEMENTS = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(values=st.lists(ELEMENTS, max_size=6))
-def test_what_numpy_writes(tmp_path_factory, values):
+def test_files_of_numpy(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "map.npy"
     array = objects(values)
     path.write_bytes(saved(array))
@@ -108,15 +109,15 @@ def test_what_numpy_writes(tmp_path_factory, values):
         if isinstance(value, list) else value
         for value in np.load(path, allow_pickle=True)
     ]  # fmt: skip
-    found = safe_pickle.load_object_array(str(path))
-    assert plain(found) == expected
-    for one, value in zip(found, array, strict=True):
+    loaded = safe_pickle.load_object_array(str(path))
+    assert plain(loaded) == expected
+    for element, value in zip(loaded, array, strict=True):
         if isinstance(value, np.ndarray) and value.dtype != object:
-            assert one.dtype == value.dtype
+            assert element.dtype == value.dtype
 
 
 class Call:
-    """Pickled as a call: what is unpickled calls it."""
+    """Pickled as a call of a function, which unpickling runs."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -140,17 +141,17 @@ EVERYWHERE = {
 
 @pytest.mark.filterwarnings("ignore:metadata on a dtype")
 @pytest.mark.parametrize("where", EVERYWHERE)
-def test_a_malicious_file_is_not_run(tmp_path, where):
+def test_malicious_file_is_not_run(tmp_path, where):
     marker, path = tmp_path / "marker", tmp_path / "trn_imgs_384_3_map.npy"
     content = with_header(EVERYWHERE[where](Call(os.system, f"touch {marker}")), "(2,)")
     message = refused(path, content)
     assert not marker.exists()
-    assert "; expected integers, lists and arrays" in message or "not a whole" in message
+    assert "; expected only integers, lists and" in message or "not a complete" in message
     if where in ("alone", "element", "in a list", "in an array"):
-        assert f"holds the name '{os.system.__module__}.system'" in message
+        assert f"found the name '{os.system.__module__}.system'" in message
     program = f"import numpy; numpy.load({str(path)!r}, allow_pickle=True)"
     subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert marker.exists()  # Numpy ran it.
+    assert marker.exists()  # NumPy runs the command.
 
 
 @pytest.mark.parametrize(
@@ -184,13 +185,13 @@ def test_a_malicious_file_is_not_run(tmp_path, where):
         (bytearray(3), "the name 'builtins.bytearray'"),
     ],
 )
-def test_what_else_is_refused_by_name(tmp_path, call, name):
+def test_refused_contents_are_named(tmp_path, call, name):
     message = refused(tmp_path / "map.npy", saved(objects([1, call])))
-    assert message.startswith(": holds ") and name in message
+    assert message.startswith(": found ") and name in message
 
 
 @pytest.mark.parametrize(
-    "value,said",
+    "value,kind",
     [
         (None, "NoneType"),
         ("ab", "str"),
@@ -203,24 +204,24 @@ def test_what_else_is_refused_by_name(tmp_path, call, name):
         (np.array([1, "a"], object), "list of int, str"),
     ],
 )
-def test_elements_are_integers(tmp_path, value, said):
+def test_elements_must_be_integers(tmp_path, value, kind):
     message = refused(tmp_path / "map.npy", saved(objects([[1], value])))
     assert message == (
-        f", item 1 (from 0): {said}, expected an integer, or a list or an array of integers"
+        f", item 1 (from 0): found {kind}, expected an integer, or a list or an array of integers"
     )
 
 
-def test_lists_that_hold_themselves(tmp_path):
+def test_recursive_and_deep_lists_are_refused(tmp_path):
     value = [1]
     value.append(value)
-    assert ", item 0 (from 0): list of int, list" in refused(
+    assert ", item 0 (from 0): found list of int, list" in refused(
         tmp_path / "map.npy", saved(objects([value]))
     )
     deep = []
     for _ in range(100_000):
         deep = [deep]
     content = b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."
-    assert "not one array" in refused(tmp_path / "map.npy", with_header(content, "(1,)"))
+    assert "expected one array of" in refused(tmp_path / "map.npy", with_header(content, "(1,)"))
 
 
 def hand_made(
@@ -246,76 +247,76 @@ HUGE = "J\xff\xff\xff\x7f"
 BROKEN = {
     "another class": ({"kind": "cnumpy\nmatrix\n"}, "the name 'numpy.matrix'"),
     "a dotted name": ({"kind": "cnumpy\nndarray.tofile\n"}, "the name 'numpy.ndarray.tofile'"),
-    "no class": ({"kind": "K\x01"}, "an array that is not made as numpy does"),
-    "dtype for class": ({"kind": "cnumpy\ndtype\n"}, "an array that is not made as numpy does"),
-    "large at once": ({"base": f"{HUGE}\x85"}, "an array that is not made as numpy does"),
-    "another code": ({"code": "C\x01O"}, "an array that is not made as numpy does"),
-    "larger than its content": ({"shape": f"{HUGE}\x85"}, "not of its length, 2147483647"),
-    "smaller than its content": ({"shape": "K\x01\x85"}, "not of its length, 1"),
-    "negative": ({"shape": "J\xff\xff\xff\xff\x85"}, "not of its length, -1"),
+    "no class": ({"kind": "K\x01"}, "an array that is not created as NumPy does"),
+    "dtype for class": ({"kind": "cnumpy\ndtype\n"}, "an array that is not created as NumPy does"),
+    "large at once": ({"base": f"{HUGE}\x85"}, "an array that is not created as NumPy does"),
+    "another code": ({"code": "C\x01O"}, "an array that is not created as NumPy does"),
+    "larger than its content": ({"shape": f"{HUGE}\x85"}, "does not have its length, 2147483647"),
+    "smaller than its content": ({"shape": "K\x01\x85"}, "does not have its length, 1"),
+    "negative": ({"shape": "J\xff\xff\xff\xff\x85"}, "does not have its length, -1"),
     "two dimensions": ({"shape": "K\x01K\x02\x86"}, "an array of 2 dimensions"),
-    "a bad order": ({"order": "X\x01\x00\x00\x00x"}, "a dtype with parts"),
-    "names": ({"parts": "NX\x01\x00\x00\x00aN"}, "a dtype with parts"),
-    "a subarray": ({"parts": "K\x01NN"}, "a dtype with parts"),
+    "a bad order": ({"order": "X\x01\x00\x00\x00x"}, "a structured dtype"),
+    "names": ({"parts": "NX\x01\x00\x00\x00aN"}, "a structured dtype"),
+    "a subarray": ({"parts": "K\x01NN"}, "a structured dtype"),
     "long strings": ({"dtype": "X\x0b\x00\x00\x00S2147483647"}, "the dtype 'S2147483647'"),
     "a list for the code": ({"dtype": "]"}, "the dtype []"),
-    "a tuple for content": ({"content": "K\x01K\x02\x86"}, "not of its length, 2"),
-    "integers of a list": ({"dtype": "X\x02\x00\x00\x00i8"}, "not of its length, 2"),
-    "bytes of objects": ({"content": "C\x02ab"}, "not of its length, 2"),
-    "a stray value": ({"end": "K\x01"}, "not one array"),
-    "bytes at the end": ({"end": "."}, "not one array of 2 objects"),
-    "a far memo": ({"end": "h\x77"}, "not a whole .npy file"),
-    "a function told things": ({"end": "cnumpy\ndtype\nNb"}, "not a whole .npy file"),
-    "ndarray called": ({"kind": "cnumpy\nndarray\n(K\x01tR"}, "not a whole .npy file"),
+    "a tuple for content": ({"content": "K\x01K\x02\x86"}, "does not have its length, 2"),
+    "integers of a list": ({"dtype": "X\x02\x00\x00\x00i8"}, "does not have its length, 2"),
+    "bytes of objects": ({"content": "C\x02ab"}, "does not have its length, 2"),
+    "an extra value": ({"end": "K\x01"}, "expected one array"),
+    "bytes at the end": ({"end": "."}, "expected one array of 2 objects"),
+    "a far memo": ({"end": "h\x77"}, "not a complete .npy file"),
+    "a function with a state": ({"end": "cnumpy\ndtype\nNb"}, "not a complete .npy file"),
+    "ndarray called": ({"kind": "cnumpy\nndarray\n(K\x01tR"}, "not a complete .npy file"),
 }  # fmt: skip
 
 
-def test_the_hand_made_array_is_read(tmp_path):
+def test_hand_made_array_is_read(tmp_path):
     (tmp_path / "map.npy").write_bytes(with_header(hand_made(), "(2,)"))
     assert plain(safe_pickle.load_object_array(str(tmp_path / "map.npy"))) == [1, 2]
     np.testing.assert_array_equal(np.load(tmp_path / "map.npy", allow_pickle=True), [1, 2])
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_arrays_are_made_as_numpy_makes_them(tmp_path, name):
+def test_arrays_must_be_created_as_numpy_does(tmp_path, name):
     changed, fault = BROKEN[name]
     assert fault in refused(tmp_path / "map.npy", with_header(hand_made(**changed), "(2,)"))
 
 
-def test_a_list_that_grows_after_it_was_an_array(tmp_path):
-    # The list is kept as memo 0, becomes content, and then is given a third element.
+def test_list_that_grows_after_it_became_an_array(tmp_path):
+    # The list is stored as memo 0, becomes the content, and then gets a third element.
     content = hand_made(content="]q\x00(K\x01K\x02e")[:-1]
     content += b"\x85h\x00K\x03a\x86."
-    assert "not one array" in refused(tmp_path / "map.npy", with_header(content, "(2,)"))
+    assert "expected one array of" in refused(tmp_path / "map.npy", with_header(content, "(2,)"))
     nested = hand_made(content="]q\x00(K\x01K\x02e", end="\x85q\x01h\x00K\x03a")
-    assert "not one array" in refused(tmp_path / "map.npy", with_header(nested, "(2,)"))
+    assert "expected one array of" in refused(tmp_path / "map.npy", with_header(nested, "(2,)"))
 
 
 @pytest.mark.parametrize(
     "content,fault",
     [
-        (b"", "not a whole .npy file"),
-        (b"\x93NUMPY", "not a whole .npy file"),
-        (b"PK\x03\x04 a zip", "not a whole .npy file"),
-        (pickle.dumps([1]), "not a whole .npy file"),
-        (saved(np.zeros(3)), "float64 (3,), expected objects in one dimension"),
+        (b"", "not a complete .npy file"),
+        (b"\x93NUMPY", "not a complete .npy file"),
+        (b"PK\x03\x04 a zip", "not a complete .npy file"),
+        (pickle.dumps([1]), "not a complete .npy file"),
+        (saved(np.zeros(3)), "found float64 (3,), expected objects in one dimension"),
         (saved(np.array([[1, 2]], object)), "object (1, 2), expected objects in one dimension"),
-        (saved(objects([1, 2]))[:-1], "not a whole .npy file"),
-        (saved(objects([1, 2]))[:130], "not a whole .npy file"),
-        (saved(objects([1, 2]))[:128], "not a whole .npy file"),
-        (saved(objects([1, 2])) + b"x", "not one array of 2 objects"),
-        (with_header(NUMPY_1, "(5,)"), "not one array of 5 objects"),
-        (with_header(NUMPY_1, "(7,)"), "not one array of 7 objects"),
-        (with_header(NUMPY_1, "(1 << 60,)"), "not a whole .npy file"),
-        (with_header(NUMPY_1, "(0x" + "f" * 9000 + ",)"), "not a whole .npy file"),
-        (with_header(NUMPY_1, "(-6,)"), "not one array of -6 objects"),
+        (saved(objects([1, 2]))[:-1], "not a complete .npy file"),
+        (saved(objects([1, 2]))[:130], "not a complete .npy file"),
+        (saved(objects([1, 2]))[:128], "not a complete .npy file"),
+        (saved(objects([1, 2])) + b"x", "expected one array of 2 objects"),
+        (with_header(NUMPY_1, "(5,)"), "expected one array of 5 objects"),
+        (with_header(NUMPY_1, "(7,)"), "expected one array of 7 objects"),
+        (with_header(NUMPY_1, "(1 << 60,)"), "not a complete .npy file"),
+        (with_header(NUMPY_1, "(0x" + "f" * 9000 + ",)"), "not a complete .npy file"),
+        (with_header(NUMPY_1, "(-6,)"), "expected one array of -6 objects"),
         (with_header(NUMPY_1, descr="[('a', 'O')]"), "expected objects in one dimension"),
-        (with_header(NUMPY_1, "(" * 4000), "not a whole .npy file"),
-        (with_header(NUMPY_1, "-" * 9000 + "6"), "not a whole .npy file"),
+        (with_header(NUMPY_1, "(" * 4000), "not a complete .npy file"),
+        (with_header(NUMPY_1, "-" * 9000 + "6"), "not a complete .npy file"),
         (with_header(NUMPY_1).replace(b"NUMPY\x01", b"NUMPY\x03"), "version (3, 0)"),
         (with_header(NUMPY_1).replace(b"\x80\x03", b"\x80\x77"), "unsupported pickle protocol"),
-        (with_header(pickle.dumps([1, 2])), "not one array of 6 objects"),
-        (with_header(b"\x80\x04N."), "not one array of 6 objects"),
+        (with_header(pickle.dumps([1, 2])), "expected one array of 6 objects"),
+        (with_header(b"\x80\x04N."), "expected one array of 6 objects"),
         (with_header(b"\x80\x04\x82\x01."), r"the opcode b'\x82'"),  # An extension code.
         (with_header(b"Px\n."), "the opcode b'P'"),  # A persistent id.
         (with_header(b"\x80\x04K\x01Q."), "the opcode b'Q'"),
@@ -325,7 +326,7 @@ def test_a_list_that_grows_after_it_was_an_array(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_other_files_are_refused(tmp_path, content, fault):
+def test_invalid_files_are_refused(tmp_path, content, fault):
     assert fault in refused(tmp_path / "map.npy", content)
 
 
@@ -347,7 +348,7 @@ def test_files_that_cannot_be_opened(tmp_path):
         hand_made(dtype="X\x0b\x00\x00\x00V2147483647", content="C\x01a"),
     ],
 )
-def test_small_files_take_little_memory(tmp_path, content):
+def test_small_files_use_little_memory(tmp_path, content):
     tracemalloc.start()
     try:
         refused(tmp_path / "map.npy", with_header(content))
@@ -356,9 +357,9 @@ def test_small_files_take_little_memory(tmp_path, content):
         tracemalloc.stop()
 
 
-# What python says that it does, while it does it.
+# Audit events of Python while a file is read.
 EVENTS = set()
-ALLOWED = {"open", "mmap.__new__", "compile", "import"}  # Numpy parses headers by `ast`.
+ALLOWED = {"open", "mmap.__new__", "compile", "import"}  # NumPy parses headers with `ast`.
 _watching = False
 
 
@@ -369,11 +370,11 @@ def _watch(event, _):
 
 @pytest.fixture(scope="module", autouse=True)
 def audit():
-    sys.addaudithook(_watch)  # Stays for good, and does nothing when no one watches.
+    sys.addaudithook(_watch)  # It cannot be removed; without `_watching` it does nothing.
 
 
 def load_watched(path):
-    """What is found, or None if it is refused; in no case anything is run."""
+    """The contents, or None if they are refused; checks that nothing is run."""
     global _watching
     EVENTS.clear()
     _watching = True
@@ -400,7 +401,7 @@ WORDS = (
 CHUNKS = st.binary(min_size=1, max_size=6) | st.sampled_from(WORDS)
 
 
-def test_the_watch_sees_what_is_run(tmp_path):
+def test_audit_hook_sees_code_that_runs(tmp_path):
     path = tmp_path / "map.npy"
     path.write_bytes(with_header(pickle.dumps(objects([[1], Call(os.listdir, ".")])), "(2,)"))
     global _watching
@@ -421,12 +422,12 @@ def test_the_watch_sees_what_is_run(tmp_path):
 def test_mutated_files_are_read_or_refused(tmp_path_factory, base, changes, cut):
     path = tmp_path_factory.getbasetemp() / "mutated.npy"
     content = base
-    for at, gone, new in changes:
-        content = content[:at] + new + content[at + gone :]
+    for at, removed, new in changes:
+        content = content[:at] + new + content[at + removed :]
     path.write_bytes(content[:cut])
-    found = load_watched(path)
+    loaded = load_watched(path)
     if content[:cut] == base:
-        assert (found is None) == (base is VALID[2])
+        assert (loaded is None) == (base is VALID[2])
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,10 +1,11 @@
-"""Whole data sets brought in as tables of every kind, beside the XML repository's layout.
+"""Compares data prepared from the XML repository's layout with the same data from tables.
 
     python -m tests.data.sources.compare_formats DIR [DIR ...]
 
-Each directory, in the repository's layout, is written as tables of every kind, with ids, labels in
-lists or strings and embeddings in a column. All are prepared, and every file must be the same byte
-for byte but `dataset.json` and `dataset.md`, which say where the data came from. Status 1 if not.
+Each directory, in the repository's layout, is written as tables of every format, with ids, labels
+in lists or strings, and embeddings in a column. All are prepared, and every file must be the same
+byte for byte, except `dataset.json` and `dataset.md`, which name the source. The exit status is 1
+if any file differs.
 """
 
 import pathlib
@@ -17,11 +18,11 @@ import numpy as np
 from tests.data.sources import random_tables
 from vixml_jax.data import preprocessing
 
-SAY_WHERE_FROM = {"dataset.json", "dataset.md"}
+NAME_THE_SOURCE = {"dataset.json", "dataset.md"}
 
 
 def read_xml(directory):
-    """Texts, labels of each query and embeddings, as `random_tables.draw` has them."""
+    """Texts, labels and embeddings in the form of `random_tables.draw`."""
     held = {}
     for part, prefix in (("labels", "lbl"), ("train", "trn"), ("test", "tst")):
         texts = (directory / f"{prefix}.raw.txt").read_bytes().decode().split("\n")[:-1]
@@ -36,22 +37,23 @@ def read_xml(directory):
             vectors = np.load(directory / f"{prefix}_image_embeddings.npy")
             has = np.load(directory / f"{prefix}_has_image.npy")
             held[part]["embedding"] = [
-                vector if there else None for vector, there in zip(vectors, has, strict=True)
+                vector if present else None for vector, present in zip(vectors, has, strict=True)
             ]
     return held
 
 
-def differing(one, other):
-    """The files of two prepared directories that are not the same, aside of where they are from."""
-    first, second = (
-        {path.name: path.read_bytes() for path in directory.iterdir()} for directory in (one, other)
+def differing(first, second):
+    """Names of the files that differ between two prepared data sets, except in their source."""
+    first_files, second_files = (
+        {path.name: path.read_bytes() for path in directory.iterdir()}
+        for directory in (first, second)
     )
-    names = (first.keys() | second.keys()) - SAY_WHERE_FROM
-    return sorted(name for name in names if first.get(name) != second.get(name))
+    names = (first_files.keys() | second_files.keys()) - NAME_THE_SOURCE
+    return sorted(name for name in names if first_files.get(name) != second_files.get(name))
 
 
 def compare(source, directory, kinds=random_tables.KINDS):
-    """Yields each kind, the seconds that it was prepared in, and the files that differ."""
+    """Yields each format, its preparation time in seconds, and the files that differ."""
     held = read_xml(source)
     for kind in ("repository", *kinds):
         tables = source

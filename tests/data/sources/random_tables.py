@@ -1,4 +1,4 @@
-"""The same small data set in the XML repository's layout and as tables of every kind."""
+"""Writes a small random data set in the XML repository's layout and as tables of every format."""
 
 import csv
 import gzip
@@ -14,7 +14,7 @@ KINDS = ("csv", "csv.gz", "csv.zst", "tsv", "jsonl", "jsonl.gz", "jsonl.zst", "p
 
 
 def draw(seed, *, train=40, test=15, labels=9, width=4):
-    """Texts, labels of each query, embeddings (None: no picture) of a random data set."""
+    """A random data set: texts, and the labels and embedding (None: no image) of each query."""
     rng = np.random.default_rng(seed)
 
     def texts(count):
@@ -34,7 +34,7 @@ def draw(seed, *, train=40, test=15, labels=9, width=4):
 
 
 def write_xml(held, directory):
-    """The XML repository's layout, without filters."""
+    """Writes the XML repository's layout, without filter pairs."""
     directory.mkdir(parents=True)
     num_labels = len(held["labels"]["text"])
     for split, prefix in (("train", "trn"), ("test", "tst"), ("labels", "lbl")):
@@ -48,15 +48,15 @@ def write_xml(held, directory):
         (directory / f"{prefix}_X_Y.txt").write_text(
             f"{len(rows)} {num_labels}\n" + "".join(f"{row}\n" for row in rows)
         )
-        has = np.array([one is not None for one in part["embedding"]])
-        width = next(len(one) for one in part["embedding"] if one is not None)
-        vectors = [np.zeros(width) if one is None else one for one in part["embedding"]]
+        has = np.array([vector is not None for vector in part["embedding"]])
+        width = next(len(vector) for vector in part["embedding"] if vector is not None)
+        vectors = [np.zeros(width) if vector is None else vector for vector in part["embedding"]]
         np.save(directory / f"{prefix}_image_embeddings.npy", np.stack(vectors).astype(np.float16))
         np.save(directory / f"{prefix}_has_image.npy", has)
 
 
 def write_tables(held, directory, kind, *, shards=1):
-    """A table a part: `train.csv`, or `train-0.csv` and so on."""
+    """Writes one table per part: `train.csv`, or the shards `train-0.csv` and so on."""
     directory.mkdir(parents=True)
     for name, part in held.items():
         rows = [
@@ -65,20 +65,19 @@ def write_tables(held, directory, kind, *, shards=1):
         ]
         if name != "labels":
             (directory / f"filter_labels_{name}.txt").touch()
-        for shard, at in enumerate(np.array_split(np.arange(len(rows)), shards)):
-            ending = f"-{shard}.{kind}" if shards > 1 else f".{kind}"
-            write_rows([rows[i] for i in at], directory / f"{name}{ending}")
+        for shard, indices in enumerate(np.array_split(np.arange(len(rows)), shards)):
+            suffix = f"-{shard}.{kind}" if shards > 1 else f".{kind}"
+            write_rows([rows[i] for i in indices], directory / f"{name}{suffix}")
 
 
 def write_rows(rows, path):
-    """Rows as dicts to one file, by the ending of its name."""
+    """Writes rows, given as dicts, to one file; its extension determines the format."""
     kind = path.name.split(".")[1]
     if kind == "parquet":
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         if "embedding" in columns:
-            of = pyarrow.list_(pyarrow.float32())
             vectors = [None if x is None else x.astype(np.float32) for x in columns["embedding"]]
-            columns["embedding"] = pyarrow.array(vectors, type=of)
+            columns["embedding"] = pyarrow.array(vectors, type=pyarrow.list_(pyarrow.float32()))
         parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
         return
     text = io.StringIO()
@@ -100,7 +99,7 @@ def write_rows(rows, path):
 
 
 def cell(value):
-    """A value as csv has it."""
+    """A value as a cell of a csv file."""
     if value is None:
         return ""
     if isinstance(value, np.ndarray):

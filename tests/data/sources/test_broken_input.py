@@ -1,4 +1,4 @@
-"""Broken input through the door: one clear line, exit status 2, nothing half-written left."""
+"""Invalid input to the prepare command: one clear line, exit status 2, no partial output."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 
 def run(source, out, **options):
-    """The door without its process: None, or the line on which it ends."""
+    """Runs the command in this process; returns its error message, or None."""
     values = flags.FlagValues()
     prepare.define_flags(values)
     settings = {"source": source, "out": out, "vocab_size": 64, "max_tokens": 8} | options
@@ -35,9 +35,9 @@ def run(source, out, **options):
     return None
 
 
-def mangle(data, draw):
-    """Bytes of a file, broken somewhere."""
-    at = draw(st.integers(0, len(data)))
+def corrupt(data, draw):
+    """The bytes of a file with a random fault."""
+    start = draw(st.integers(0, len(data)))
     length = draw(st.integers(0, 40))
     junk = draw(
         st.one_of(
@@ -47,48 +47,49 @@ def mangle(data, draw):
             ),
         )
     )  # fmt: skip
-    how = draw(st.sampled_from(["replace", "cut", "repeat", "insert"]))
-    if how == "cut":
-        return data[:at]
-    if how == "repeat":
-        return data[:at] + data[max(0, at - length) : at] + data[at:]
-    return data[:at] + junk + data[at + (length if how == "replace" else 0) :]
+    fault = draw(st.sampled_from(["replace", "cut", "repeat", "insert"]))
+    if fault == "cut":
+        return data[:start]
+    if fault == "repeat":
+        return data[:start] + data[max(0, start - length) : start] + data[start:]
+    return data[:start] + junk + data[start + (length if fault == "replace" else 0) :]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "csv.gz", "jsonl.zst", "xml"])
-def test_mangled_files_end_in_a_line_or_in_a_whole_data_set(tmp_path_factory, kind):
+def test_corrupted_files_are_refused_or_prepared_completely(tmp_path_factory, kind):
     root = tmp_path_factory.mktemp("fuzz")
     held = random_tables.draw(7, train=12, test=6, labels=5)
     if kind == "xml":
-        random_tables.write_xml(held, root / "whole")
+        random_tables.write_xml(held, root / "intact")
     else:
-        random_tables.write_tables(held, root / "whole", kind)
-    names = sorted(path.name for path in (root / "whole").iterdir() if path.stat().st_size)
-    ended = {"whole": 0, "refused": 0}
+        random_tables.write_tables(held, root / "intact", kind)
+    names = sorted(path.name for path in (root / "intact").iterdir() if path.stat().st_size)
+    outcomes = {"prepared": 0, "refused": 0}
 
     @hypothesis.settings(max_examples=60, deadline=None, database=None)
     @hypothesis.given(st.data())
     def check(data):
         shutil.rmtree(root / "source", ignore_errors=True)
-        shutil.rmtree(root / "place", ignore_errors=True)
-        shutil.copytree(root / "whole", root / "source")
-        (root / "place").mkdir()
+        shutil.rmtree(root / "parent", ignore_errors=True)
+        shutil.copytree(root / "intact", root / "source")
+        (root / "parent").mkdir()
         path = root / "source" / data.draw(st.sampled_from(names))
-        path.write_bytes(mangle(path.read_bytes(), data.draw))
-        fault = run(root / "source", root / "place" / "out")
-        left = sorted(os.listdir(root / "place"))
-        if fault is None:
-            ended["whole"] += 1
-            assert left == ["out"]
-            dataset = store.PreparedDataset.open(str(root / "place" / "out"))
+        path.write_bytes(corrupt(path.read_bytes(), data.draw))
+        message = run(root / "source", root / "parent" / "out")
+        remaining = sorted(os.listdir(root / "parent"))
+        if message is None:
+            outcomes["prepared"] += 1
+            assert remaining == ["out"]
+            dataset = store.PreparedDataset.open(str(root / "parent" / "out"))
             assert all("\ufffd" not in text for text in dataset.labels.texts)
         else:
-            ended["refused"] += 1
-            assert left == []
-            assert len(fault) < 600 and (str(root) in fault or fault.startswith("--")), fault
+            outcomes["refused"] += 1
+            assert remaining == []
+            assert len(message) < 600, message
+            assert str(root) in message or message.startswith("--"), message
 
     check()
-    assert ended["refused"] > 0
+    assert outcomes["refused"] > 0
 
 
 @hypothesis.settings(max_examples=200, deadline=None, database=None)
@@ -104,80 +105,81 @@ def test_mangled_files_end_in_a_line_or_in_a_whole_data_set(tmp_path_factory, ki
         min_size=1, max_size=8,
     )
 )  # fmt: skip
-def test_rows_of_anything_are_refused_or_read(tmp_path_factory, rows):
+def test_arbitrary_rows_are_refused_or_prepared(tmp_path_factory, rows):
     root = tmp_path_factory.mktemp("rows")
     (root / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fault = run(root / "q.jsonl", root / "out", test=0.5)
-    assert sorted(os.listdir(root)) == (["out", "q.jsonl"] if fault is None else ["q.jsonl"])
+    message = run(root / "q.jsonl", root / "out", test=0.5)
+    assert sorted(os.listdir(root)) == (["out", "q.jsonl"] if message is None else ["q.jsonl"])
 
 
-def door(*words, limit=None):
-    def lower() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+def run_command(*words, max_file_bytes=None):
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
 
     return subprocess.run(
         [sys.executable, "-m", "vixml_jax.prepare", *map(str, words)],
-        cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=lower if limit else None,
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        preexec_fn=limit_file_size if max_file_bytes else None,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["csv", "xml"])
-def test_a_file_that_grows_too_large_leaves_nothing(tmp_path, kind):
+def test_file_size_limit_leaves_no_output(tmp_path, kind):
     held = random_tables.draw(2, train=3000)
     source = tmp_path / "source"
     if kind == "xml":
         random_tables.write_xml(held, source)
     else:
         random_tables.write_tables(held, source, kind)
-    (tmp_path / "place").mkdir()
-    words = [f"--source={source}", f"--out={tmp_path / 'place' / 'out'}", "--vocab_size=64"]
-    done = door(*words, limit=20_000)
+    (tmp_path / "parent").mkdir()
+    words = [f"--source={source}", f"--out={tmp_path / 'parent' / 'out'}", "--vocab_size=64"]
+    done = run_command(*words, max_file_bytes=20_000)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
-    assert "File too large while writing; nothing of it was kept" in done.stderr
-    assert os.listdir(tmp_path / "place") == []
-    assert door(*words).returncode == 0
+    assert "File too large while writing; nothing was kept" in done.stderr
+    assert os.listdir(tmp_path / "parent") == []
+    assert run_command(*words).returncode == 0
 
 
-@pytest.mark.parametrize("writes", [1, 5, 20, 40])
-def test_a_full_disk_leaves_nothing_new_and_keeps_what_was_there(tmp_path, monkeypatch, writes):
+@pytest.mark.parametrize("num_writes", [1, 5, 20, 40])
+def test_full_disk_keeps_the_existing_data_set(tmp_path, monkeypatch, num_writes):
     held = random_tables.draw(2)
     random_tables.write_tables(held, tmp_path / "source", "csv")
-    place = tmp_path / "place"
-    place.mkdir()
-    assert run(tmp_path / "source", place / "out") is None
-    before = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    assert run(tmp_path / "source", parent / "out") is None
+    before = {path.name: path.read_bytes() for path in (parent / "out").iterdir()}
     append, count = store.ArrayFile.append, 0
 
-    def fail(self, rows):
+    def failing_append(self, rows):
         nonlocal count
         count += 1
-        if count == writes:
+        if count == num_writes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(self, rows)
 
-    monkeypatch.setattr(store.ArrayFile, "append", fail)
-    fault = run(tmp_path / "source", place / "out", overwrite=True, max_tokens=7)
-    assert fault == (
-        f"--out={place / 'out'}: No space left on device while writing; nothing of it was kept: "
-        "make room, or choose another place"
+    monkeypatch.setattr(store.ArrayFile, "append", failing_append)
+    message = run(tmp_path / "source", parent / "out", overwrite=True, max_tokens=7)
+    assert message == (
+        f"--out={parent / 'out'}: No space left on device while writing; nothing was kept: "
+        "free disk space, or choose another path"
     )
-    assert os.listdir(place) == ["out"]
-    assert {path.name: path.read_bytes() for path in (place / "out").iterdir()} == before
+    assert os.listdir(parent) == ["out"]
+    assert {path.name: path.read_bytes() for path in (parent / "out").iterdir()} == before
 
 
-def test_the_door_says_what_is_wrong_on_one_line(tmp_path):
-    out = f"--out={tmp_path / 'not' / 'there' / 'out'}"
-    for name, data, fault in (
+def test_command_prints_errors_on_one_line(tmp_path):
+    out = f"--out={tmp_path / 'new' / 'directory' / 'out'}"
+    for name, data, message in (
         ("a.csv", b"id,text,labels\n1,a\n", "a.csv, line 2: 2 fields, expected 3"),
-        ("b.csv", b"", "b.csv: empty, zero bytes"),
-        ("c.jsonl", b'{"text": "a", "labels": ["x"], "embedding": [NaN]}\n', "NaN is no number"),
+        ("b.csv", b"", "b.csv: the file is empty (0 bytes)"),
+        ("c.jsonl", b'{"text": "a", "labels": ["x"], "embedding": [NaN]}\n', "NaN is not allowed"),
     ):
         (tmp_path / name).write_bytes(data)
-        done = door(f"--source={tmp_path / name}", out)
+        done = run_command(f"--source={tmp_path / name}", out)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert fault in done.stderr and done.stderr.startswith("error: ")
-    (tmp_path / "fine.csv").write_text("text,labels\na,x\nb,y\nc,x\n")
-    done = door(f"--source={tmp_path / 'fine.csv'}", "--dry_run")
+        assert message in done.stderr and done.stderr.startswith("error: ")
+    (tmp_path / "valid.csv").write_text("text,labels\na,x\nb,y\nc,x\n")
+    done = run_command(f"--source={tmp_path / 'valid.csv'}", "--dry_run")
     assert done.returncode == 0 and "dry run: nothing was written" in done.stdout
-    assert sorted(os.listdir(tmp_path)) == ["a.csv", "b.csv", "c.jsonl", "fine.csv"]
+    assert sorted(os.listdir(tmp_path)) == ["a.csv", "b.csv", "c.jsonl", "valid.csv"]

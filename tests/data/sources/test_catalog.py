@@ -1,4 +1,4 @@
-"""Public data sets by name: small stand-ins in the published formats, from files to prepared."""
+"""Tests of public data sets by name, with small synthetic files in the published formats."""
 
 import dataclasses
 import gzip
@@ -27,11 +27,11 @@ PREFIX = {"train": "trn", "labels": "lbl", "test": "tst"}
 
 
 def random_rows(seed=0):
-    """What a stand-in holds: for each part a list of published rows."""
+    """The contents of a synthetic data set: a list of published rows for each part."""
     rng = np.random.default_rng(seed)
 
-    def text(least):
-        return " ".join(rng.choice(WORDS, rng.integers(least, 6)))
+    def text(min_words):
+        return " ".join(rng.choice(WORDS, rng.integers(min_words, 6)))
 
     held = {}
     for part, count in SIZES.items():
@@ -42,7 +42,7 @@ def random_rows(seed=0):
         for row in held[part] if part != "labels" else ():
             labels = rng.permutation(SIZES["labels"])[: rng.integers(0, 5)].tolist()
             row |= {"target_ind": labels, "target_rel": [1.0] * len(labels)}
-    held["train"][0] |= {"target_ind": [3, 1], "target_rel": [1.0, 1.0]}  # Not in order.
+    held["train"][0] |= {"target_ind": [3, 1], "target_rel": [1.0, 1.0]}  # Not sorted.
     return held
 
 
@@ -56,7 +56,7 @@ def write_json(directory, held):
 
 
 def write_lines(directory, held, layout, encoding="utf-8"):
-    """The same in a layout of lines: titles, and relevance beside them."""
+    """Writes the titles in a layout with one text per line, and the relevance in files."""
     for part, rows in held.items():
         path = directory / layout.texts[part][0]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +78,10 @@ def write_lines(directory, held, layout, encoding="utf-8"):
 
 
 def relevance_of(rows):
-    table = np.zeros((len(rows), SIZES["labels"]), np.float32)
-    for row, one in zip(table, rows, strict=True):
-        row[one["target_ind"]] = 1.0
-    return table
+    matrix = np.zeros((len(rows), SIZES["labels"]), np.float32)
+    for matrix_row, row in zip(matrix, rows, strict=True):
+        matrix_row[row["target_ind"]] = 1.0
+    return matrix
 
 
 def write_filters(directory, seed=1):
@@ -97,7 +97,7 @@ def write_filters(directory, seed=1):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Every set of the catalogue with the sizes of the stand-ins, and shards of a few rows."""
+    """Gives every data set of the catalogue the synthetic sizes, and shards of a few rows."""
     for key, dataset in catalog.CATALOG.items():
         monkeypatch.setitem(catalog.CATALOG, key, dataclasses.replace(dataset, **SIZES))
     monkeypatch.setattr(tfds_records, "_SHARD", 5)
@@ -109,7 +109,7 @@ def read(tmp_path, name="lf_amazon_131k"):
 
 
 def refused(tmp_path, name="lf_amazon_131k"):
-    """The line on which reading ends; nothing is taken as built then."""
+    """The error message of reading the data set, after which no build may exist."""
     with pytest.raises(InputError) as error:
         read(tmp_path, name)
     message = str(error.value)
@@ -126,7 +126,7 @@ def check_equal(raw, held, texts, with_ids=True):
         "test": raw.test.items,
     }.items():
         assert items.count == SIZES[part]
-        for _ in range(2):  # Texts can be read again.
+        for _ in range(2):  # Texts can be read more than once.
             assert [text for chunk in items.read_texts() for text in chunk] == texts(held[part])
         if with_ids:
             assert list(items.ids) == [row["uid"] for row in held[part]]
@@ -136,38 +136,38 @@ def check_equal(raw, held, texts, with_ids=True):
         matrix = getattr(raw, split).relevance
         assert matrix.dtype == np.float32
         np.testing.assert_array_equal(matrix.toarray(), relevance_of(held[split]))
-        for row, one in enumerate(held[split]):
-            assert matrix[row].indices.tolist() == sorted(one["target_ind"])
+        for number, row in enumerate(held[split]):
+            assert matrix[number].indices.tolist() == sorted(row["target_ind"])
 
 
 def titles(rows):
     return [row["title"].strip() for row in rows]
 
 
-def both(rows):
+def titles_and_contents(rows):
     return [f"{row['title']} {row['content']}".strip() for row in rows]
 
 
 @pytest.mark.parametrize(
-    "name, texts", [("lf_amazontitles_1.3m", titles), ("lf_wikiseealso_320k", both)]
+    "name, texts", [("lf_amazontitles_1.3m", titles), ("lf_wikiseealso_320k", titles_and_contents)]
 )
-def test_json_arrives(tmp_path, name, texts):
+def test_read_json(tmp_path, name, texts):
     held = write_json(tmp_path / "raw", random_rows())
-    assert titles(held["train"]) != both(held["train"])
+    assert titles(held["train"]) != titles_and_contents(held["train"])
     pairs = write_filters(tmp_path / "raw")
     raw = read(tmp_path, name)
     check_equal(raw, held, texts)
     assert raw.name == catalog.CATALOG[name].name
     for split in ("train", "test"):
         np.testing.assert_array_equal(getattr(raw, split).filter, pairs[split])
-    shutil.rmtree(tmp_path / "raw")  # What was built is whole by itself.
+    shutil.rmtree(tmp_path / "raw")  # The build does not need the published files.
     again = read(tmp_path, name)
     check_equal(again, held, texts)
     np.testing.assert_array_equal(again.test.filter, pairs["test"])
     assert again.fingerprint == raw.fingerprint
 
 
-def test_without_filter_files_there_are_none(tmp_path):
+def test_filters_are_none_without_filter_files(tmp_path):
     write_json(tmp_path / "raw", random_rows())
     raw = read(tmp_path)
     assert raw.train.filter is None and raw.test.filter is None
@@ -177,28 +177,28 @@ def test_without_filter_files_there_are_none(tmp_path):
 @pytest.mark.parametrize(
     "name, layout", [("eurlex_4k", published.PECOS), ("mm_amazontitles_300k", published.MUFIN)]
 )
-def test_lines_arrive(tmp_path, name, layout, encoding):
+def test_read_lines(tmp_path, name, layout, encoding):
     held = write_lines(tmp_path / "raw", random_rows(), layout, encoding)
     raw = read(tmp_path, name)
     assert any("ï" in text for text in titles(held["train"]))
     check_equal(raw, held, titles, with_ids=layout.with_ids)
 
 
-def test_a_set_may_have_two_releases(tmp_path):
+def test_data_set_with_two_releases(tmp_path):
     held = write_json(tmp_path / "raw", random_rows())
     check_equal(read(tmp_path, "mm_amazontitles_300k"), held, titles)
 
 
-def test_plain_json_too(tmp_path):
+def test_uncompressed_json(tmp_path):
     held = write_json(tmp_path / "raw", random_rows())
     with gzip.open(tmp_path / "raw" / "tst.json.gz") as file:
         (tmp_path / "raw" / "tst.json").write_bytes(file.read())
     (tmp_path / "raw" / "tst.json.gz").unlink()
-    check_equal(read(tmp_path), held, both)
+    check_equal(read(tmp_path), held, titles_and_contents)
 
 
-def test_tfds_reads_at_random(tmp_path):
-    """Through TFDS's own decoding, of our builder and of those that know the directory alone."""
+def test_random_access_with_tfds(tmp_path):
+    """With the decoding of TFDS, through our builder and through TFDS's builders of the build."""
     import tensorflow_datasets as tfds
 
     held = write_json(tmp_path / "raw", random_rows())
@@ -213,20 +213,20 @@ def test_tfds_reads_at_random(tmp_path):
         for part, rows in held.items():
             source = opened.as_data_source(part)
             assert len(source) == len(rows)
-            for at in np.random.default_rng(0).permutation(len(rows)).tolist():
-                found = source[at]
+            for row in np.random.default_rng(0).permutation(len(rows)).tolist():
+                example = source[row]
                 for name in ("uid", "title", "content"):
-                    assert found[name].decode() == rows[at][name]
-                assert np.asarray(found["labels"]).tolist() == rows[at].get("target_ind", [])
+                    assert example[name].decode() == rows[row][name]
+                assert np.asarray(example["labels"]).tolist() == rows[row].get("target_ind", [])
     names = [path.name for path in pathlib.Path(maker.data_dir).glob("*train*")]
     assert len(names) == 5 and all("array_record" in name for name in names)
 
 
-def test_no_tensorflow_and_no_jax(tmp_path):
+def test_reading_imports_neither_tensorflow_nor_jax(tmp_path):
     held = write_json(tmp_path / "raw", random_rows())
     program = f"""
 import dataclasses, sys
-from vixml_jax.data import catalog
+from vixml_jax.data.sources import catalog
 key = "lf_amazon_131k"
 catalog.CATALOG[key] = dataclasses.replace(catalog.CATALOG[key], **{SIZES})
 raw = catalog.read(key, data_dir={str(tmp_path / "tfds")!r}, manual_dir={str(tmp_path / "raw")!r})
@@ -239,14 +239,14 @@ print(len(texts), "tensorflow" in sys.modules, "jax" in sys.modules)
     assert done.stdout.splitlines()[-1] == f"{len(held['train'])} False False"
 
 
-def test_built_once(tmp_path, monkeypatch):
+def test_existing_build_is_reused(tmp_path, monkeypatch):
     write_json(tmp_path / "raw", random_rows())
     read(tmp_path)
-    monkeypatch.setattr(published, "read", lambda *_: pytest.fail("was built again"))
+    monkeypatch.setattr(published, "read", lambda *_: pytest.fail("the data set was rebuilt"))
     read(tmp_path)
 
 
-def test_files_that_changed_are_not_passed_over(tmp_path):
+def test_changed_files_are_noticed(tmp_path):
     write_json(tmp_path / "raw", random_rows())
     read(tmp_path)
     write_filters(tmp_path / "raw")
@@ -258,7 +258,7 @@ def test_files_that_changed_are_not_passed_over(tmp_path):
 
 @pytest.mark.parametrize("part", SIZES)
 @pytest.mark.parametrize("change", [-1, 2])
-def test_other_sizes_are_refused(tmp_path, part, change):
+def test_wrong_number_of_rows_is_refused(tmp_path, part, change):
     held = random_rows()
     held[part] = held[part][:change] if change < 0 else held[part] + held[part][:change]
     write_json(tmp_path / "raw", held)
@@ -278,7 +278,7 @@ def test_rows_after_a_full_shard_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [published.PECOS, published.MUFIN])
-def test_other_sizes_of_relevance_are_refused(tmp_path, layout):
+def test_wrong_shape_of_relevance_is_refused(tmp_path, layout):
     name = "eurlex_4k" if layout is published.PECOS else "mm_amazontitles_300k"
     held = random_rows()
     held["test"] = held["test"][:-1]
@@ -286,7 +286,7 @@ def test_other_sizes_of_relevance_are_refused(tmp_path, layout):
     assert re.search(r"6 queries, 9 labels, but .* with 7 test queries", refused(tmp_path, name))
 
 
-def test_missing_files_are_all_named(tmp_path):
+def test_error_names_all_missing_files(tmp_path):
     write_json(tmp_path / "raw", random_rows())
     for name in ("lbl", "tst"):
         (tmp_path / "raw" / f"{name}.json.gz").unlink()
@@ -299,7 +299,7 @@ def test_missing_files_are_all_named(tmp_path):
     assert f"into {tmp_path / 'raw'}" in message
 
 
-def test_manual_directory_is_that_of_tfds(tmp_path):
+def test_default_manual_directory(tmp_path):
     with pytest.raises(InputError) as error:
         catalog.read("eurlex_4k", data_dir=str(tmp_path))
     assert str(tmp_path / "downloads" / "manual" / "eurlex_4k") in str(error.value)
@@ -312,7 +312,7 @@ def test_manual_directory_is_that_of_tfds(tmp_path):
         ({"target_ind": [-1]}, "-1 in target_ind, expected 0 to 8"),
         ({"target_ind": [1.0]}, "1.0 in target_ind"),
         ({"target_ind": [True]}, "True in target_ind"),
-        ({"target_ind": [2, 4, 2]}, "2 is in target_ind twice"),
+        ({"target_ind": [2, 4, 2]}, "duplicate label 2 in target_ind"),
         ({"target_ind": "3"}, "target_ind is '3', expected a list"),
         ({"target_ind": None}, "target_ind is None"),
         ({"target_ind": [2, 4], "target_rel": [1.0]}, "target_rel is [1.0], expected a positive"),
@@ -321,10 +321,10 @@ def test_manual_directory_is_that_of_tfds(tmp_path):
         ({"uid": ""}, "no 'uid'"),
         ({"title": None}, "no 'title'"),
         ({"title": ["red"]}, "'title' is \"['red']\", expected text"),
-        ({"content": "\ud800"}, "half a character"),
+        ({"content": "\ud800"}, "contains a lone surrogate"),
     ],
 )
-def test_broken_rows_are_named(tmp_path, change, expected):
+def test_invalid_rows_are_refused(tmp_path, change, expected):
     held = random_rows()
     held["train"][16] |= {"target_rel": None} | change
     held["train"][16] = {
@@ -344,7 +344,7 @@ def test_broken_rows_are_named(tmp_path, change, expected):
         (b"[1]", "object"),
     ],
 )
-def test_broken_lines_are_named(tmp_path, line, expected):
+def test_invalid_lines_are_refused(tmp_path, line, expected):
     write_json(tmp_path / "raw", random_rows())
     path = tmp_path / "raw" / "tst.json.gz"
     lines = gzip.decompress(path.read_bytes()).split(b"\n")
@@ -354,14 +354,14 @@ def test_broken_lines_are_named(tmp_path, line, expected):
     assert message.startswith(f"{path}, line 3: ") and expected in message
 
 
-def test_truncated_download(tmp_path):
+def test_truncated_file_is_refused(tmp_path):
     write_json(tmp_path / "raw", random_rows())
     path = tmp_path / "raw" / "trn.json.gz"
     path.write_bytes(path.read_bytes()[:-30])
     assert f"{path}: truncated or damaged" in refused(tmp_path)
 
 
-def test_titles_are_not_taken_for_the_set_with_content(tmp_path):
+def test_files_with_titles_only_are_refused_for_a_data_set_with_content(tmp_path):
     held = random_rows()
     for rows in held.values():
         for row in rows:
@@ -371,20 +371,20 @@ def test_titles_are_not_taken_for_the_set_with_content(tmp_path):
     check_equal(read(tmp_path, "lf_amazontitles_131k"), held, titles)
 
 
-def test_line_without_id(tmp_path):
+def test_line_without_id_is_refused(tmp_path):
     write_lines(tmp_path / "raw", random_rows(), published.MUFIN)
     path = tmp_path / "raw" / "raw_data" / "test.raw.txt"
     path.write_text(path.read_text().replace("Bte0003->", "Bte0003 "))
     assert f"{path}, line 4: found 'Bte0003" in refused(tmp_path, "mm_amazontitles_300k")
 
 
-def test_broken_filters_are_refused_at_once(tmp_path):
+def test_invalid_filter_files_are_refused(tmp_path):
     write_json(tmp_path / "raw", random_rows())
     (tmp_path / "raw" / "filter_labels_test.txt").write_text("0 1\n0 99\n")
     assert "filter_labels_test.txt, line 2" in refused(tmp_path)
 
 
-def test_a_fault_that_was_mended(tmp_path):
+def test_build_succeeds_after_an_error_is_corrected(tmp_path):
     held = random_rows()
     good = held["train"][20]["target_ind"]
     held["train"][20] |= {"target_ind": [99], "target_rel": [1.0]}
@@ -392,14 +392,14 @@ def test_a_fault_that_was_mended(tmp_path):
     refused(tmp_path)
     held["train"][20] |= {"target_ind": good, "target_rel": [1.0] * len(good)}
     write_json(tmp_path / "raw", held)
-    check_equal(read(tmp_path), held, both)
+    check_equal(read(tmp_path), held, titles_and_contents)
 
 
-def test_a_killed_build_is_not_taken_as_built(tmp_path):
+def test_killed_build_is_not_used(tmp_path):
     held = write_json(tmp_path / "raw", random_rows())
     program = f"""
 import dataclasses, time
-from vixml_jax.data import catalog, published
+from vixml_jax.data.sources import catalog, published
 key = "lf_amazon_131k"
 catalog.CATALOG[key] = dataclasses.replace(catalog.CATALOG[key], **{SIZES})
 def slow(*arguments, read=published.read):
@@ -416,16 +416,16 @@ catalog.read(key, data_dir={str(tmp_path / "tfds")!r}, manual_dir={str(tmp_path 
     ) as process:
         assert any(line == "half\n" for line in process.stdout)
         process.send_signal(signal.SIGKILL)
-    left = list((tmp_path / "tfds" / "lf_amazon_131k").iterdir())
-    assert left and all(path.name.startswith("incomplete") for path in left)
-    check_equal(read(tmp_path), held, both)
+    remaining = list((tmp_path / "tfds" / "lf_amazon_131k").iterdir())
+    assert remaining and all(path.name.startswith("incomplete") for path in remaining)
+    check_equal(read(tmp_path), held, titles_and_contents)
 
 
-def test_a_full_disk(tmp_path):
+def test_full_disk_leaves_no_files(tmp_path):
     write_json(tmp_path / "raw", random_rows())
     program = f"""
 import dataclasses, resource, signal
-from vixml_jax.data import catalog
+from vixml_jax.data.sources import catalog
 from vixml_jax.errors import InputError
 key = "lf_amazon_131k"
 catalog.CATALOG[key] = dataclasses.replace(catalog.CATALOG[key], **{SIZES})
@@ -445,28 +445,28 @@ except InputError as error:
 
 
 @pytest.mark.parametrize(
-    "what", ["rows", "published.json", "dataset_info.json", "a shard", "half a shard"]
+    "damage", ["rows", "published.json", "dataset_info.json", "a shard", "half a shard"]
 )
-def test_a_damaged_build_is_refused(tmp_path, what):
+def test_damaged_build_is_refused(tmp_path, damage):
     write_json(tmp_path / "raw", random_rows())
     read(tmp_path)
     built = tmp_path / "tfds" / "lf_amazon_131k" / "1.0.0"
-    if what == "rows":
+    if damage == "rows":
         info = json.loads((built / "dataset_info.json").read_text())
         train = next(split for split in info["splits"] if split["name"] == "train")
         train["shardLengths"] = train["shardLengths"][:-1]
         (built / "dataset_info.json").write_text(json.dumps(info))
-    elif what == "half a shard":
+    elif damage == "half a shard":
         path = sorted(built.glob("*train*"))[2]
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     else:
-        (sorted(built.glob("*test*"))[1] if what == "a shard" else built / what).unlink()
+        (sorted(built.glob("*test*"))[1] if damage == "a shard" else built / damage).unlink()
     with pytest.raises(InputError, match=f"remove {re.escape(str(built))}"):
         read(tmp_path)
 
 
-def door(tmp_path, **options):
-    """What `python -m vixml_jax.prepare` makes."""
+def run_command(tmp_path, **options):
+    """The data set that `python -m vixml_jax.prepare` writes with some options."""
     values = flags.FlagValues()
     prepare.define_flags(values)
     options = {
@@ -482,16 +482,16 @@ def door(tmp_path, **options):
     return PreparedDataset.open(options["out"]) if not options.get("dry_run") else None
 
 
-def test_prepared(tmp_path, capsys):
+def test_prepare_a_public_data_set(tmp_path, capsys):
     held = write_json(tmp_path / "raw", random_rows())
     write_filters(tmp_path / "raw")
     embeddings = np.random.default_rng(0).normal(size=(SIZES["train"], 2, 4)).astype(np.float32)
     np.save(tmp_path / "raw" / "trn_image_embeddings.npy", embeddings)
-    dataset = door(tmp_path)
-    kept = [row for row, one in enumerate(held["train"]) if one["target_ind"]]
+    dataset = run_command(tmp_path)
+    kept = [number for number, row in enumerate(held["train"]) if row["target_ind"]]
     assert 0 < len(kept) < SIZES["train"]
-    assert list(dataset.train.texts) == [both(held["train"])[row] for row in kept]
-    assert list(dataset.labels.texts) == both(held["labels"])
+    assert list(dataset.train.texts) == [titles_and_contents(held["train"])[row] for row in kept]
+    assert list(dataset.labels.texts) == titles_and_contents(held["labels"])
     assert list(dataset.train.ids) == [held["train"][row]["uid"] for row in kept]
     np.testing.assert_array_equal(
         dataset.train_relevance.toarray(), relevance_of(held["train"])[kept]
@@ -503,45 +503,45 @@ def test_prepared(tmp_path, capsys):
     assert dataset.name == "LF-WikiSeeAlso-320K"
     assert (dataset.propensity_a, dataset.propensity_b) == (0.55, 1.5)
     capsys.readouterr()
-    door(tmp_path)
-    assert "prepared already" in capsys.readouterr().out
-    with pytest.raises(InputError, match="other propensity_b"):
-        door(tmp_path, propensity_b=0.4)
+    run_command(tmp_path)
+    assert "already prepared" in capsys.readouterr().out
+    with pytest.raises(InputError, match="differs in propensity_b"):
+        run_command(tmp_path, propensity_b=0.4)
 
 
-def test_propensity_that_is_told_is_taken(tmp_path):
+def test_explicit_propensity_constants_take_precedence(tmp_path):
     write_json(tmp_path / "raw", random_rows())
-    dataset = door(tmp_path, propensity_a=0.0, source="lf_wikititles_500k")
+    dataset = run_command(tmp_path, propensity_a=0.0, source="lf_wikititles_500k")
     assert (dataset.propensity_a, dataset.propensity_b) == (0.0, 0.4)
-    dataset = door(tmp_path, source="glyphs", out=tmp_path / "glyphs")
+    dataset = run_command(tmp_path, source="glyphs", out=tmp_path / "glyphs")
     assert (dataset.propensity_a, dataset.propensity_b) == (0.6, 2.6)
 
 
-def test_a_directory_of_that_name_goes_first(tmp_path, monkeypatch):
+def test_directory_with_the_name_of_a_data_set_takes_precedence(tmp_path, monkeypatch):
     held = write_json(tmp_path / "lf_wikipedia_500k", random_rows())
     monkeypatch.chdir(tmp_path)
-    dataset = door(tmp_path, source="lf_wikipedia_500k")
+    dataset = run_command(tmp_path, source="lf_wikipedia_500k")
     assert list(dataset.labels.ids) == [row["uid"] for row in held["labels"]]
     assert (dataset.propensity_a, dataset.propensity_b) == (0.6, 2.6)
     assert not (tmp_path / "tfds").exists()
 
 
-def test_dry_run_tells_what_to_cite(tmp_path, capsys):
+def test_dry_run_prints_the_citation(tmp_path, capsys):
     write_json(tmp_path / "raw", random_rows())
-    door(tmp_path, dry_run=True)
-    said = capsys.readouterr().out
-    assert "@misc{Bhatia16" in said and "LF-WikiSeeAlso-320K of http" in said
+    run_command(tmp_path, dry_run=True)
+    output = capsys.readouterr().out
+    assert "@misc{Bhatia16" in output and "LF-WikiSeeAlso-320K from http" in output
     assert not (tmp_path / "out").exists()
 
 
-def test_catalog_is_printed(capsys):
+def test_catalog_flag_prints_the_catalogue(capsys):
     values = flags.FlagValues()
     prepare.define_flags(values)
     values(["prepare", "--catalog"])
     prepare.run(values)
-    said = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
     for key, dataset in catalog.CATALOG.items():
-        line = next(line for line in said.splitlines() if line.split()[0] == key)
+        line = next(line for line in lines if line.split()[0] == key)
         assert dataset.homepage in line
         for fact in (*SIZES.values(), dataset.propensity_a, dataset.propensity_b):
             assert str(fact) in line.split()
@@ -552,8 +552,8 @@ def test_unknown_names_are_refused():
         catalog.builder("lf_amazontitles")
 
 
-DATASETS = list(catalog.CATALOG.values())  # As they are published.
-# Train, labels, test, A, B, as the papers have them.
+DATASETS = list(catalog.CATALOG.values())  # With the published sizes.
+# Train, labels, test, A, B from the papers.
 FACTS = {
     "LF-AmazonTitles-131K": (294805, 131073, 134835, 0.6, 2.6),
     "LF-Amazon-131K": (294805, 131073, 134835, 0.6, 2.6),
@@ -567,12 +567,12 @@ FACTS = {
 }
 
 
-def test_there_is_every_set():
+def test_catalogue_is_complete():
     assert [dataset.name for dataset in DATASETS] == list(FACTS)
 
 
 @pytest.mark.parametrize("dataset", DATASETS, ids=lambda dataset: dataset.key)
-def test_every_set_has_its_facts(dataset):
+def test_published_facts(dataset):
     sizes = (dataset.train, dataset.labels, dataset.test)
     assert (*sizes, dataset.propensity_a, dataset.propensity_b) == FACTS[dataset.name]
     assert dataset.key == dataset.name.lower().replace("-", "_")
@@ -594,12 +594,13 @@ def test_every_set_has_its_facts(dataset):
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "experiments").glob("[lm][fm]_*.flags")), ids=lambda path: path.stem
 )
-def test_experiments_say_the_same(path):
-    """A, B and the text's length of the command that prepares the set which a flag file names."""
-    said = path.read_text()
-    dataset = {one.name: one for one in DATASETS}[said[2 : said.index(",")]]
-    assert f"--source=RAW/{dataset.name} " in said
-    told = [float(x) for x in re.findall(r"--propensity_[ab]=(\S+)", said)]
-    assert tuple(told or catalog.DEFAULT_PROPENSITY) == (dataset.propensity_a, dataset.propensity_b)
-    tokens = int(re.search(r"--max_tokens=(\d+)", said)[1])
+def test_experiments_match_the_catalogue(path):
+    """A, B and the text length in the prepare command of each flag file."""
+    content = path.read_text()
+    dataset = {dataset.name: dataset for dataset in DATASETS}[content[2 : content.index(",")]]
+    assert f"--source=RAW/{dataset.name} " in content
+    explicit = [float(x) for x in re.findall(r"--propensity_[ab]=(\S+)", content)]
+    expected = (dataset.propensity_a, dataset.propensity_b)
+    assert tuple(explicit or catalog.DEFAULT_PROPENSITY) == expected
+    tokens = int(re.search(r"--max_tokens=(\d+)", content)[1])
     assert (tokens == 32) == (dataset.fields == ("title",))

@@ -1,4 +1,4 @@
-"""The built-in data set: texts and labels follow the names, pictures show the characters."""
+"""Tests of the built-in data set of characters."""
 
 import unicodedata
 
@@ -30,10 +30,10 @@ def test_sizes_and_split(raw):
         assert np.all(np.diff(relevance.indptr) > 0)
 
 
-def test_labels_are_neither_rare_nor_everywhere(raw):
+def test_labels_are_neither_rare_nor_too_frequent(raw):
     counts = np.bincount(raw.train.relevance.indices, minlength=raw.labels.count)
     assert counts.min() >= 2
-    # 5 % of all training characters, of which a few have no label left.
+    # 5 % of all training characters, of which a few have no label and are left out.
     assert counts.max() <= 0.05 * raw.train.items.count * 1.1
     labels = texts_of(raw.labels)
     assert labels == sorted(set(labels))
@@ -41,7 +41,7 @@ def test_labels_are_neither_rare_nor_everywhere(raw):
     assert "circumflex" in labels
 
 
-def test_every_query_is_some_character(raw):
+def test_texts_and_labels_match_unicode_names(raw):
     labels = texts_of(raw.labels)
     possible = set()
     for code in range(0x20000):
@@ -55,7 +55,7 @@ def test_every_query_is_some_character(raw):
         assert (text, frozenset(labels[column] for column in columns)) in possible
 
 
-def test_pictures_are_unit_rows_and_their_mean_is_taken_out(raw):
+def test_images_have_unit_length_and_no_mean(raw):
     images = raw.train.items.images
     assert images.embeddings.dtype == np.float16 and images.embeddings.shape[1:] == (3, 1024)
     length = np.linalg.norm(images.embeddings.astype(np.float32), axis=2)
@@ -66,7 +66,7 @@ def test_pictures_are_unit_rows_and_their_mean_is_taken_out(raw):
     assert np.linalg.norm(mean) < 0.2
 
 
-def test_same_seed_same_data(raw):
+def test_data_depend_on_the_seed_only(raw):
     again, other = glyphs.make(0), glyphs.make(1)
     np.testing.assert_array_equal(
         again.train.items.images.embeddings, raw.train.items.images.embeddings

@@ -1,4 +1,4 @@
-"""The XML repository's layout: what is read, and what is refused with file and line."""
+"""Tests of the XML repository's layout: contents, and errors that name file and line."""
 
 import os
 import re
@@ -21,7 +21,7 @@ LINES = {
 
 
 def write_source(directory, **changed):
-    """A small source; `changed` replaces lines of a file, None leaves the file out."""
+    """Writes a small source; `changed` replaces the lines of a file, or omits it if None."""
     directory.mkdir(exist_ok=True)
     names = {re.sub(r"\W", "_", name): name for name in LINES}
     for key, name in names.items():
@@ -40,11 +40,11 @@ def refused(path, reader=xml_repository.read_relevance, **options):
     return message
 
 
-def test_source_is_read_as_written(tmp_path):
+def test_contents_of_a_source(tmp_path):
     raw = xml_repository.read_xml_repository(write_source(tmp_path / "cars"))
     assert raw.name == "cars"
     assert list(raw.labels.read_texts()) == [LINES["lbl.raw.txt"]]
-    assert list(raw.labels.read_texts()) == [LINES["lbl.raw.txt"]]  # Can be read again.
+    assert list(raw.labels.read_texts()) == [LINES["lbl.raw.txt"]]  # Can be read more than once.
     assert list(raw.test.items.read_texts()) == [["green car", ""]]
     np.testing.assert_array_equal(
         raw.train.relevance.toarray(), [[1, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 1]]
@@ -57,32 +57,32 @@ def test_source_is_read_as_written(tmp_path):
 
 @pytest.mark.parametrize("block", [7, 64, 1 << 22])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_random_relevance_is_read_whatever_the_blocks(tmp_path, monkeypatch, block, seed):
+def test_random_relevance_with_any_block_size(tmp_path, monkeypatch, block, seed):
     monkeypatch.setattr(xml_repository, "_BLOCK", block)
     rng = np.random.default_rng(seed)
     expected = rng.random((50, 1234)) < 0.01
     rows = []
     for row in expected:
         labels = rng.permutation(np.flatnonzero(row))
-        spelt = [f"{label}:{rng.choice(['1', '1.0', '1.', '1.000000'])}" for label in labels]
+        tokens = [f"{label}:{rng.choice(['1', '1.0', '1.', '1.000000'])}" for label in labels]
         rows.append(
-            str(rng.choice([" ", "\t", "  "])).join(spelt) + str(rng.choice(["", " ", "\r"]))
+            str(rng.choice([" ", "\t", "  "])).join(tokens) + str(rng.choice(["", " ", "\r"]))
         )
     path = tmp_path / "trn_X_Y.txt"
     path.write_bytes(("50 1234\n" + "\n".join(rows) + "\n").encode())
     found = xml_repository.read_relevance(str(path))
     np.testing.assert_array_equal(found.toarray(), expected.astype(np.float32))
     assert found.dtype == np.float32
-    found.has_sorted_indices = False  # Forget what was claimed, and check.
+    found.has_sorted_indices = False  # Indexing below must not rely on this property.
     assert all(np.all(np.diff(row.indices) > 0) for row in found)
 
 
 @pytest.mark.parametrize(
-    "row,fault",
+    "row,expected",
     [
         ("0:1 4:1", "label of '4:1' is out of range, expected 0 to 3"),
-        ("1:1 2:1 1:1", "'1:1' stands there twice"),
-        ("2:1 2:1", "'2:1' stands there twice"),
+        ("1:1 2:1 1:1", "duplicate label '1:1'"),
+        ("2:1 2:1", "duplicate label '2:1'"),
         ("2", "found '2', expected label:1"),
         ("2:1:1", "found '2:1:1', expected label:1"),
         ("1:1 :1", "found ':1', expected label:1"),
@@ -99,35 +99,35 @@ def test_random_relevance_is_read_whatever_the_blocks(tmp_path, monkeypatch, blo
     ],
 )
 @pytest.mark.parametrize("block", [16, 1 << 22])
-def test_bad_rows_are_named(tmp_path, monkeypatch, row, fault, block):
+def test_invalid_rows_are_refused(tmp_path, monkeypatch, row, expected, block):
     monkeypatch.setattr(xml_repository, "_BLOCK", block)
     path = tmp_path / "trn_X_Y.txt"
     path.write_text(f"4 4\n0:1 1:1\n\n{row}\n3:1\n")
     message = refused(path)
     assert message.startswith(f"{path}, line 4: ")
-    assert fault in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(
-    "text,fault",
+    "text,expected",
     [
         ("", "line 1: found '', expected a header"),
         ("queries labels\n", "line 1: found 'queries labels', expected a header"),
         ("0:1 1:1\n", "expected a header"),
-        ("0 4\n", "line 1: 0 queries, 4 labels; expected some"),
-        ("2 0\n\n\n", "line 1: 2 queries, 0 labels; expected some"),
-        ("3 4\n0:1\n1:1\n", "the header says 3 rows, found 2"),
-        ("3 4\n", "the header says 3 rows, found 0"),
-        ("1 4\n0:1\n1:1\n", "the header says 1 rows, found 2"),
+        ("0 4\n", "line 1: 0 queries, 4 labels; expected at least one"),
+        ("2 0\n\n\n", "line 1: 2 queries, 0 labels; expected at least one"),
+        ("3 4\n0:1\n1:1\n", "the header declares 3 rows, found 2"),
+        ("3 4\n", "the header declares 3 rows, found 0"),
+        ("1 4\n0:1\n1:1\n", "the header declares 1 rows, found 2"),
     ],
 )
-def test_header_and_rows_must_agree(tmp_path, text, fault):
+def test_header_must_match_the_rows(tmp_path, text, expected):
     path = tmp_path / "trn_X_Y.txt"
     path.write_text(text)
-    assert fault in refused(path)
+    assert expected in refused(path)
 
 
-def test_texts_end_at_newlines_alone(tmp_path, monkeypatch):
+def test_only_newlines_end_a_text(tmp_path, monkeypatch):
     texts = ["one two", "", "tab\there", "form\x0cfeed\x85 ", "ein Wörtchen", "carriage"]
     path = tmp_path / "trn.raw.txt"
     path.write_bytes(b"\xef\xbb\xbf" + ("\n".join(texts[:-1]) + "\r\ncarriage").encode("utf-8"))
@@ -140,7 +140,7 @@ def test_texts_end_at_newlines_alone(tmp_path, monkeypatch):
     assert [len(chunk) for chunk in xml_repository.read_texts(str(path))] == [4, 1, 1]
 
 
-def test_other_encodings_are_told_and_read(tmp_path):
+def test_latin_1_is_suggested_and_read(tmp_path):
     path = tmp_path / "trn.raw.txt"
     path.write_bytes("plain\nGrün\n".encode("latin-1"))
     message = refused(path, lambda path: list(xml_repository.read_texts(path)))
@@ -150,13 +150,13 @@ def test_other_encodings_are_told_and_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["trn.raw.txt", "tst.raw.txt", "lbl.raw.txt", "tst_X_Y.txt"])
-def test_missing_files_are_named(tmp_path, name):
+def test_missing_files_are_refused(tmp_path, name):
     source = write_source(tmp_path / "cars", **{re.sub(r"\W", "_", name): None})
     assert f"{source}/{name}: not found" in refused(source, xml_repository.read_xml_repository)
 
 
 @pytest.mark.parametrize(
-    "name,lines,fault",
+    "name,lines,expected",
     [
         ("trn_raw_txt", ["one", "two"], "trn.raw.txt: 2 lines, but trn_X_Y.txt has 3 rows"),
         ("tst_raw_txt", ["1", "2", "3"], "tst.raw.txt: 3 lines, but tst_X_Y.txt"),
@@ -164,24 +164,24 @@ def test_missing_files_are_named(tmp_path, name):
         ("tst_X_Y_txt", ["2 5", "0:1", ""], "tst_X_Y.txt: 5 labels, but trn_X_Y.txt has 4"),
         ("filter_labels_test_txt", ["0 1", "0 4"], "line 2: pair (0, 4) is out of range"),
         ("filter_labels_test_txt", ["2 0"], "line 1: pair (2, 0) is out of range"),
-        ("filter_labels_test_txt", ["0 1", "1 1", "0 1"], "line 3: pair (0, 1) is given twice"),
+        ("filter_labels_test_txt", ["0 1", "1 1", "0 1"], "line 3: duplicate pair (0, 1)"),
         ("filter_labels_test_txt", ["0 1", "1"], "line 2: found '1', expected 'query label'"),
         ("filter_labels_test_txt", ["0 1 2"], "line 1: found '0 1 2', expected 'query label'"),
         ("filter_labels_test_txt", ["0 1", "0 -1"], "line 2: found '0 -1', expected"),
     ],
 )
-def test_files_must_fit_each_other(tmp_path, name, lines, fault):
+def test_inconsistent_files_are_refused(tmp_path, name, lines, expected):
     source = write_source(tmp_path / "cars", **{name: lines})
-    assert fault in refused(source, xml_repository.read_xml_repository)
+    assert expected in refused(source, xml_repository.read_xml_repository)
 
 
-def test_a_single_filter_pair_and_blank_lines(tmp_path):
+def test_one_filter_pair_and_blank_lines(tmp_path):
     source = write_source(tmp_path / "cars", filter_labels_test_txt=["", "1 0", ""])
     raw = xml_repository.read_xml_repository(source)
     np.testing.assert_array_equal(raw.test.filter, [[1, 0]])
 
 
-def test_numpys_relevance_and_the_names_of_pecos(tmp_path):
+def test_npz_relevance_and_file_names_of_pecos(tmp_path):
     source = write_source(tmp_path / "cars")
     for old, new in (
         ("trn.raw.txt", "X.trn.txt"),
@@ -204,25 +204,25 @@ def test_numpys_relevance_and_the_names_of_pecos(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "matrix,fault",
+    "matrix,expected",
     [
         (sparse.csr_matrix([[1.0, np.nan]]), "negative or infinite values"),
         (sparse.csr_matrix([[1.0, -1.0]]), "negative or infinite values"),
-        (sparse.csr_matrix((0, 3)), "expected some queries and some labels"),
-        (None, "not a sparse matrix of scipy"),
+        (sparse.csr_matrix((0, 3)), "expected at least one query and one label"),
+        (None, "not a SciPy sparse matrix"),
     ],
 )
-def test_bad_npz_relevance_is_refused(tmp_path, matrix, fault):
+def test_invalid_npz_relevance_is_refused(tmp_path, matrix, expected):
     path = tmp_path / "trn_X_Y.npz"
     if matrix is None:
-        np.savez(path, data=np.array([{}], object))  # Would have to be unpickled.
+        np.savez(path, data=np.array([{}], object))  # Could only be read with pickle.
     else:
         sparse.save_npz(path, matrix)
-    assert fault in refused(path)
+    assert expected in refused(path)
 
 
 @pytest.mark.parametrize(
-    "changed,fault",
+    "changed,expected",
     [
         ({"indices": [0, 10**8]}, "indices must be < 2"),
         ({"indices": [0, -5]}, "indices must be >= 0"),
@@ -232,23 +232,23 @@ def test_bad_npz_relevance_is_refused(tmp_path, matrix, fault):
         ({"data": [1j, 1j]}, "values of type complex128; expected numbers"),
     ],
 )  # fmt: skip
-def test_npz_relevance_that_points_out_of_range_is_refused(tmp_path, changed, fault):
-    fine = {
+def test_npz_relevance_with_indices_out_of_range_is_refused(tmp_path, changed, expected):
+    valid = {
         "format": b"csr", "shape": [2, 2], "data": [1.0, 1.0],
         "indices": [0, 1], "indptr": [0, 1, 2],
     }  # fmt: skip
-    np.savez(tmp_path / "trn_X_Y.npz", **fine)
+    np.savez(tmp_path / "trn_X_Y.npz", **valid)
     assert xml_repository.read_relevance(str(tmp_path / "trn_X_Y.npz")).toarray().tolist() == [
         [1, 0],
         [0, 1],
     ]
-    np.savez(tmp_path / "trn_X_Y.npz", **(fine | changed))
-    assert fault in refused(tmp_path / "trn_X_Y.npz")
+    np.savez(tmp_path / "trn_X_Y.npz", **(valid | changed))
+    assert expected in refused(tmp_path / "trn_X_Y.npz")
 
 
 @pytest.mark.parametrize("block", [1 << 16, 1 << 22])
 @pytest.mark.parametrize("name", ["trn.raw.txt", "trn_X_Y.txt"])
-def test_a_line_without_end_is_refused(tmp_path, monkeypatch, name, block):
+def test_too_long_lines_are_refused(tmp_path, monkeypatch, name, block):
     monkeypatch.setattr(xml_repository, "_BLOCK", block)
     longest = "a" * readers.MAX_LINE
     (tmp_path / name).write_text(f"1 1\n{longest}\nb\n")
@@ -259,7 +259,7 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch, name, block):
     assert f"{name}, line 2: longer than 4 MiB" in refused(tmp_path / name, reader)
 
 
-def test_a_validation_split_of_the_source(tmp_path):
+def test_validation_split_of_the_source(tmp_path):
     source = write_source(tmp_path / "cars")
     (tmp_path / "cars" / "val.raw.txt").write_text("red house\n")
     (tmp_path / "cars" / "val_X_Y.txt").write_text("1 4\n1:1 2:1\n")
@@ -269,7 +269,7 @@ def test_a_validation_split_of_the_source(tmp_path):
     assert raw.valid.filter is None
 
 
-def test_json_beside_relevance_is_read_as_tables(tmp_path):
+def test_directory_with_json_files_is_read_as_tables(tmp_path):
     (tmp_path / "trn_X_Y.txt").touch()
     assert xml_repository.is_xml_repository(str(tmp_path))
     (tmp_path / "trn.json.gz").touch()

@@ -1,4 +1,4 @@
-"""Tokens of shipped and of trained tokenizers: cut, framed, never padded, always the same."""
+"""Loaded and trained tokenizers: truncation, special tokens, no padding, and fast encoding."""
 
 import importlib.util
 import json
@@ -39,9 +39,9 @@ def test_minilm_matches_transformers(max_tokens):
     import transformers
 
     texts = some_texts(max_tokens, 40)
-    peer = transformers.BertTokenizerFast.from_pretrained(str(MINILM))
-    expected = peer(texts, truncation=True, max_length=max_tokens, padding=False)["input_ids"]
-    # As shipped, it pads to 128 and cuts at 128.
+    baseline = transformers.BertTokenizerFast.from_pretrained(str(MINILM))
+    expected = baseline(texts, truncation=True, max_length=max_tokens, padding=False)["input_ids"]
+    # As distributed, the tokenizer pads and truncates to 128 tokens.
     tokenizer = tokenizer_lib.load(str(MINILM), max_tokens)
     assert rows_of(tokenizer, texts) == [list(row) for row in expected]
     assert max(map(len, expected)) == max_tokens
@@ -49,7 +49,7 @@ def test_minilm_matches_transformers(max_tokens):
     assert tokenizer_lib.vocab_size(tokenizer) == 30522
 
 
-def test_a_directory_without_tokenizer_json_is_resolved(tmp_path):
+def test_directory_without_tokenizer_json_is_loaded(tmp_path):
     for name in ("vocab.txt", "tokenizer_config.json", "config.json"):
         shutil.copy(MINILM / name, tmp_path)
     texts = some_texts(0, 5)
@@ -57,58 +57,58 @@ def test_a_directory_without_tokenizer_json_is_resolved(tmp_path):
     assert rows_of(tokenizer_lib.load(str(tmp_path), 16), texts) == expected
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 100])
-def test_trained_tokenizer_frames_and_cuts(at_once):
+@pytest.mark.parametrize("chunk_size", [1, 7, 100])
+def test_trained_tokenizer_adds_special_tokens_and_truncates(chunk_size):
     texts = some_texts(1, 100)
-    chunks = [texts[start : start + at_once] for start in range(0, 100, at_once)]
+    chunks = [texts[start : start + chunk_size] for start in range(0, 100, chunk_size)]
     tokenizer = tokenizer_lib.train(lambda: chunks, vocab_size=300, max_tokens=8)
     special = [tokenizer.token_to_id(f"[{name}]") for name in ("PAD", "UNK", "CLS", "SEP", "MASK")]
     assert special == [0, 1, 2, 3, 4]
     rows = rows_of(tokenizer, texts)
     assert all(row[0] == 2 and row[-1] == 3 and 2 <= len(row) <= 8 for row in rows)
     assert max(map(len, rows)) == 8
-    assert not any(1 in row for row in rows)  # Nothing of its own texts is unknown to it.
+    assert not any(1 in row for row in rows)  # No unknown tokens in the training texts.
     assert tokenizer.encode("UNICODE ÜNÏCODE").tokens[1] == "unicode"
     assert tokenizer.encode("Ж").ids == [2, 1, 3]
     assert max(map(max, rows)) < tokenizer_lib.vocab_size(tokenizer) <= 300
 
 
-def test_training_learns_frequent_words_whole():
+def test_frequent_words_are_single_tokens():
     tokenizer = tokenizer_lib.train(
         lambda: [["arrow left"] * 50 + ["xq"]], vocab_size=64, max_tokens=8
     )
     assert tokenizer.encode("left arrow").tokens == ["[CLS]", "left", "arrow", "[SEP]"]
-    # Within a word, marked tokens of the text are text.
+    # "##w" in a text is text, not the continuation token.
     assert tokenizer.encode("##w").tokens[1] != "##w"
 
 
-def test_words_without_end_do_not_hold_up_training():
+def test_long_words_do_not_slow_down_training():
     texts = ["b c", "a" * 200_000, "".join(random.Random(0).choices("acgt", k=200_000))]
     start = time.process_time()
     tokenizer = tokenizer_lib.train(lambda: [texts], vocab_size=500, max_tokens=8)
-    assert time.process_time() - start < 20  # Learnt from as they are, they take minutes.
-    assert tokenizer.encode(texts[1]).tokens == ["[CLS]", "[UNK]", "[SEP]"]  # As any such word.
+    assert time.process_time() - start < 20  # Uncut, they would take minutes.
+    assert tokenizer.encode(texts[1]).tokens == ["[CLS]", "[UNK]", "[SEP]"]  # As for any long word.
 
 
-def test_training_does_not_depend_on_the_process():
+def test_training_is_deterministic_across_processes():
     program = (
         "import sys, hashlib\n"
-        "from vixml_jax.data import encoder, pieces, tokenize\n"
+        "from vixml_jax.data.text import tokenizer\n"
         "texts = [[f'{a}{b}{c}' for a in 'pqrs' for b in 'aeiou' for c in 'xyz']]\n"
-        "made = tokenize.train(lambda: texts, vocab_size=90, max_tokens=8)\n"
+        "made = tokenizer.train(lambda: texts, vocab_size=90, max_tokens=8)\n"
         "print(hashlib.sha256(made.to_str().encode()).hexdigest())\n"
     )
     root = pathlib.Path(__file__).parents[3]
     env = {**os.environ, "PYTHONPATH": str(root)}
-    found = {
+    hashes = {
         subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, check=True,
                        cwd=root).stdout
         for _ in range(4)
     }  # fmt: skip
-    assert len(found) == 1
+    assert len(hashes) == 1
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path):
+def test_invalid_tokenizers_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"--tokenizer=.*absent: neither a directory"):
         tokenizer_lib.load(str(tmp_path / "absent"), 8)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
@@ -119,7 +119,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
 
 
 def framed(single):
-    """A tokenizer of words whose post-processor frames a text as `single` says."""
+    """A tokenizer of words; `single` is the template of its post-processor."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["<unk>", "<bos>", "<eos>", "a", "red", "shoe", "Text", "Images", ":"]
@@ -133,25 +133,25 @@ def framed(single):
 
 
 @pytest.mark.parametrize("single", ["", "<bos> $A", "$A <eos>", "<bos> $A <eos>"])
-def test_the_whole_length_is_that_of_an_uncut_text(single):
+def test_full_lengths_are_those_before_truncation(single):
     texts = [*some_texts(2, 30), "", "a " * 500]
-    cut, uncut = framed(single), framed(single)
-    cut.enable_truncation(8)
-    values, lengths, whole = batch_tokenizer.encode(cut, texts)
-    assert (values.dtype, lengths.dtype, whole.dtype) == (np.int32, np.int64, np.int32)
-    assert whole.tolist() == [len(uncut.encode(text)) for text in texts]
-    assert lengths.tolist() == np.minimum(whole, 8).tolist()
+    truncating, full = framed(single), framed(single)
+    truncating.enable_truncation(8)
+    values, lengths, full_lengths = batch_tokenizer.encode(truncating, texts)
+    assert (values.dtype, lengths.dtype, full_lengths.dtype) == (np.int32, np.int64, np.int32)
+    assert full_lengths.tolist() == [len(full.encode(text)) for text in texts]
+    assert lengths.tolist() == np.minimum(full_lengths, 8).tolist()
 
 
 @pytest.mark.parametrize("single,end,begins,ends,trim", [
-    ("", 2, [], [2], (0, 0)),  # Qwen: nothing is added, the checkpoint names the end.
-    ("<bos> $A", 2, [1], [2], (1, 0)),  # Llama and Gemma: begins once, not in each piece.
-    ("$A <eos>", None, [], [2], (0, 1)),  # Qwen3-Embedding: the tokenizer ends a text itself.
+    ("", 2, [], [2], (0, 0)),  # Qwen: no special tokens; the checkpoint names the end token.
+    ("<bos> $A", 2, [1], [2], (1, 0)),  # Llama and Gemma: a begin token once, not in each piece.
+    ("$A <eos>", None, [], [2], (0, 1)),  # Qwen3-Embedding: the tokenizer adds the end token.
     ("<bos> $A <eos>", 7, [1], [2], (1, 1)),
     ("", None, [], [], (0, 0)),
 ])  # fmt: skip
 @pytest.mark.parametrize("order", ["text_image", "image_text"])
-def test_special_tokens_of_a_prompt_stand_where_they_belong(single, end, begins, ends, trim, order):
+def test_special_tokens_of_a_prompt(single, end, begins, ends, trim, order):
     layout = tokenizer_lib.prompt_layout(
         framed(single), text="Text :", images="Images :", order=order, num_images=2, end=end
     )
@@ -159,16 +159,16 @@ def test_special_tokens_of_a_prompt_stand_where_they_belong(single, end, begins,
     def written(parts):
         return [x for part in parts for x in ([part] if isinstance(part, str) else list(part))]
 
-    say, show = [6, 8, "text"], [7, 8, "images"]
-    both = say + show if order == "text_image" else show + say
+    text, images = [6, 8, "text"], [7, 8, "images"]
+    both = text + images if order == "text_image" else images + text
     assert written(layout.seen) == begins + both + ends
-    assert written(layout.unseen) == begins + say + ends
+    assert written(layout.unseen) == begins + text + ends
     assert (layout.num_images, layout.reserve_images, layout.trim) == (2, False, trim)
     assert layout.overhead == 2 + 4 + len(begins) + len(ends)
 
 
 def byte_level(split, normalizer=None):
-    """A byte-level BPE tokenizer in the manner of GPT-2 (no `split`), Llama or Qwen."""
+    """A byte-level BPE tokenizer like that of GPT-2 (no `split`), Llama or Qwen."""
     from tokenizers import (
         Regex,
         Tokenizer,
@@ -202,7 +202,7 @@ def byte_level(split, normalizer=None):
 
 
 def sentence_piece():
-    """Spaces are letters to it, and words no unit: nothing between spaces stands by itself."""
+    """A tokenizer that treats spaces as letters, so that texts cannot be split at spaces."""
     from tokenizers import Tokenizer, models, normalizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -234,8 +234,8 @@ def known_tokenizers():
 
 
 TOKENIZERS = known_tokenizers()
-# Words, spaces of all kinds, marks that join what stands before them, signs that have no room,
-# tokens with a meaning, and letters that change their length when lowered.
+# Words, spaces of all kinds, combining marks, characters of width zero, special tokens, and letters
+# whose lower case has another length.
 PARTS = [
     *WORDS, *" abcXYZ019'.-!,_", "  ", "   ", "\t", "\n", "\r\n", "\x00", "\x0b", "\x1c", "\x85",
     "\xa0", "\u2003", "\u3000", "\u180e", "\u200b", "\ufeff", "\u0301", "\u0308", "\u00a8",
@@ -244,13 +244,13 @@ PARTS = [
 ]  # fmt: skip
 
 
-def one_call_a_text(tokenizer, texts, max_tokens):
-    """What is asked for, in the plainest way."""
+def one_call_per_text(tokenizer, texts, max_tokens):
+    """The expected tokens, and their numbers before truncation."""
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    whole = [len(tokenizer.encode(text).ids) for text in texts]
+    full_lengths = [len(tokenizer.encode(text).ids) for text in texts]
     tokenizer.enable_truncation(max_tokens)
-    return [tokenizer.encode(text).ids for text in texts], whole
+    return [tokenizer.encode(text).ids for text in texts], full_lengths
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -266,32 +266,32 @@ def one_call_a_text(tokenizer, texts, max_tokens):
     max_tokens=strategies.integers(3, 12),
 )
 @hypothesis.settings(deadline=None, max_examples=150)
-def test_tokens_are_those_of_one_call_a_text(name, texts, max_tokens):
+def test_tokens_are_those_of_one_call_per_text(name, texts, max_tokens):
     tokenizer = TOKENIZERS[name]
-    rows, whole = one_call_a_text(tokenizer, texts, max_tokens)
-    values, lengths, found = batch_tokenizer.encode(tokenizer, texts)
+    rows, expected = one_call_per_text(tokenizer, texts, max_tokens)
+    values, lengths, full_lengths = batch_tokenizer.encode(tokenizer, texts)
     assert values.tolist() == [token for row in rows for token in row]
     assert lengths.tolist() == list(map(len, rows))
-    assert found.tolist() == whole
+    assert full_lengths.tolist() == expected
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_what_is_remembered_changes_nothing(name, monkeypatch):
-    monkeypatch.setattr(batch_tokenizer, "_MOST_PIECES", 20)
+def test_cached_pieces_do_not_change_tokens(name, monkeypatch):
+    monkeypatch.setattr(batch_tokenizer, "_MAX_PIECES", 20)
     monkeypatch.setattr(batch_tokenizer, "_TOGETHER", 3)
     tokenizer, rng = TOKENIZERS[name], np.random.default_rng(3)
     tokenizer.no_truncation()
     made = batch_tokenizer.Encoder(tokenizer)
     for _ in range(30):
         texts = [" ".join(rng.choice(PARTS, rng.integers(0, 9))) for _ in range(rng.integers(0, 9))]
-        values, lengths, whole = made.encode(texts)
+        values, lengths, full_lengths = made.encode(texts)
         rows = [tokenizer.encode(text).ids for text in texts]
         assert values.tolist() == [token for row in rows for token in row]
-        assert lengths.tolist() == whole.tolist() == list(map(len, rows))
+        assert lengths.tolist() == full_lengths.tolist() == list(map(len, rows))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_text_that_cannot_be_read_leaves_no_trace(name):
+def test_invalid_text_does_not_change_the_cache(name):
     tokenizer = TOKENIZERS[name]
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -302,7 +302,7 @@ def test_a_text_that_cannot_be_read_leaves_no_trace(name):
     assert values.tolist() == tokenizer.encode("some more words").ids
 
 
-def test_texts_are_split_where_that_is_known_to_change_nothing():
+def test_known_tokenizers_split_texts_at_spaces():
     rules = {
         name: pretokenizer.rule_of(json.loads(made.to_str())) for name, made in TOKENIZERS.items()
     }
@@ -315,31 +315,35 @@ def test_texts_are_split_where_that_is_known_to_change_nothing():
 
 
 @pytest.mark.parametrize("single", ["<bos> $A <eos> $A", "$A <bos> $A"])
-def test_a_post_processor_that_does_more_than_frame_is_refused(single):
-    with pytest.raises(InputError, match="post-processor does not only"):
+def test_other_post_processors_are_refused(single):
+    with pytest.raises(
+        InputError, match="the post-processor of the tokenizer does more than adding"
+    ):
         batch_tokenizer.Encoder(framed(single))
 
 
-def test_processes_give_what_one_gives(monkeypatch):
+def test_several_processes_give_the_same_tokens(monkeypatch):
     tokenizer = tokenizer_lib.load(str(MINILM), 8)
     chunks = [some_texts(seed, 40) for seed in range(12)] + [[]]
-    alone = batch_tokenizer.Encoder(tokenizer)
+    single = batch_tokenizer.Encoder(tokenizer)
     with batch_tokenizer.Encoders(tokenizer, 2) as encoders:
         for _ in range(2):
-            found = list(encoders.encode(iter(chunks)))
-            assert [texts for texts, _ in found] == chunks
-            for texts, encoded in found:
-                for one, other in zip(encoded, alone.encode(texts), strict=True):
-                    np.testing.assert_array_equal(one, other, strict=True)
-        next(encoders.encode(chunks))  # What is not asked for to the end does no harm.
+            pairs = list(encoders.encode(iter(chunks)))
+            assert [texts for texts, _ in pairs] == chunks
+            for texts, encoded in pairs:
+                for array, expected in zip(encoded, single.encode(texts), strict=True):
+                    np.testing.assert_array_equal(array, expected, strict=True)
+        next(encoders.encode(chunks))  # An iterator may be left unfinished.
     with batch_tokenizer.Encoders(tokenizer, 0) as encoders:
         assert [texts for texts, _ in encoders.encode(chunks)] == chunks
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(40)))
     assert [batch_tokenizer.processes_for(count) for count in (1000, 10**6)] == [0, 16]
 
 
-def test_a_process_that_ends_is_told(monkeypatch):
+def test_ended_process_is_reported(monkeypatch):
     monkeypatch.setattr(batch_tokenizer, "_MODULE", "vixml_jax.data.sources.raw")  # Ends at once.
-    with pytest.raises(RuntimeError, match="a process that tokenises ended with status 0"):
+    with pytest.raises(
+        RuntimeError, match="tokenizer process ended unexpectedly with exit status 0"
+    ):
         with batch_tokenizer.Encoders(tokenizer_lib.load(str(MINILM), 8), 2) as encoders:
             list(encoders.encode([["a"]]))

@@ -1,6 +1,6 @@
-"""The peers of the search benchmark: each built and swept in a process of its own.
+"""Baselines of the search benchmark: each index is built and swept in a process of its own.
 
-    python -m vixml_jax.benchmarks.baselines.search_indexes PEER JSON
+    python -m vixml_jax.benchmarks.baselines.search_indexes BASELINE JSON
 
 is what `benchmarks.search` starts for each of them; it answers with a line of json. All search all
 queries at once on all cores, and have two numbers that trade speed for recall: leaves or
@@ -24,16 +24,16 @@ from vixml_jax.structs import SearchResult
 
 TARGETS, KS = (0.95, 0.99, 0.999), (5, 100)
 _BLOCK = 65536  # Vectors drawn at a time.
-_ROUNDS = 5  # In which settings take turns.
+_ROUNDS = 5  # Rounds in which settings take turns.
 
 
-class Peer(NamedTuple):
-    """An index that has been built."""
+class Baseline(NamedTuple):
+    """An index that has been built, and the settings to sweep."""
 
     search: Callable[[np.ndarray, int, int, int], Int[np.ndarray, "q k"]]  # queries, k, a, b.
-    breadths: list[int]  # The first number: leaves or candidates looked at.
-    depths: Callable[[int], list[int]]  # k -> the second: candidates scored exactly.
-    about: str  # How it was built.
+    breadths: list[int]  # First setting: leaves or candidates visited.
+    depths: Callable[[int], list[int]]  # k -> second setting: candidates scored exactly.
+    about: str  # Description of how it was built.
 
 
 def labels_and_queries(
@@ -49,9 +49,9 @@ def labels_and_queries(
     subjects = _directions(rng, max(2, n // 5000), width)
     topics = subjects[rng.integers(len(subjects), size=max(2, n // 50))]
     topics += _directions(rng, len(topics), width)
-    room = np.empty(n * width + 16, np.float32)
-    start = -room.ctypes.data % 64 // 4
-    labels = room[start : start + n * width].reshape(n, width)
+    buffer = np.empty(n * width + 16, np.float32)
+    start = -buffer.ctypes.data % 64 // 4
+    labels = buffer[start : start + n * width].reshape(n, width)
     for first in range(0, n, _BLOCK):
         part = labels[first : first + _BLOCK]
         part[:] = topics[rng.integers(len(topics), size=len(part))]
@@ -63,12 +63,12 @@ def labels_and_queries(
 
 
 def _directions(rng: np.random.Generator, n: int, width: int) -> Float[np.ndarray, "n e"]:
-    """Random vectors of a length near one."""
+    """Random vectors of length near one."""
     return rng.standard_normal((n, width), np.float32) / np.float32(np.sqrt(width))
 
 
-def build_scann(labels: Float[np.ndarray, "n e"]) -> Peer:
-    """Ours, with the settings that it has for so many labels."""
+def build_scann(labels: Float[np.ndarray, "n e"]) -> Baseline:
+    """ScaNN, with our settings for this number of labels."""
     tree = scann.ScannIndex.build(labels)
 
     def search(queries: np.ndarray, k: int, a: int, b: int) -> np.ndarray:
@@ -76,11 +76,11 @@ def build_scann(labels: Float[np.ndarray, "n e"]) -> Peer:
 
     leaves = tree.settings["leaves"]
     breadths = tuning.steps(1, leaves)
-    return Peer(search, breadths, _depths(len(labels)), f"{leaves} leaves, SOAR")
+    return Baseline(search, breadths, _depths(len(labels)), f"{leaves} leaves, SOAR")
 
 
-def build_faiss(labels: Float[np.ndarray, "n e"]) -> Peer:
-    """IVF-PQ of as many leaves, 4 bits for each two dimensions ("fast scan"), then refined."""
+def build_faiss(labels: Float[np.ndarray, "n e"]) -> Baseline:
+    """IVF-PQ of as many leaves, 4 bits for each two dimensions ("fast scan"), then rescored."""
     import faiss
 
     n, width = labels.shape
@@ -95,11 +95,11 @@ def build_faiss(labels: Float[np.ndarray, "n e"]) -> Peer:
         built.k_factor = b / k
         return built.search(queries, k)[1]
 
-    return Peer(search, tuning.steps(1, leaves), _depths(n), about)
+    return Baseline(search, tuning.steps(1, leaves), _depths(n), about)
 
 
-def build_hnswlib(labels: Float[np.ndarray, "n e"]) -> Peer:
-    """A graph of 32 neighbours a label, built with 200 candidates."""
+def build_hnswlib(labels: Float[np.ndarray, "n e"]) -> Baseline:
+    """A graph with 32 neighbours per label, built with 200 candidates."""
     import hnswlib
 
     n, width = labels.shape
@@ -112,7 +112,7 @@ def build_hnswlib(labels: Float[np.ndarray, "n e"]) -> Peer:
         built.set_ef(max(a, k))
         return built.knn_query(queries, k)[0].astype(np.int64)
 
-    return Peer(search, tuning.steps(8, 8192), lambda k: [k], "M 16, ef_construction 200")
+    return Baseline(search, tuning.steps(8, 8192), lambda k: [k], "M 16, ef_construction 200")
 
 
 def _depths(n: int) -> Callable[[int], list[int]]:
@@ -123,14 +123,14 @@ BUILD = {"scann": build_scann, "faiss": build_faiss, "hnswlib": build_hnswlib}
 
 
 def sweep(
-    peer: Peer, queries: Float[np.ndarray, "q e"], truth: Int[np.ndarray, "q k"], k: int
+    baseline: Baseline, queries: Float[np.ndarray, "q e"], truth: Int[np.ndarray, "q k"], k: int
 ) -> list[dict[str, Any]]:
     """For each recall wanted, the fastest setting found that reaches it.
 
     Of those measured that suffice, the ones of which neither number can be less take turns.
 
     Args:
-      peer: Built.
+      baseline: Built.
       queries: All searched at once.
       truth: The exact best labels, k at least.
       k: Results that count.
@@ -141,19 +141,19 @@ def sweep(
     def measure(a: int, b: int) -> tuning.Measurement:
         if (a, b) not in known:
             start = time.perf_counter()
-            ids = peer.search(queries, k, a, b)
+            ids = baseline.search(queries, k, a, b)
             speed = len(queries) / (time.perf_counter() - start)
             recall = index.recall_against(exact, SearchResult(np.zeros(ids.shape), ids), k)
             known[a, b] = tuning.Measurement(a, b, recall, speed)
         return known[a, b]
 
     for wanted in TARGETS:
-        tuning.frontier(measure, peer.breadths, peer.depths(k), wanted)
+        tuning.frontier(measure, baseline.breadths, baseline.depths(k), wanted)
     rows = []
     for wanted in TARGETS:
         enough = [one for one in known.values() if one.recall >= wanted]
         least = [one for one in enough if not any(_less(other, one) for other in enough)]
-        turns = [[_speed(peer, queries, k, one) for one in least] for _ in range(_ROUNDS)]
+        turns = [[_speed(baseline, queries, k, one) for one in least] for _ in range(_ROUNDS)]
         row = {"k": k, "wanted": wanted, "recall": max(one.recall for one in known.values())}
         if least:
             speeds = [statistics.median(speed) for speed in zip(*turns, strict=True)]
@@ -164,32 +164,31 @@ def sweep(
 
 
 def _less(one: tuning.Measurement, than: tuning.Measurement) -> bool:
-    """Whether a setting looks at no more of either, and is another."""
+    """Whether a setting is smaller in one number and not larger in the other."""
     a, b = one[:2], than[:2]
     return a != b and a[0] <= b[0] and a[1] <= b[1]
 
 
-def _speed(peer: Peer, queries: np.ndarray, k: int, setting: tuning.Measurement) -> float:
+def _speed(baseline: Baseline, queries: np.ndarray, k: int, setting: tuning.Measurement) -> float:
     start = time.perf_counter()
-    peer.search(queries, k, setting.leaves_searched, setting.reordered)
+    baseline.search(queries, k, setting.leaves_searched, setting.reordered)
     return len(queries) / (time.perf_counter() - start)
 
 
 def kilobytes(field: str) -> int:
-    """A line of /proc/self/status: VmRSS, what is held now, or VmHWM, the most since the last
-    `forget_peak`."""
+    """A field of /proc/self/status: VmRSS (now) or VmHWM (peak since the last `forget_peak`)."""
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field))
 
 
 def forget_peak() -> None:
-    """Has VmHWM begin anew."""
+    """Resets VmHWM."""
     with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
         file.write("5")
 
 
 def run(name: str, *, n: int, width: int, queries: int, truth: str) -> dict[str, Any]:
-    """Builds and sweeps one peer; or, as 'exact', writes what is true, for the others.
+    """Builds and sweeps one baseline; or, as 'exact', writes what is true, for the others.
 
     Args:
       name: Of `BUILD`, or 'exact'.
@@ -207,19 +206,19 @@ def run(name: str, *, n: int, width: int, queries: int, truth: str) -> dict[str,
         seconds = time.perf_counter() - start
         with open(truth, "wb") as file:
             np.save(file, found.ids)
-        return {"peer": name, "queries_per_s": queries / seconds}
-    peer = BUILD[name](labels)
+        return {"baseline": name, "queries_per_s": queries / seconds}
+    baseline = BUILD[name](labels)
     built = time.perf_counter() - start
     said = {
-        "peer": name,
-        "about": peer.about,
+        "baseline": name,
+        "about": baseline.about,
         "build_s": built,
         "build_gb": (kilobytes("VmHWM") - before) / 2**20,
         "index_gb": (kilobytes("VmRSS") - before) / 2**20,
     }
     true = np.load(truth)
     forget_peak()
-    rows = [row for k in KS for row in sweep(peer, asked, true, k)]
+    rows = [row for k in KS for row in sweep(baseline, asked, true, k)]
     return {**said, "search_gb": (kilobytes("VmHWM") - before) / 2**20, "rows": rows}
 
 

@@ -1,4 +1,4 @@
-"""The peer of the benchmarks: the same tower, loss and step in PyTorch, texts padded.
+"""PyTorch baseline of the benchmarks: the same tower, loss and step, with padded texts.
 
 Written from the paper (arXiv 2511.13189, section 3 and supplement) with `transformers`' models,
 `peft`'s adapters and `torch.nn.TransformerEncoderLayer`, as one would write it first: in float32 on
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from vixml_jax.data.packing import Layout
 
-# Texts of items, and their pictures, if any.
+# Token ids of items, and their image embeddings, if any.
 Side = tuple[list[Int[np.ndarray, " t"]], Float[np.ndarray, "b i v"] | None]
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -39,7 +39,7 @@ class Tower(torch.nn.Module):
       about: Its config.json.
       lora_rank: Of adapters on all maps beside a frozen base; 0: all of it is trained.
       layout: How an item is written.
-      image_width: Of a picture's embedding.
+      image_width: Of an image's embedding.
       device: "cpu" or "cuda".
     """
 
@@ -77,7 +77,7 @@ class Tower(torch.nn.Module):
     def forward(
         self, ids: torch.Tensor, mask: torch.Tensor, images: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Means over what the mask shows, the prompt's pieces and the pictures: [b, d]."""
+        """Means over unmasked tokens, prompt pieces and images: [b, d]."""
         ids, mask = ids.to(self.device), mask.to(self.device)
         states, shown = [], []
         for part in self.layout.unseen if images is None else self.layout.seen:
@@ -99,7 +99,7 @@ class Tower(torch.nn.Module):
 
 
 class Program(torch.nn.Module):
-    """Tower, combiner, free vectors, centroids and AdamW: all that one step touches.
+    """Tower, combiner, free vectors, centroids and AdamW: everything of a training step.
 
     Args:
       about: The tower's config.json.
@@ -122,10 +122,10 @@ class Program(torch.nn.Module):
 
     def _vectors(self, side: Side, length: int | None) -> torch.Tensor:
         texts, images = side
-        pictures = None if images is None else torch.from_numpy(images)
+        item_images = None if images is None else torch.from_numpy(images)
         cuda = self.device == "cuda"
         with torch.autocast(self.device, torch.bfloat16, enabled=cuda):
-            return self.tower(*pad(texts, length), pictures).float()
+            return self.tower(*pad(texts, length), item_images).float()
 
     def step(
         self,
@@ -156,7 +156,7 @@ class Program(torch.nn.Module):
         return float(loss.detach())
 
     def peak_bytes(self) -> int:
-        """The most that was ever taken of the GPU's memory; 0 on a CPU."""
+        """Peak GPU memory; 0 on a CPU."""
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
 
 
@@ -174,7 +174,7 @@ def hinge(scores: torch.Tensor, positive: torch.Tensor, k: int = 10) -> torch.Te
 def regulariser(
     raw: torch.Tensor, prototype: torch.Tensor, positive: torch.Tensor, k: int = 10
 ) -> torch.Tensor:
-    """Prototypes should stand closer to positives, and farther from negatives, than labels do."""
+    """Prototypes should be closer to positives, and farther from negatives, than label vectors."""
     chosen = torch.multinomial(positive.float(), 1)
     near = torch.relu(raw.gather(1, chosen) - prototype.gather(1, chosen) + 0.1)
     hardest = prototype.masked_fill(positive, -50.0).topk(min(k, raw.shape[1]), dim=1).indices

@@ -1,4 +1,4 @@
-"""The texts that benchmarks read."""
+"""The data sets that benchmarks read."""
 
 import tempfile
 

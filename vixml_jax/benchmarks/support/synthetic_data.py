@@ -1,12 +1,11 @@
-"""Made-up data sets of the sizes of published ones, in the XML repository's text layout.
+"""Synthetic data sets of published sizes, in the XML repository's text layout.
 
     python -m vixml_jax.benchmarks.support.synthetic_data --like=lf_amazontitles_1.3m --dir=DIR
 
-Words are drawn by Zipf's law: the frequent ones from a tokenizer's vocabulary, the others made up
-of syllables and numbers, and a fiftieth from a million, so that a tokenizer has new words to the
-end: 28 % are not among the 10,000 most frequent (in docstrings of Python packages: 18 %).
-Labels are drawn so that few
-are frequent and most are rare. Image embeddings are random bits, which nothing compresses.
+Words are drawn by Zipf's law: the frequent ones from a tokenizer's vocabulary, the others made of
+syllables and numbers, and a fiftieth uniformly from a million, so that a tokenizer meets new words
+throughout: 28 % are not among the 10,000 most frequent (in docstrings of Python packages: 18 %).
+Few labels are frequent and most are rare. Image embeddings are random bits, which do not compress.
 """
 
 import dataclasses
@@ -19,12 +18,12 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, Int
 
-from vixml_jax import errors
+from vixml_jax import command_line
 from vixml_jax.data.text import tokenizer as tokenizer_lib
 
 _CHUNK = 1 << 14  # Items drawn at a time.
-_MOST_WORDS = 1_000_000
-_RARE = 0.02  # Of the words.
+_MAX_WORDS = 1_000_000
+_RARE = 0.02  # Fraction of words drawn uniformly.
 _ONSETS = "b c d f g h j k l m n p r s t v w br ch cl dr fl gr kl pr sh st str th tr".split()
 _NUCLEI = "a e i o u ai ea ee io ou".split()
 _CODAS = ["", "", "", "", "n", "r", "l", "s", "t", "x", "ng", "rd", "st"]
@@ -35,11 +34,11 @@ class Like:
     """Sizes of a data set.
 
     Attributes:
-      train, test, labels: Items of each kind. Tests are fewer than published, 1 % of training.
-      labels_per_query: On average.
-      words, label_words: Fewest and most words of a query's text, and of a label's.
-      max_tokens: That its texts are cut at.
-      images: Embeddings of each item.
+      train, test, labels: Number of items. Test queries are 1 % of training, fewer than published.
+      labels_per_query: Mean.
+      words, label_words: Minimum and maximum number of words of a query's and of a label's text.
+      max_tokens: Length at which texts are truncated.
+      images: Image embeddings per item.
       width: Of an embedding.
     """
 
@@ -54,7 +53,7 @@ class Like:
     width: int = 1152
 
     def scaled(self, scale: float) -> "Like":
-        """As many labels a query and words a text, of fewer items."""
+        """The same with fewer items; labels per query and words per text stay."""
         sizes = {
             name: max(64, round(getattr(self, name) * scale))
             for name in ("train", "test", "labels")
@@ -71,13 +70,13 @@ class Like:
 
     @property
     def text_bytes(self) -> int:
-        """About."""
+        """Approximate size of all texts."""
         queries = (self.train + self.test) * sum(self.words)
-        return 4 * (queries + self.labels * sum(self.label_words))  # Words of 7 characters.
+        return 4 * (queries + self.labels * sum(self.label_words))  # Words have about 7 characters.
 
     @property
     def pairs(self) -> float:
-        """Of queries and labels, about."""
+        """Approximate number of relevant pairs."""
         return (self.train + self.test) * self.labels_per_query
 
 
@@ -88,14 +87,14 @@ LIKE = {
 
 
 class Words(NamedTuple):
-    """Forms of words, the most frequent word first: small, capital, with a comma, in brackets."""
+    """Forms of words, the most frequent first: lower case, capitalised, with comma, in brackets."""
 
-    forms: list[str]  # Four of each word.
+    forms: list[str]  # Four per word.
 
     @staticmethod
     def make(count: int, tokenizer: str, rng: np.random.Generator) -> "Words":
-        """As many words; those that a tokenizer knows whole, where one is given, come first."""
-        known = [] if tokenizer == tokenizer_lib.TRAIN else _whole_words(tokenizer)
+        """Makes `count` words; first the words that are single tokens of a given tokenizer."""
+        known = [] if tokenizer == tokenizer_lib.TRAIN else _single_token_words(tokenizer)
         made = _make_up(max(0, count - len(known)), rng)
         forms = []
         for word in itertools.chain(known[:count], made):
@@ -105,7 +104,7 @@ class Words(NamedTuple):
     def texts(
         self, count: int, words: tuple[int, int], rng: np.random.Generator
     ) -> Iterator[list[str]]:
-        """Texts, a chunk at a time."""
+        """Yields texts in chunks."""
         num_words = len(self.forms) // 4
         num_common = -(-num_words // 10)
         for start in range(0, count, _CHUNK):
@@ -120,26 +119,26 @@ class Words(NamedTuple):
 
 
 def zipf(count: int, uniform: Float[np.ndarray, " n"], shift: float = 1.0) -> Int[np.ndarray, " n"]:
-    """Ranks below `count` by Zipf's law: rank r as often as 1 / (r + shift).
+    """Ranks below `count` by Zipf's law: rank r has weight 1 / (r + shift).
 
     Args:
-      count: Ranks.
+      count: Number of ranks.
       uniform: Random numbers in [0, 1).
-      shift: How many of the first ranks are about equally frequent.
+      shift: Number of first ranks that are about equally frequent.
     """
     ranks = shift * (np.exp(uniform * np.log((count + shift) / shift)) - 1)
     return np.minimum(ranks.astype(np.int64), count - 1)
 
 
-def _whole_words(tokenizer: str) -> list[str]:
-    """Words that the tokenizer has one token for, in the order of their ids."""
+def _single_token_words(tokenizer: str) -> list[str]:
+    """Words that are a single token of the tokenizer, in the order of their ids."""
     vocabulary = tokenizer_lib.load(tokenizer, 8).get_vocab()
     words = sorted((number, word) for word, number in vocabulary.items())
     return [word for _, word in words if len(word) > 1 and word.isascii() and word.isalpha()]
 
 
 def _make_up(count: int, rng: np.random.Generator) -> list[str]:
-    """Words of two to four syllables; a tenth are numbers, by themselves or of models."""
+    """Words of two to four syllables; a tenth are numbers or model numbers."""
     syllables = [a + b + c for a in _ONSETS for b in _NUCLEI for c in _CODAS]
     lengths = rng.integers(2, 5, count).tolist()
     drawn = map(syllables.__getitem__, rng.integers(len(syllables), size=4 * count).tolist())
@@ -154,16 +153,16 @@ def _make_up(count: int, rng: np.random.Generator) -> list[str]:
 
 
 def write(directory: str, like: Like, *, tokenizer: str, seed: int = 0) -> None:
-    """Writes the data set, a chunk at a time.
+    """Writes the data set in chunks.
 
     Args:
-      directory: That there is.
+      directory: An existing directory.
       like: Sizes.
-      tokenizer: Whose words are the frequent ones; 'train': all words are made up.
-      seed: Of all that is drawn.
+      tokenizer: Its single-token words are the frequent ones; 'train': all words are synthetic.
+      seed: Of all random choices.
     """
     rng = np.random.default_rng(seed)
-    count = min(_MOST_WORDS, 1000 + round(like.text_bytes / 7 / 8))
+    count = min(_MAX_WORDS, 1000 + round(like.text_bytes / 7 / 8))
     words = Words.make(count, tokenizer, rng)
     tokens = [f"{label}:1" for label in range(like.labels)]
     for prefix, items, lengths in (
@@ -185,7 +184,7 @@ def write(directory: str, like: Like, *, tokenizer: str, seed: int = 0) -> None:
 def _write_relevance(
     path: str, count: int, mean: float, tokens: list[str], rng: np.random.Generator
 ) -> None:
-    """Lines of labels: as many as a geometric law says, the frequent ones some thousand times."""
+    """Writes label lists of geometric length; the first labels occur some thousand times."""
     num_labels = len(tokens)
     frequent = rng.permutation(num_labels)
     with open(path, "w", encoding="ascii") as file:
@@ -201,20 +200,20 @@ def _write_relevance(
 
 
 def _write_images(path: str, shape: tuple[int, int, int], rng: np.random.Generator) -> None:
-    """Random float16 below 2 in magnitude."""
+    """Writes random float16 values below 2 in magnitude."""
     with open(path, "wb") as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         left = 2 * shape[0] * shape[1] * shape[2]
         while left > 0:
             bits = rng.integers(2**64, size=1 << 20, dtype=np.uint64)
-            bits &= np.uint64(0xBFFF_BFFF_BFFF_BFFF)  # No exponent above that of 1.
+            bits &= np.uint64(0xBFFF_BFFF_BFFF_BFFF)  # Clears the top bit of the exponent.
             file.write(memoryview(bits).cast("B")[:left])
             left -= bits.nbytes
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes one."""
+    """Writes the data set."""
     del argv
     values = flags.FLAGS
     os.makedirs(values.dir, exist_ok=True)
@@ -222,17 +221,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def define_flags() -> None:
-    """The flags of what is made."""
-    flags.DEFINE_enum("like", "lf_amazontitles_1.3m", list(LIKE), "Whose sizes it has.")
-    flags.DEFINE_float("scale", 1.0, "Share of its items.", lower_bound=0.0, upper_bound=1.0)
-    flags.DEFINE_string("dir", None, "Where to write.", required=True)
+    """The flags of this benchmark."""
+    flags.DEFINE_enum("like", "lf_amazontitles_1.3m", list(LIKE), "Data set whose sizes to use.")
+    flags.DEFINE_float("scale", 1.0, "Fraction of its items.", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_string("dir", None, "Directory to write to.", required=True)
     flags.DEFINE_string(
         "tokenizer",
         tokenizer_lib.TRAIN,
-        "Directory of the tokenizer that knows the frequent words.",
+        "Tokenizer whose words are the frequent ones.",
     )
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.launch(main)
+    command_line.launch(main, define_flags)

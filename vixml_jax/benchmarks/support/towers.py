@@ -1,12 +1,12 @@
-"""Towers by the names they are published under: their config.json, as far as sizes go.
+"""Published towers by name: the sizes in their config.json.
 
-Enough to build one with random weights, or to count its parameters, without a download.
+Enough to build a tower with random weights, or count its parameters, without a download.
 """
 
 from typing import Any
 
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf_names
+from vixml_jax.models import hf_configs, hf_names
 from vixml_jax.models.tower import TowerConfig
 
 _BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512}
@@ -86,4 +86,4 @@ def about(name: str) -> dict[str, Any]:
 
 def config_of(name: str) -> TowerConfig:
     """The sizes of a published tower."""
-    return hf_names.read_config(f"config.json of {name}", about(name), hf_names.TOWERS)[1]
+    return hf_configs.read_config(f"config.json of {name}", about(name), hf_names.TOWERS)[1]

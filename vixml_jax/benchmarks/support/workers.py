@@ -1,4 +1,4 @@
-"""Programs that take turns: each in a process of its own, pinned alike, idle while others run."""
+"""Programs timed in turns: each in its own process, pinned to the same cores, idle in between."""
 
 import json
 import os
@@ -12,15 +12,15 @@ from typing import Any
 
 from vixml_jax.runtime import host_memory
 
-# What a program says of itself, and a function that runs one round of it.
+# A description of the program, and a function that runs one round of it.
 Prepared = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
 class Worker:
-    """A child process that prepares its programs once and then times those it is told to.
+    """A child process that prepares its programs once and then times them on request.
 
-    Pinning the process to its processors before anything is imported sets the thread pools of
-    XLA and of torch alike, without flags of either.
+    Pinning the process to its cores before anything is imported sets the sizes of the thread pools
+    of XLA and torch alike, without flags of either.
     """
 
     def __init__(self, module: str, programs: list[str], settings: dict[str, Any], threads: int):
@@ -42,13 +42,13 @@ class Worker:
         self.about = self._read()
 
     def time(self, program: str) -> dict[str, Any]:
-        """Runs one round; what the child reports of it, seconds among it."""
+        """Runs one round of a program; returns the child's report, with `seconds`."""
         self._process.stdin.write(program + "\n")
         self._process.stdin.flush()
         return self._read()
 
     def close(self) -> None:
-        """Ends the child."""
+        """Ends the child process."""
         self._process.stdin.close()
         self._process.wait()
 
@@ -56,16 +56,16 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"a benchmark's program ended with status {self._process.wait()}")
+        raise RuntimeError(f"a worker of the benchmark exited with status {self._process.wait()}")
 
 
-def together(count: int) -> list[list[str]]:
-    """The flags by which each of `count` processes here finds the others; one alone needs none."""
+def cluster_flags(count: int) -> list[list[str]]:
+    """Flags of each of `count` processes on this machine that form one cluster; none for one."""
     if count == 1:
         return [[]]
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     return [
         [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_index={index}"]
         for index in range(count)
@@ -73,11 +73,10 @@ def together(count: int) -> list[list[str]]:
 
 
 def serve(prepare: Callable[[list[str], dict[str, Any]], dict[str, Prepared]]) -> bool:
-    """In a child: prepares its programs and answers each line, a program's name, with one timed
-    round of it.
+    """In a child process: prepares the programs, then times one round for each name it reads.
 
     Args:
-      prepare: (programs, settings) -> each of them, prepared.
+      prepare: (names of programs, settings) -> prepared programs by name.
 
     Returns:
       Whether this process is a child.
@@ -91,8 +90,8 @@ def serve(prepare: Callable[[list[str], dict[str, Any]], dict[str, Prepared]]) -
     for line in sys.stdin:
         run = prepared[line.strip()][1]
         start = time.perf_counter()
-        said = run()
-        print(json.dumps({"seconds": time.perf_counter() - start, **said}), flush=True)
+        report = run()
+        print(json.dumps({"seconds": time.perf_counter() - start, **report}), flush=True)
     return True
 
 
@@ -106,21 +105,21 @@ def compare(
     texts: Callable[[dict[str, Any]], int],
     unit: str = "texts",
 ) -> dict[str, list[dict[str, Any]]]:
-    """Runs programs in turn, A B C A B C ..., and prints texts a second and ratios.
+    """Runs programs in turn, A B C A B C ..., and prints their speeds and ratios.
 
-    Programs whose names begin with the same word share a process, and what they can.
+    Programs whose names begin with the same word share a process.
 
     Args:
-      module: Whose `serve` answers in the children.
-      programs: Names that its `prepare` knows, as "ours, packed".
-      ratios: Pairs whose speeds are compared, round by round.
-      settings: Handed to `prepare`; `threads` is how many processors each has.
-      rounds: Of each program.
-      texts: From what a child says of itself to the texts of a round.
-      unit: What texts are called where they are something else.
+      module: The benchmark, which calls `serve` in the children.
+      programs: Names that its `prepare` accepts, such as "ours, packed".
+      ratios: Pairs of programs whose speeds are compared round by round.
+      settings: Passed to `prepare`; `threads` is the number of cores of each process.
+      rounds: Rounds of each program.
+      texts: Number of texts of a round, from the description of a program.
+      unit: What is counted, if not texts.
 
     Returns:
-      What each program said of each of its rounds, and of itself.
+      For each program, the reports of its rounds, joined with its description.
     """
     groups: dict[str, list[str]] = {}
     for name in programs:
@@ -129,24 +128,24 @@ def compare(
         group: Worker(module, names, settings, settings["threads"])
         for group, names in groups.items()
     }
-    said: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
+    reports: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name in programs:
             worker = started[name.split(",")[0]]
-            said[name].append(worker.about[name] | worker.time(name))
+            reports[name].append(worker.about[name] | worker.time(name))
     for worker in started.values():
         worker.close()
-    found = {name: [one["seconds"] for one in rows] for name, rows in said.items()}
+    seconds_of = {name: [row["seconds"] for row in rows] for name, rows in reports.items()}
     options = ", ".join(f"{name} {value}" for name, value in settings.items())
     print(f"{'program':28s} {unit + '/s':>9s}  (median of {rounds} rounds; {options})")
-    for name, seconds in found.items():
-        count = texts(said[name][0])
+    for name, seconds in seconds_of.items():
+        count = texts(reports[name][0])
         print(f"{name:28s} {count / statistics.median(seconds):9.1f}")
-    for ours, peer in ratios:
-        if peer in found:
-            quotients = [b / a for a, b in zip(found[ours], found[peer], strict=True)]
+    for ours, baseline in ratios:
+        if baseline in seconds_of:
+            quotients = [b / a for a, b in zip(seconds_of[ours], seconds_of[baseline], strict=True)]
             print(
-                f"{ours} : {peer} = {statistics.median(quotients):.2f} "
+                f"{ours} : {baseline} = {statistics.median(quotients):.2f} "
                 f"({min(quotients):.2f} to {max(quotients):.2f})"
             )
-    return said
+    return reports

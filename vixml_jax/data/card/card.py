@@ -1,4 +1,4 @@
-"""The data card: `dataset.md` and `dataset.png`, one page on a prepared data set."""
+"""The data card, `dataset.md` and `dataset.png`: one page that describes a prepared data set."""
 
 import os
 import re
@@ -8,47 +8,47 @@ from collections.abc import Sequence
 
 from vixml_jax.data import filters
 from vixml_jax.data.card import plots, stats
-from vixml_jax.data.card.stats import Facts, percent
+from vixml_jax.data.card.stats import DatasetStats, percent
 from vixml_jax.data.store import PreparedDataset
 
-TEXT, PICTURE = "dataset.md", "dataset.png"
-_BINS = (0, 1, 2, 3, 4, 5, 6, 11, 21, 51, 101)  # Labels per query: where each line begins.
-_LINE = 100
+TEXT, IMAGE = "dataset.md", "dataset.png"
+_BINS = (0, 1, 2, 3, 4, 5, 6, 11, 21, 51, 101)  # Labels per query: first number of each line.
+_LINE = 100  # Characters.
 _EXAMPLES = 5
 _EXAMPLE_LABELS = 5
-_EXAMPLE_WIDTH = 80
-# What Markdown would take for a mark; an underscore within a word is none.
+_EXAMPLE_WIDTH = 80  # Characters.
+# Characters with a meaning in Markdown; an underscore within a word has none.
 _MARKS = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
 _FIRST_MARKS = re.compile(r"^(\d*)([#+=.)-])")  # At the start of a line.
 
 
 def write(dataset: PreparedDataset, directory: str) -> None:
-    """Writes `dataset.md` and `dataset.png` into a directory; the same for the same data set."""
-    known = stats.measure(dataset)
+    """Writes `dataset.md` and `dataset.png` into a directory; both are deterministic."""
+    measured = stats.measure(dataset)
     with open(os.path.join(directory, TEXT), "w", encoding="utf-8") as file:
-        file.write(describe(dataset, known))
-    plots.draw(dataset, known, os.path.join(directory, PICTURE))
+        file.write(describe(dataset, measured))
+    plots.draw(dataset, measured, os.path.join(directory, IMAGE))
 
 
-def describe(dataset: PreparedDataset, known: Facts) -> str:
-    """The card as Markdown that reads as plain text too."""
+def describe(dataset: PreparedDataset, measured: DatasetStats) -> str:
+    """The card in Markdown, readable as plain text too."""
     return (
         "\n\n".join(
             [
                 f"# {escape(dataset.name)}",
-                *_describe_sizes(dataset, known),
-                f"![In pictures]({PICTURE})",
-                *_describe_labels_of_queries(dataset, known),
-                *_describe_queries_of_labels(dataset, known),
-                *_describe_pictures(dataset, known),
-                *_describe_repeats(known),
+                *_describe_sizes(dataset, measured),
+                f"![Distributions of tokens, labels and images]({IMAGE})",
+                *_describe_labels_per_query(dataset, measured),
+                *_describe_queries_per_label(dataset, measured),
+                *_describe_images(dataset, measured),
+                *_describe_repeats(measured),
                 "## Filter pairs",
                 _list(filters.describe(dataset.info["filters"])),
                 "## Warnings",
                 _list(dataset.info["warnings"]),
                 "## Examples",
                 _examples(dataset),
-                "## Made from",
+                "## Settings",
                 _settings(dataset),
             ]
         )
@@ -57,7 +57,12 @@ def describe(dataset: PreparedDataset, known: Facts) -> str:
 
 
 def escape(text: str, width: int | None = None) -> str:
-    """The text on one line, cut at so many characters, that Markdown and HTML leave as it is."""
+    """A text on one line, escaped for Markdown and HTML.
+
+    Args:
+      text: Any text.
+      width: Maximum number of characters before escaping; None: no limit.
+    """
     plain = (" " if unicodedata.category(c) == "Cc" else c for c in text)
     line = " ".join("".join(plain).split())
     if width is not None and len(line) > width:
@@ -66,7 +71,7 @@ def escape(text: str, width: int | None = None) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns stand below each other in plain text."""
+    """A Markdown table with columns aligned in plain text."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -85,10 +90,10 @@ def _list(lines: Sequence[str]) -> str:
     return "\n".join(f"- {escape(line)}" for line in lines) or "None."
 
 
-def _describe_sizes(dataset: PreparedDataset, known: Facts) -> list[str]:
+def _describe_sizes(dataset: PreparedDataset, measured: DatasetStats) -> list[str]:
     rows = []
-    for name, part in known.parts.items():
-        tokens, split = part.tokens, known.splits.get(name)
+    for name, part in measured.parts.items():
+        tokens, split = part.tokens, measured.splits.get(name)
         rows.append(
             [
                 name,
@@ -97,39 +102,40 @@ def _describe_sizes(dataset: PreparedDataset, known: Facts) -> list[str]:
                 f"{part.empty:,}",
                 f"{tokens.mean:.1f}",
                 *(f"{n:,}" for n in (tokens.percentile(50), tokens.percentile(95), tokens.maximum)),
-                percent(part.cut, tokens.items),
-                percent(part.lost, tokens.total),
+                percent(part.truncated_texts, tokens.items),
+                percent(part.truncated_tokens, tokens.total),
             ]
         )
-    lengths = ("tokens: mean", "median", "95 %", "max", "texts cut", "tokens lost")
+    lengths = ("tokens: mean", "median", "95 %", "max", "truncated texts", "truncated tokens")
     return [
         _table(["", "items", "pairs", "empty", *lengths], rows),
         _paragraph(
-            "Pairs: a query and a label relevant to it. Empty: without a text. Tokens: of whole "
-            f"texts, special ones included; they are cut at {dataset.max_tokens}. "
-            f"`--max_tokens={known.suggested_max_tokens}` keeps {stats.KEPT_WHOLE} % of the "
-            "training queries and of the labels whole."
+            "A pair is a query and one of its labels. Empty items have no text. Tokens are counted "
+            "before truncation, with special tokens; texts are truncated to "
+            f"{dataset.max_tokens} tokens. `--max_tokens={measured.suggested_max_tokens}` would "
+            f"keep {stats.UNTRUNCATED_PERCENT} % of the training queries and of the labels "
+            "complete."
         ),
     ]
 
 
-def _describe_labels_of_queries(dataset: PreparedDataset, known: Facts) -> list[str]:
-    labels = {name: split.labels for name, split in known.splits.items()}
+def _describe_labels_per_query(dataset: PreparedDataset, measured: DatasetStats) -> list[str]:
+    labels = {name: split.labels for name, split in measured.splits.items()}
     figures = [
-        [name, f"{found.mean:.2f}", f"{found.percentile(50):,}", f"{found.maximum:,}"]
-        for name, found in labels.items()
+        [name, f"{counts.mean:.2f}", f"{counts.percentile(50):,}", f"{counts.maximum:,}"]
+        for name, counts in labels.items()
     ]
     histogram = []
     for least, following in zip(_BINS, (*_BINS[1:], None), strict=True):
         most = None if following is None else following - 1
-        inside = [found.between(least, most).items for found in labels.values()]
-        if any(inside) or not least:
-            shares = map(percent, inside, (found.items for found in labels.values()))
-            histogram.append([_range(least, most), *shares])
+        queries = [counts.between(least, most).items for counts in labels.values()]
+        if any(queries) or not least:
+            percents = map(percent, queries, (counts.items for counts in labels.values()))
+            histogram.append([_range(least, most), *percents])
     lines = [
-        "## Labels of a query",
-        _table(["", "mean", "median", "most"], figures),
-        _table(["queries with", *labels], histogram),
+        "## Labels per query",
+        _table(["", "mean", "median", "max"], figures),
+        _table(["labels per query", *labels], histogram),
     ]
     if dropped := dataset.info["train_without_labels_dropped"]:
         lines.append(f"{dropped:,} training queries without a label were dropped.")
@@ -144,77 +150,81 @@ def _range(least: int, most: int | None) -> str:
     return str(least) if least == most else f"{least} to {most}"
 
 
-def _describe_queries_of_labels(dataset: PreparedDataset, known: Facts) -> list[str]:
-    frequencies, test = known.frequencies, known.splits["test"]
+def _describe_queries_per_label(dataset: PreparedDataset, measured: DatasetStats) -> list[str]:
+    frequencies, test = measured.frequencies, measured.splits["test"]
     rows = []
     for name, least, most in stats.GROUPS:
         labels = frequencies.between(least, most).items
-        shares = [
-            percent(split.group_pairs[name], split.labels.total) for split in known.splits.values()
+        percents = [
+            percent(split.group_pairs[name], split.labels.total)
+            for split in measured.splits.values()
         ]
         rows.append([name, _range(least, most), f"{labels:,}"])
-        rows[-1] += [percent(labels, frequencies.items), *shares]
+        rows[-1] += [percent(labels, frequencies.items), *percents]
     header = ["group", "training queries", "labels", "of labels"]
-    header += [f"of {name} pairs" for name in known.splits]
+    header += [f"of {name} pairs" for name in measured.splits]
     if unseen := int(frequencies.counts[0]):
-        seen = (
-            f"{unseen:,} labels are never seen in training. They are in "
-            f"{test.group_pairs['unseen']:,} of the {test.labels.total:,} test pairs, and are all "
-            f"labels of {test.hopeless:,} test queries: who predicts labels of training alone has "
-            f"a recall on test of {100 * test.recall_ceiling:.2f} % at most (a query without "
-            "labels counts as 0)."
+        note = (
+            f"{unseen:,} labels do not occur in training. They are in "
+            f"{test.group_pairs['unseen']:,} of the {test.labels.total:,} test pairs, and "
+            f"{test.only_unseen:,} test queries have only such labels. A model that predicts only "
+            "labels that occur in training has a recall of at most "
+            f"{100 * test.recall_ceiling:.2f} % on the test split (a query without labels counts "
+            "as 0)."
         )
     else:
-        seen = "Every label is seen in training."
-    least_weight, largest_weight = known.inverse_propensity
+        note = "Every label occurs in training."
+    least_weight, largest_weight = measured.inverse_propensity
     return [
-        "## Queries of a label",
-        f"A label has {frequencies.mean:.1f} training queries in the mean, "
-        f"{frequencies.percentile(50):,} in the median, {frequencies.maximum:,} at most.",
+        "## Queries per label",
+        f"Training queries per label: mean {frequencies.mean:.1f}, median "
+        f"{frequencies.percentile(50):,}, maximum {frequencies.maximum:,}.",
         _table(header, rows),
-        _paragraph(seen),
-        f"Inverse propensities (A = {dataset.propensity_a:g}, B = {dataset.propensity_b:g}) from "
-        f"{least_weight:.2f}, the most frequent label, to {largest_weight:.2f}, the rarest.",
+        _paragraph(note),
+        f"Inverse propensities (A = {dataset.propensity_a:g}, B = {dataset.propensity_b:g}) range "
+        f"from {least_weight:.2f} (most frequent label) to {largest_weight:.2f} (rarest label).",
     ]
 
 
-def _describe_pictures(dataset: PreparedDataset, known: Facts) -> list[str]:
-    """A row for each kind of items that has pictures at all."""
+def _describe_images(dataset: PreparedDataset, measured: DatasetStats) -> list[str]:
+    """A row for each split, and for the labels, if it has images."""
     rows = []
-    for name, part in known.parts.items():
-        if (found := part.pictures) is None:
+    for name, part in measured.parts.items():
+        if (images := part.images) is None:
             continue
-        have = found.items - int(found.counts[0])
-        rows.append([name, f"{found.total:,}", f"{have:,}", percent(have, found.items)])
-        rows[-1] += [f"{found.total / max(have, 1):.2f}", f"{found.maximum:,}"]
+        with_images = images.items - int(images.counts[0])
+        rows.append([name, f"{images.total:,}", f"{with_images:,}"])
+        rows[-1] += [percent(with_images, images.items)]
+        rows[-1] += [f"{images.total / max(with_images, 1):.2f}", f"{images.maximum:,}"]
     if not rows:
-        return ["## Pictures", "None."]
-    without = [name for name, part in known.parts.items() if part.pictures is None]
-    header = ["", "pictures", "items with any", "of items", "pictures of these: mean", "most"]
-    note = f"Each is a vector {dataset.image_width} wide."
-    note += f" Without any: {', '.join(without)}." if without else ""
-    return ["## Pictures", _table(header, rows), note]
+        return ["## Images", "None."]
+    without = [name for name, part in measured.parts.items() if part.images is None]
+    header = ["", "images", "items with images", "of items", "images per such item: mean", "max"]
+    note = f"Each image is an embedding of width {dataset.image_width}."
+    note += f" Without images: {', '.join(without)}." if without else ""
+    return ["## Images", _table(header, rows), note]
 
 
-def _describe_repeats(known: Facts) -> list[str]:
+def _describe_repeats(measured: DatasetStats) -> list[str]:
     rows = []
-    for name, part in known.parts.items():
+    for name, part in measured.parts.items():
         items, overlap = part.tokens.items, ["", ""]
-        if name in known.splits and name != "train":
-            in_train = known.splits[name].in_train
+        if name in measured.splits and name != "train":
+            in_train = measured.splits[name].in_train
             overlap = [f"{in_train:,}", percent(in_train, items)]
         rows.append([name, f"{part.repeated:,}", percent(part.repeated, items)])
         rows[-1] += [f"{part.distinct:,}", *overlap]
     return [
         "## Repeated texts",
-        "Equal: but for case, width, accents' form and white space. Empty texts do not count.",
+        "Texts are compared without regard to case, character width, form of accents and white "
+        "space.\nEmpty texts are not counted.",
         _table(
             [
                 "",
-                "have an equal",
+                "items with a repeated text",
                 "of items",
-                "different ones",
-                "equal to one of train",
+                "distinct repeated texts",
+                "items whose text is in train",
                 "of items",
             ],
             rows,
@@ -223,7 +233,7 @@ def _describe_repeats(known: Facts) -> list[str]:
 
 
 def _examples(dataset: PreparedDataset) -> str:
-    """Training queries, as far apart as can be, and their first labels."""
+    """Training queries at equal distances in the data, and their first labels."""
     count, relevance = len(dataset.train), dataset.train_relevance
     lines = []
     for row in sorted({i * count // _EXAMPLES for i in range(_EXAMPLES)}):
@@ -240,7 +250,10 @@ def _quote(text: str) -> str:
 
 
 def _settings(dataset: PreparedDataset) -> str:
-    told = dict(dataset.info["settings"])
-    told["source"] = told["source"]["path"]
-    said = {"source": told.pop("source"), **told, "content_hash": dataset.content_hash}
-    return _list([f"{key}: {value}" for key, value in said.items() if value not in ("", None)])
+    settings = dict(dataset.info["settings"])
+    lines = {
+        "source": settings.pop("source")["path"],
+        **settings,
+        "content_hash": dataset.content_hash,
+    }
+    return _list([f"{key}: {value}" for key, value in lines.items() if value not in ("", None)])

@@ -1,110 +1,112 @@
-"""The picture of the data card: how long texts are, how many labels, how labels are spread."""
+"""The figure of the data card: text lengths, labels per query, images, and label frequencies."""
 
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from vixml_jax.data.card.stats import GROUPS, Distribution, Facts, percent
+from vixml_jax.data.card.stats import GROUPS, DatasetStats, Distribution, percent
 from vixml_jax.data.store import PreparedDataset
 
-# Colours that are told apart by the colour-blind (Okabe & Ito, Color Universal Design, 2008).
+# Colours that colour-blind readers can distinguish (Okabe & Ito, Color Universal Design, 2008).
 _COLOURS = {"train": "#0072B2", "valid": "#009E73", "test": "#E69F00", "labels": "#D55E00"}
 _GROUP_COLOURS = {"head": "#0072B2", "torso": "#009E73", "tail": "#E69F00", "unseen": "#CC79A7"}
-_BARS = 40  # In a histogram, at most.
-_FEW = 20  # Numbers that have bars side by side.
-_SHOWN = 99  # Percent of the items for which a histogram has room; the others are in its last bar.
+_BARS = 40  # Maximum number of bars of a histogram.
+_FEW = 20  # Histograms with fewer numbers have bars side by side.
+_SHOWN = 99  # Percent of the items with bars of their own; the others are in the last bar.
 
 
-def draw(dataset: PreparedDataset, known: Facts, path: str) -> None:
-    """Writes the picture, 1500 by 900.
+def draw(dataset: PreparedDataset, measured: DatasetStats, path: str) -> None:
+    """Writes the figure, 1500 by 900 pixels.
 
     Args:
-      dataset: Prepared.
-      known: Measured of it.
-      path: Ends in .png.
+      dataset: The prepared data set.
+      measured: Its statistics.
+      path: File name that ends in .png.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # Whatever a user's own settings are.
+        matplotlib.rcdefaults()  # Independent of the user's settings.
         matplotlib.rcParams.update(
             {"font.size": 12, "axes.titlesize": 14, "axes.spines.top": False}
             | {"axes.spines.right": False, "axes.titlelocation": "left"}
         )
         figure = Figure(figsize=(15, 9), dpi=100, layout="constrained")
-        have_pictures = any(part.pictures is not None for part in known.parts.values())
+        have_images = any(part.images is not None for part in measured.parts.values())
         figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
         panels = figure.subplot_mosaic(
-            [["tokens", "frequency"], ["labels", "pictures" if have_pictures else "frequency"]]
+            [["tokens", "frequency"], ["labels", "images" if have_images else "frequency"]]
         )
-        _draw_tokens(panels["tokens"], known, dataset.max_tokens)
-        _draw_labels(panels["labels"], known)
-        _draw_frequency(panels["frequency"], known)
-        if have_pictures:
-            _draw_pictures(panels["pictures"], known)
+        _draw_tokens(panels["tokens"], measured, dataset.max_tokens)
+        _draw_labels(panels["labels"], measured)
+        _draw_frequency(panels["frequency"], measured)
+        if have_images:
+            _draw_images(panels["images"], measured)
         sizes = ", ".join(
             f"{part.tokens.items:,} {name if name == 'labels' else f'{name} queries'}"
-            for name, part in known.parts.items()
+            for name, part in measured.parts.items()
         )
-        # The font has not every letter.
+        # The font lacks other letters.
         name = f"{dataset.name}: " if dataset.name.isascii() else ""
         figure.suptitle(f"{name}{sizes}", fontsize=16, parse_math=False)
         figure.savefig(path)
 
 
-def _draw_tokens(panel: Any, known: Facts, max_tokens: int) -> None:
-    shown = {name: known.parts[name].tokens for name in ("train", "test", "labels")}
+def _draw_tokens(panel: Any, measured: DatasetStats, max_tokens: int) -> None:
+    shown = {name: measured.parts[name].tokens for name in ("train", "test", "labels")}
     _histogram(panel, shown, least_end=max_tokens + 1)
-    panel.axvline(max_tokens + 0.5, color="black", linestyle="--", label=f"cut at {max_tokens}")
-    said = [
-        f"{percent(known.parts[name].cut, shown[name].items)} of {kind}"
+    panel.axvline(max_tokens + 0.5, color="black", linestyle="--", label=f"{max_tokens} tokens")
+    truncated = [
+        f"{percent(measured.parts[name].truncated_texts, shown[name].items)} of {kind}"
         for name, kind in (("train", "training queries"), ("labels", "labels"))
     ]
     panel.set(
-        title=f"{max_tokens} tokens cut {' and '.join(said)}",
+        title=f"{max_tokens} tokens truncate {' and '.join(truncated)}",
         ylabel="percent of texts",
-        xlabel=f"tokens of the whole text{_overflow(shown, max_tokens + 1)}",
+        xlabel=f"tokens before truncation{_overflow(shown, max_tokens + 1)}",
     )
     panel.legend(frameon=False)
 
 
-def _draw_labels(panel: Any, known: Facts) -> None:
-    shown = {name: split.labels for name, split in known.splits.items()}
+def _draw_labels(panel: Any, measured: DatasetStats) -> None:
+    shown = {name: split.labels for name, split in measured.splits.items()}
     _histogram(panel, shown)
     train, test = shown["train"], shown["test"]
-    bare = percent(int(test.counts[0]), test.items)
+    without = percent(int(test.counts[0]), test.items)
     panel.set(
-        title=f"A training query has {train.mean:.1f} labels; {bare} of test have none",
+        title=f"{train.mean:.1f} labels per training query; {without} of test queries have none",
         ylabel="percent of queries",
         xlabel=f"labels per query{_overflow(shown)}",
     )
     panel.legend(frameon=False)
 
 
-def _draw_pictures(panel: Any, known: Facts) -> None:
-    shown = {name: part.pictures for name, part in known.parts.items() if part.pictures is not None}
+def _draw_images(panel: Any, measured: DatasetStats) -> None:
+    shown = {name: part.images for name, part in measured.parts.items() if part.images is not None}
     _histogram(panel, shown)
-    have = {name: found.items - int(found.counts[0]) for name, found in shown.items()}
-    said = ", ".join(f"{percent(have[name], shown[name].items)} of {name}" for name in shown)
+    with_images = ", ".join(
+        f"{percent(images.items - int(images.counts[0]), images.items)} of {name}"
+        for name, images in shown.items()
+    )
     panel.set(
-        title=f"With pictures: {said}",
+        title=f"Items with images: {with_images}",
         ylabel="percent of items",
-        xlabel=f"pictures per item{_overflow(shown)}",
+        xlabel=f"images per item{_overflow(shown)}",
     )
     panel.legend(frameon=False)
 
 
-def _draw_frequency(panel: Any, known: Facts) -> None:
-    """Labels ranked by their training queries; the groups are shaded."""
-    ranks, frequency = _ranked(known.frequencies.counts)
-    first, pairs = 1, known.splits["train"].group_pairs
+def _draw_frequency(panel: Any, measured: DatasetStats) -> None:
+    """Labels ranked by their number of training queries, with shaded groups."""
+    ranks, frequency = _ranked(measured.frequencies.counts)
+    first, pairs = 1, measured.splits["train"].group_pairs
     for name, least, most in GROUPS:
-        labels = known.frequencies.between(least, most).items
+        labels = measured.frequencies.between(least, most).items
         if not labels:
             continue
-        held = f", {percent(pairs[name], sum(pairs.values()))} of pairs" if least else ""
+        of_pairs = f", {percent(pairs[name], sum(pairs.values()))} of pairs" if least else ""
         number = f"{least}+" if most is None else f"{least} to {most}" if least else "0"
         panel.axvspan(
             first - 0.5,
@@ -112,19 +114,19 @@ def _draw_frequency(panel: Any, known: Facts) -> None:
             color=_GROUP_COLOURS[name],
             alpha=0.25,
             linewidth=0,
-            label=f"{name} ({number}): {labels:,} labels{held}",
+            label=f"{name} ({number}): {labels:,} labels{of_pairs}",
         )
         first += labels
-    marker = "o" if len(ranks) < 2 * _BARS else None  # One label alone has no line.
+    marker = "o" if len(ranks) < 2 * _BARS else None  # A single label has no line.
     panel.plot(ranks, frequency, color="black", linewidth=2, marker=marker, markersize=4)
-    rare = percent(known.frequencies.between(0, 5).items, known.frequencies.items)
+    rare = percent(measured.frequencies.between(0, 5).items, measured.frequencies.items)
     panel.set(
         title=f"{rare} of labels have 5 training queries or fewer",
         xscale="log",
         yscale="log",
         xlim=(0.8, first),
-        ylim=(0.7, 1.6 * max(known.frequencies.maximum, 1)),
-        xlabel="labels, the most frequent first",
+        ylim=(0.7, 1.6 * max(measured.frequencies.maximum, 1)),
+        xlabel="labels, most frequent first",
         ylabel="training queries of the label",
     )
     panel.legend(loc="lower left", framealpha=0.9)
@@ -133,7 +135,7 @@ def _draw_frequency(panel: Any, known: Facts) -> None:
 def _ranked(
     counts: Int[np.ndarray, " v"],
 ) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
-    """First and last rank of the labels of each number of queries, from 1, and these numbers."""
+    """First and last rank, from 1, of the labels with each number of queries, and the numbers."""
     numbers = np.flatnonzero(counts[1:])[::-1] + 1
     last = np.cumsum(counts[numbers])
     ranks = np.stack([last - counts[numbers] + 1, last], axis=1)
@@ -141,23 +143,23 @@ def _ranked(
 
 
 def _end(shown: dict[str, Distribution], least_end: int = 1) -> int:
-    """The last number that has a bar of its own."""
-    return max(least_end, *(found.percentile(_SHOWN) for found in shown.values()))
+    """The largest number that has a bar of its own."""
+    return max(least_end, *(counts.percentile(_SHOWN) for counts in shown.values()))
 
 
 def _overflow(shown: dict[str, Distribution], least_end: int = 1) -> str:
-    """What to say of a last bar for all that is above the end, if there is one."""
-    above = any(found.maximum > _end(shown, least_end) for found in shown.values())
-    return " (last bar: all that is above)" if above else ""
+    """A note on the last bar, if it has all numbers above the end."""
+    above = any(counts.maximum > _end(shown, least_end) for counts in shown.values())
+    return " (last bar: all larger numbers)" if above else ""
 
 
 def _histogram(panel: Any, shown: dict[str, Distribution], least_end: int = 1) -> None:
-    """Bars side by side; where numbers are many, outlines one over the other."""
+    """Draws bars side by side; if there are many numbers, outlines on top of each other."""
     end = _end(shown, least_end)
     width = -(-(end + 1) // _BARS)
     above = bool(_overflow(shown, least_end))
-    for i, (name, found) in enumerate(shown.items()):
-        heights = _binned(found.counts, width, end)[: None if above else -1]
+    for i, (name, distribution) in enumerate(shown.items()):
+        heights = _binned(distribution.counts, width, end)[: None if above else -1]
         starts = np.arange(len(heights)) * width
         if end < _FEW:
             bar = 0.8 / len(shown)
@@ -173,10 +175,10 @@ def _histogram(panel: Any, shown: dict[str, Distribution], least_end: int = 1) -
 
 
 def _binned(counts: Int[np.ndarray, " v"], width: int, end: int) -> Float[np.ndarray, " b"]:
-    """Percent of the items in each bar from 0 to the end; one more bar for all above."""
+    """Percent of the items in each bar from 0 to `end`, and in one more bar for all above."""
     bars = end // width + 1
     numbers = np.flatnonzero(counts)
-    found = np.bincount(
+    items = np.bincount(
         np.minimum(numbers // width, bars), weights=counts[numbers], minlength=bars + 1
     )
-    return 100 * found / max(counts.sum(), 1)
+    return 100 * items / max(counts.sum(), 1)

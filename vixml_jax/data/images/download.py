@@ -1,8 +1,8 @@
-"""Image urls, downloaded once into a directory: within bounds, and from public addresses only.
+"""Downloads image URLs into a directory, with limits, and from public addresses only.
 
-The urls come from a data set that somebody else may have made, and the servers may be anybody's.
-So a name is resolved here, every address that it has is checked, and the connection goes to an
-address that was checked; redirects lead only to hosts that the urls name.
+The URLs come from a data set that somebody else may have made, and the servers may be anybody's.
+Host names are therefore resolved here, all addresses of a host are checked, and the connection goes
+to an address that was checked. Redirects are followed only to hosts of URLs in the data set.
 """
 
 import contextlib
@@ -24,37 +24,37 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
-from vixml_jax.data import progress
 from vixml_jax.data.images import url_safety
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import progress
 
 _BLOCK = 1 << 16  # Bytes read at a time.
-_BACK_OFF = 1.0  # Seconds before the second try; doubled for each one after.
-_LONGEST_WAIT = 60.0  # Seconds before a try at most, whatever Retry-After says.
-_PATIENCE = 10  # Time-outs that one file may take in all.
+_BACK_OFF_S = 1.0  # Wait before the first retry; doubled for each later one.
+_LONGEST_WAIT_S = 60.0  # Maximum wait before a retry, also if Retry-After asks for more.
+_PATIENCE = 10  # Maximum time for one file, in multiples of the timeout.
 _REDIRECTS = 5
-_REMEMBER = 60.0  # Seconds after which failures are written anew.
-_OLD = 24 * 3600.0  # Seconds after which no run can be writing to a partial file any more.
+_FAILURES_EVERY_S = 60.0  # Interval between updates of `failures.tsv`.
+_OLD_S = 24 * 3600.0  # Age at which no run can still be writing to a partial file.
 _PARTIAL = "partial"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DownloadSettings:
-    """How downloads are bounded.
+    """Limits of downloads.
 
     Attributes:
-      connections: At a time, over all hosts.
-      retries: After the first try: of time-outs, connections that fail or break off, and the
-        statuses 408, 429 and 5xx. Each waits twice as long as the one before, or as long as
-        Retry-After says, a minute at most.
-      timeout: Seconds to connect, and for the server to send anything at all. One file, redirects
-        included, may take ten times as long.
-      max_bytes: Of one file.
+      connections: Simultaneous connections, over all hosts.
+      retries: Retries after a timeout, a failed or interrupted connection, or a status of 408, 429
+        or 5xx. Each waits twice as long as the one before, or as long as Retry-After asks for, but
+        at most a minute.
+      timeout: Seconds to connect, and between two packets from the server. One file may take ten
+        times as long, redirects included.
+      max_bytes: Maximum size of a file.
       allow_private: Also connect to private, loopback, link-local, reserved and multicast
         addresses.
 
     Raises:
-      InputError: If one is out of its range.
+      InputError: If a value is out of range.
     """
 
     connections: int = 16
@@ -67,35 +67,38 @@ class DownloadSettings:
         least = min(self.connections, self.max_bytes, self.retries + 1)
         if least < 1 or not 0 < self.timeout <= 3600:
             raise InputError(
-                f"{self}: expected connections and max_bytes of at least 1, retries of at least 0 "
-                "and a timeout above 0, an hour at most"
+                f"{self}: expected connections and max_bytes of at least 1, retries of at least 0, "
+                "and a timeout above 0 and at most 3600 s"
             )
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is an http or https url, rather than a path."""
+    """Whether a text is an http or https URL, rather than a path."""
     return text[:8].lower().startswith(("http://", "https://"))
 
 
 def download(
     urls: Sequence[str], directory: str, *, settings: DownloadSettings = DownloadSettings()
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Two mappings: url -> path of its file, and url -> what is wrong with it.
+    """Downloads URLs; returns the path of each file, and the reason of each failure.
 
-    Each url is in one of them, in the order of `urls`. Files that are there already are not
-    downloaded again; what failed in an earlier run is tried again. `failures.tsv` in the directory
-    lists url and reason of all that failed, other calls' urls included. Whether a file is a
-    picture is not looked at.
+    Files that exist already are not downloaded again; URLs that failed in an earlier run are tried
+    again. `failures.tsv` in the directory lists URL and reason of all failures, those of other
+    calls included. Whether a file is an image is not checked.
 
     Args:
-      urls: Any texts: what is no url of http or https is a fault. Redirects may lead to their hosts
-        only.
-      directory: Is made if it is not there. The file of a url is named by the SHA-256 of the url:
-        `ab/ab12...`.
-      settings: Bounds.
+      urls: Any texts; those that are not http or https URLs fail. Redirects are followed only to
+        the hosts of these URLs.
+      directory: Created if it does not exist. The name of a file is the SHA-256 of its URL, in a
+        subdirectory: `ab/ab12...`.
+      settings: Limits of the downloads.
+
+    Returns:
+      Two mappings, URL -> path and URL -> reason. Each URL is in one of them, in the order of
+      `urls`.
 
     Raises:
-      OSError: If the files cannot be written. What was downloaded before is kept.
+      OSError: If a file cannot be written. Files downloaded before are kept.
     """
     faults: dict[str, str] = {}
     hosts = set()
@@ -109,11 +112,11 @@ def download(
     partial = os.path.join(directory, _PARTIAL)
     os.makedirs(partial, exist_ok=True)
     _clean(partial)
-    pending = [url for url, path in path_of.items() if not _is_there(path)]
+    pending = [url for url, path in path_of.items() if not _exists(path)]
     failures = _Failures(directory, urls)
     fetcher = _Fetcher(settings, frozenset(hosts), partial)
     with (
-        progress.watch("image urls", len(pending)) as done,
+        progress.track("image URLs", len(pending)) as done,
         contextlib.closing(fetcher.fetch(pending, path_of)) as outcomes,
     ):
         written = time.monotonic()
@@ -121,22 +124,22 @@ def download(
             done(1)
             if fault is not None:
                 faults[url] = fault
-            if time.monotonic() > written + _REMEMBER:
+            if time.monotonic() > written + _FAILURES_EVERY_S:
                 failures.write(faults)
                 written = time.monotonic()
-    # Urls came back as the servers answered; what is returned is in the order of the data.
+    # Downloads finished in any order; the result is in the order of `urls`.
     faults = {url: faults[url] for url in dict.fromkeys(urls) if url in faults}
     failures.write(faults)
     return {url: path for url, path in path_of.items() if url not in faults}, faults
 
 
 class _Fault(Exception):
-    """What is wrong with a url.
+    """A failed download.
 
     Attributes:
-      reason: For the user, in one line.
-      again: Whether another try may mend it.
-      wait: Seconds before it, as the server wants it.
+      reason: One line for the user.
+      again: Whether to try again.
+      wait: Seconds to wait before the next try, as the server asked for.
     """
 
     def __init__(self, reason: str, *, again: bool = False, wait: float = 0.0):
@@ -145,7 +148,7 @@ class _Fault(Exception):
 
 
 class _Fetcher:
-    """Threads that download urls, each one at a time."""
+    """Downloads URLs in several threads."""
 
     def __init__(self, settings: DownloadSettings, hosts: frozenset[str], partial: str):
         self._settings, self._hosts, self._partial = settings, hosts, partial
@@ -158,7 +161,7 @@ class _Fetcher:
     def fetch(
         self, urls: Sequence[str], path_of: dict[str, str]
     ) -> Iterator[tuple[str, str | None]]:
-        """Yields each url as it is done, with what is wrong with it, if anything.
+        """Yields each URL when it is done, with the reason if it failed, else None.
 
         Raises:
           OSError: If a file cannot be written.
@@ -174,11 +177,11 @@ class _Fetcher:
                     return
                 try:
                     done.put((url, self._fetch_one(url, path_of[url])))
-                except BaseException as error:  # To be raised where it is seen.
+                except BaseException as error:  # Raised again in the thread of the caller.
                     done.put((url, error))
                     return
 
-        # Daemons: a thread that waits for a server does not keep an interrupted program alive.
+        # Daemon threads, since one that waits for a server must not keep a program alive.
         count = min(self._settings.connections, len(urls))
         threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
         try:
@@ -197,8 +200,8 @@ class _Fetcher:
                     thread.join(max(0.0, latest - time.monotonic()))
 
     def _fetch_one(self, url: str, path: str) -> str | None:
-        """Downloads a url, in several tries where need be; what is wrong, None if nothing is."""
-        tries, wait = 0, _BACK_OFF
+        """Downloads a URL, with retries; returns the reason if it failed, else None."""
+        tries, wait = 0, _BACK_OFF_S
         while True:
             try:
                 self._try(url, path)
@@ -206,15 +209,15 @@ class _Fetcher:
             except _Fault as fault:
                 if tries == self._settings.retries or not fault.again:
                     return fault.reason
-                seconds, reason = min(max(wait, fault.wait), _LONGEST_WAIT), fault.reason
+                seconds, reason = min(max(wait, fault.wait), _LONGEST_WAIT_S), fault.reason
             if self._stop.wait(seconds):
                 return reason
-            tries, wait = tries + 1, min(2 * wait, _LONGEST_WAIT)
+            tries, wait = tries + 1, min(2 * wait, _LONGEST_WAIT_S)
 
     def _try(self, url: str, path: str) -> None:
         deadline = time.monotonic() + _PATIENCE * self._settings.timeout
         for _ in range(_REDIRECTS + 1):
-            with self._ask(url_safety.parse(url), deadline) as response:
+            with self._request(url_safety.parse(url), deadline) as response:
                 if response.status not in (301, 302, 303, 307, 308):
                     self._check(response)
                     self._write(path, self._blocks(response, deadline))
@@ -223,10 +226,10 @@ class _Fetcher:
         raise _Fault(f"more than {_REDIRECTS} redirects")
 
     @contextlib.contextmanager
-    def _ask(
+    def _request(
         self, target: url_safety.Target, deadline: float
     ) -> Iterator[http.client.HTTPResponse]:
-        """Yields what the server answers, its head read; the connection is closed afterwards."""
+        """Yields the response of the server, its headers read; closes the connection afterwards."""
         with contextlib.ExitStack() as stack:
             with self._network(deadline):
                 connection = stack.enter_context(self._connect(target, deadline))
@@ -235,7 +238,7 @@ class _Fetcher:
                     connection,
                     timeout=self._settings.timeout,
                     deadline=deadline,
-                    # Heads and the frames of chunks come on top of the file.
+                    # Headers and the framing of chunks add to the size of the file.
                     max_bytes=2 * self._settings.max_bytes + (1 << 20),
                 )
                 response = http.client.HTTPResponse(reader, method="GET")
@@ -244,33 +247,35 @@ class _Fetcher:
             yield response
 
     def _connect(self, target: url_safety.Target, deadline: float) -> socket.socket:
-        """A connection to one of the addresses of the host, if all of them are allowed."""
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-        for *_, address in found:
+        """Connects to one of the addresses of the host, if all of them are allowed."""
+        addresses = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        for *_, address in addresses:
             if not self._settings.allow_private and not url_safety.is_public(address[0]):
-                raise _Fault(f"refused: {target.host} is at {address[0]}, not a public address")
-        failed: OSError = OSError("no address")
-        for family, kind, protocol, _, address in found:
+                raise _Fault(
+                    f"refused: {target.host} has the address {address[0]}, which is not public"
+                )
+        failure: OSError = OSError("no address")
+        for family, kind, protocol, _, address in addresses:
             connection = socket.socket(family, kind, protocol)
             try:
                 seconds = min(self._settings.timeout, deadline - time.monotonic())
                 if seconds <= 0:
                     raise TimeoutError
                 connection.settimeout(seconds)
-                connection.connect(address)  # Numbers: nothing is resolved a second time.
+                connection.connect(address)  # An IP address: no name is resolved a second time.
                 if not target.secure:
                     return connection
                 return self._context.wrap_socket(connection, server_hostname=target.host)
             except OSError as error:
                 connection.close()
-                failed = error
-        raise failed
+                failure = error
+        raise failure
 
     @contextlib.contextmanager
     def _network(self, deadline: float) -> Iterator[None]:
-        """Turns what goes wrong in talking to a server into a `_Fault`.
+        """Turns errors in the communication with a server into a `_Fault`.
 
-        Files are written outside of it: a full disk is no fault of the url.
+        Files are written outside of it, since a full disk must stop the program.
         """
         try:
             yield
@@ -282,24 +287,24 @@ class _Fetcher:
         except ssl.SSLCertVerificationError as error:
             raise _Fault(f"certificate: {error.verify_message}") from None
         except ssl.SSLError as error:
-            raise _Fault(f"TLS: {error.reason or 'broke off'}") from None
+            raise _Fault(f"TLS: {error.reason or 'connection closed'}") from None
         except socket.gaierror as error:
             again = error.errno == socket.EAI_AGAIN
             raise _Fault(f"host not found: {error.strerror}", again=again) from None
         except OSError as error:
             raise _Fault(f"connection: {error.strerror or error}", again=True) from None
         except http.client.IncompleteRead:
-            raise _Fault("broke off within a chunk", again=True) from None
+            raise _Fault("connection closed within a chunk", again=True) from None
         except (http.client.HTTPException, ValueError) as error:
-            raise _Fault(f"not an answer in HTTP ({type(error).__name__})") from None
+            raise _Fault(f"not a valid HTTP response ({type(error).__name__})") from None
 
     def _redirected(self, url: str, location: str) -> str:
-        """Where a redirect leads.
+        """The URL that a redirect leads to.
 
         Raises:
-          _Fault: If it must not be followed.
+          _Fault: If the redirect must not be followed.
         """
-        # The head was read as latin-1, whatever its bytes are meant to be.
+        # http.client decodes headers as latin-1, whatever their encoding is.
         location = urllib.parse.quote(location, safe=string.punctuation, encoding="latin-1")
         try:
             url = urllib.parse.urljoin(url, location)
@@ -307,13 +312,13 @@ class _Fetcher:
         except ValueError as fault:
             raise _Fault(f"redirected to {location[:100]!r}: {fault}") from None
         if not location:
-            raise _Fault("redirected to nowhere")
+            raise _Fault("redirected without a location")
         if target.host not in self._hosts:
-            raise _Fault(f"redirected to {target.host}, a host that no url names")
+            raise _Fault(f"redirected to {target.host}, a host of none of the URLs")
         return url
 
     def _check(self, response: http.client.HTTPResponse) -> None:
-        """Refuses, by its head, what is no file or too large a one."""
+        """Refuses a response that has no file, or too large a one, according to its headers."""
         status = response.status
         if status != 200:
             raise _Fault(
@@ -323,18 +328,18 @@ class _Fetcher:
             )
         kind = response.getheader("Content-Type", "").partition(";")[0].strip().lower()
         if kind in ("text/html", "application/xhtml+xml"):
-            raise _Fault(f"{kind}, not a picture: a page that asks to log in, or says an error?")
+            raise _Fault(f"found {kind} instead of an image, such as a login or an error page")
         coding = response.getheader("Content-Encoding", "").strip().lower()
         if coding in ("gzip", "x-gzip", "deflate", "br", "zstd", "compress"):
-            raise _Fault(f"sent packed ({coding}), though it was asked for as it is")
+            raise _Fault(f"compressed ({coding}), although the request excludes compression")
         if response.length is not None and response.length > self._settings.max_bytes:
-            raise self._too_large(f": {response.length:,}")
+            raise self._too_large(f" ({response.length:,})")
 
     def _too_large(self, size: str = "") -> _Fault:
         return _Fault(f"larger than {self._settings.max_bytes:,} bytes{size}")
 
     def _blocks(self, response: http.client.HTTPResponse, deadline: float) -> Iterator[bytes]:
-        """Yields the file that the server sends, whole or with a `_Fault`."""
+        """Yields the file that the server sends; raises a `_Fault` if it is incomplete."""
         expected, count = response.length, 0
         while True:
             with self._network(deadline):
@@ -348,21 +353,21 @@ class _Fetcher:
                 raise self._too_large()
             yield block
         if expected is not None and count < expected:
-            raise _Fault(f"broke off after {count:,} of {expected:,} bytes", again=True)
+            raise _Fault(f"connection closed after {count:,} of {expected:,} bytes", again=True)
         if not count:
-            raise _Fault("empty")
+            raise _Fault("empty file")
 
     def _write(self, path: str, blocks: Iterable[bytes]) -> None:
-        """Writes a file, to appear under its name when it is whole."""
+        """Writes a file atomically."""
         with _replacing(path, self._partial) as file:
             for block in blocks:
                 file.write(block)
 
 
 class _Reader(io.RawIOBase):
-    """A connection as http.client reads it, within the time and the bytes that are left.
+    """A connection for http.client to read from, with a deadline and a limit of bytes.
 
-    A time-out of the socket alone would be none: it starts anew with every byte.
+    The timeout of a socket alone is not enough: it starts again with every byte.
     """
 
     def __init__(
@@ -372,12 +377,14 @@ class _Reader(io.RawIOBase):
         self._deadline, self._left = deadline, max_bytes
 
     def makefile(self, mode: str) -> BinaryIO:
+        """Called by http.client to read the response."""
         return io.BufferedReader(self, _BLOCK)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
+        """Reads what has arrived; 0 at the end."""
         seconds = self._deadline - time.monotonic()
         if seconds <= 0:
             raise TimeoutError
@@ -385,21 +392,21 @@ class _Reader(io.RawIOBase):
         count = self._connection.recv_into(buffer)
         self._left -= count
         if self._left < 0:
-            raise _Fault("sends without end")
+            raise _Fault("the response is too long")
         return count
 
 
 class _Failures:
-    """`failures.tsv`: url and reason of what failed, here and in calls with other urls."""
+    """`failures.tsv`: URL and reason of each failure, of this call and of calls with other URLs."""
 
     def __init__(self, directory: str, urls: Iterable[str]):
         self._path = os.path.join(directory, "failures.tsv")
         self._partial = os.path.join(directory, _PARTIAL)
         self._others = []
         if os.path.exists(self._path):
-            ours = {_printable(url) for url in urls}
+            current = {_printable(url) for url in urls}
             with open(self._path, encoding="utf-8", errors="replace", newline="\n") as file:
-                self._others = [line for line in file if line.partition("\t")[0] not in ours]
+                self._others = [line for line in file if line.partition("\t")[0] not in current]
 
     def write(self, faults: dict[str, str]) -> None:
         with _replacing(self._path, self._partial) as file:
@@ -411,9 +418,9 @@ class _Failures:
 
 @contextlib.contextmanager
 def _replacing(path: str, partial: str) -> Iterator[BinaryIO]:
-    """Yields a file in `partial` that becomes `path` at the end; nothing is left on an error.
+    """Yields a file in `partial` that becomes `path` at the end; it is removed on an error.
 
-    Its name is its own, so that two runs into one directory do not write into each other's files.
+    Its name is unique, so that two runs with one directory do not write to the same file.
     """
     temporary = os.path.join(partial, uuid.uuid4().hex)
     try:
@@ -428,28 +435,30 @@ def _replacing(path: str, partial: str) -> Iterator[BinaryIO]:
 
 
 def _clean(partial: str) -> None:
-    """Removes what killed runs left."""
+    """Removes old files of killed runs."""
     with os.scandir(partial) as entries:
         for entry in entries:
-            with contextlib.suppress(OSError):  # Another run may be cleaning, too.
-                if entry.stat().st_mtime < time.time() - _OLD:
+            with contextlib.suppress(OSError):  # Another run may remove it as well.
+                if entry.stat().st_mtime < time.time() - _OLD_S:
                     os.remove(entry.path)
 
 
 def _path(directory: str, url: str) -> str:
+    """Path of the file of a URL."""
     name = hashlib.sha256(url.encode()).hexdigest()
     return os.path.join(directory, name[:2], name)
 
 
-def _is_there(path: str) -> bool:
+def _exists(path: str) -> bool:
+    """Whether a file exists and is not empty; a crash of the machine may leave empty files."""
     try:
-        return os.path.getsize(path) > 0  # A machine that went down may leave empty files.
+        return os.path.getsize(path) > 0
     except OSError:
         return False
 
 
 def _seconds(retry_after: str) -> float:
-    """What Retry-After says, as seconds or as a date; 0 if nothing that can be read."""
+    """The wait that a Retry-After header asks for, in seconds or as a date; 0 if it is invalid."""
     try:
         if retry_after.strip().isdecimal():
             return float(retry_after)
@@ -459,7 +468,7 @@ def _seconds(retry_after: str) -> float:
 
 
 def _printable(text: str) -> str:
-    """A text in one line and one cell of a table, unable to steer a terminal."""
+    """A text on one line, with control characters escaped."""
     if text.isprintable():
         return text
     return "".join(

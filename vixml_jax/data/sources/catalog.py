@@ -1,21 +1,22 @@
-"""The named public data sets: sizes, propensities, citation, where they are from; read by name.
+"""The catalogue of public data sets: sizes, propensity constants, citations and download pages.
 
-Sizes are those of the Extreme Classification Repository's tables
-(http://manikvarma.org/downloads/XC/XMLRepository.html), of ViXML (arXiv 2511.13189) for
-MM-AmazonTitles-300K, and of PECOS for EURLex-4K. Propensities are as the repository computes them
+Sizes are from the tables of the Extreme Classification Repository
+(http://manikvarma.org/downloads/XC/XMLRepository.html), from ViXML (arXiv 2511.13189) for
+MM-AmazonTitles-300K, and from PECOS for EURLex-4K. The propensity constants are the repository's
 (Jain et al., KDD 2016): A, B = 0.5, 0.4 for Wikipedia, 0.6, 2.6 for Amazon, else 0.55, 1.5.
 """
 
 import os
 from typing import Any
 
-from vixml_jax.data.images import image_files
+from vixml_jax.data.images import image_embeddings
 from vixml_jax.data.sources import published, tfds_records, xml_repository
 from vixml_jax.data.sources.published import LABELS, PublicDataset
-from vixml_jax.data.sources.raw import RawDataset, RawItems, RawQueries, describe_files
+from vixml_jax.data.sources.raw import RawDataset, RawItems, RawQueries, file_stats
 from vixml_jax.errors import InputError
 
-DEFAULT_PROPENSITY = (0.6, 2.6)  # Of any other data: that of most of the paper's sets.
+# A and B for data that are not in the catalogue: the values of most data sets in the paper.
+DEFAULT_PROPENSITY = (0.6, 2.6)
 _REPOSITORY = "http://manikvarma.org/downloads/XC/XMLRepository.html"
 _BHATIA = """@misc{Bhatia16,
   author = {Bhatia, K. and Dahiya, K. and Jain, H. and Kar, P. and Mittal, A. and Prabhu, Y. and
@@ -68,7 +69,15 @@ def _of_repository(
     more: str = "",
     layouts: tuple[published.Layout, ...] = (published.JSON,),
 ) -> PublicDataset:
-    """A set of the repository, of train, labels and test items; those of titles say so."""
+    """A data set of the XML repository.
+
+    Args:
+      name: Its name; if it contains 'Titles', texts are titles only.
+      sizes: Numbers of training queries, labels and test queries.
+      propensity: Constants A and B.
+      more: Further citations.
+      layouts: File names of its releases.
+    """
     return PublicDataset(
         key=name.lower().replace("-", "_"),
         name=name,
@@ -124,29 +133,31 @@ CATALOG: dict[str, PublicDataset] = {dataset.key: dataset for dataset in _DATASE
 
 
 def is_named(source: str) -> bool:
-    """Whether a source is a set of the catalogue; a path of that name goes first."""
+    """Whether a source is a data set of the catalogue; an existing path takes precedence."""
     return source in CATALOG and not os.path.exists(source)
 
 
 def propensity(source: str) -> tuple[float, float]:
-    """A and B of inverse propensity, where the user does not say."""
+    """The default constants A and B of the inverse propensities of a source."""
     if not is_named(source):
         return DEFAULT_PROPENSITY
     return CATALOG[source].propensity_a, CATALOG[source].propensity_b
 
 
 def builder(name: str, *, data_dir: str | None = None, manual_dir: str | None = None) -> Any:
-    """The TFDS builder of a set of the catalogue; see `records.builder`.
+    """The TFDS builder of a data set of the catalogue; see `tfds_records.builder`.
 
     Raises:
-      InputError: If there is no such set.
+      InputError: If there is no such data set.
     """
     return tfds_records.builder(_look_up(name), data_dir=data_dir, manual_dir=manual_dir)
 
 
 def _look_up(name: str) -> PublicDataset:
     if name not in CATALOG:
-        raise InputError(f"{name!r}: not in the catalogue; expected one of {', '.join(CATALOG)}")
+        raise InputError(
+            f"{name!r}: not a data set of the catalogue; expected one of {', '.join(CATALOG)}"
+        )
     return CATALOG[name]
 
 
@@ -155,33 +166,36 @@ def read(
     *,
     data_dir: str | None = None,
     manual_dir: str | None = None,
-    find_images: xml_repository.FindImages = image_files.read_images,
+    find_images: xml_repository.FindImages = image_embeddings.read_images,
 ) -> RawDataset:
-    """A set of the catalogue; the first time, it is built from the files downloaded by hand.
+    """Reads a data set of the catalogue; the first time, builds it from its published files.
 
     Args:
-      name: Of the catalogue.
-      data_dir, manual_dir: See `records.builder`.
-      find_images: Of the files trn, tst and lbl in `manual_dir`; embeddings if not told.
+      name: Name in the catalogue.
+      data_dir, manual_dir: See `tfds_records.builder`.
+      find_images: Finds the images of files with the prefixes trn, tst and lbl in `manual_dir`; by
+        default embeddings.
 
     Raises:
-      InputError: If there is no such set, its files are missing, or they are not as published.
+      InputError: If there is no such data set, or its files are missing or not as published.
     """
     maker = builder(name, data_dir=data_dir, manual_dir=manual_dir)
     tfds_records.build(maker)
     dataset = maker.dataset
     parts = {part: tfds_records.open_part(maker, part) for part in dataset.sizes}
     items = {
-        part: RawItems(
-            dataset.sizes[part],
-            found.read_texts,
-            find_images(maker.manual_dir, xml_repository.PREFIX[part], dataset.sizes[part]),
-            found.ids,
+        part_name: RawItems(
+            dataset.sizes[part_name],
+            part.read_texts,
+            find_images(
+                maker.manual_dir, xml_repository.PREFIX[part_name], dataset.sizes[part_name]
+            ),
+            part.ids,
         )
-        for part, found in parts.items()
+        for part_name, part in parts.items()
     }
-    image_files.check_widths(
-        {part: found.images for part, found in items.items()}, maker.manual_dir
+    image_embeddings.check_widths(
+        {name: part_items.images for name, part_items in items.items()}, maker.manual_dir
     )
     queries = {
         split: RawQueries(
@@ -189,32 +203,40 @@ def read(
         )
         for split in ("train", "test")
     }
-    beside = os.listdir(maker.manual_dir) if os.path.isdir(maker.manual_dir) else []
-    pictures = [os.path.join(maker.manual_dir, n) for n in beside if n.endswith(_IMAGES)]
+    file_names = os.listdir(maker.manual_dir) if os.path.isdir(maker.manual_dir) else []
+    image_paths = [
+        os.path.join(maker.manual_dir, file_name)
+        for file_name in file_names
+        if file_name.endswith(_IMAGES)
+    ]
     return RawDataset(
         name=dataset.name,
         fingerprint={
             "path": name,
             "files": tfds_records.sources(maker),
-            "images": describe_files(pictures),
+            "images": file_stats(image_paths),
         },
         labels=items[LABELS],
-        understood=(
-            f"{dataset.name} of {dataset.homepage}, built in {maker.data_dir}",
-            f"texts: {' and '.join(dataset.fields)}; cite:",
-            *dataset.citation.split("\n"),
+        summary=(
+            f"{dataset.name} from {dataset.homepage}\n"
+            f"  {'build':9} {maker.data_dir}\n"
+            f"  {'text':9} {' and '.join(dataset.fields)}",
+            f"Please cite:\n{dataset.citation}",
         ),
         **queries,
     )
 
 
 def table() -> str:
-    """The catalogue, a line a set."""
-    lines = [f"{'--source':26} {'train':>9} {'labels':>9} {'test':>9}    A    B  text, from"]
+    """The catalogue as an aligned table, one line per data set."""
+    lines = [
+        f"{'--source':26} {'train':>9} {'labels':>9} {'test':>9} {'A':>5} {'B':>4}  {'text':15}  "
+        "download page"
+    ]
     for dataset in CATALOG.values():
         lines.append(
             f"{dataset.key:26} {dataset.train:>9,} {dataset.labels:>9,} {dataset.test:>9,} "
-            f"{dataset.propensity_a:4} {dataset.propensity_b:4}  {' + '.join(dataset.fields)}, "
-            f"{dataset.homepage}"
+            f"{dataset.propensity_a:>5} {dataset.propensity_b:>4}  "
+            f"{' + '.join(dataset.fields):15}  {dataset.homepage}"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which column of a table is what: as its owner says, else by its name."""
+"""Roles of the columns of a table: explicit, or inferred from the column names."""
 
 import dataclasses
 import os
@@ -13,8 +13,8 @@ from vixml_jax.data.sources.values import LABELS
 from vixml_jax.errors import InputError
 
 AUTO, IDS, TEXTS, ROWS = "auto", "ids", "texts", "rows"
-# What a column may be called, the likeliest first.
-_GUESSES = {
+# Column names from which a role is inferred, in order of preference.
+_COMMON_NAMES = {
     "id": ("id", "uid", "query_id", "item_id", "product_id", "doc_id", "asin", "sku"),
     "label_id": ("id", "uid", "label_id", "item_id", "product_id", "doc_id", "asin", "sku"),
     "text": ("text", "query", "query_text", "name", "sentence", "document", "question"),
@@ -28,24 +28,26 @@ _GUESSES = {
     "split": ("split", "fold", "partition"),
 }  # fmt: skip
 _TITLES, _BODIES = ("title",), ("content", "description", "body", "abstract")
-_NONE = "none"  # Said of a column: there is none, do not guess.
+_NONE = "none"  # Value of a flag: there is no such column, and none is inferred.
+_MAX_SHOWN = 12  # Column names in a message.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What columns are called; what is empty is guessed from their names.
+    """Explicit column names; the role of an empty one is inferred from common names.
 
     Attributes:
-      id: Of a query's id; without one, rows are counted.
-      text: A column, or a template of several: '{title}. {brand}'.
-      labels: The labels of a query: a list, JSON of a list, or one string.
-      label_separator: Between the labels of one string.
-      labels_are: 'ids' or 'texts' of the label table, its 'rows' (from 0), or 'auto': what fits.
-      weights: What each label of a query counts when a positive is drawn, as many as labels.
-      image: Paths (from where the table is) or urls of a query's or label's pictures.
-      embedding: A picture's embedding, or a list of several.
-      split: train, valid or test, where one table holds them all.
-      label_id, label_text: As id and text, in the label table.
+      id: Column of the query ids; without one, row numbers are used.
+      text: Column of the query texts, or a template of several columns: '{title}. {brand}'.
+      labels: Column of the labels of a query: a list, a JSON list, or a string.
+      label_separator: Separator of the labels in such a string.
+      labels_are: How queries refer to the rows of a label table: by 'ids', by 'texts' or by 'rows'
+        (numbers from 0); 'auto' infers it.
+      weights: Column of the sampling weights of the labels as positives, one per label.
+      image: Column of image paths (relative to the table) or URLs, of queries and labels.
+      embedding: Column of an image embedding, or of a list of several.
+      split: Column with train, valid or test, for a table that has all splits.
+      label_id, label_text: The same as `id` and `text`, for the label table.
     """
 
     id: str = ""
@@ -62,10 +64,10 @@ class Columns:
 
 
 class Roles(NamedTuple):
-    """The columns of one kind of table, by what they are for; None: there is none."""
+    """The columns of a table by role; None where there is no such column."""
 
     id: str | None
-    text: tuple[tuple[str, str | None], ...]  # What is said before, and a column or None.
+    text: tuple[tuple[str, str | None], ...]  # (literal text, column after it or None).
     labels: str | None
     weights: str | None
     image: str | None
@@ -75,8 +77,9 @@ class Roles(NamedTuple):
 
     @property
     def used(self) -> list[str]:
-        named = [*self._replace(text=None), *(column for _, column in self.text)]
-        return list(dict.fromkeys(name for name in named if name))
+        """The names of all columns that have a role."""
+        names = [*self._replace(text=None), *(column for _, column in self.text)]
+        return list(dict.fromkeys(name for name in names if name))
 
 
 def assign(
@@ -84,62 +87,67 @@ def assign(
     columns: Columns,
     encoding: str,
     *,
-    of_labels: bool = False,
+    label_table: bool = False,
     key: str = "",
     names: Sequence[str] = (),
     labelled: bool = True,
 ) -> Roles:
-    """What each column of a table is for: as told, else by its name.
+    """Returns the roles of the columns of a table, explicit or inferred from their names.
 
     Args:
-      path: Of the table.
-      columns: As told.
-      encoding: Of its texts.
-      of_labels: Whether it is a table of labels.
-      key: Column by which the rows are split.
-      names: Its columns, where they are known.
-      labelled: Whether queries must have labels; without, they may have pictures and no text.
+      path: Path of the table.
+      columns: Explicit column names.
+      encoding: Text encoding of the table.
+      label_table: Whether this is a table of labels rather than queries.
+      key: Column by which the rows are split, if any.
+      names: Column names of the table; read from the file if empty.
+      labelled: Whether queries must have labels; if not, they may have images without a text.
+
+    Raises:
+      InputError: If an explicit column does not exist, or a required one cannot be inferred.
     """
     names = list(names) or readers.column_names(path, encoding=encoding)
-    lower = {name.lower().strip(): name for name in reversed(names)}
+    by_lower_name = {name.lower().strip(): name for name in reversed(names)}
 
-    def find(role: str, told: str, flag: str) -> str | None:
-        if told == _NONE:
+    def find(role: str, explicit: str, flag: str) -> str | None:
+        if explicit == _NONE:
             return None
-        if told and told in names:  # A column may have no name.
-            return told
-        if told and of_labels and role in ("image", "embedding"):
-            return None  # Queries have it.
-        if told:
-            raise InputError(f"--{flag}={told}: {path} has no such column: {_list(names)}")
-        return next((lower[guess] for guess in _GUESSES[role] if guess in lower), None)
+        if explicit and explicit in names:  # The name of a column may be empty.
+            return explicit
+        if explicit and label_table and role in ("image", "embedding"):
+            return None  # Only the query tables have it.
+        if explicit:
+            raise InputError(
+                f"--{flag}={explicit}: no such column in {path}; its columns are {_list(names)}"
+            )
+        common = (by_lower_name[name] for name in _COMMON_NAMES[role] if name in by_lower_name)
+        return next(common, None)
 
-    role = "label_" if of_labels else ""
-    flag, told = f"{role}text", columns.label_text if of_labels else columns.text
-    if told:
-        text = _parse_template(told, names, flag, path)
+    prefix = "label_" if label_table else ""
+    flag, template = f"{prefix}text", columns.label_text if label_table else columns.text
+    if template:
+        text = _parse_template(template, names, flag, path)
     else:
-        text = _same_template(columns.text, names) if of_labels else None
-        text = text or tuple(("", name) for name in _guess_text(flag, lower, path))
-    mine = {
-        "id": find(f"{role}id", columns.label_id if of_labels else columns.id, f"{role}id_column"),
+        text = _query_template(columns.text, names) if label_table else None
+        text = text or tuple(("", name) for name in _infer_text(flag, by_lower_name, path))
+    id_column = columns.label_id if label_table else columns.id
+    shared = {
+        "id": find(f"{prefix}id", id_column, f"{prefix}id_column"),
         "image": find("image", columns.image, "image_column"),
         "embedding": find("embedding", columns.embedding, "embedding_column"),
     }
-    seen = not labelled and (mine["image"] or mine["embedding"])  # Pictures alone will do.
-    if not text and not seen:
-        raise InputError(
-            f"{path}: which column is the text? found {_list(names)}; say --{flag}=NAME"
-        )
-    if of_labels or not labelled:
-        return Roles(**mine, text=text, labels=None, weights=None, split=None, key=None)
+    images_suffice = not labelled and (shared["image"] or shared["embedding"])
+    if not text and not images_suffice:
+        raise InputError(f"{path}: no text column found among {_list(names)}; pass --{flag}=COLUMN")
+    if label_table or not labelled:
+        return Roles(**shared, text=text, labels=None, weights=None, split=None, key=None)
     labels = find(LABELS, columns.labels, "labels_column")
     if labels is None:
         raise InputError(
-            f"{path}: which column has the labels? found {_list(names)}; say --labels_column=NAME"
+            f"{path}: no labels column found among {_list(names)}; pass --labels_column=COLUMN"
         )
     return Roles(
-        **mine,
+        **shared,
         text=text,
         labels=labels,
         weights=find("weights", columns.weights, "weights_column"),
@@ -149,42 +157,53 @@ def assign(
 
 
 def _list(names: Sequence[str]) -> str:
-    """Some column names for a message."""
-    shown = ", ".join(map(repr, names[:12]))
-    return f"{shown} and {len(names) - 12} more" if len(names) > 12 else shown
+    """Quoted column names for a message, shortened if there are many."""
+    shown = ", ".join(map(repr, names[:_MAX_SHOWN]))
+    return f"{shown} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else shown
 
 
-def _guess_text(role: str, lower: dict[str, str], path: str) -> list[str]:
-    """The text column; or title and content, but the title alone where a path says 'Titles'."""
-    title = next((lower[name] for name in _TITLES if name in lower), None)
-    body = next((lower[name] for name in _BODIES if name in lower), None)
+def _infer_text(role: str, by_lower_name: dict[str, str], path: str) -> list[str]:
+    """The inferred text columns: title and body if both exist, else one of the common names.
+
+    In a directory whose name contains 'titles', as in LF-AmazonTitles-131K, the text is the title.
+    """
+    title = next((by_lower_name[name] for name in _TITLES if name in by_lower_name), None)
+    body = next((by_lower_name[name] for name in _BODIES if name in by_lower_name), None)
     if title is not None:
-        alone = "titles" in os.path.basename(os.path.dirname(os.path.abspath(path))).lower()
-        return [title] if alone or body is None else [title, body]
-    found = next((lower[name] for name in _GUESSES[role] if name in lower), body)
-    return [] if found is None else [found]
+        titles_only = "titles" in os.path.basename(os.path.dirname(os.path.abspath(path))).lower()
+        return [title] if titles_only or body is None else [title, body]
+    common = (by_lower_name[name] for name in _COMMON_NAMES[role] if name in by_lower_name)
+    column = next(common, body)
+    return [] if column is None else [column]
 
 
 def _parse_template(
     template: str, names: list[str], flag: str, path: str
 ) -> tuple[tuple[str, str | None], ...]:
-    """A column, or a template with columns in braces."""
+    """Parses the name of a column, or a template with column names in braces."""
     if template in names:
         return (("", template),)
     try:
-        parts = [(said, column) for said, column, _, _ in string.Formatter().parse(template)]
+        parts = [(literal, column) for literal, column, _, _ in string.Formatter().parse(template)]
     except ValueError as error:
-        raise InputError(f"--{flag}={template}: not a template ({error})") from None
+        raise InputError(f"--{flag}={template}: not a valid template ({error})") from None
     wanted = [column for _, column in parts if column is not None]
     absent = [column for column in wanted if column not in names]
-    if absent or not wanted:
-        what = repr(absent[0]) if absent else "any of them in braces"
-        raise InputError(f"--{flag}={template}: {path} has columns {_list(names)}, not {what}")
+    if absent:
+        raise InputError(
+            f"--{flag}={template}: no column {absent[0]!r} in {path}; its columns are "
+            f"{_list(names)}"
+        )
+    if not wanted:
+        raise InputError(
+            f"--{flag}={template}: neither a column of {path} nor a template with columns in "
+            f"braces; its columns are {_list(names)}"
+        )
     return tuple(parts)
 
 
-def _same_template(template: str, names: list[str]) -> tuple[tuple[str, str | None], ...] | None:
-    """The template of the queries, where labels have its columns too."""
+def _query_template(template: str, names: list[str]) -> tuple[tuple[str, str | None], ...] | None:
+    """The text template of the queries, if the label table has its columns as well."""
     try:
         return _parse_template(template, names, "text", "") if template else None
     except InputError:
@@ -194,7 +213,13 @@ def _same_template(template: str, names: list[str]) -> tuple[tuple[str, str | No
 def texts(
     chunk: Chunk, parts: tuple[tuple[str, str | None], ...], rows: Sequence[int]
 ) -> list[str]:
-    """The text of each row."""
+    """The texts of some rows of a chunk.
+
+    Args:
+      chunk: The chunk.
+      parts: Template of the text, `Roles.text`.
+      rows: Rows of the chunk.
+    """
 
     def read(column: str) -> list[str]:
         values = chunk.columns[column]
@@ -204,46 +229,48 @@ def texts(
         return [""] * len(rows)
     if len(parts) == 1 and not parts[0][0]:
         return read(parts[0][1])
-    guessed = all(not said for said, _ in parts)  # Title and content: a space between.
+    # Title and body, if inferred, have no literals and are joined by a space.
+    no_literals = all(not literal for literal, _ in parts)
     pieces = []
-    for said, column in parts:
-        if not guessed:
-            pieces.append([said] * len(rows))
+    for literal, column in parts:
+        if not no_literals:
+            pieces.append([literal] * len(rows))
         if column is not None:
             pieces.append(read(column))
-    glue = " " if guessed else ""
-    return [glue.join(row).strip() for row in zip(*pieces, strict=True)]
+    separator = " " if no_literals else ""
+    return [separator.join(row).strip() for row in zip(*pieces, strict=True)]
 
 
-def understand(
+def describe(
     part: str,
     paths: list[str],
     roles: Roles,
     columns: Columns,
     encoding: str,
     *,
-    label: bool = False,
+    label_table: bool = False,
 ) -> str:
-    """A line: of which columns a part is read."""
-    text = "".join(said + ("" if name is None else f"{{{name}}}") for said, name in roles.text)
-    if len(roles.text) > 1 and not any(said for said, _ in roles.text):
-        text = " ".join(f"{{{name}}}" for _, name in roles.text)
-    told = {
-        "id": columns.label_id if label else columns.id,
-        "text": columns.label_text if label else columns.text,
+    """Returns the files of a part and the column of each role, one per line."""
+    template = "".join(
+        literal + ("" if name is None else f"{{{name}}}") for literal, name in roles.text
+    )
+    if len(roles.text) > 1 and not any(literal for literal, _ in roles.text):
+        template = " ".join(f"{{{name}}}" for _, name in roles.text)
+    explicit = {
+        "id": columns.label_id if label_table else columns.id,
+        "text": columns.label_text if label_table else columns.text,
         **{name: getattr(columns, name) for name in ("labels", "weights", "image", "embedding")},
         "split": columns.split,
-        "key": "told",
+        "key": "split_by",  # Always explicit.
     }
-    said = [
-        f"{role}={value!r}{'' if told[role] else ' (guessed)'}"
-        for role, value in roles._replace(text=text)._asdict().items()
-        if value
-    ]
-    others = [
-        name for name in readers.column_names(paths[0], encoding=encoding) if name not in roles.used
-    ]
-    if others:
-        said.append(f"not used: {', '.join(others[:12])}")
-    files = paths[0] if len(paths) == 1 else f"{len(paths)} files, {paths[0]} first"
-    return f"{part}: {files}; " + ", ".join(said)
+    files = paths[0] if len(paths) == 1 else f"{len(paths)} files, the first is {paths[0]}"
+    lines = [f"{part}: {files}"]
+    for role, value in roles._replace(text=template)._asdict().items():
+        if value:
+            role_name = "split by" if role == "key" else role
+            lines.append(f"  {role_name:9} {value!r}{'' if explicit[role] else ' (inferred)'}")
+    names = readers.column_names(paths[0], encoding=encoding)
+    unused = [name for name in names if name not in roles.used]
+    if unused:
+        lines.append(f"  {'unused':9} {_list(unused)}")
+    return "\n".join(lines)

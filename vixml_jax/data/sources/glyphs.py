@@ -1,6 +1,6 @@
-"""The built-in data set: characters that DejaVu fonts draw, and the words of their Unicode names.
+"""The built-in data set: characters of the DejaVu fonts and the words of their Unicode names.
 
-Everything comes with Python and matplotlib's wheel; nothing is downloaded.
+It is made from Python's Unicode database and the fonts in Matplotlib's wheel, without downloads.
 """
 
 import os
@@ -11,18 +11,18 @@ import numpy as np
 from jaxtyping import Float16
 from scipy import sparse
 
-from vixml_jax.data.images.image_files import RawImages
+from vixml_jax.data.images.image_embeddings import RawImages
 from vixml_jax.data.sources.raw import RawDataset, RawItems, RawQueries, canonical
 
 FONTS = (
     "DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold", "DejaVuSans-Oblique",
 )  # fmt: skip
-SIDE = 32  # Pixels of a picture, each way.
-MAX_PICTURES = 3
+SIDE = 32  # Height and width of an image in pixels.
+MAX_IMAGES = 3
 _FONT_SIZE = 20
-_TRAIN_SHARE = 0.8
-_MIN_QUERIES = 2  # Training queries that a label needs.
-_MAX_SHARE = 0.05  # Of the training queries that may have a label.
+_TRAIN_FRACTION = 0.8
+_MIN_QUERIES = 2  # Least number of training queries of a label.
+_MAX_FRACTION = 0.05  # Largest fraction of the training queries that have the same label.
 
 # https://www.unicode.org/reports/tr44/#General_Category_Values
 _CATEGORIES = {
@@ -40,43 +40,43 @@ _CATEGORIES = {
 
 
 def make(seed: int = 0) -> RawDataset:
-    """Characters as queries, the words of their names as labels, the same for the same seed.
+    """Makes a data set with characters as queries and the words of their names as labels.
 
-    A query's text is the first word of the name and the category ("latin lowercase letter"), its
-    pictures are up to three renderings of 32 x 32 pixels in different fonts. Labels are the other
-    words of the name, if at least two training characters have them and no more than 5 % do; they
-    have no pictures. Characters that are left without a label ("SPACE") are no queries.
+    The text of a query is the first word of the name and the category ("latin lowercase letter").
+    Its images are up to three renderings of 32 x 32 pixels in different fonts. Labels are the other
+    words of the name that occur in at least two and at most 5 % of the training characters; they
+    have no images. Characters without a label, such as "SPACE", are left out.
 
     Args:
-      seed: Of the split, 80 % of the characters to training.
+      seed: Seed of the split: 80 % of the characters are used for training.
     """
     import matplotlib
     import PIL
 
     fonts = _font_paths()
-    drawn_by = _characters(fonts)
-    characters = sorted(drawn_by)
+    fonts_of = _characters(fonts)
+    characters = sorted(fonts_of)
     order = np.random.default_rng(seed).permutation(len(characters))
-    cut = round(_TRAIN_SHARE * len(characters))
-    train, test = order[:cut], order[cut:]
+    num_train = round(_TRAIN_FRACTION * len(characters))
+    train, test = order[:num_train], order[num_train:]
 
     words = [unicodedata.name(character).lower().split() for character in characters]
     texts = [
-        f"{word[0]} {_CATEGORIES[unicodedata.category(character)]}"
-        for word, character in zip(words, characters, strict=True)
+        f"{name[0]} {_CATEGORIES[unicodedata.category(character)]}"
+        for name, character in zip(words, characters, strict=True)
     ]
     counts = Counter(word for row in train for word in set(words[row][1:]))
-    most = _MAX_SHARE * len(train)
-    labels = sorted(word for word, count in counts.items() if _MIN_QUERIES <= count <= most)
-    column = {word: at for at, word in enumerate(labels)}
+    max_count = _MAX_FRACTION * len(train)
+    labels = sorted(word for word, count in counts.items() if _MIN_QUERIES <= count <= max_count)
+    label_id = {word: index for index, word in enumerate(labels)}
     relevance = _relevance(
-        [{column[word] for word in row[1:] if word in column} for row in words], len(labels)
+        [{label_id[word] for word in name[1:] if word in label_id} for name in words], len(labels)
     )
     labelled = np.diff(relevance.indptr) > 0
     train, test = train[labelled[train]], test[labelled[test]]
 
-    pixels, present = _render(characters, drawn_by, fonts)
-    # The mean over all training pictures, so that a picture says how it differs from them.
+    pixels, present = _render(characters, fonts_of, fonts)
+    # Subtracting the mean of all training images leaves what is particular to an image.
     mean = pixels[train][present[train]].mean(axis=0, dtype=np.float64).astype(np.float32)
     embeddings = _normalise(pixels, present, mean)
 
@@ -101,6 +101,7 @@ def make(seed: int = 0) -> RawDataset:
 
 
 def _font_paths() -> list[str]:
+    """Paths of the fonts in Matplotlib's wheel."""
     import matplotlib
 
     directory = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
@@ -108,19 +109,21 @@ def _font_paths() -> list[str]:
 
 
 def _characters(fonts: list[str]) -> dict[str, list[int]]:
-    """The fonts that draw each named character."""
+    """Each named character and the indices of the fonts that have it."""
     from fontTools.ttLib import TTFont
 
-    drawn_by: dict[str, list[int]] = {}
-    for number, path in enumerate(fonts):
+    fonts_of: dict[str, list[int]] = {}
+    for font_index, path in enumerate(fonts):
         with TTFont(path, lazy=True) as font:
             for code in font.getBestCmap():
-                if unicodedata.name(chr(code), ""):  # Unnamed: control, private, newer Unicode.
-                    drawn_by.setdefault(chr(code), []).append(number)
-    return drawn_by
+                # Control, private and too recent characters have no name.
+                if unicodedata.name(chr(code), ""):
+                    fonts_of.setdefault(chr(code), []).append(font_index)
+    return fonts_of
 
 
 def _relevance(rows: list[set[int]], columns: int) -> sparse.csr_matrix:
+    """The relevance matrix from the label ids of each query."""
     indptr = np.cumsum([0, *map(len, rows)])
     indices = np.array([label for row in rows for label in sorted(row)], np.int32)
     matrix = sparse.csr_matrix(
@@ -132,30 +135,30 @@ def _relevance(rows: list[set[int]], columns: int) -> sparse.csr_matrix:
 
 
 def _render(
-    characters: list[str], drawn_by: dict[str, list[int]], fonts: list[str]
+    characters: list[str], fonts_of: dict[str, list[int]], fonts: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 [n, 3, 1024] and which pictures there are; a blank one is none."""
+    """Pixels, uint8 [n, 3, 1024], and a mask [n, 3] of the images that are not blank."""
     from PIL import Image, ImageDraw, ImageFont
 
-    # Layout.BASIC: raqm fails on combining marks that stand alone.
+    # Layout.BASIC, because raqm fails on a combining mark without a base character.
     loaded = [
         ImageFont.truetype(path, _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC) for path in fonts
     ]
-    pixels = np.zeros((len(characters), MAX_PICTURES, SIDE * SIDE), np.uint8)
+    pixels = np.zeros((len(characters), MAX_IMAGES, SIDE * SIDE), np.uint8)
     for row, character in enumerate(characters):
-        for slot, number in enumerate(drawn_by[character][:MAX_PICTURES]):
-            picture = Image.new("L", (SIDE, SIDE))
-            left, top, right, bottom = loaded[number].getbbox(character)
+        for slot, font_index in enumerate(fonts_of[character][:MAX_IMAGES]):
+            image = Image.new("L", (SIDE, SIDE))
+            left, top, right, bottom = loaded[font_index].getbbox(character)
             corner = ((SIDE - left - right) / 2, (SIDE - top - bottom) / 2)
-            ImageDraw.Draw(picture).text(corner, character, fill=255, font=loaded[number])
-            pixels[row, slot] = np.asarray(picture).reshape(-1)
+            ImageDraw.Draw(image).text(corner, character, fill=255, font=loaded[font_index])
+            pixels[row, slot] = np.asarray(image).reshape(-1)
     return pixels, pixels.any(axis=2)
 
 
 def _normalise(
     pixels: np.ndarray, present: np.ndarray, mean: np.ndarray
 ) -> Float16[np.ndarray, "n i v"]:
-    """Pixels less their mean, at unit length; zero where there is no picture."""
+    """Pixels minus their mean, scaled to unit length; zeros where there is no image."""
     centred = pixels.astype(np.float32) - mean
     length = np.linalg.norm(centred, axis=2, keepdims=True)
     return np.where(present[:, :, None], centred / length, 0.0).astype(np.float16)

@@ -1,4 +1,4 @@
-"""The files of a public data set as they are published, checked and read a row at a time."""
+"""The published files of a public data set, checked and read row by row."""
 
 import dataclasses
 import os
@@ -14,23 +14,24 @@ from vixml_jax.data.sources.readers import Chunk
 from vixml_jax.errors import InputError
 
 LABELS = values_lib.LABELS
-# Labels are first: their file is small, and what is wrong with a download shows soon.
+# Labels are first: their file is small, so that a bad download is noticed early.
 PARTS = (LABELS, "test", "train")
 _QUERIES = ("train", "test")
-_ARROW = "->"  # Between the id and the text of a line.
-_NONE = np.zeros(0, np.int64)
+_ARROW = "->"  # Separates the id and the text of a line.
+_NO_LABELS = np.zeros(0, np.int64)
 _ALL_COLUMNS = ("uid", "title", "content", "target_ind", "target_rel")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a release names its files; of several names, the first that there is.
+    """File names of a release; of alternative names, the first that exists is used.
 
     Attributes:
-      texts: Of each part: a json object a line if a name ends in .json or .json.gz, else a text a
-        line.
-      relevance: Of train and test, where the texts are lines; in json it is beside the texts.
-      with_ids: Whether a line is `uid->text`.
+      texts: File names of the texts of each part: one JSON object per line if a name ends in .json
+        or .json.gz, else one text per line.
+      relevance: File names of the relevance of train and test. Empty for JSON, where the labels are
+        in the same object as the text.
+      with_ids: Whether a line of text has the form `uid->text`.
     """
 
     texts: Mapping[str, tuple[str, ...]]
@@ -62,20 +63,20 @@ MUFIN = Layout(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublicDataset:
-    """What is published of a data set.
+    """Published facts about a data set.
 
     Attributes:
-      key: What `--source` and TFDS call it.
-      name: What its authors call it.
-      train, labels, test: How many there are of each.
-      fields: What a text is made of, of title and content.
-      propensity_a, propensity_b: Its constants of inverse propensity.
-      citation: BibTeX.
-      homepage: Where it is described, and downloaded by hand.
-      download: What to look for there.
-      licence: What is said of its use.
-      layouts: Of its releases.
-      encodings: Of its lines: the first that decodes the whole file.
+      key: Its name as `--source` and in TFDS.
+      name: Its name in the literature.
+      train, labels, test: Numbers of training queries, labels and test queries.
+      fields: Fields that make up a text, in order: 'title', 'content'.
+      propensity_a, propensity_b: Constants A and B of the inverse propensities.
+      citation: BibTeX entries.
+      homepage: URL of the description, from where the files are downloaded by hand.
+      download: Name of the download on that page.
+      licence: Terms of use, as far as they are published.
+      layouts: File names of its releases.
+      encodings: Candidates for the text encoding; the first that decodes the whole file is used.
     """
 
     key: str
@@ -95,18 +96,18 @@ class PublicDataset:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Items of each part."""
+        """Number of items of each part."""
         return {part: getattr(self, part) for part in PARTS}
 
     def text(self, title: str, content: str) -> str:
-        """The text of an item."""
+        """The text of an item, from its fields."""
         values = {"title": title, "content": content}
         return " ".join(values[field] for field in self.fields).strip()
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Paths of a release, by part; filters are optional."""
+    """Paths of the files of a release, by part; filter files are optional."""
 
     layout: Layout
     texts: dict[str, str]
@@ -122,40 +123,42 @@ def find(dataset: PublicDataset, directory: str) -> Files:
     """The files of a data set in a directory.
 
     Raises:
-      InputError: If some are missing, with all of them, where to get them and where to put them.
+      InputError: If files are missing; names all of them, their source and their destination.
     """
-    missing: dict[int, list[str]] = {}
-    for number, layout in enumerate(dataset.layouts):
-        found = [
-            {part: _first(directory, names) for part, names in table.items()}
-            for table in (layout.texts, layout.relevance)
-        ]
-        absent = [path for table in found for path in table.values() if not os.path.isfile(path)]
-        if not absent:
-            names = {split: (f"filter_labels_{split}.txt",) for split in _QUERIES}
-            filters = {split: _first(directory, one) for split, one in names.items()}
-            there = {split: path for split, path in filters.items() if os.path.isfile(path)}
-            return Files(layout, *found, there)
-        missing[number] = absent
-    nearest = missing[min(missing, key=lambda number: len(missing[number]))]
+    missing_by_layout: list[list[str]] = []
+    for layout in dataset.layouts:
+        texts, relevance = (
+            {part: _first_existing(directory, names) for part, names in names_of.items()}
+            for names_of in (layout.texts, layout.relevance)
+        )
+        required = [*texts.values(), *relevance.values()]
+        missing = [path for path in required if not os.path.isfile(path)]
+        if not missing:
+            filters = {
+                split: os.path.join(directory, f"filter_labels_{split}.txt") for split in _QUERIES
+            }
+            filters = {split: path for split, path in filters.items() if os.path.isfile(path)}
+            return Files(layout, texts, relevance, filters)
+        missing_by_layout.append(missing)
     raise InputError(
-        f"--source={dataset.key}: {', '.join(nearest)} not found; download {dataset.download} from "
-        f"{dataset.homepage} and unpack it into {directory} (or say --manual_dir)"
+        f"--source={dataset.key}: {', '.join(min(missing_by_layout, key=len))} not found; download "
+        f"{dataset.download} from {dataset.homepage} and unpack it into {directory} (or pass "
+        "--manual_dir)"
     )
 
 
-def _first(directory: str, names: tuple[str, ...]) -> str:
-    """The path of the first name that there is; of the first name where there is none."""
+def _first_existing(directory: str, names: tuple[str, ...]) -> str:
+    """The path of the first name that exists; of the first name if none does."""
     paths = [os.path.join(directory, name) for name in names]
     return next((path for path in paths if os.path.isfile(path)), paths[0])
 
 
 def read(dataset: PublicDataset, files: Files, part: str) -> Iterator[dict[str, Any]]:
-    """The rows of a part in order: uid, title, content and labels, as the builder stores them.
+    """The rows of a part in order, with uid, title, content and labels, as the builder stores them.
 
     Raises:
-      InputError: If a row is at fault, with its line; or, at the end, if there are not as many as
-        are published.
+      InputError: If a row is not valid; names its line. At the end, if the number of rows is not
+        the published one.
     """
     path = files.texts[part]
     if files.layout.relevance:
@@ -169,36 +172,37 @@ def read(dataset: PublicDataset, files: Files, part: str) -> Iterator[dict[str, 
     if count != expected:
         raise InputError(
             f"{path}: {count:,} rows, but {dataset.name} was published with {expected:,} {part} "
-            "rows; expected its published files, whole (of another release, read the directory: "
-            "--source=DIR)"
+            "rows; expected the complete published files (for another release, pass the directory "
+            "as --source)"
         )
 
 
 def _read_json(dataset: PublicDataset, path: str, part: str) -> Iterator[dict[str, Any]]:
-    has_content = "content" not in dataset.fields
+    """The rows of a file with one JSON object per line."""
+    needs_content = part == "train" and "content" in dataset.fields
     for chunk in readers.read(path, _ALL_COLUMNS):
         for row in range(len(chunk)):
-            found = {
+            fields = {
                 name: values_lib.text(chunk.columns[name][row], chunk, row, name)
                 for name in ("uid", "title", "content")
             }
-            if not found["uid"] or chunk.columns["title"][row] is None:
-                missing = "title" if found["uid"] else "uid"
+            if not fields["uid"] or chunk.columns["title"][row] is None:
+                missing = "title" if fields["uid"] else "uid"
                 raise InputError(
                     f"{chunk.where(row)}: no {missing!r}; expected uid, title, content, target_ind"
                 )
-            has_content = has_content or bool(found["content"])
-            found["labels"] = [] if part == LABELS else _targets(chunk, row, dataset.labels)
-            yield found
-    if part == "train" and not has_content:
+            needs_content = needs_content and not fields["content"]
+            fields["labels"] = [] if part == LABELS else _targets(chunk, row, dataset.labels)
+            yield fields
+    if needs_content:
         raise InputError(
-            f"{path}: no row has 'content', which {dataset.name} has; expected its own files, not "
-            "those of the set of titles"
+            f"{path}: no row has 'content'; expected the files of {dataset.name}, not those of its "
+            "variant with titles only"
         )
 
 
 def _targets(chunk: Chunk, row: int, num_labels: int) -> list[int]:
-    """The labels of a query, in their order."""
+    """The label rows of a query, in the published order."""
     labels, weights = (chunk.columns[name][row] for name in ("target_ind", "target_rel"))
     if not isinstance(labels, list):
         raise InputError(f"{chunk.where(row)}: target_ind is {labels!r:.40}, expected a list")
@@ -208,11 +212,14 @@ def _targets(chunk: Chunk, row: int, num_labels: int) -> list[int]:
                 f"{chunk.where(row)}: {label!r:.40} in target_ind, expected 0 to {num_labels - 1}"
             )
     if len(set(labels)) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
-        raise InputError(f"{chunk.where(row)}: {twice} is in target_ind twice; expected it once")
-    if weights is not None:  # Ones, wherever it is published.
-        fine = isinstance(weights, list) and len(weights) == len(labels)
-        if not fine or any(not isinstance(one, int | float) or one <= 0 for one in weights):
+        duplicate = next(label for label in labels if labels.count(label) > 1)
+        raise InputError(
+            f"{chunk.where(row)}: duplicate label {duplicate} in target_ind; expected each label "
+            "once"
+        )
+    if weights is not None:  # All published weights are ones.
+        is_valid = isinstance(weights, list) and len(weights) == len(labels)
+        if not is_valid or any(not isinstance(w, int | float) or w <= 0 for w in weights):
             raise InputError(
                 f"{chunk.where(row)}: target_rel is {weights!r:.40}, expected a positive number "
                 f"for each of {len(labels)} labels"
@@ -221,12 +228,13 @@ def _targets(chunk: Chunk, row: int, num_labels: int) -> list[int]:
 
 
 def _read_lines(dataset: PublicDataset, files: Files, part: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file with one text per line, and their labels from the relevance file."""
     path = files.texts[part]
     relevance = None if part == LABELS else _read_relevance(dataset, files.relevance[part], part)
     row = 0
     for chunk in xml_repository.read_texts(path, encoding=_encoding_of(path, dataset.encodings)):
         for text in chunk:
-            uid, labels = "", _NONE
+            uid, labels = "", _NO_LABELS
             if files.layout.with_ids:
                 uid, arrow, text = text.partition(_ARROW)
                 if not arrow or not uid:
@@ -240,6 +248,7 @@ def _read_lines(dataset: PublicDataset, files: Files, part: str) -> Iterator[dic
 
 
 def _read_relevance(dataset: PublicDataset, path: str, part: str) -> sparse.csr_matrix:
+    """The relevance of a split, of the published shape."""
     relevance = xml_repository.read_relevance(path)
     expected = (dataset.sizes[part], dataset.labels)
     if relevance.shape != expected:
@@ -252,9 +261,9 @@ def _read_relevance(dataset: PublicDataset, path: str, part: str) -> sparse.csr_
 
 
 def _encoding_of(path: str, encodings: Iterable[str]) -> str:
-    """The first that decodes the whole file; the last is not tried."""
-    *tried, last = encodings
-    for encoding in tried:
+    """The first encoding that decodes the whole file; the last one is not checked."""
+    *candidates, last = encodings
+    for encoding in candidates:
         try:
             for _ in xml_repository.read_texts(path, encoding=encoding):
                 pass

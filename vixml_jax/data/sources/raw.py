@@ -1,4 +1,4 @@
-"""A data set as its source has it, before it is tokenised; views of parts of it."""
+"""The contents of a source before tokenization, and views of some of its rows."""
 
 import dataclasses
 import os
@@ -13,25 +13,26 @@ SPLITS = ("train", "valid", "test")
 
 
 class ItemImages(Protocol):
-    """Pictures of items as embeddings, read a block at a time."""
+    """Image embeddings of items, read a block at a time."""
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """Dimensions of an embedding."""
 
     @property
     def path(self) -> str:
-        """For messages."""
+        """The file they come from, for error messages."""
 
     def offsets(self, rows: Int[np.ndarray, " r"]) -> Int[np.ndarray, " r+1"]:
-        """Where the pictures of each of the rows begin among all of them."""
+        """Where the images of each row begin among the images of all `rows`."""
 
     def read(self, rows: Int[np.ndarray, " r"]) -> Iterator[Float16[np.ndarray, "k v"]]:
-        """The pictures of the rows in order, those that there are, a block at a time."""
+        """The images of the rows in order, a block at a time; rows may have none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectedImages:
-    """Those of some rows of others."""
+    """The images of selected rows of another `ItemImages`."""
 
     images: ItemImages
     rows: Int[np.ndarray, " n"]
@@ -53,14 +54,14 @@ class SelectedImages:
 
 @dataclasses.dataclass(frozen=True)
 class RawItems:
-    """Texts and pictures of one kind of items.
+    """Texts, images and ids of queries or labels.
 
     Attributes:
-      count: Items.
-      read_texts: Starts to read the texts anew, and gives them in order, a chunk at a time.
-      images: Their pictures, if the source has any.
-      ids: What the source calls them, one a row; None: it does not say, and rows are counted.
-      rows: Of a part: the rows that they have in the whole; None: this is the whole.
+      count: Number of items.
+      read_texts: Returns an iterator over the texts in order, in chunks. It can be called again.
+      images: Image embeddings; None if the source has none.
+      ids: Ids in the source, one per row; None if it has none, and row numbers are used instead.
+      rows: Row numbers in the source, for selected rows; None if these are all rows.
     """
 
     count: int
@@ -70,7 +71,7 @@ class RawItems:
     rows: Int[np.ndarray, " n"] | None = None
 
     def select(self, rows: Int[np.ndarray, " r"]) -> "RawItems":
-        """Those of the rows, which ascend."""
+        """The items of some rows, given in ascending order."""
         if len(rows) == self.count:
             return self
         kept = np.zeros(self.count, bool)
@@ -84,7 +85,7 @@ class RawItems:
         )
 
     def name(self, row: int) -> str:
-        """What an item is called: its id, or the number of its row in the source."""
+        """The id of an item, or its row number in the source if there are no ids."""
         if self.ids is not None:
             return self.ids[row]
         return str(row if self.rows is None else self.rows[row])
@@ -103,29 +104,29 @@ class _SelectedIds(Sequence):
 
 
 def _select(chunks: Iterable[list[str]], kept: Bool[np.ndarray, " n"]) -> Iterator[list[str]]:
-    """The texts that are kept."""
+    """The texts of the rows where `kept` is True, in chunks."""
     start = 0
     for chunk in chunks:
-        stay = kept[start : start + len(chunk)]
+        chunk_kept = kept[start : start + len(chunk)]
         start += len(chunk)
-        if stay.all():
+        if chunk_kept.all():
             yield chunk
         else:
-            yield [text for text, keep in zip(chunk, stay, strict=True) if keep]
+            yield [text for text, keep in zip(chunk, chunk_kept, strict=True) if keep]
 
 
 @dataclasses.dataclass(frozen=True)
 class RawQueries:
-    """Queries of one split and what is known of their labels.
+    """The queries of one split and their labels.
 
     Attributes:
       items: The queries.
-      relevance: float32 ones in canonical form, [queries, labels].
-      weights: What each of these ones counts when a positive is drawn, in the order of
-        `relevance.indices`; None: all the same.
-      filter: int64 pairs (query, label) that are never predicted, sorted; None: the source says
-        nothing of them.
-      key: What queries are split by: a number for each group, or a time; None: not told.
+      relevance: float32 [queries, labels] in canonical format, 1 at each relevant label.
+      weights: Sampling weight of each relevant label as a positive, in the order of
+        `relevance.indices`; None means equal weights.
+      filter: int64 pairs (query, label) that are never predicted, sorted; None if the source does
+        not define any.
+      key: Value to split by, one per query: a group number or a time; None if not requested.
     """
 
     items: RawItems
@@ -135,7 +136,7 @@ class RawQueries:
     key: Num[np.ndarray, " n"] | None = None
 
     def select(self, rows: Int[np.ndarray, " r"]) -> "RawQueries":
-        """Those of the rows, which ascend."""
+        """The queries of some rows, given in ascending order."""
         if len(rows) == self.items.count:
             return self
         lengths = np.diff(self.relevance.indptr)
@@ -151,7 +152,7 @@ class RawQueries:
 
 
 def canonical(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
-    """The matrix, known to have sorted indices, each once."""
+    """The matrix, marked as having sorted indices without duplicates."""
     matrix.has_canonical_format = True
     return matrix
 
@@ -159,23 +160,23 @@ def canonical(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
 def _renumber(
     pairs: Int[np.ndarray, "f 2"], kept: Bool[np.ndarray, " n"]
 ) -> Int[np.ndarray, "g 2"]:
-    """Filter pairs of the queries that are kept, by their new rows."""
+    """The filter pairs of the kept queries, with their new row numbers."""
     pairs = pairs[kept[pairs[:, 0]]]
     return np.stack([np.cumsum(kept)[pairs[:, 0]] - 1, pairs[:, 1]], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class RawDataset:
-    """A data set as its source has it.
+    """The contents of a source.
 
     Attributes:
-      name: For tables.
-      fingerprint: What tells this source and its state from another, for `dataset.json`.
+      name: Name of the data set.
+      fingerprint: Identifies the source and its state; stored in `dataset.json`.
       labels: The labels.
-      train: The queries.
-      test, valid: Those held out of training, if the source has some or they were taken out.
-      understood: How the source was read, a line each.
-      warnings: What its owner should know, a line each.
+      train: The training queries.
+      test, valid: The queries of these splits, from the source or held out of training.
+      summary: How the source was read, for the preview; an entry may have several lines.
+      warnings: Possible faults of the source, one line each.
     """
 
     name: str
@@ -184,17 +185,22 @@ class RawDataset:
     train: RawQueries
     test: RawQueries | None = None
     valid: RawQueries | None = None
-    understood: tuple[str, ...] = ()
+    summary: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
     def splits(self) -> dict[str, RawQueries]:
-        """The splits that there are, by name."""
-        return {name: found for name in SPLITS if (found := getattr(self, name)) is not None}
+        """The existing splits by name."""
+        return {name: queries for name in SPLITS if (queries := getattr(self, name)) is not None}
 
 
-def describe_files(paths: Iterable[str], directory: str = "") -> dict[str, list[int]]:
-    """Size and time of change of each file, by name; by its path from a directory, if told."""
+def file_stats(paths: Iterable[str], directory: str = "") -> dict[str, list[int]]:
+    """Size in bytes and modification time in nanoseconds of each file.
+
+    Args:
+      paths: The files.
+      directory: If given, the keys are paths relative to it; else the names of the files.
+    """
     stats = {}
     for path in sorted(paths):
         stat = os.stat(path)

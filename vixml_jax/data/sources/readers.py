@@ -1,4 +1,4 @@
-"""Tables in files: csv, tsv, jsonl and parquet, plain, gz or zst, as chunks of columns."""
+"""Readers of csv, tsv, jsonl (plain, gz or zst) and parquet files, as chunks of columns."""
 
 import codecs
 import contextlib
@@ -19,19 +19,21 @@ KINDS = {
     ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
     ".parquet": "parquet", ".pq": "parquet",
 }  # fmt: skip
-_PACKED = (".gz", ".zst")
-_ROWS = 1 << 13  # Of a chunk.
-MAX_LINE = 4 << 20  # Bytes of a line at most: longer ones are broken files, and would fill memory.
+_COMPRESSED = (".gz", ".zst")
+_CHUNK_ROWS = 1 << 13
+# Longest line in bytes. Longer lines occur in broken files only, and would exhaust memory.
+MAX_LINE = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Rows of one file, column by column.
+    """Consecutive rows of one file, by column.
 
     Attributes:
-      path: Of the file.
-      lines: Of each row, where it begins; from 1. In parquet, the row's number.
-      columns: Values by name, one a row: what the file holds, strings in csv; None where absent.
+      path: Path of the file.
+      lines: Line where each row begins, from 1; for parquet, the number of the row.
+      columns: Values by column name, one per row, of the types that the file has (csv: strings);
+        None where a row has no value.
     """
 
     path: str
@@ -42,56 +44,61 @@ class Chunk:
         return len(self.lines)
 
     def where(self, row: int) -> str:
-        """For messages: file and line of a row of this chunk."""
+        """File and line of a row of this chunk, for error messages."""
         word = "row" if kind_of(self.path) == "parquet" else "line"
         return f"{self.path}, {word} {self.lines[row]}"
 
 
 def kind_of(path: str) -> str | None:
-    """csv, tsv, jsonl or parquet, by the name; None if it is no table's."""
-    stem, ending = os.path.splitext(path.lower())
-    packed = ending in _PACKED
-    kind = KINDS.get(os.path.splitext(stem)[1] if packed else ending)
-    return None if packed and kind == "parquet" else kind
+    """'csv', 'tsv', 'jsonl' or 'parquet', from the file name; None if it is not a table."""
+    stem, extension = os.path.splitext(path.lower())
+    compressed = extension in _COMPRESSED
+    kind = KINDS.get(os.path.splitext(stem)[1] if compressed else extension)
+    return None if compressed and kind == "parquet" else kind
 
 
 def stem_of(path: str) -> str:
-    """A table's path without what says its kind: the same of 'a.csv', 'a.csv.gz', 'a.parquet'."""
-    stem, ending = os.path.splitext(path)
-    return os.path.splitext(stem)[0] if ending.lower() in _PACKED else stem
+    """The path without extensions: equal for 'a.csv', 'a.csv.gz' and 'a.parquet'."""
+    stem, extension = os.path.splitext(path)
+    return os.path.splitext(stem)[0] if extension.lower() in _COMPRESSED else stem
 
 
 def column_names(path: str, *, encoding: str = "utf-8") -> list[str]:
-    """The columns that the first chunk of a file has, in order.
+    """The column names in the first chunk of a file, in order.
 
     Raises:
-      InputError: If the file cannot be read, or holds nothing.
+      InputError: If the file cannot be read, or has no rows.
     """
     if kind_of(path) == "parquet":
-        with _faults_of(path), _open_parquet(path) as file:
+        with _file_errors(path), _open_parquet(path) as file:
             if file.metadata.num_rows:
                 return list(file.schema_arrow.names)
     else:
         for chunk in read(path, encoding=encoding):
             return list(chunk.columns)
-    raise InputError(f"{path}: no rows; expected some, or no such file")
+    raise no_rows_error(path)
+
+
+def no_rows_error(path: str) -> InputError:
+    """The error for a table without rows."""
+    return InputError(f"{path}: no rows; expected at least one, or remove the file")
 
 
 def read(
     path: str, columns: Sequence[str] | None = None, *, encoding: str = "utf-8"
 ) -> Iterator[Chunk]:
-    """The rows of a file in order, a chunk at a time.
+    """The rows of a file in order, in chunks.
 
     Args:
-      path: Of the file; its ending says what it is.
-      columns: Those that are wanted; None: all. In jsonl, rows may lack some.
-      encoding: Of texts; parquet has its own.
+      path: The file; its extension determines the format.
+      columns: The columns to read; None reads all. In jsonl, rows may lack some of them.
+      encoding: Text encoding of csv, tsv and jsonl.
 
     Raises:
-      InputError: If the file cannot be read, with the line at fault.
+      InputError: If the file cannot be read; names the line.
     """
-    kind = _kind(path)
-    with _faults_of(path):
+    kind = _required_kind(path)
+    with _file_errors(path):
         if kind == "parquet":
             yield from _read_parquet(path, columns)
         elif kind == "jsonl":
@@ -103,13 +110,15 @@ def read(
 def read_rows(
     path: str, *, encoding: str = "utf-8"
 ) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    """Line and values of each row in order, or what is wrong with it: the next may be fine.
+    """Line and values of each row in order, or the error of a row that cannot be read.
+
+    Reading continues after a row with an error.
 
     Raises:
-      InputError: If the file cannot be read at all, or any further.
+      InputError: If the file, or the rest of it, cannot be read.
     """
-    kind = _kind(path)
-    with _faults_of(path):
+    kind = _required_kind(path)
+    with _file_errors(path):
         if kind == "parquet":
             for chunk in _read_parquet(path, None):
                 for row, line in enumerate(chunk.lines):
@@ -119,43 +128,40 @@ def read_rows(
                 if isinstance(text, InputError):
                     yield number, text
                 elif not text.isspace():
-                    yield number, _try(_parse_json, path, number, text)
+                    yield number, _result_or_error(_parse_json, path, number, text)
         else:
             rows = _CsvRows(path, encoding, "," if kind == "csv" else "\t")
             for line, row in rows:
-                yield (
-                    line,
-                    row
-                    if isinstance(row, InputError)
-                    else dict(zip(rows.header, row, strict=True)),
-                )
+                if not isinstance(row, InputError):
+                    row = dict(zip(rows.header, row, strict=True))
+                yield line, row
 
 
-def _try(parse: Callable[..., Any], *arguments: Any) -> Any:
-    """What `parse` returns, or the InputError that it raises."""
+def _result_or_error(parse: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of `parse`, or the InputError that it raises."""
     try:
         return parse(*arguments)
     except InputError as error:
         return error
 
 
-def _kind(path: str) -> str:
-    """As `kind_of`; a file of no kind is refused."""
+def _required_kind(path: str) -> str:
+    """The same as `kind_of`, but raises an error for a file that is not a table."""
     kind = kind_of(path)
     if kind is None:
         raise InputError(
-            f"{path}: expected a name that ends in {', '.join(KINDS)}, or one of these in .gz or "
-            ".zst (not parquet)"
+            f"{path}: expected a file name that ends in {', '.join(KINDS)}, optionally followed by "
+            ".gz or .zst (not for parquet)"
         )
     return kind
 
 
 @contextlib.contextmanager
-def _faults_of(path: str) -> Iterator[None]:
-    """What may be wrong with a file as a whole, in a line."""
+def _file_errors(path: str) -> Iterator[None]:
+    """Turns errors of reading a file into an InputError that names the file."""
     try:
         if not os.path.getsize(path):
-            raise InputError(f"{path}: empty, zero bytes; expected a table")
+            raise InputError(f"{path}: the file is empty (0 bytes); expected a table")
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: truncated or damaged ({error})") from None
@@ -165,22 +171,26 @@ def _faults_of(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked."""
+    """The uncompressed bytes of a file."""
     if path.lower().endswith(".gz"):
         with gzip.open(path, "rb") as file:
             yield file
     elif path.lower().endswith(".zst"):
         import pyarrow
 
-        with pyarrow.OSFile(path) as packed:
-            yield io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"))
+        with pyarrow.OSFile(path) as compressed:
+            yield io.BufferedReader(pyarrow.CompressedInputStream(compressed, "zstd"))
     else:
         with open(path, "rb") as file:
             yield file
 
 
 def read_lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line, its end included."""
+    """Number and text of each line, including its line end.
+
+    Raises:
+      InputError: If a line is too long, or is not in the encoding.
+    """
     for number, text in _lines(path, encoding):
         if isinstance(text, InputError):
             raise text
@@ -188,19 +198,13 @@ def read_lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
 
 
 def _lines(path: str, encoding: str) -> Iterator[tuple[int, str | InputError]]:
-    """Number and text of each line, its end included, or what is wrong with it."""
+    """Number and text of each line, including its line end, or the error of a bad line."""
     with _open(path) as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
             number += 1
             if len(line) > MAX_LINE:
-                yield (
-                    number,
-                    InputError(
-                        f"{path}, line {number}: longer than {MAX_LINE >> 20} MiB; expected one "
-                        "row a line"
-                    ),
-                )
+                yield number, long_line_error(path, number)
                 while not line.endswith(b"\n") and (line := file.readline(MAX_LINE + 1)):
                     pass
                 continue
@@ -209,46 +213,54 @@ def _lines(path: str, encoding: str) -> Iterator[tuple[int, str | InputError]]:
             try:
                 text = line.decode(encoding)
             except UnicodeDecodeError as error:
-                hint = "" if encoding == "latin-1" else "; if it is latin-1, say --encoding=latin-1"
-                yield (
-                    number,
-                    InputError(
-                        f"{path}, line {number}: byte 0x{line[error.start]:02x} at column "
-                        f"{error.start + 1} is not {encoding}{hint}"
-                    ),
-                )
+                yield number, encoding_error(path, number, error, encoding)
                 continue
             yield number, text
 
 
-class _CsvRows:
-    """Rows of a file of separated text, each with the line where it begins.
+def long_line_error(path: str, line: int) -> InputError:
+    """The error for a line of more than `MAX_LINE` bytes."""
+    return InputError(
+        f"{path}, line {line}: longer than {MAX_LINE >> 20} MiB; expected one item per line"
+    )
 
-    A row that has a wrong number of fields, wrong quotes or a bad line among its own is given as
-    what is wrong with it.
+
+def encoding_error(path: str, line: int, error: UnicodeDecodeError, encoding: str) -> InputError:
+    """The error for a line that is not in the encoding."""
+    hint = "" if encoding == "latin-1" else "; if the file is Latin-1, pass --encoding=latin-1"
+    return InputError(
+        f"{path}, line {line}: byte 0x{error.object[error.start]:02x} at column "
+        f"{error.start + 1} is not {encoding}{hint}"
+    )
+
+
+class _CsvRows:
+    """Iterator over the rows of a csv or tsv file and the lines where they begin.
+
+    A row with a wrong number of fields, wrong quotes or a bad line yields an InputError instead.
     """
 
     def __init__(self, path: str, encoding: str, delimiter: str):
         csv.field_size_limit(MAX_LINE)
         self._path, self._delimiter = path, delimiter
-        self._fault: InputError | None = None  # Of a line, which takes no part in any row.
+        self._line_error: InputError | None = None  # Of the row that is being parsed.
         self._rows = csv.reader(self._texts(encoding), delimiter=delimiter, strict=True)
         header = self._next()
         if isinstance(header, InputError):
             raise header
         if not header or not any(header):
-            raise InputError(f"{path}, line 1: no column names; expected a header")
+            raise InputError(f"{path}, line 1: no column names; expected a header line")
         _check_names(f"{path}, line 1", header)
         self.header = header
 
     def _texts(self, encoding: str) -> Iterator[str]:
         for _, text in _lines(self._path, encoding):
             if isinstance(text, InputError):
-                self._fault, text = text, "\n"
+                self._line_error, text = text, "\n"
             yield text
 
     def _next(self) -> list[str] | InputError | None:
-        """The next row; None at the end."""
+        """The next row or its error; None at the end."""
         try:
             row = next(self._rows, None)
         except csv.Error as error:
@@ -256,8 +268,8 @@ class _CsvRows:
                 f"{self._path}, line {self._rows.line_num}: not {self._delimiter!r}-separated text "
                 f"({error}); check the quotes"
             )
-        fault, self._fault = self._fault, None
-        return fault or row
+        line_error, self._line_error = self._line_error, None
+        return line_error or row
 
     def __iter__(self) -> Iterator[tuple[int, list[str] | InputError]]:
         while True:
@@ -270,7 +282,7 @@ class _CsvRows:
                     f"{self._path}, line {line}: {len(row)} fields, expected {len(self.header)} as "
                     "in the header"
                 )
-            if isinstance(row, InputError) or row:  # Else a blank line.
+            if isinstance(row, InputError) or row:  # Blank lines are skipped.
                 yield line, row
 
 
@@ -278,57 +290,61 @@ def _read_csv(
     path: str, wanted: Sequence[str] | None, encoding: str, delimiter: str
 ) -> Iterator[Chunk]:
     rows = _CsvRows(path, encoding, delimiter)
-    at = {name: place for place, name in enumerate(rows.header) if wanted is None or name in wanted}
+    index_of = {
+        name: index for index, name in enumerate(rows.header) if wanted is None or name in wanted
+    }
     numbered = iter(rows)
-    while found := list(itertools.islice(numbered, _ROWS)):
-        for _, row in found:
+    while block := list(itertools.islice(numbered, _CHUNK_ROWS)):
+        for _, row in block:
             if isinstance(row, InputError):
                 raise row
-        lines = [line for line, _ in found]
+        lines = [line for line, _ in block]
         yield Chunk(
-            path, lines, {name: [row[place] for _, row in found] for name, place in at.items()}
+            path,
+            lines,
+            {name: [row[index] for _, row in block] for name, index in index_of.items()},
         )
 
 
 def _read_jsonl(path: str, wanted: Sequence[str] | None, encoding: str) -> Iterator[Chunk]:
-    found, lines = [], []
+    rows, lines = [], []
 
     def chunk() -> Chunk:
-        names = dict.fromkeys(name for row in found for name in row) if wanted is None else wanted
-        return Chunk(path, list(lines), {name: [row.get(name) for row in found] for name in names})
+        names = dict.fromkeys(name for row in rows for name in row) if wanted is None else wanted
+        return Chunk(path, list(lines), {name: [row.get(name) for row in rows] for name in names})
 
     for number, text in read_lines(path, encoding):
         if text.isspace():
             continue
-        found.append(_parse_json(path, number, text))
+        rows.append(_parse_json(path, number, text))
         lines.append(number)
-        if len(found) == _ROWS:
+        if len(rows) == _CHUNK_ROWS:
             yield chunk()
-            found, lines = [], []
-    if found:
+            rows, lines = [], []
+    if rows:
         yield chunk()
 
 
 def _parse_json(path: str, number: int, text: str) -> dict[str, Any]:
-    """The object that a line holds."""
+    """The JSON object of a line."""
     try:
         row = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}, line {number}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise InputError(
-            f"{path}, line {number}: {text.strip()[:40]!r}, expected an object {{...}} a line"
+            f"{path}, line {number}: found {text.strip()[:40]!r}, expected one JSON object per line"
         )
     return row
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not allowed")
 
 
 @contextlib.contextmanager
 def _open_parquet(path: str) -> Iterator[Any]:
-    """A parquet file whose columns have different names."""
+    """An open parquet file, whose column names are unique."""
     import pyarrow
     from pyarrow import parquet
 
@@ -337,28 +353,28 @@ def _open_parquet(path: str) -> Iterator[Any]:
             _check_names(path, file.schema_arrow.names)
             yield file
     except pyarrow.ArrowException as error:
-        said = " ".join(str(error).split())
-        raise InputError(f"{path}: not a whole parquet file ({said})") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a complete parquet file ({reason})") from None
 
 
 def _check_names(where: str, names: Sequence[str]) -> None:
-    """Refuses two columns of one name."""
+    """Raises an error if two columns have the same name."""
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{where}: column {twice!r} is there twice; expected each name once")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{where}: column {duplicate!r} occurs twice; expected unique names")
 
 
 def _read_parquet(path: str, wanted: Sequence[str] | None) -> Iterator[Chunk]:
     with _open_parquet(path) as file:
         names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
         first = 1
-        for batch in file.iter_batches(batch_size=_ROWS, columns=names):
+        for batch in file.iter_batches(batch_size=_CHUNK_ROWS, columns=names):
             lines = range(first, first + batch.num_rows)
             columns = {}
             for name in names:
                 try:
                     columns[name] = _values(batch.column(name))
-                except (ValueError, OverflowError) as error:  # No UTF-8, or a date out of range.
+                except (ValueError, OverflowError) as error:  # Not UTF-8, or a date out of range.
                     raise InputError(
                         f"{path}, rows {lines.start} to {lines.stop - 1}: {name!r} cannot be read "
                         f"as {batch.column(name).type} ({error})"
@@ -369,11 +385,11 @@ def _read_parquet(path: str, wanted: Sequence[str] | None) -> Iterator[Chunk]:
 
 
 def _values(column: Any) -> Sequence[Any]:
-    """Python's values; lists of floats stay arrays, since a list of numbers is slow."""
+    """The column as Python values; lists of floats stay arrays, which are much faster."""
     import pyarrow
     from pyarrow import types
 
-    coarser = {  # Python's times have no nanoseconds.
+    coarser = {  # Python's time types have no nanoseconds.
         pyarrow.time64("ns"): pyarrow.time64("us"),
         pyarrow.duration("ns"): pyarrow.duration("us"),
     }

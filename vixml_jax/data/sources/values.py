@@ -1,4 +1,4 @@
-"""Values of cells: text, lists, numbers, embeddings, times; what is none of these is refused."""
+"""Conversion of table cells to text, lists, numbers, embeddings and times."""
 
 import datetime
 import json
@@ -13,7 +13,7 @@ from vixml_jax.data.sources.readers import Chunk
 from vixml_jax.errors import InputError
 
 LABELS = "labels"
-# The part of the data that a file, a directory of shards, or a value of a split column names.
+# Words in the name of a file, of a directory of shards or in a split column that name a part.
 PARTS = {
     "train": ("train", "training", "trn"),
     "valid": ("valid", "validation", "val", "dev"),
@@ -23,13 +23,18 @@ PARTS = {
 
 
 def text(value: Any, chunk: Chunk, row: int, column: str) -> str:
-    """A cell as text: numbers as written, None as nothing."""
+    """A cell as text; numbers are formatted, and None is the empty text.
+
+    Raises:
+      InputError: If the cell is of another type, or cannot be encoded as UTF-8.
+    """
     if isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
             raise InputError(
-                f"{chunk.where(row)}: {column!r} holds half a character (a lone surrogate)"
+                f"{chunk.where(row)}: {column!r} contains a lone surrogate (half of a UTF-16 "
+                "pair); expected valid Unicode text"
             ) from None
         return value
     if value is None:
@@ -42,8 +47,8 @@ def text(value: Any, chunk: Chunk, row: int, column: str) -> str:
 
 
 def splits(chunk: Chunk, column: str) -> list[str]:
-    """The split that each row names."""
-    found = []
+    """The split of each row, from its split column."""
+    names = []
     for row, value in enumerate(chunk.columns[column]):
         word = str(value).strip().lower()
         split = next((name for name in SPLITS if word in PARTS[name]), None)
@@ -52,12 +57,12 @@ def splits(chunk: Chunk, column: str) -> list[str]:
                 f"{chunk.where(row)}: {column!r} is {str(value)[:40]!r}, expected train, valid or "
                 "test"
             )
-        found.append(split)
-    return found
+        names.append(split)
+    return names
 
 
-def pieces(value: Any, separator: str, chunk: Chunk, row: int, column: str) -> list[Any]:
-    """The values that a cell lists: a list, JSON of one, or a string with separators."""
+def list_items(value: Any, separator: str, chunk: Chunk, row: int, column: str) -> list[Any]:
+    """The items of a cell that is a list, a JSON list, or a string with separators."""
     if value is None:
         return []
     if isinstance(value, str):
@@ -66,7 +71,8 @@ def pieces(value: Any, separator: str, chunk: Chunk, row: int, column: str) -> l
                 value = json.loads(value)
             except (ValueError, RecursionError) as error:
                 raise InputError(
-                    f"{chunk.where(row)}: {column!r} begins as a JSON list but is none ({error})"
+                    f"{chunk.where(row)}: {column!r} starts with '[' but is not a JSON list "
+                    f"({error})"
                 ) from None
         else:
             parts = value.split(separator) if separator else [value]
@@ -77,9 +83,9 @@ def pieces(value: Any, separator: str, chunk: Chunk, row: int, column: str) -> l
 
 
 def numbers(chunk: Chunk, row: int, column: str, separator: str) -> list[float]:
-    """Weights of a cell: finite in float32 and not negative."""
-    found = []
-    for value in pieces(chunk.columns[column][row], separator, chunk, row, column):
+    """The weights of a cell, which are not negative and finite in float32."""
+    weights = []
+    for value in list_items(chunk.columns[column][row], separator, chunk, row, column):
         try:
             with np.errstate(over="ignore"):
                 number = float(np.float32(float(value)))
@@ -88,14 +94,14 @@ def numbers(chunk: Chunk, row: int, column: str, separator: str) -> list[float]:
         if not 0.0 <= number < float("inf"):
             raise InputError(
                 f"{chunk.where(row)}: {str(value)[:40]!r} in {column!r}, expected a number of at "
-                "least 0 that float32 holds"
+                "least 0, finite in float32"
             )
-        found.append(number)
-    return found
+        weights.append(number)
+    return weights
 
 
 def vectors(value: Any, chunk: Chunk, row: int, column: str) -> Float16[np.ndarray, "k v"] | None:
-    """The embeddings of a cell; None: it has none."""
+    """The embeddings of a cell, one or several; None for an empty cell."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
@@ -105,29 +111,29 @@ def vectors(value: Any, chunk: Chunk, row: int, column: str) -> Float16[np.ndarr
             else:
                 value = value.replace(",", " ").split()
         if isinstance(value, np.ndarray) and value.dtype == object:
-            value = np.stack([np.asarray(one) for one in value]) if len(value) else []
+            value = np.stack([np.asarray(vector) for vector in value]) if len(value) else []
         with np.errstate(over="ignore"):
-            found = np.asarray(value, None if isinstance(value, np.ndarray) else np.float64)
-            found = found.astype(np.float16)
+            array = np.asarray(value, None if isinstance(value, np.ndarray) else np.float64)
+            array = array.astype(np.float16)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise InputError(f"{chunk.where(row)}: {column!r} is no embedding ({error})") from None
-    if not found.size:
+        raise InputError(f"{chunk.where(row)}: {column!r} is not an embedding ({error})") from None
+    if not array.size:
         return None
-    if found.ndim not in (1, 2):
+    if array.ndim not in (1, 2):
         raise InputError(
-            f"{chunk.where(row)}: {column!r} has {found.ndim} dimensions, expected 1 or 2"
+            f"{chunk.where(row)}: {column!r} has {array.ndim} dimensions, expected 1 or 2"
         )
-    found = found.reshape(-1, found.shape[-1])
-    if not np.isfinite(found).all():
+    array = array.reshape(-1, array.shape[-1])
+    if not np.isfinite(array).all():
         raise InputError(
-            f"{chunk.where(row)}: {column!r} is not finite in float16; expected numbers within "
-            "65504"
+            f"{chunk.where(row)}: {column!r} is not finite in float16; expected numbers from "
+            "-65504 to 65504"
         )
-    return found
+    return array
 
 
 def time(value: Any, chunk: Chunk, row: int, column: str) -> float:
-    """Seconds or any other count, or a date in ISO 8601."""
+    """A cell as a time: any number, or an ISO 8601 date in seconds since 1970."""
     if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
         value = datetime.datetime(value.year, value.month, value.day)
     try:
@@ -141,10 +147,11 @@ def time(value: Any, chunk: Chunk, row: int, column: str) -> float:
     if not np.isfinite(number):
         raise InputError(
             f"{chunk.where(row)}: {str(value)[:40]!r} in {column!r}, expected a number or a date "
-            "like 2024-05-17"
+            "such as 2024-05-17"
         )
     return number
 
 
 def group(value: Any, chunk: Chunk, row: int, column: str) -> np.uint64:
+    """A cell as the number of a group: the hash of its text."""
     return filters.keys([text(value, chunk, row, column)])[0]

@@ -1,4 +1,4 @@
-"""Where texts may be cut so that the tokens of the pieces are the tokens of the text."""
+"""Splits texts into pieces that a tokenizer treats independently of each other."""
 
 import re
 from collections.abc import Callable
@@ -6,40 +6,40 @@ from typing import Any, NamedTuple
 
 
 class Rule(NamedTuple):
-    """How the texts of a tokenizer fall into pieces.
+    """How texts are split into pieces, such that their tokens together are those of the text.
 
     Attributes:
-      split: Gives the pieces of a text.
-      end: What may be put after each of several pieces so that they are tokenised as one text:
-        a special token that is not part of any; None: nothing may.
+      split: Returns the pieces of a text.
+      end: A special token that ends each piece when several are tokenized as one text; None if
+        there is no such token.
     """
 
     split: Callable[[str], list[str]]
     end: str | None
 
 
-# What looks at one character at a time, or at marks that follow it: never beyond a space.
+# Normalizers that look at one character and the marks that follow it, never beyond a space.
 _LOCAL_NORMALIZERS = {
     "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents",
 }  # fmt: skip
 _SPLITS_AT_SPACES = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 _SPLITS_FURTHER = _SPLITS_AT_SPACES | {"Digits", "Punctuation"}
-# The expressions of Qwen 2 and 3 and of Llama 3. As in GPT-2's, a match has spaces only at its
-# begin, or spaces alone.
+# The regular expressions of Qwen 2 and 3 and of Llama 3. As in that of GPT-2, a match has spaces
+# only at its beginning, or consists of spaces.
 QWEN, LLAMA = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits +
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in ("", "{1,3}")
 )  # fmt: skip
-# In these texts a byte-level tokenizer may see more than one space at a time.
+# Texts in which a byte-level tokenizer may see more than one space at a time.
 _UNEVEN = re.compile(r"^ | $|  |[^\S ]")
 
 
 def rule_of(about: dict[str, Any]) -> Rule:
-    """The rule of a tokenizer; a piece is a whole text where nothing better is known.
+    """The rule of a tokenizer; an unknown kind of tokenizer has whole texts as pieces.
 
     Args:
-      about: The tokenizer's JSON.
+      about: Parsed JSON of the tokenizer.
     """
     normalizers = _types(about["normalizer"], "normalizers")
     splits = _types(about["pre_tokenizer"], "pretokenizers")
@@ -63,7 +63,12 @@ def rule_of(about: dict[str, Any]) -> Rule:
 
 
 def _types(about: dict[str, Any] | None, members: str) -> list[str]:
-    """What a normalizer or a pre-tokenizer does, step by step."""
+    """The types of the steps of a normalizer or pre-tokenizer.
+
+    Args:
+      about: Its JSON; None if the tokenizer has none.
+      members: Key of the steps of a sequence.
+    """
     if about is None:
         return []
     steps = about[members] if about["type"] == "Sequence" else [about]
@@ -71,7 +76,7 @@ def _types(about: dict[str, Any] | None, members: str) -> list[str]:
 
 
 def _end(added: list[dict[str, Any]]) -> str | None:
-    """A special token that is found as it is written."""
+    """A special token that is matched exactly, without regard to the text around it."""
     for token in added:
         if token["special"] and not (
             token["normalized"] or token["single_word"] or token["lstrip"]
@@ -81,7 +86,7 @@ def _end(added: list[dict[str, Any]]) -> str | None:
 
 
 def _is_byte_level(about: dict[str, Any] | None) -> bool:
-    """Whether a pre-tokenizer is GPT-2's, Qwen's or Llama's."""
+    """Whether a pre-tokenizer is that of GPT-2, Qwen or Llama."""
     types = _types(about, "pretokenizers")
     if types == ["ByteLevel"]:
         last = about if about["type"] == "ByteLevel" else about["pretokenizers"][0]
@@ -101,5 +106,5 @@ def _split_at_spaces(text: str) -> list[str]:
 
 
 def _split_before_spaces(text: str) -> list[str]:
-    """Words with the space before them, unless there are other spaces than one between words."""
+    """Words with the space before them; the whole text if its spaces are not single spaces."""
     return [text] if _UNEVEN.search(text) else text.replace(" ", "\n ").split("\n")

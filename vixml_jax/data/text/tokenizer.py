@@ -1,4 +1,4 @@
-"""Tokenizers: any fast one of Hugging Face, or trained on the texts; the prompt of a decoder."""
+"""Loads fast tokenizers of Hugging Face, trains new ones, and tokenizes the prompt of a decoder."""
 
 import os
 import re
@@ -14,23 +14,24 @@ if TYPE_CHECKING:
 TRAIN = "train"
 _FILE = "tokenizer.json"
 NO_FRAME = (
-    "the tokenizer's post-processor does not only put tokens before and after a text; expected one "
-    "that does"
+    "the post-processor of the tokenizer does more than adding tokens before and after a text; "
+    "expected a tokenizer that only adds tokens"
 )
-_LONG_WORD = re.compile(r"\S{100}(?=\S)")  # WordPiece makes [UNK] of longer ones.
-_LONG_TEXT = 1000
+_LONG_WORD = re.compile(r"\S{100}(?=\S)")  # WordPiece replaces longer words by [UNK].
+_LONG_TEXT = 1000  # Characters; only longer texts are searched for long words.
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def load(name: str, max_tokens: int) -> "Tokenizer":
-    """The fast tokenizer of a directory or a hub name, set to cut texts and never to pad.
+    """Loads a fast tokenizer, and sets it to truncate texts and never to pad them.
 
     Args:
-      name: A directory with `tokenizer.json` or with a checkpoint; else a model of the hub.
-      max_tokens: Length at which texts are cut, special tokens included and kept.
+      name: A directory with `tokenizer.json` or a checkpoint, or the name of a model on the
+        Hugging Face hub.
+      max_tokens: Maximum number of tokens of a text, special tokens included; these are kept.
 
     Raises:
-      InputError: If there is no such tokenizer, or the length leaves no room for text.
+      InputError: If there is no such tokenizer, or `max_tokens` leaves no space for text.
     """
     from tokenizers import Tokenizer
 
@@ -39,44 +40,46 @@ def load(name: str, max_tokens: int) -> "Tokenizer":
         try:
             tokenizer = Tokenizer.from_file(path)
         except Exception as error:  # The library raises bare Exception.
-            raise InputError(f"{path}: not a tokenizer ({error})") from None
+            raise InputError(
+                f"{path}: not a tokenizer of the `tokenizers` library ({error})"
+            ) from None
     else:
         tokenizer = _resolve(name)
     return _fit(tokenizer, max_tokens)
 
 
 def _resolve(name: str) -> "Tokenizer":
-    """The tokenizer that transformers finds under a name; slow to import, so only here."""
+    """The tokenizer that transformers finds under a name; importing transformers is slow."""
     import transformers
 
     try:
-        found = transformers.AutoTokenizer.from_pretrained(name, use_fast=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, use_fast=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"--tokenizer={name}: neither a directory with {_FILE} nor a model of the Hugging Face "
+            f"--tokenizer={name}: neither a directory with {_FILE} nor a model on the Hugging Face "
             f"hub ({reason})"
         ) from None
-    if not found.is_fast:
-        raise InputError(f"--tokenizer={name}: has no fast tokenizer ({_FILE})")
-    return found.backend_tokenizer
+    if not tokenizer.is_fast:
+        raise InputError(f"--tokenizer={name}: expected a model with a fast tokenizer ({_FILE})")
+    return tokenizer.backend_tokenizer
 
 
 def train(
     read_texts: Callable[[], Iterable[list[str]]], *, vocab_size: int, max_tokens: int
 ) -> "Tokenizer":
-    """A WordPiece tokenizer in BERT's manner (lower case, no accents), the same for the same texts.
+    """Trains a WordPiece tokenizer like BERT's (lower case, no accents); it is deterministic.
 
     Args:
-      read_texts: Starts to read the texts anew, and gives them a chunk at a time.
-      vocab_size: Tokens at most, the five special ones included; more only where single
-        characters alone are more.
-      max_tokens: Length at which texts are cut, special tokens included and kept.
+      read_texts: Returns an iterator over the texts, a chunk at a time; called twice.
+      vocab_size: Maximum size of the vocabulary, the five special tokens included. It is exceeded
+        only if there are more single characters.
+      max_tokens: Maximum number of tokens of a text, special tokens included; these are kept.
     """
     from tokenizers import trainers
 
     def cut_texts() -> Iterator[list[str]]:
-        """Texts without words so long that learning, which takes the square of it, would hang."""
+        """The texts with long words cut; the time of training grows with their squared length."""
         for chunk in read_texts():
             yield [
                 _LONG_WORD.sub(r"\g<0> ", text) if len(text) > _LONG_TEXT else text
@@ -85,30 +88,30 @@ def train(
 
     learner = _word_piece({"[UNK]": 0})
     pieces = sorted(_continuations(learner, cut_texts()))
-    # The trainer numbers characters within words as a hash map happens to give them, and breaks
-    # ties by these numbers. Named as special tokens they are numbered first, in our order.
+    # The trainer numbers characters within words in the order of a hash map, and breaks ties by
+    # these numbers. As special tokens they are numbered first and in sorted order.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=[*_SPECIAL, *pieces], show_progress=False
     )
     learner.train_from_iterator(cut_texts(), trainer)
-    # A new one with what was learnt, since in the old one those characters remain special.
+    # A new tokenizer with the same vocabulary, since those characters are special in the old one.
     return _fit(_word_piece(learner.get_vocab(with_added_tokens=False)), max_tokens)
 
 
 def _continuations(tokenizer: "Tokenizer", texts: Iterable[list[str]]) -> set[str]:
-    """The characters that occur within words, but not as their first, as WordPiece marks them."""
+    """The characters that occur after the first of a word, in WordPiece's notation."""
     between_spaces: set[str] = set()
     for chunk in texts:
         between_spaces.update(tokenizer.normalizer.normalize_str("\n".join(chunk)).split())
-    found: set[str] = set()
-    for part in between_spaces:  # Once each: a Python call a text would take minutes.
+    characters: set[str] = set()
+    for part in between_spaces:  # Each only once, since a Python call per text takes minutes.
         for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(part):
-            found.update(word[1:])
-    return {f"##{character}" for character in found}
+            characters.update(word[1:])
+    return {f"##{character}" for character in characters}
 
 
 def _word_piece(vocabulary: dict[str, int]) -> "Tokenizer":
-    """BERT's tokenizer; it frames texts once the vocabulary has the special tokens."""
+    """BERT's tokenizer; it adds special tokens to texts if the vocabulary has them."""
     from tokenizers import (
         Tokenizer,
         decoders,
@@ -133,11 +136,11 @@ def _word_piece(vocabulary: dict[str, int]) -> "Tokenizer":
 
 
 def _fit(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":
-    """Replaces the tokenizer's own cutting and padding, which checkpoints are shipped with."""
+    """Replaces the truncation and padding that a tokenizer was saved with."""
     special = tokenizer.num_special_tokens_to_add(is_pair=False)
     if max_tokens <= special:
         raise InputError(
-            f"--max_tokens={max_tokens}: the tokenizer adds {special} special tokens, expected at "
+            f"--max_tokens={max_tokens}: the tokenizer adds {special} special tokens; expected at "
             f"least {special + 1}"
         )
     tokenizer.no_padding()
@@ -146,10 +149,10 @@ def _fit(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":
 
 
 def special_tokens(tokenizer: "Tokenizer") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer adds before a text and after it.
+    """The tokens that the tokenizer adds before and after a text.
 
     Raises:
-      InputError: If it does something else.
+      InputError: If its post-processor does something else.
     """
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     framed = tokenizer.encode("a").ids
@@ -162,37 +165,40 @@ def special_tokens(tokenizer: "Tokenizer") -> tuple[tuple[int, ...], tuple[int, 
 def prompt_layout(
     tokenizer: "Tokenizer", *, text: str, images: str, order: str, num_images: int, end: int | None
 ) -> Layout:
-    """How an item is written for a decoder (paper, section 3).
+    """The layout of an item for a decoder (paper, section 3).
 
-    [text piece][text][image piece][images][end], or images first. Begin tokens stand once, at the
-    start of all, whatever the tokenizer would add to each piece; a picture's piece stands only
-    where there is a picture.
+    An item is [text prompt][text][image prompt][images][end], or the images come first. Begin
+    tokens appear once, at the start; the image prompt appears only if the item has an image.
 
     Args:
-      tokenizer: Of the prepared texts.
-      text: Piece before the text.
-      images: Piece before the pictures.
+      tokenizer: Tokenizer of the prepared texts.
+      text: Prompt before the text.
+      images: Prompt before the images.
       order: "text_image" or "image_text".
-      num_images: Pictures of an item at most.
-      end: The end token where the tokenizer adds none; None: there is none.
+      num_images: Maximum number of images of an item.
+      end: The end token, used if the tokenizer adds none; None if there is none.
     """
     before, after = special_tokens(tokenizer)
-    say, show = (
+    text_prompt, image_prompt = (
         tuple(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in (text, images)
     )
     last = after[-1:] or (() if end is None else (end,))
-    parts: list[Part] = [say, "text", show, "images"]
+    parts: list[Part] = [text_prompt, "text", image_prompt, "images"]
     if order == "image_text":
-        parts = [show, "images", say, "text"]
+        parts = [image_prompt, "images", text_prompt, "text"]
 
     def framed(parts: list[Part]) -> tuple[Part, ...]:
         return tuple(part for part in (before, *parts, last) if part)
 
     return Layout(
-        num_images, framed(parts), framed([say, "text"]), False, (len(before), len(after))
+        num_images=num_images,
+        seen=framed(parts),
+        unseen=framed([text_prompt, "text"]),
+        reserve_images=False,
+        trim=(len(before), len(after)),
     )
 
 
 def vocab_size(tokenizer: "Tokenizer") -> int:
-    """Rows that an embedding table needs: one more than the largest id."""
+    """Number of rows that an embedding table needs: the largest token id plus one."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

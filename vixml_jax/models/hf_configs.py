@@ -1,0 +1,274 @@
+"""Sizes of towers, read from the config.json of Hugging Face checkpoints and written to it."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from vixml_jax.errors import InputError
+from vixml_jax.models.bert import BertConfig
+from vixml_jax.models.decoder import DecoderConfig, Rope
+from vixml_jax.models.siglip import SiglipConfig
+
+# model_type of a multimodal model -> the field with the config of the half that is supported here,
+# and the model_type of that half.
+_NESTED = {
+    "gemma3": ("text_config", "gemma3_text"),
+    "siglip": ("vision_config", "siglip_vision_model"),
+}
+
+
+class _Fields:
+    """The fields of a config.json; errors name the file and the field."""
+
+    def __init__(self, path: str, values: Mapping[str, Any]):
+        self.path, self.values = path, values
+
+    def get(self, name: str, *default: Any) -> Any:
+        """The field's value, or `default` if it is absent or null."""
+        value = self.values.get(name)
+        if value is None:
+            if not default:
+                raise InputError(f"{self.path}: {name} is missing")
+            return default[0]
+        return value
+
+    def require(self, **expected: Any) -> None:
+        """Raises an `InputError` if a field has another value; absent or null is accepted."""
+        for name, value in expected.items():
+            if self.values.get(name) not in (value, None):
+                raise InputError(
+                    f"{self.path}: {name} is {self.values[name]!r}, expected {value!r}"
+                )
+
+    def nested(self, name: str) -> "_Fields":
+        """The fields of an object in a field; empty if it is absent or null."""
+        return _Fields(f"{self.path}: {name}", self.get(name, {}))
+
+
+def read_config(
+    path: str, values: Mapping[str, Any], families: Collection[str]
+) -> tuple[str, BertConfig | DecoderConfig | SiglipConfig]:
+    """The family and the sizes given by a config.json.
+
+    Args:
+      path: Path of the file, for error messages.
+      values: Content of the file.
+      families: Accepted families, keys of `hf_names.TENSORS`.
+
+    Raises:
+      InputError: If the model is of another family, or has features that are not supported.
+    """
+    fields, family = _Fields(path, values), values.get("model_type")
+    if family in _NESTED:
+        field, family = _NESTED[family]
+        fields = fields.nested(field)
+    if family not in families:
+        raise InputError(
+            f"{path}: model_type is {family!r}, expected one of {', '.join(sorted(families))}"
+        )
+    read = _READ.get(family)
+    try:
+        return family, read(fields) if read else _pre_norm(fields, family)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: {error}") from None
+
+
+def write_config(config: BertConfig | DecoderConfig) -> dict[str, Any]:
+    """The config.json of a tower trained from random weights: a BERT or a Qwen3.
+
+    `embedding_scale` has no field in it: the caller multiplies the token embeddings by it.
+
+    Raises:
+      InputError: If `transformers` has no such decoder.
+    """
+    values: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_positions,
+        "initializer_range": config.initializer_range,
+    }
+    if isinstance(config, BertConfig):
+        return values | {
+            "model_type": "bert",
+            "hidden_act": "gelu",
+            "type_vocab_size": config.type_vocab_size,
+            "hidden_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": config.attention_dropout,
+            "layer_norm_eps": config.layer_norm_eps,
+        }
+    values |= {
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.theta,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    }
+    kept = ("causal", "pooling", "embedding_scale", "image_width", "dtype", "scan", "remat")
+    same = {name: getattr(config, name) for name in kept}
+    read = _pre_norm(_Fields("config.json", values), "qwen3")
+    if dataclasses.replace(read, **same) != config:
+        raise InputError(
+            "the decoder's sizes fit no model of transformers (tried qwen3): it cannot be exported"
+        )
+    return values
+
+
+def _siglip(fields: _Fields) -> SiglipConfig:
+    fields.require(hidden_act="gelu_pytorch_tanh", num_channels=3, vision_use_head=True)
+    return SiglipConfig(
+        image_size=fields.get("image_size", 224),
+        patch_size=fields.get("patch_size", 16),
+        num_layers=fields.get("num_hidden_layers", 12),
+        width=fields.get("hidden_size", 768),
+        num_heads=fields.get("num_attention_heads", 12),
+        mlp_width=fields.get("intermediate_size", 3072),
+        layer_norm_eps=fields.get("layer_norm_eps", 1e-6),
+    )
+
+
+def _bert(fields: _Fields) -> BertConfig:
+    fields.require(
+        hidden_act="gelu",
+        position_embedding_type="absolute",
+        is_decoder=False,
+        add_cross_attention=False,
+    )
+    return BertConfig(
+        vocab_size=fields.get("vocab_size"),
+        num_layers=fields.get("num_hidden_layers"),
+        width=fields.get("hidden_size"),
+        num_heads=fields.get("num_attention_heads"),
+        mlp_width=fields.get("intermediate_size"),
+        max_positions=fields.get("max_position_embeddings"),
+        type_vocab_size=fields.get("type_vocab_size", 2),
+        dropout=fields.get("hidden_dropout_prob", 0.1),
+        attention_dropout=fields.get("attention_probs_dropout_prob", 0.1),
+        layer_norm_eps=fields.get("layer_norm_eps", 1e-12),
+        initializer_range=fields.get("initializer_range", 0.02),
+    )
+
+
+def _distilbert(fields: _Fields) -> BertConfig:
+    fields.require(activation="gelu")
+    return BertConfig(
+        vocab_size=fields.get("vocab_size"),
+        num_layers=fields.get("n_layers"),
+        width=fields.get("dim"),
+        num_heads=fields.get("n_heads"),
+        mlp_width=fields.get("hidden_dim"),
+        max_positions=fields.get("max_position_embeddings"),
+        type_vocab_size=0,
+        dropout=fields.get("dropout", 0.1),
+        attention_dropout=fields.get("attention_dropout", 0.1),
+        initializer_range=fields.get("initializer_range", 0.02),
+    )
+
+
+def _pre_norm(fields: _Fields, family: str) -> DecoderConfig:
+    """Qwen2.5, Qwen3 and Llama 3, with the defaults of `transformers`."""
+    fields.require(
+        hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False
+    )
+    width, num_heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    kv_heads = {"qwen2": 32, "qwen3": 32, "llama": num_heads}[family]
+    return DecoderConfig(
+        vocab_size=fields.get("vocab_size"),
+        num_layers=fields.get("num_hidden_layers"),
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=fields.get("num_key_value_heads", kv_heads),
+        head_width=fields.get("head_dim", 128 if family == "qwen3" else width // num_heads),
+        mlp_width=fields.get("intermediate_size"),
+        max_positions=fields.get("max_position_embeddings"),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        norm_eps=fields.get("rms_norm_eps", 1e-6),
+        initializer_range=fields.get("initializer_range", 0.02),
+        rope=_rope(
+            fields,
+            fields.values.get("rope_parameters") or fields.values.get("rope_scaling"),
+            10_000.0,
+        ),
+    )
+
+
+def _gemma(fields: _Fields) -> DecoderConfig:
+    """Gemma 3; published files omit fields that have their default values in `transformers`."""
+    fields.require(
+        hidden_activation="gelu_pytorch_tanh",
+        attention_bias=False,
+        attn_logit_softcapping=None,
+        use_bidirectional_attention=False,
+    )
+    width, num_layers = fields.get("hidden_size", 2304), fields.get("num_hidden_layers", 26)
+    every = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
+    types = [
+        "full_attention" if i % every == 0 else "sliding_attention"
+        for i in range(1, num_layers + 1)
+    ]
+    fields.require(layer_types=types)
+    ropes = fields.get("rope_parameters", {})
+    full = ropes.get("full_attention") or fields.values.get("rope_scaling")
+    return DecoderConfig(
+        vocab_size=fields.get("vocab_size", 262_208),
+        num_layers=num_layers,
+        width=width,
+        num_heads=fields.get("num_attention_heads", 8),
+        num_kv_heads=fields.get("num_key_value_heads", 4),
+        head_width=fields.get("head_dim", 256),
+        mlp_width=fields.get("intermediate_size", 9216),
+        max_positions=fields.get("max_position_embeddings", 131_072),
+        qk_norm=True,
+        post_norms=True,
+        unit_offset=True,
+        activation="gelu_tanh",
+        embedding_scale=math.sqrt(width),
+        attention_scale=fields.get("query_pre_attn_scalar", 256) ** -0.5,
+        norm_eps=fields.get("rms_norm_eps", 1e-6),
+        initializer_range=fields.get("initializer_range", 0.02),
+        window=fields.get("sliding_window", 4096),
+        global_every=every,
+        rope=_rope(fields, full, 1_000_000.0),
+        local_rope=Rope(
+            theta=ropes.get("sliding_attention", {}).get(
+                "rope_theta", fields.get("rope_local_base_freq", 10_000.0)
+            )
+        ),
+    )
+
+
+def _rope(fields: _Fields, scaling: Mapping[str, Any] | None, theta: float) -> Rope:
+    """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (earlier)."""
+    rope = _Fields(f"{fields.path}: rope_parameters", scaling or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", fields.get("rope_theta", theta))
+    if kind == "default":
+        return Rope(theta=theta)
+    if kind == "linear":
+        return Rope(theta=theta, factor=rope.get("factor"))
+    if kind == "llama3":
+        return Rope(
+            theta=theta,
+            factor=rope.get("factor"),
+            low_freq_factor=rope.get("low_freq_factor"),
+            high_freq_factor=rope.get("high_freq_factor"),
+            original_positions=rope.get("original_max_position_embeddings"),
+        )
+    raise InputError(f"{rope.path}: rope_type is {kind!r}, expected default, linear or llama3")
+
+
+_READ = {
+    "bert": _bert,
+    "distilbert": _distilbert,
+    "gemma3_text": _gemma,
+    "siglip_vision_model": _siglip,
+}

@@ -1,0 +1,55 @@
+"""Embeddings of the images of queries, by the model that embedded the images of the run's data."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vixml_jax.serving.requests import Query
+
+
+class QueryImages:
+    """Collects the image embeddings of queries, and embeds the image files that they name."""
+
+    def __init__(self, width: int, finder: Any | None):
+        """Prepares for the images that a run reads.
+
+        Args:
+          width: Width of the image embeddings that the model reads; 0: it reads none.
+          finder: `ImageFinder` of the vision model that embedded the run's images; None: the data
+            came with embeddings, so that image files cannot be embedded.
+        """
+        self._width, self._finder = width, finder if width else None
+
+    def embed(self, queries: Sequence[Query]) -> tuple[list[np.ndarray | None], list[str]]:
+        """Returns embeddings [j, v] or None for each query, and notes about ignored images.
+
+        A note is empty where there is nothing to report.
+        """
+        vectors: list[np.ndarray | None] = [query.embeddings for query in queries]
+        notes = [""] * len(queries)
+        for i, query in enumerate(queries):
+            embeddings = query.embeddings
+            if (query.images or embeddings is not None) and not self._width:
+                vectors[i] = None
+                notes[i] = "images are ignored: the run was trained without images"
+            elif embeddings is not None and embeddings.shape[1] != self._width:
+                vectors[i] = None
+                notes[i] = (
+                    f"the image is ignored: its embedding has width {embeddings.shape[1]}, "
+                    f"expected {self._width}"
+                )
+            elif query.images and self._finder is None:
+                notes[i] = (
+                    "image files are ignored: the run's data came with image embeddings; pass "
+                    "embeddings of the same model"
+                )
+        named = [i for i, query in enumerate(queries) if query.images and not notes[i]]
+        if named and self._finder is not None:
+            embedded = self._finder.embed("--queries", [queries[i].images for i in named])
+            for i, rows in zip(named, embedded.rows, strict=True):
+                vectors[i] = np.asarray(embedded.vectors[rows[rows >= 0]], np.float16)
+                broken = [name for name in queries[i].images if name in self._finder.broken]
+                if broken:
+                    notes[i] = f"image {broken[0]}: {self._finder.broken[broken[0]]}"
+        return [x if x is not None and len(x) else None for x in vectors], notes

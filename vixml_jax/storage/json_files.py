@@ -1,0 +1,28 @@
+"""JSON files read against a schema, so that what is missing or of another type is reported."""
+
+import os
+from typing import TypeVar
+
+import msgspec
+from etils import epath
+
+from vixml_jax.errors import InputError
+
+T = TypeVar("T")
+
+
+def read(path: str | os.PathLike, schema: type[T], remedy: str) -> T:
+    """The contents of a JSON file as an instance of `schema`.
+
+    Args:
+      path: A local path, or one in an object store.
+      schema: A `msgspec.Struct`, dataclass, TypedDict or NamedTuple, with types of all fields.
+      remedy: What the user can do about a damaged file, for the message.
+
+    Raises:
+      InputError: If the file cannot be read, is not JSON, or does not fit the schema.
+    """
+    try:
+        return msgspec.json.decode(epath.Path(path).read_bytes(), type=schema)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{os.fspath(path)}: {error}; {remedy}") from None

@@ -1,0 +1,247 @@
+"""Builds the parts of a run from its flags: tower, model, optimizer, step, initial parameters."""
+
+import dataclasses
+import functools
+import math
+import os
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from vixml_jax import workdir
+from vixml_jax.config import Config
+from vixml_jax.data.packing import Layout
+from vixml_jax.data.store import PreparedDataset
+from vixml_jax.data.text import tokenizer
+from vixml_jax.errors import InputError
+from vixml_jax.modeling import Model
+from vixml_jax.models import hf_checkpoints
+from vixml_jax.models.bert import BertConfig
+from vixml_jax.models.decoder import DecoderConfig
+from vixml_jax.models.tower import TowerConfig
+from vixml_jax.parallel import sharding
+from vixml_jax.runtime import tree_utils
+from vixml_jax.structs import TrainState
+from vixml_jax.training import image_warm_start, losses, optimizer, train_step
+from vixml_jax.training import train_state as state_lib
+from vixml_jax.training.memory_planner import DataSizes
+
+CENTROID_MOMENTUM = 0.95  # Of `--labels.centroids=moving`.
+
+
+class Parts(NamedTuple):
+    """What a run consists of, before any array is allocated.
+
+    Attributes:
+      model: Tower, combiner and label table, without parameters.
+      optimizer: Updates all trained parameters.
+      like: Shapes, dtypes and shardings of the train state.
+      step: The training step, not yet compiled.
+    """
+
+    model: Model
+    optimizer: optax.GradientTransformation
+    like: TrainState
+    step: train_step.TrainStep
+
+
+def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, Layout]:
+    """Returns the tower's configuration and the layout of items for it; reads no weights.
+
+    Raises:
+      InputError: If flags do not fit the kind of tower, or the data do not fit the tower.
+    """
+    options, end_token = config.model, None
+    if options.pretrained:
+        tower = hf_checkpoints.read_hf_config(options.pretrained)
+        end_token = hf_checkpoints.end_token(options.pretrained)
+    else:
+        tower = _tower_from_scratch(config, dataset)
+    changes: dict[str, Any] = {
+        "image_width": dataset.image_width if options.num_images else 0,
+        "dtype": options.dtype,
+        "scan": options.scan,
+        "remat": options.remat,
+    }
+    num_images = options.num_images if dataset.image_width else 0
+    if isinstance(tower, BertConfig):
+        if options.pooling != "mean" or config.lora.rank:
+            flag = f"lora.rank={config.lora.rank}" if config.lora.rank else "model.pooling=last"
+            raise InputError(f"--{flag}: works with decoders only, and this tower is an encoder")
+        if options.dropout >= 0:
+            changes |= {"dropout": options.dropout, "attention_dropout": options.dropout}
+        layout = Layout(num_images)
+    else:
+        changes |= {"causal": options.causal, "pooling": options.pooling}
+        if config.lora.rank:
+            changes |= {
+                "lora_rank": config.lora.rank,
+                "lora_alpha": config.lora.alpha,
+                "lora_maps": tuple(config.lora.maps),
+            }
+        layout = tokenizer.prompt_layout(
+            tokenizer.load(os.path.dirname(dataset.tokenizer), dataset.max_tokens),
+            **dataclasses.asdict(config.prompt),
+            num_images=num_images,
+            end=end_token,
+        )
+    try:
+        tower = dataclasses.replace(tower, **changes)
+    except ValueError as error:
+        raise InputError(f"--lora.maps={','.join(config.lora.maps)}: {error}") from None
+    _check_data_fit(config, dataset, tower, layout)
+    return tower, layout
+
+
+def _tower_from_scratch(config: Config, dataset: PreparedDataset) -> TowerConfig:
+    options = config.model
+    sizes = {
+        "vocab_size": dataset.vocab_size,
+        "num_layers": options.num_layers,
+        "width": options.width,
+        "num_heads": options.num_heads,
+        "mlp_width": options.mlp_width,
+        "max_positions": max(512, options.num_images + dataset.max_tokens),
+    }
+    if options.family == "encoder":
+        return BertConfig(**sizes)
+    return DecoderConfig(
+        **sizes,
+        num_kv_heads=options.num_heads,
+        head_width=options.width // options.num_heads,
+        qk_norm=True,
+        # Token embeddings of unit variance, as in Gemma. At the usual 0.02 the output of the first
+        # layer would outweigh them, and all items would look alike.
+        embedding_scale=math.sqrt(options.width),
+    )
+
+
+def _check_data_fit(
+    config: Config, dataset: PreparedDataset, tower: TowerConfig, layout: Layout
+) -> None:
+    # Some tokenizers list more tokens than their model has embeddings for; what matters is the
+    # largest id in use. Reading all tokens is slow, so only doubtful cases do it.
+    if dataset.vocab_size > tower.vocab_size and _largest_token(dataset) >= tower.vocab_size:
+        raise InputError(
+            f"--data={config.data} was tokenized with a vocabulary of {dataset.vocab_size} tokens, "
+            f"but --model.pretrained={config.model.pretrained} has {tower.vocab_size}: prepare the "
+            "data again with --tokenizer set to the model"
+        )
+    longest = longest_item(layout, dataset)
+    need = (
+        f"items of {config.data} take up to {longest} positions ({dataset.max_tokens} tokens, "
+        f"{layout.num_images} images, prompt)"
+    )
+    if longest > tower.max_positions:
+        raise InputError(
+            f"{need}, but the tower has {tower.max_positions}: prepare the data again with a "
+            "smaller --max_tokens"
+        )
+    if longest > config.batch.row_width:
+        raise InputError(
+            f"--batch.row_width={config.batch.row_width} is too narrow: {need}; set it to at least "
+            f"{longest}"
+        )
+
+
+def _largest_token(dataset: PreparedDataset) -> int:
+    sides = (dataset.train, dataset.valid, dataset.test, dataset.labels)
+    return max(int(np.max(side.tokens.values, initial=0)) for side in sides if side)
+
+
+def longest_item(layout: Layout, dataset: PreparedDataset) -> int:
+    """Returns the largest number of positions that an item can take."""
+    return layout.overhead + dataset.max_tokens - sum(layout.trim)
+
+
+def sizes_of(dataset: PreparedDataset) -> DataSizes:
+    """Returns the numbers of training queries and labels."""
+    return DataSizes(len(dataset.train), dataset.num_labels)
+
+
+def assemble(
+    config: Config, tower: TowerConfig, layout: Layout, sizes: DataSizes, mesh: Mesh
+) -> Parts:
+    """Returns the parts of a run on data of these sizes.
+
+    Raises:
+      InputError: If a batch is larger than the data.
+    """
+    if config.batch.size > sizes.queries:
+        raise InputError(
+            f"--batch.size={config.batch.size} is more than the {sizes.queries} training "
+            f"queries of {config.data}; use a smaller one"
+        )
+    model = workdir.build_model(config, tower, layout, sizes.labels, mesh)
+    total_steps = config.loop.epochs * -(-sizes.queries // config.batch.size)
+    tx = optimizer.make_optimizer(total_steps=total_steps, **dataclasses.asdict(config.optimizer))
+    trained, frozen = workdir.split_params(model.abstract_params, tower)
+    frozen = workdir.as_frozen(frozen, config.lora.base_dtype)
+    like = state_lib.abstract_state(model, trained, frozen, tx, sizes.queries)
+    step = train_step.make_train_step(
+        model,
+        functools.partial(losses.total_loss, **dataclasses.asdict(config.loss)),
+        tx,
+        like,
+        centroid_momentum=CENTROID_MOMENTUM if config.labels.centroids == "moving" else None,
+        sparse_free=config.labels.free_update == "sparse",
+    )
+    return Parts(model, tx, like, step)
+
+
+def learning_rates(config: Config, total_steps: int) -> dict[str, np.ndarray]:
+    """Returns the learning rate of each parameter group in each step, as arrays on the host."""
+    options, steps = config.optimizer, np.arange(total_steps)
+    schedules = optimizer.schedules(
+        learning_rate=options.learning_rate,
+        label_learning_rate=options.label_learning_rate,
+        image_learning_rate=options.image_learning_rate,
+        warmup_steps=options.warmup_steps,
+        total_steps=total_steps,
+    )
+    return {group: np.asarray(schedule(steps)) for group, schedule in schedules.items()}
+
+
+def initial_params(config: Config, model: Model, dataset: PreparedDataset) -> Any:
+    """Returns all parameters: pretrained ones where there are, fresh ones for the rest.
+
+    Each is read or made with the sharding and dtype in which it is stored. With
+    `--model.image_init=regression` the image projection is fitted to the data.
+    """
+    pretrained = {}
+    if config.model.pretrained:
+        dtype = config.lora.base_dtype if config.lora.rank else "float32"
+        _, weights = hf_checkpoints.load_hf_tower(
+            config.model.pretrained, dtype=dtype, mesh=model.mesh
+        )
+        pretrained = {"tower": weights}
+    pretrained_paths = tree_utils.paths(pretrained)
+    like = sharding.stored_tree(model.abstract_params, model.mesh)
+    missing, _ = tree_utils.partition(like, lambda path: path not in pretrained_paths)
+
+    def make_missing(key: jax.Array) -> Any:
+        """Returns fresh parameters; XLA drops the computation of those that are pretrained."""
+        params = nn.unbox(model.init_params(key))
+        fresh, _ = tree_utils.partition(params, lambda path: path not in pretrained_paths)
+        return sharding.pad(fresh, missing)
+
+    shardings = jax.tree.map(lambda x: x.sharding, missing)
+    fresh = jax.jit(make_missing, out_shardings=shardings)(jax.random.key(config.seed))
+    params = tree_utils.merge(fresh, pretrained)
+    if model.layout.num_images and config.model.image_init == "regression":
+        tokens = sharding.unpad(
+            params["tower"]["word_embeddings"], model.abstract_params["tower"]["word_embeddings"]
+        )
+        scale = model.tower.config.embedding_scale
+        tokens = sharding.on_host(tokens.astype(np.float32) * scale)
+        fitted = image_warm_start.regress_images(dataset, tokens)
+        if fitted is not None:
+            kernel, bias = fitted
+            params["tower"]["image_projection"] = sharding.pad(
+                {"kernel": kernel, "bias": bias}, like["tower"]["image_projection"]
+            )
+    return jax.device_put(params, jax.tree.map(lambda x: x.sharding, like))
