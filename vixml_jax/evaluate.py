@@ -28,7 +28,7 @@ from vixml_jax.parallel.distributed import Group
 from vixml_jax.report import tables
 from vixml_jax.runtime import compilation_cache, console, host_memory
 from vixml_jax.serving import label_updates
-from vixml_jax.storage import atomic, object_store
+from vixml_jax.storage import atomic, json_files, object_store
 from vixml_jax.structs import LabelState
 
 COMMON_FLAGS = (
@@ -50,7 +50,7 @@ def write_results(workdir: str, name: str, results: dict[str, Any]) -> str:
     """Writes evaluation/NAME.json of a run, metrics at its top level; returns the path."""
     path = os.path.join(workdir, "evaluation", f"{name}.json")
     flat = {**results["metrics"], **{k: v for k, v in results.items() if k != "metrics"}}
-    tables.write_json(path, flat)
+    json_files.write(path, flat)
     return path
 
 

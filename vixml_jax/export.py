@@ -4,7 +4,6 @@ python -m vixml_jax.export --workdir=runs/shop --out=exported
 """
 
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from vixml_jax.models.bert import BertConfig
 from vixml_jax.runtime import compilation_cache, console, host_memory
 from vixml_jax.serving import exporting
 from vixml_jax.serving.predictor import Predictor
-from vixml_jax.storage import atomic, object_store
+from vixml_jax.storage import atomic, json_files, object_store
 
 COMMON_FLAGS = (
     "workdir", "out", "like", "tower", "program", "data", "mesh",
@@ -127,7 +126,7 @@ def write(
         pooling="mean state" if about["pooling"] == "mean" else "last state",
     )
     atomic.write_text(os.path.join(directory, "README.md"), readme + snippet)
-    atomic.write_text(os.path.join(directory, exporting.ABOUT), json.dumps(about, indent=2) + "\n")
+    json_files.write(os.path.join(directory, exporting.ABOUT), about)
     return sorted(os.listdir(directory))
 
 

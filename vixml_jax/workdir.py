@@ -1,7 +1,6 @@
 """The run directory: its files, and how a trained model is restored from it."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, get_type_hints
@@ -116,7 +115,7 @@ def open_run(
             f"{path}: not found, although the directory holds checkpoints; use another --workdir"
         )
     epath.Path(config.workdir).mkdir(parents=True, exist_ok=True)
-    atomic.write_text(os.path.join(config.workdir, TOWER), json.dumps(contents, indent=2) + "\n")
+    json_files.write(os.path.join(config.workdir, TOWER), contents)
     atomic.write_text(path, config.to_json())
     return contents["shards"]
 

@@ -1,4 +1,7 @@
-"""JSON files read against a schema: damage of any kind is an InputError that names the file."""
+"""JSON files: damage of any kind is an InputError that names the file; writes are atomic."""
+
+import json
+import os
 
 import msgspec
 import pytest
@@ -45,3 +48,33 @@ def test_damaged_files_are_input_errors(tmp_path, schema, content):
 def test_a_missing_file_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match=r"a\.json.*; write it again"):
         json_files.read(tmp_path / "a.json", Point, "write it again")
+
+
+def test_json_round_trip_makes_directories(tmp_path):
+    path = tmp_path / "deep" / "test-exact.json"
+    results = {"P@1": 12.5, "search": {"kind": "exact"}, "name": "Ärger"}
+    json_files.write(path, results)
+    assert json.loads(path.read_text(encoding="utf-8")) == results
+    json_files.write(str(path), {"P@1": 13})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"P@1": 13}
+    assert os.listdir(path.parent) == ["test-exact.json"]
+
+
+@pytest.mark.parametrize("bad,error", [(float("nan"), ValueError), (object(), TypeError)])
+def test_invalid_json_value_keeps_the_old_file(bad, error, tmp_path):
+    path = tmp_path / "results.json"
+    json_files.write(path, {"P@1": 1})
+    with pytest.raises(error):
+        json_files.write(path, {"P@1": bad})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"P@1": 1}
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_failed_rename_leaves_no_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        json_files.write(tmp_path / "results.json", {"P@1": 1})
+    assert os.listdir(tmp_path) == []

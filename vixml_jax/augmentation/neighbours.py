@@ -1,6 +1,5 @@
 """Retrieval-augmented inference of a run: settings (given, tuned or trained), and the search."""
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -17,7 +16,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.index import Index
-from vixml_jax.storage import atomic, json_files
+from vixml_jax.storage import json_files
 from vixml_jax.structs import SearchResult
 
 TUNED = "evaluation/mixing.json"  # In a run directory: the tuned settings.
@@ -144,7 +143,7 @@ def save_tuned(workdir: str, step: int, names: Sequence[str], tried: list[dict[s
     path = os.path.join(workdir, TUNED)
     best = mixing(tried[0])._asdict()
     about = {"step": step, "by": list(names), "mixing": best, "tried": tried}
-    atomic.write_text(path, json.dumps(about, indent=2, allow_nan=False) + "\n")
+    json_files.write(path, about)
     return path
 
 

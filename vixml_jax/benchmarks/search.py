@@ -30,8 +30,8 @@ from vixml_jax import command_line
 from vixml_jax.benchmarks.baselines import search_indexes
 from vixml_jax.benchmarks.support import workers
 from vixml_jax.errors import InputError
-from vixml_jax.report import tables
 from vixml_jax.search.exact import ExactIndex
+from vixml_jax.storage import json_files
 
 _QUERY_BLOCK, _LABEL_BLOCK = 1024, 65536  # Defaults of `ExactIndex`.
 
@@ -118,7 +118,7 @@ def measure_baselines(
             )
             found[name] = json.loads(done.stdout.splitlines()[-1])
             print(f"{key}: {name} measured", flush=True)
-            tables.write_json(out, gathered)
+            json_files.write(out, gathered)
     return list(found.values())
 
 

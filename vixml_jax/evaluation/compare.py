@@ -1,6 +1,5 @@
 """Compares two evaluated runs query by query, with confidence intervals and p-values."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +12,7 @@ from vixml_jax.evaluation import bootstrap, per_query
 from vixml_jax.evaluation.bootstrap import Comparison
 from vixml_jax.evaluation.per_query import SUFFIX, About, PerQuery
 from vixml_jax.runtime import console
-from vixml_jax.storage import atomic
+from vixml_jax.storage import json_files
 
 # Rows of the table of metrics as files are named, and as version 0.1 named them.
 _NAMES_0_1 = {
@@ -106,8 +105,7 @@ def main(argv: Sequence[str]) -> None:
             "metrics": {name: c._asdict() for name, c in comparisons.items()},
         }
         with errors.writing(f"--out={values.out}"):
-            text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-            atomic.write_text(values.out, text + "\n")
+            json_files.write(values.out, results)
         console.status(f"written to {values.out}")
 
 

@@ -1,11 +1,6 @@
 """Results of an evaluation as a text table, and as a JSON file."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from vixml_jax.storage import atomic
 
 COLUMNS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5", "R@10", "R@100", "MRR")
 
@@ -27,14 +22,3 @@ def format_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]
         for line in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def write_json(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
-    """Writes a JSON file atomically; missing parent directories are made.
-
-    Raises:
-      ValueError: If a number is not finite, which JSON cannot represent.
-      TypeError: If a value has no JSON type. In both cases an existing file is left unchanged.
-    """
-    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-    atomic.write_text(path, text + "\n")

@@ -1,12 +1,14 @@
-"""JSON files read against a schema, so that what is missing or of another type is reported."""
+"""JSON files: read against a schema, so that damage is reported, and written atomically."""
 
+import json
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from etils import epath
 
 from vixml_jax.errors import InputError
+from vixml_jax.storage import atomic
 
 T = TypeVar("T")
 
@@ -26,3 +28,14 @@ def read(path: str | os.PathLike, schema: type[T], remedy: str) -> T:
         return msgspec.json.decode(epath.Path(path).read_bytes(), type=schema)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{os.fspath(path)}: {error}; {remedy}") from None
+
+
+def write(path: str | os.PathLike, value: Any) -> None:
+    """Writes a JSON file atomically; missing parent directories are made.
+
+    Raises:
+      ValueError: If a number is not finite, which JSON cannot represent.
+      TypeError: If a value has no JSON type. In both cases an existing file is left unchanged.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic.write_text(path, text + "\n")
