@@ -141,7 +141,9 @@ def _watch_for_failures(done: threading.Event) -> None:
         if failed == jax.process_index():
             return
         if jax.process_index() == 0:
-            print(f"process {failed}: {line}", file=sys.stderr, flush=True)
+            # In one write, so that a line of another thread does not land within it.
+            sys.stderr.write(f"process {failed}: {line}\n")
+            sys.stderr.flush()
             time.sleep(_REPORT_GRACE_S)
         os._exit(status)
 
