@@ -17,6 +17,7 @@ from absl import flags
 
 from vixml_jax import command_line, errors, image_encoding
 from vixml_jax import config as config_lib
+from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import neighbours
 from vixml_jax.config import SearchConfig
 from vixml_jax.data.images import download
@@ -304,9 +305,7 @@ def _image_finder(
     model, _, aspect = predictor.artifacts.about.images.rpartition(", ")
     if not model:
         return None
-    directory, directory_0_1 = (os.path.join(values.workdir, x) for x in ("images", "pictures"))
-    if os.path.isdir(directory_0_1) and not os.path.isdir(directory):
-        directory = directory_0_1  # Embeddings that version 0.1 made are not made again.
+    directory = workdir_lib.path_of(values.workdir, "images", "pictures")
     return image_encoding.ImageFinder(
         model,
         directory,

@@ -128,6 +128,12 @@ def _read_tower(workdir: str) -> _TowerFile:
     return contents
 
 
+def path_of(directory: str, name: str, name_0_1: str) -> str:
+    """Path of a file or directory by its name, or by that of version 0.1 if only that exists."""
+    path, path_0_1 = (os.path.join(directory, x) for x in (name, name_0_1))
+    return path_0_1 if os.path.exists(path_0_1) and not os.path.exists(path) else path
+
+
 def content_hash(workdir: str) -> str:
     """Content hash of the data that the run was started on.
 

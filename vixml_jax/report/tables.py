@@ -1,4 +1,4 @@
-"""Results of an evaluation as a text table, and as a JSON file."""
+"""Results of an evaluation as a text table."""
 
 from collections.abc import Mapping, Sequence
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 from scipy import sparse
 
+from vixml_jax import workdir as workdir_lib
 from vixml_jax.data import store
 from vixml_jax.data.store import PreparedDataset, Texts
 from vixml_jax.errors import InputError
@@ -118,8 +119,7 @@ class ServingArtifacts:
 
 def locate(workdir: str) -> str:
     """Returns the directory of a run's serving artifacts, which need not exist yet."""
-    path, path_0_1 = (os.path.join(workdir, name) for name in (DIRECTORY, _DIRECTORY_0_1))
-    return path_0_1 if os.path.isdir(path_0_1) and not os.path.isdir(path) else path
+    return workdir_lib.path_of(workdir, DIRECTORY, _DIRECTORY_0_1)
 
 
 def read_about(path: str) -> About:
@@ -128,9 +128,7 @@ def read_about(path: str) -> About:
     Raises:
       InputError: If it is missing, damaged or of another format.
     """
-    name, name_0_1 = (os.path.join(path, name) for name in (ABOUT, _ABOUT_0_1))
-    if os.path.exists(name_0_1) and not os.path.exists(name):
-        name = name_0_1
+    name = workdir_lib.path_of(path, ABOUT, _ABOUT_0_1)
     return json_files.read(name, About, _remedy(path))
 
 

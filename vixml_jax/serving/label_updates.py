@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 from scipy import sparse
 
+from vixml_jax import workdir as workdir_lib
 from vixml_jax.errors import InputError
 from vixml_jax.serving.artifacts import ServingArtifacts
 from vixml_jax.storage import atomic, json_files
@@ -127,8 +128,7 @@ def apply_to_relevance(relevance: sparse.csr_matrix, updates: LabelUpdates) -> s
 
 def _directory(workdir: str) -> str:
     """Returns the directory of the steps; a run of version 0.1 continues in its own."""
-    path, path_0_1 = (os.path.join(workdir, name) for name in (DIRECTORY, _DIRECTORY_0_1))
-    return path_0_1 if os.path.isdir(path_0_1) and not os.path.isdir(path) else path
+    return workdir_lib.path_of(workdir, DIRECTORY, _DIRECTORY_0_1)
 
 
 def steps(workdir: str) -> list[str]:
