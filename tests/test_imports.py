@@ -21,9 +21,11 @@ LAYERS = (
     ("augmentation",),
     ("workdir", "image_encoding"),
     ("modeling",),
-    ("search", "labels"),
+    ("search",),
+    ("labels",),
     ("models",),
     ("config",),
+    ("flag_groups",),
     ("evaluation",),
     ("data",),
     ("parallel",),
@@ -33,7 +35,7 @@ LAYERS = (
 )
 RANK = {package: rank for rank, layer in enumerate(LAYERS) for package in layer}
 # Beside the layers: packages that run without JAX.
-WITHOUT_JAX = ("data", "evaluation", "errors", "config", "command_line", "structs")
+WITHOUT_JAX = ("data", "evaluation", "errors", "config", "flag_groups", "command_line", "structs")
 HEAVY = {
     "grain", "jinja2", "markdown_it", "matplotlib", "orbax", "scann", "tensorboardX",
     "tensorflow_datasets", "torch", "tqdm", "transformers",

@@ -425,14 +425,15 @@ def test_evaluate_needs_only_the_run_directory(finished_run, capsys):
     )
     params, labels, step = workdir_lib.restore_model(config.workdir, model)
     assert step == 18
-    evaluate.show(config, model, params, labels, dataset, split="test", search="exact")
+    how = {"split": "test", "step": step}
+    evaluate.show(config, model, params, labels, dataset, search="exact", **how)
     again = evaluated_at_the_end(finished_run, "test")
     assert {k: v for k, v in again.items() if "@" in k} == {
         k: v for k, v in trained.items() if "@" in k
     }
     assert "P@1" in capsys.readouterr().out
     for _ in range(2):  # Builds the index, then reads it.
-        evaluate.show(config, model, params, labels, dataset, split="test", search="scann")
+        evaluate.show(config, model, params, labels, dataset, search="scann", **how)
     with open(os.path.join(finished_run.workdir, "evaluation", "test-scann.json")) as file:
         approximate = json.load(file)
     assert approximate["search"]["recall@10"] == 1.0  # Few labels are searched exactly.
@@ -448,7 +449,7 @@ def test_evaluate_without_images(finished_run, capsys):
         dataset.num_labels,
         workdir_lib.make_mesh(config),
     )
-    params, labels, _ = workdir_lib.restore_model(config.workdir, model)
+    params, labels, step = workdir_lib.restore_model(config.workdir, model)
     hidden = evaluator.without_images(dataset, "test")
     shown, bare = (
         model.encode_queries(params, data.test, block=32).values for data in (dataset, hidden)
@@ -456,9 +457,8 @@ def test_evaluate_without_images(finished_run, capsys):
     change = np.abs(shown - bare).max(axis=1)
     assert change[::2].min() > 1e-3  # Every other query has an image.
     np.testing.assert_allclose(change[1::2], 0.0, atol=1e-6)
-    evaluate.show(
-        config, model, params, labels, dataset, split="test", search="exact", drop_images=True
-    )
+    how = {"split": "test", "search": "exact", "step": step}
+    evaluate.show(config, model, params, labels, dataset, drop_images=True, **how)
     assert "this run, text " in capsys.readouterr().out
     path = os.path.join(finished_run.workdir, "evaluation", "test-exact-without_images.json")
     with open(path) as file:

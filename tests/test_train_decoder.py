@@ -12,7 +12,7 @@ from tests.tiny import assert_same_state, configuration, final_state, make_data,
 from vixml_jax import config as config_lib
 from vixml_jax import evaluate, train
 from vixml_jax import workdir as workdir_lib
-from vixml_jax.augmentation import neighbours
+from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.config import LoraConfig, PromptConfig
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
@@ -137,7 +137,7 @@ def test_evaluate_needs_only_the_run_directory(finished_run, capsys):
         dataset.num_labels,
         workdir_lib.make_mesh(config),
     )
-    params, labels, _ = workdir_lib.restore_model(config.workdir, model)
+    params, labels, step = workdir_lib.restore_model(config.workdir, model)
     evaluate.show(
         config,
         model,
@@ -146,7 +146,8 @@ def test_evaluate_needs_only_the_run_directory(finished_run, capsys):
         dataset,
         split="test",
         search="exact",
-        mixing=neighbours.as_trained(config.knn),
+        step=step,
+        scoring=settings_lib.as_trained(config),
     )
     with open(path) as file:
         again = json.load(file)

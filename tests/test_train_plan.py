@@ -19,6 +19,7 @@ from vixml_jax import workdir as workdir_lib
 from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import LoraConfig
 from vixml_jax.errors import InputError
+from vixml_jax.flag_groups import HeadConfig
 from vixml_jax.runtime import console, host_memory
 from vixml_jax.training import build, memory_planner, trainer
 
@@ -195,3 +196,50 @@ def test_plan_needs_no_weights(data, tmp_path, capsys):
     size = math.prod(base.shape) * 2 / len(jax.devices()) / 2**20
     (row,) = (line for line in output.splitlines() if "blocks/gate/kernel" in line)
     assert row.split()[3:] == ["2x48x96", "bfloat16", ".", "fsdp", "tensor", f"{size:.2f}"]
+
+
+HEAD = {"epochs": 2, "batch_size": 64, "mlp_width": 8, "sample_above": 10_000, "num_sampled": 800}
+
+
+@pytest.mark.parametrize("labels", [5_000, 40_000], ids=["all labels", "sampled labels"])
+def test_plan_knows_the_head(labels, data, tmp_path, capsys):
+    """Its rows, moments and steps, whichever of its uses needs most."""
+    planned = {}
+    for kind in ("none", "only", "refit", "joint"):
+        head = {
+            "none": HeadConfig(),
+            "only": HeadConfig(only=True, **HEAD),
+            "refit": HeadConfig(refit=True, **HEAD),
+            "joint": HeadConfig(weight=1.0, **HEAD),
+        }[kind]
+        config = dataclasses.replace(configuration(data, tmp_path / "run"), head=head)
+        train.plan(config, sizes=f"queries:5000,labels:{labels}")
+        output = capsys.readouterr().out
+        planned[kind] = [line.split() for line in output.splitlines() if "head/vectors" in line]
+    assert planned["none"] == []
+    # Eight devices; the vectors and two moments, of the same shape.
+    expected = [f"{labels}x16", "float32", "replica+fsdp", ".", f"{labels * 16 * 4 / 2**23:.2f}"]
+    for kind in ("only", "refit", "joint"):
+        names = sorted(row[-6] for row in planned[kind])
+        assert len(names) == 3 and all(name.endswith("head/vectors") for name in names)
+        assert all(row[-5:] == expected for row in planned[kind])
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "labels"), [("v5e:16x16", 10_000_000), ("v5p:2x2x1", 1_300_000)]
+)
+def test_plan_for_a_head_over_millions_of_labels(devices, labels, data, tmp_path):
+    done = run_plan(
+        f"--data={data}", f"--workdir={tmp_path / 'run'}", "--model.width=768",
+        "--model.mlp_width=3072", "--model.num_layers=12", "--model.num_heads=12",
+        "--batch.size=4096", "--batch.microbatch_rows=32", "--model.num_images=0",
+        "--head.weight=1", "--head.refit", "--head.epochs=2", f"--plan_devices={devices}",
+        f"--plan_size=queries:2000000,labels:{labels}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    groups, _, total, device = totals(done.stdout)
+    assert total < device
+    num = 4 if "v5p" in devices else 256
+    assert groups["optimizer"] > 2 * labels * 768 * 4 / num / 2**30

@@ -266,6 +266,7 @@ def _heading(main: Callable[..., None]) -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = main.__module__ if main.__module__ != "__main__" or spec is None else spec.name
     about = (sys.modules[main.__module__].__doc__ or "").strip().split("\n\n")[0]
+    name = name.removesuffix(".__main__")
     return [*textwrap.wrap(about, WIDTH), "", f"Usage: python -m {name} [--flag=value ...]"]
 
 

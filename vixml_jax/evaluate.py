@@ -15,8 +15,8 @@ from etils import epath
 from vixml_jax import command_line, evaluator
 from vixml_jax import config as config_lib
 from vixml_jax import workdir as workdir_lib
-from vixml_jax.augmentation import neighbours
-from vixml_jax.augmentation.mixing import Mixing
+from vixml_jax.augmentation import settings as settings_lib
+from vixml_jax.augmentation.settings import Scoring
 from vixml_jax.config import Config, SearchConfig
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
@@ -29,6 +29,7 @@ from vixml_jax.report import tables
 from vixml_jax.runtime import compilation_cache, console, host_memory
 from vixml_jax.serving import label_updates
 from vixml_jax.storage import atomic, json_files, object_store
+from vixml_jax.storage.vector_store import VectorStore
 from vixml_jax.structs import LabelState
 
 COMMON_FLAGS = (
@@ -39,6 +40,8 @@ COMMON_FLAGS = (
     "search",
     "search.recall",
     "tune",
+    "fusion.prototypes",
+    "fusion.head",
     "knn.weight",
     "drop_images",
     "data",
@@ -63,10 +66,12 @@ def show(
     *,
     split: str,
     search: str,
+    step: int,
     search_config: SearchConfig = config_lib.SEARCH,
-    mixing: Mixing | None = None,
+    scoring: Scoring = settings_lib.COSINES,
     tune: Sequence[str] = (),
     drop_images: bool = False,
+    vectors: VectorStore | None = None,
     save: evaluator.SaveVectors | None = None,
     with_report: bool = False,
     images: str = "",
@@ -80,8 +85,9 @@ def show(
 
     Args:
       config: Configuration of the run.
-      model, params, labels, dataset, split, search, search_config, mixing, tune, save, group: As in
-        `evaluator.search_model`.
+      model, params, labels, dataset, split, search, search_config, scoring, tune, vectors, save,
+        group: As in `evaluator.search_model`.
+      step: Of the model. Tuned settings are saved in the run directory for it.
       drop_images: Whether to evaluate queries by their texts only.
       with_report: Whether to write the HTML report too; only with a single process.
       images: Table with the image files of the queries, for the report; empty: none.
@@ -90,7 +96,7 @@ def show(
       The results as written; in all processes but the first, those of `evaluator.search_model`.
     """
     if drop_images:
-        dataset = evaluator.without_images(dataset, split)
+        dataset, vectors = evaluator.without_images(dataset, split), None
     k = min(config.eval.k, dataset.num_labels)
     evaluation = evaluator.search_model(
         model,
@@ -102,15 +108,18 @@ def show(
         search_config=search_config,
         k=k,
         block=config.eval.block,
-        mixing=mixing,
+        scoring=scoring,
         tune=tune,
         index_dir=os.path.join(config.workdir, "evaluation", "scann"),
+        vectors=vectors,
         save=save,
         group=group,
     )
     results = evaluation.results
     if group.index:
         return results
+    if tune:
+        _save_tuned(config.workdir, step, tune, results["tuning"])
     baselines = {}
     if config.eval.knn_baseline and split != "train" and not drop_images:
         baselines = evaluator.baselines(dataset, k, split)
@@ -210,7 +219,7 @@ def main(argv: Sequence[str]) -> None:
             "note: labels that predict added or removed are ignored; the run is evaluated on the "
             "labels of the prepared data"
         )
-    results = show(
+    show(
         config,
         model,
         params,
@@ -219,23 +228,34 @@ def main(argv: Sequence[str]) -> None:
         split=values.split,
         search=values.search,
         search_config=config_lib.group_from_flags("search", SearchConfig, values),
-        mixing=neighbours.from_flags(config.knn, values, config.workdir, step),
+        step=step,
+        vectors=VectorStore(
+            config.workdir,
+            workdir_lib.vectors_step(config.workdir),
+            dataset.content_hash,
+            num_processes=group.count,
+        ),
+        scoring=settings_lib.from_flags(config, values, config.workdir, step),
         tune=values.tune,
         drop_images=values.drop_images,
         with_report=values.report,
         images=values.report_images,
         group=group,
     )
-    if values.tune and not group.index:
-        tried = results["tuning"]
-        print(
-            f"training neighbours tuned on the validation split by {', '.join(values.tune)}; best "
-            f"of {len(tried)} settings:"
-        )
-        for row in tried[:3]:
-            print(f"  {row['value']:.2f}  {neighbours.describe(neighbours.mixing(row))}")
-        path = neighbours.save_tuned(config.workdir, step, values.tune, tried)
-        console.status(f"written to {path}; evaluate and predict use the best from now on")
+
+
+def _save_tuned(workdir: str, step: int, names: Sequence[str], tried: list[dict[str, Any]]) -> None:
+    """Saves the result of tuning in the run directory, and prints the best scorings."""
+    what = "fusion and training neighbours" if "head" in tried[0] else "training neighbours"
+    print(
+        f"{what} tuned on the validation split by {', '.join(names)}; best of {len(tried)} "
+        "settings:"
+    )
+    for row in tried[:3]:
+        described = settings_lib.describe(settings_lib.from_row(row)) or "--knn.weight=0"
+        print(f"  {row['value']:.2f}  {described}")
+    path = settings_lib.save_tuned(workdir, step, names, tried)
+    console.status(f"written to {path}; evaluate and predict use the best from now on")
 
 
 def _check_flags(values: flags.FlagValues, group: Group) -> None:
@@ -275,13 +295,13 @@ def define_flags() -> None:
         "Device mesh; empty: as in training. fsdp:-1 fits any number of devices.",
     )
     flags.DEFINE_enum("split", "test", ["test", "valid", "train"], "Split to evaluate.")
-    neighbours.define_flags()
+    settings_lib.define_flags()
     flags.DEFINE_list(
         "tune",
         [],
-        "Tune --knn.* by these metrics on the validation split. For example --tune=P@1,PSP@5 takes "
-        "the mean of both. The best settings are saved in the run directory and used by later "
-        "calls of evaluate and predict.",
+        "Tune --fusion.* and --knn.* by these metrics on the validation split. For example "
+        "--tune=P@1,PSP@5 takes the mean of both. The best settings are saved in the run directory "
+        "and used by later calls of evaluate and predict.",
     )
     flags.DEFINE_boolean(
         "drop_images",

@@ -13,11 +13,13 @@ from scipy import sparse
 
 from vixml_jax import config as config_lib
 from vixml_jax.augmentation import mixing as mixing_lib
-from vixml_jax.augmentation import neighbours
-from vixml_jax.augmentation.mixing import Mixing
+from vixml_jax.augmentation import neighbours, tuning
+from vixml_jax.augmentation import settings as settings_lib
+from vixml_jax.augmentation.scored_search import ScoredSearch
+from vixml_jax.augmentation.settings import Scoring
 from vixml_jax.config import SearchConfig
 from vixml_jax.data import propensity
-from vixml_jax.data.store import Items, PreparedDataset
+from vixml_jax.data.store import PreparedDataset
 from vixml_jax.evaluation import knn_baseline, sliced_metrics, slices
 from vixml_jax.evaluation import metrics as metrics_lib
 from vixml_jax.evaluation.sliced_metrics import SlicedMetrics
@@ -27,10 +29,12 @@ from vixml_jax.parallel.distributed import Group
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.factory import open_index
+from vixml_jax.search.fusion import Fusion
 from vixml_jax.search.index import Index
+from vixml_jax.storage.vector_store import VectorStore
 from vixml_jax.structs import LabelState, SearchResult, Shard
 
-MAX_TUNING_QUERIES = 5000  # Validation queries used to tune training neighbours.
+MAX_TUNING_QUERIES = 5000  # Validation queries used for tuning.
 # Called with the vectors of the labels, and those of the training queries or None.
 SaveVectors = Callable[[Float[np.ndarray, "n e"], Float[np.ndarray, "t e"] | None], None]
 NEIGHBOURS = ", with neighbours"  # Appended to the row name of results with training neighbours.
@@ -43,7 +47,7 @@ class Evaluation(NamedTuple):
       results: Contents of the JSON file.
       searches: Search results without filter pairs, by the suffix of their row name: "", and
         NEIGHBOURS if training neighbours are used.
-      label_vectors: Unit vectors of the labels.
+      label_vectors: Unit prototypes of the labels.
     """
 
     results: dict[str, Any]
@@ -139,9 +143,10 @@ def search_model(
     search_config: SearchConfig = config_lib.SEARCH,
     k: int,
     block: int,
-    mixing: Mixing | None = None,
+    scoring: Scoring = settings_lib.COSINES,
     tune: Sequence[str] = (),
     index_dir: str | None = None,
+    vectors: VectorStore | None = None,
     save: SaveVectors | None = None,
     titles: bool = True,
     group: Group = distributed.ALONE,
@@ -149,18 +154,21 @@ def search_model(
     """Evaluates a model on a split.
 
     Args:
-      model, params, labels: The model.
+      model, params, labels: The model. It has a label head if `params` have one.
       dataset: Prepared data of the run.
       split: 'test', 'valid' or 'train'.
       search: 'exact' or 'scann'.
       search_config: Settings of the search.
       k: Labels per query after filtering.
       block: Items encoded at a time.
-      mixing: Settings of training neighbours; the metrics with them are under `with_neighbours` of
-        the results. None: no training neighbours, unless `tune` is given.
-      tune: Metrics whose mean on the validation split selects the settings of training neighbours,
-        which then replace `mixing`; empty: no tuning.
+      scoring: Weights of prototypes, label head and training neighbours; `fusion` is needed if the
+        model has a label head. The metrics with neighbours are under `with_neighbours` of the
+        results.
+      tune: Metrics whose mean on the validation split selects the scoring, which then replaces
+        `scoring`; empty: no tuning.
       index_dir: Directory of ScaNN indexes; needed for 'scann'.
+      vectors: Vectors of this model and data. What it has is not encoded again, and what is encoded
+        is added. None: everything is encoded.
       save: Called with the vectors of the labels and, with training neighbours, of the training
         queries.
       titles: Whether to show progress.
@@ -176,71 +184,87 @@ def search_model(
         nonlocal clock
         seconds[phase], clock = time.perf_counter() - clock, time.perf_counter()
 
-    label_vectors = model.encode_labels(
-        params, labels, dataset.labels, block=block, title="labels" if titles else ""
-    )
+    scored = ScoredSearch(model, params, labels, dataset, block, vectors, titles, group)
+    scoring = scored.check(scoring)
+    label_vectors = scored.labels()
     lap("encode_labels")
-
-    def encode(items: Items, title: str) -> Float[np.ndarray, "n e"]:
-        shard = model.encode_queries(params, items, block=block, title=title if titles else "")
-        return distributed.gather_rows(shard, len(items), group)
-
-    query_vectors = encode(queries, f"{split} queries")
+    query_vectors = scored.queries(split)
     lap("encode_queries")
+    searched = scored.label_rows(label_vectors)
     index = open_index(
-        label_vectors,
+        searched,
         kind=search,
         directory=os.path.join(index_dir, "labels") if index_dir else "",
-        queries=query_vectors,
+        queries=scored.search_vectors(query_vectors, scoring.fusion),
+        weights=scoring.fusion or (),
         k=k,
         mesh=model.mesh,
         num_labels=dataset.num_labels,
         **dataclasses.asdict(search_config),
     )
     lap("index")
-    result = index_lib.search_filtered(index, query_vectors, pairs, k)
-    lap("search")
-    settings = {"kind": search, **index.settings, "k": k}
-    settings[f"recall@{k}"] = _recall(index, label_vectors, query_vectors, k, model, dataset)
-    lap("recall")
-    metrics = measure(result, dataset, split)
-    lap("metrics")
-    with_neighbours, searches = {}, {"": result}
-    if save is not None and mixing is None:
-        save(label_vectors.values, None)
-    if mixing is not None or tune:
-        vectors = query_vectors if split == "train" else encode(dataset.train, "training queries")
+    tried, train_vectors, train_index = [], None, None
+    if scoring.mixing is not None or tune:
+        train_vectors = query_vectors if split == "train" else scored.queries("train")
         lap("encode_training_queries")
-        if save is not None:
-            save(label_vectors.values, vectors)
+        mixing_k = k if scoring.mixing is None else scoring.mixing.k
         train_index = open_index(
-            vectors,
+            train_vectors,
             kind=search,
             directory=os.path.join(index_dir, "training_queries") if index_dir else "",
             queries=query_vectors,
-            k=min(k, len(vectors)) if mixing is None else min(mixing.k, len(vectors)),
+            k=min(mixing_k, len(train_vectors)),
             mesh=model.mesh,
             **dataclasses.asdict(search_config),
         )
         lap("index_training_queries")
-        if tune:
-            vectors = encode(dataset.valid, "valid queries")
-            mixing, with_neighbours["tuning"] = tune_mixing(
-                index, train_index, vectors, dataset, tune, k, titles
-            )
-            lap("tuning")
+    if save is not None:
+        if train_vectors is None and "head" in params:  # New labels are compared with them.
+            train_vectors = scored.queries("train")
+        save(label_vectors.values, train_vectors)
+    if tune:
+        tried = tune_scoring(scored, index, train_index, scoring.fusion, tune, k)
+        scoring = settings_lib.best_of(tried)
+        lap("tuning")
+
+    alone = scoring.without_neighbours()
+    result = scored.search(index, query_vectors, pairs, k, alone.fusion)
+    lap("search")
+    settings = {"kind": search, **index.settings, "k": k}
+    settings[f"recall@{k}"] = _recall(
+        index, searched, scored.search_vectors(query_vectors, alone.fusion), k, model, dataset
+    )
+    lap("recall")
+    about: dict[str, Any] = {"metrics": measure(result, dataset, split)}
+    lap("metrics")
+    searches = {"": result}
+    if alone.fusion is not None:
+        settings["log_sum"] = index.log_sum
+        about["fusion"] = alone.fusion._asdict()
+    if tried:
+        about["tuning"] = tried
+    if scoring.mixing is not None:
+        mixing, found = scoring.mixing, result
+        if scoring.fusion != alone.fusion:
+            found = scored.search(index, query_vectors, pairs, k, scoring.fusion)
         itself = np.arange(len(query_vectors)) if split == "train" else None
         nearest = neighbours.nearest(train_index, query_vectors, max(mixing.k, k), itself)
-        mixed = mixing_lib.mix_neighbours(
-            result, nearest, dataset.train_relevance, mixing, k, pairs if len(pairs) else None
+        searches[NEIGHBOURS] = mixing_lib.mix_neighbours(
+            found,
+            nearest,
+            dataset.train_relevance,
+            mixing,
+            k,
+            pairs if len(pairs) else None,
+            as_probabilities=scoring.fusion is not None,
         )
-        with_neighbours["with_neighbours"] = measure(mixed, dataset, split)
-        with_neighbours["mixing"] = mixing._asdict()
+        about["with_neighbours"] = measure(searches[NEIGHBOURS], dataset, split)
+        about["mixing"] = mixing._asdict()
+        if scoring.fusion is not None:
+            about["fusion_with_neighbours"] = scoring.fusion._asdict()
         lap("mixing")
-        searches[NEIGHBOURS] = mixed
     results = {
-        "metrics": metrics,
-        **with_neighbours,
+        **about,
         "counts": {
             "queries": len(queries),
             "labels": dataset.num_labels,
@@ -253,48 +277,57 @@ def search_model(
     return Evaluation(results, searches, label_vectors)
 
 
-def tune_mixing(
+def tune_scoring(
+    scored: ScoredSearch,
     index: Index,
     train_index: Index,
-    vectors: Float[np.ndarray, "v e"],
-    dataset: PreparedDataset,
+    trained: Fusion | None,
     names: Sequence[str],
     k: int,
-    titles: bool = True,
-) -> tuple[Mixing, list[dict[str, Any]]]:
-    """Selects the settings of training neighbours by metrics on the validation split.
+) -> list[dict[str, Any]]:
+    """Evaluates scorings by metrics on the validation split; see `augmentation.tuning.tune`.
 
     Args:
+      scored: Vectors of the model.
       index: Index of the labels.
       train_index: Index of the training queries.
-      vectors: Vectors of all validation queries. At most MAX_TUNING_QUERIES of them, drawn at
-        random, are used.
-      dataset: Prepared data with a validation split.
-      names: Names of metrics that `measure` returns; settings are compared by their mean.
+      trained: Weights of the run's flags, which are tried too; None: the model has no label head.
+      names: Names of metrics that `measure` returns; scorings are compared by their mean.
       k: Labels per query.
-      titles: Whether to show progress.
 
     Returns:
-      The best settings, and all settings that were tried with their values, best first.
+      Rows of `settings.to_row`, best first.
     """
+    dataset = scored.dataset
+    vectors = scored.queries("valid")
+    # The sample is random, but always the same.
     rows = np.sort(np.random.default_rng(0).permutation(len(vectors))[:MAX_TUNING_QUERIES])
-    pairs = index_lib.pairs_of(dataset.split("valid")[2], rows)
+    vectors = vectors[rows]
+    _, relevance, pairs = dataset.split("valid")
+    pairs = index_lib.pairs_of(pairs, rows)
     most = min(max(mixing_lib.KS), len(dataset.train))
+    columns = max(5, *(int(name.partition("@")[2] or k) for name in names))
+    validation = tuning.Validation(
+        neighbours.nearest(train_index, vectors, max(most, k)),
+        relevance[rows],
+        dataset.train_relevance,
+        pairs,
+        columns,
+    )
+    weights = inverse_propensity(dataset)
 
     def evaluate(result: SearchResult) -> float:
-        metrics = measure(result, dataset, "valid", rows)
+        metrics = metrics_lib.compute_metrics(
+            result.ids, validation.truth, weights, recall_ks=_recall_ks(columns)
+        )
         return float(np.mean([metrics[name] for name in names]))
 
-    tried = mixing_lib.tune(
-        index_lib.search_filtered(index, vectors[rows], pairs, k),
-        neighbours.nearest(train_index, vectors[rows], max(most, k)),
-        dataset.train_relevance,
-        evaluate,
-        mixing_lib.grid(most),
-        "tuning" if titles else "",
-        pairs if len(pairs) else None,
+    fusions = [trained] if trained is None else list(dict.fromkeys([trained, *tuning.FUSIONS]))
+    found = {fusion: scored.search(index, vectors, pairs, k, fusion) for fusion in fusions}
+    mixings = mixing_lib.grid(most, joint=trained is None)
+    return tuning.tune(
+        found, validation, evaluate, mixings, title="tuning" if scored.titles else ""
     )
-    return tried[0][0], [{**mixing._asdict(), "value": value} for mixing, value in tried]
 
 
 def _recall(

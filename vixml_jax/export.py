@@ -31,15 +31,25 @@ Exported by vixml_jax from a run on {name}.
 
 | file | content |
 |---|---|
-| labels.npy | unit vectors of {labels} labels, float32, width {width} |
+| labels.npy | {vectors} of {labels} labels, float32, width {width} |
 | labels.parquet | id, text and vector of the same labels, in the same order |
 | export.json | how texts are turned into vectors, for programs |
 {more}
-The vector of a query is the tower's {pooling}, scaled to unit length. The score of a label is the
-inner product of both vectors, so any index for maximum inner product search can be used.
+The vector q of a query is the tower's {pooling}, scaled to unit length. {scored} any index for
+maximum inner product search can be used.{probability}
 """
+_COSINE = "The score of a label is the\ninner product of both vectors, so"
+_FUSED = """A label has its
+prototype, its vector and its bias in the label head, one after the other; a query is searched by
+[a q; c g; c], where g is its vector in the head, and a and c are the weights of prototypes and
+head. The score of a label is the inner product of both, so"""
+_PROBABILITY = """
 
-_SNIPPETS = {
+exp(score), divided by its sum over all labels, is the probability that a label drawn from those of
+the query is this one. It is what `predict --knn.weight=0` prints as the score of a label."""
+
+# Code that computes the vectors q of queries, then scores; for the README.
+_QUERIES = {
     "encoder": """
     import numpy as np, torch, transformers
 
@@ -51,9 +61,6 @@ _SNIPPETS = {
         states = tower(**texts).last_hidden_state
     mask = texts["attention_mask"][..., None]
     query = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-    scores = query.numpy() @ np.load("labels.npy").T
-
-or `sentence_transformers.SentenceTransformer("tower").encode(["a query"])`.
 """,
     "decoder": """
     import json, numpy as np, torch, transformers
@@ -67,9 +74,35 @@ or `sentence_transformers.SentenceTransformer("tower").encode(["a query"])`.
     with torch.no_grad():
         states = tower(torch.tensor([ids])).last_hidden_state[0]
     pooled = states.mean(0) if about["pooling"] == "mean" else states[-1]
-    scores = torch.nn.functional.normalize(pooled, dim=-1).numpy() @ np.load("labels.npy").T
+    query = torch.nn.functional.normalize(pooled, dim=-1)[None]
 """,
 }
+_SCORES = """    scores = query.numpy() @ np.load("labels.npy").T
+"""
+_MLP = """    hidden = torch.nn.functional.gelu(query @ head["up_kernel"] + head["up_bias"])
+    g = query + hidden @ head["down_kernel"] + head["down_bias"]
+"""
+_HEAD_SCORES = """    head = np.load("head.npz")
+    head = {{name: torch.from_numpy(values) for name, values in head.items()}}
+{mlp}    g, a, c = torch.nn.functional.normalize(g, dim=-1), head["prototypes"], head["head"]
+    fused = torch.cat([a * query, c * g, c.expand(len(query), 1)], dim=1)
+    labels = np.load("labels.npy")[:, : fused.shape[1]]  # The rest is padding.
+    scores = fused.numpy() @ labels.T
+    probabilities = torch.from_numpy(scores).softmax(dim=1)
+"""
+_SENTENCE_TRANSFORMERS = """
+q is also `sentence_transformers.SentenceTransformer("tower").encode(["a query"])`.
+"""
+
+
+def _snippet(is_encoder: bool, head: Any) -> str:
+    """Returns code for the README; `head` is from `exporting.host_head`, None without a head."""
+    code = _QUERIES["encoder" if is_encoder else "decoder"]
+    if head is None:
+        code += _SCORES
+    else:
+        code += _HEAD_SCORES.format(mlp=_MLP if "mlp" in head else "    g = query\n")
+    return code + (_SENTENCE_TRANSFORMERS if is_encoder else "")
 
 
 def write(
@@ -83,14 +116,14 @@ def write(
       like: Hugging Face directory or name that the tower was loaded from; None: trained from
         scratch.
       tower: Whether to write the tower as a Hugging Face directory.
-      program: Whether to write the tower as StableHLO.
+      program: Whether to write tower and label head as StableHLO.
 
     Raises:
       InputError: If the tower cannot be written in one of these formats.
     """
     model, artifacts = predictor.model, predictor.artifacts
     config, about = model.tower.config, exporting.describe(predictor, model.tower.config)
-    params = exporting.host_tower(model, predictor.params)
+    params, head = exporting.host_tower(model, predictor.params), exporting.host_head(predictor)
     rows, snippet = [], ""
     if tower:
         path = os.path.join(directory, exporting.TOWER)
@@ -104,16 +137,20 @@ def write(
             max_tokens=about["max_tokens"],
         )
         rows.append("| tower/ | the tower and its tokenizer, for transformers; texts only |\n")
-        snippet = _SNIPPETS["encoder" if isinstance(config, BertConfig) else "decoder"]
+        snippet = _snippet(isinstance(config, BertConfig), head)
     if program:
         texts = [text or "a" for text in itertools.islice(artifacts.texts, _NUM_CHECKED)]
         path = os.path.join(directory, exporting.PROGRAM)
         difference = exporting.write_program(path, predictor, params, texts)
         console.status(f"{exporting.PROGRAM}: differs from the run by at most {difference:.1e}")
         rows.append(
-            "| tower.stablehlo | token ids and mask [b, t], int32, to unit vectors [b, e]: "
+            f"| tower.stablehlo | token ids and mask [b, t], int32, to the vectors "
+            f"[b, {about['label_width']}] that are searched with: "
             "`jax.export.deserialize(bytearray(data)).call(ids, mask)` |\n"
         )
+    if head is not None:
+        exporting.write_head(os.path.join(directory, exporting.HEAD), predictor)
+        rows.append("| head.npz | the network of the label head, and the weights a and c |\n")
     if about["images"]:
         exporting.write_projection(os.path.join(directory, "image_projection.npz"), params)
         rows.append("| image_projection.npz | image embeddings to inputs of the tower |\n")
@@ -121,7 +158,10 @@ def write(
     readme = _README.format(
         name=artifacts.about.name,
         labels=about["labels"],
-        width=about["width"],
+        width=about["label_width"],
+        vectors="unit vectors" if head is None else "vectors",
+        scored=_COSINE if head is None else _FUSED,
+        probability="" if head is None else _PROBABILITY,
         more="".join(rows),
         pooling="mean state" if about["pooling"] == "mean" else "last state",
     )
@@ -153,7 +193,12 @@ def main(argv: Sequence[str]) -> None:
     if like and values.tower:
         hf_checkpoints.resolve(like, weights=False)  # Fails before anything is encoded.
     predictor = Predictor.load(
-        values.workdir, data=values.data, data_cache=values.data_cache, mesh=values.mesh, warm=False
+        values.workdir,
+        data=values.data,
+        data_cache=values.data_cache,
+        mesh=values.mesh,
+        with_neighbours=False,  # They cannot be exported; the weights of scores are those without.
+        warm=False,
     )
     with errors.writing(f"--out={values.out}"), atomic.directory(values.out) as temporary:
         names = write(temporary, predictor, like=like, tower=values.tower, program=values.program)
@@ -167,7 +212,7 @@ def define_flags() -> None:
     text("out", "", "Directory to write. An earlier export there is replaced.")
     text("like", "", "Hugging Face directory of the original tower, if moved.")
     flags.DEFINE_boolean("tower", True, "Write the tower as a Hugging Face directory.")
-    flags.DEFINE_boolean("program", True, "Write the tower as a StableHLO program.")
+    flags.DEFINE_boolean("program", True, "Write tower and label head as a StableHLO program.")
     text(
         "data",
         "",

@@ -1,4 +1,4 @@
-"""The model: tower, prototype network and label table, and embeddings of whole data sets."""
+"""The model: tower, prototype network, label table and head; embeddings of whole data sets."""
 
 import dataclasses
 import functools
@@ -13,23 +13,22 @@ from jaxtyping import Array, Float, Int
 
 from vixml_jax.data import packing
 from vixml_jax.data.store import Items
+from vixml_jax.labels.head import LabelHead
 from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.labels.table import LabelTable
+from vixml_jax.models.layers import unit
 from vixml_jax.models.tower import ShardLayout, Tower
 from vixml_jax.parallel import sharding
 from vixml_jax.runtime import progress
 from vixml_jax.structs import LabelState, PackedItems, Shard
 
-
-def unit(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
-    """Rows scaled to unit length; a zero row stays zero (floor 1e-12, as in the paper's code)."""
-    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
-    return x / norm
+# Numbers of queries that the label head reads at a time, so that few programs are compiled.
+_HEAD_BLOCKS = (1, 8, 64, 512, 4096)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """Tower, prototype network and label table, and how items are packed for them.
+    """Tower, prototype network, label table and head, and how items are packed for them.
 
     Attributes:
       tower: Maps packed items to one vector per item, not normalised.
@@ -40,6 +39,8 @@ class Model:
       row_width: Number of positions of a packed row.
       layout: Layout of items.
       microbatch_rows: Rows per device that the tower processes at a time in training; 0 for all.
+      head: The label head; None if the run has none. Its parameters are `params["head"]`, which are
+        absent as long as nothing has trained it.
     """
 
     tower: Tower
@@ -49,6 +50,7 @@ class Model:
     row_width: int
     layout: packing.Layout
     microbatch_rows: int = 0
+    head: LabelHead | None = None
 
     def init_params(self, key: Array) -> Any:
         """Initial parameters of tower, combiner and free vectors, boxed with logical axes."""
@@ -67,17 +69,28 @@ class Model:
             params["combiner"] = self.combiner.init(combiner_key, x, x, x, deterministic=True)[
                 "params"
             ]
-            params["free"] = sharding.boxed(self.table.init_free(free_key), "fe")
+            if self.combiner.uses_free:
+                params["free"] = sharding.boxed(self.table.init_free(free_key), "fe")
         return params
+
+    @property
+    def uses_centroids(self) -> bool:
+        """Whether the prototypes of labels depend on their centroids."""
+        return self.combiner is not None and self.combiner.uses_centroid
 
     @functools.cached_property
     def abstract_params(self) -> Any:
-        """Logical shapes, dtypes and axes of all parameters.
+        """Logical shapes, dtypes and axes of all parameters but those of the head.
 
         On a mesh they are stored with the padded shapes of `sharding.stored_tree`. The methods of
         this class cut them to their logical shapes.
         """
         return jax.eval_shape(lambda: self.init_params(jax.random.key(0)))
+
+    @functools.cached_property
+    def abstract_head(self) -> Any:
+        """Logical shapes, dtypes and axes of the parameters of the head."""
+        return jax.eval_shape(lambda: self.head.init_params(jax.random.key(0)))
 
     def row_sizes(self, length: float, batch_size: int, num_shards: int) -> packing.RowSizes:
         """Possible numbers of rows of one shard of a training batch.
@@ -162,9 +175,9 @@ class Model:
         """
         if self.combiner is None:
             return unit(vectors)
-        if free is None:
+        if free is None and self.combiner.uses_free:
             free = self.table.gather_free(params["free"], labels, label_ids)
-        if centroids is None:
+        if centroids is None and self.combiner.uses_centroid:
             centroids = self.table.gather_centroids(labels, label_ids)
         combiner = sharding.unpad(params["combiner"], self.abstract_params["combiner"])
         return self.combiner.apply(
@@ -205,6 +218,63 @@ class Model:
             block,
             title,
         )
+
+    def encode_labels_both_ways(
+        self, params: Any, labels: LabelState, items: Items, *, block: int, title: str = ""
+    ) -> tuple[Shard, Shard]:
+        """Unit vectors of the labels from the tower, and their unit prototypes, in one pass.
+
+        Arguments and results as for `encode_queries`.
+        """
+        if self.combiner is None:
+            vectors = self.encode_queries(params, items, block=block, title=title)
+            return vectors, vectors
+        both = self._stream(
+            lambda packed, ids: self._both_block(params, labels, packed, ids, ids.shape[0]),
+            items,
+            block,
+            title,
+            width=2 * self.table.width,
+        )
+        vectors, prototypes = np.split(both.values, 2, axis=1)
+        return Shard(both.ids, vectors), Shard(both.ids, prototypes)
+
+    def head_queries(
+        self, params: Any, queries: Float[np.ndarray, "n e"]
+    ) -> Float[np.ndarray, "n e"]:
+        """The vectors with which the head scores queries, from their unit vectors.
+
+        Args:
+          params: Parameters of the model, those of the head among them.
+          queries: Unit vectors of the tower.
+        """
+        if not len(queries):
+            return np.zeros(queries.shape, np.float32)
+        mlp = {name: value for name, value in params["head"].items() if name == "mlp"}
+        if jax.process_count() > 1:  # Each applies the replicated network to its own queries.
+            mlp = jax.tree.map(np.asarray, mlp)
+        size = next((s for s in _HEAD_BLOCKS if s >= len(queries)), _HEAD_BLOCKS[-1])
+        parts = []
+        for start in range(0, len(queries), size):
+            block = queries[start : start + size]
+            padded = np.pad(block, ((0, size - len(block)), (0, 0)))
+            parts.append(np.asarray(self._head_block(mlp, padded))[: len(block)])
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def _head_block(self) -> Any:
+        return jax.jit(self.head.queries)
+
+    def head_rows(self, params: Any) -> tuple[Shard, Shard]:
+        """Vectors [n, e] and biases [n] of the labels in the head, on the host.
+
+        Each is the part that belongs to this process (`sharding.row_ids`).
+        """
+        vectors, bias = (
+            sharding.shard_of(params["head"][name], self.table.num_labels, self.mesh)
+            for name in ("vectors", "bias")
+        )
+        return vectors, bias
 
     def encode_packed(
         self, params: Any, packed: PackedItems, num_items: int
@@ -251,7 +321,24 @@ class Model:
 
         return jax.jit(encode, static_argnums=4, out_shardings=sharding.rows_sharding(self.mesh))
 
-    def _stream(self, encode: Any, items: Items, block: int, title: str) -> Shard:
+    @functools.cached_property
+    def _both_block(self) -> Any:
+        def encode(
+            params: Any,
+            labels: LabelState,
+            packed: PackedItems,
+            label_ids: Int[Array, " b"],
+            num_items: int,
+        ) -> Float[Array, "b 2e"]:
+            vectors = self.tower_vectors(params, packed, num_items)
+            prototypes = self.prototypes(params, labels, vectors, label_ids)
+            return jnp.concatenate([unit(vectors), prototypes], axis=1)
+
+        return jax.jit(encode, static_argnums=4, out_shardings=sharding.rows_sharding(self.mesh))
+
+    def _stream(
+        self, encode: Any, items: Items, block: int, title: str, width: int | None = None
+    ) -> Shard:
         """Encodes items in blocks; the devices encode one block while the host packs the next.
 
         Each device encodes the items of its own rows, so that the results need no communication.
@@ -263,7 +350,8 @@ class Model:
         rows = packing.RowSizes.expected(
             self.mean_length(items), batch_size=size * shards, width=self.row_width, blocks=shards
         )
-        vectors = np.empty((len(local_shards), per_shard, self.table.width), np.float32)
+        width = width or self.table.width
+        vectors = np.empty((len(local_shards), per_shard, width), np.float32)
         pending: tuple[int, Any] | None = None
 
         def store(pending: tuple[int, Any]) -> None:
@@ -296,4 +384,4 @@ class Model:
         if pending is not None:
             store(pending)
         ids = sharding.row_ids(num, mesh)
-        return Shard(ids, vectors.reshape(-1, self.table.width)[: len(ids)])
+        return Shard(ids, vectors.reshape(-1, width)[: len(ids)])

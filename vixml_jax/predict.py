@@ -18,7 +18,7 @@ from absl import flags
 from vixml_jax import command_line, errors, image_encoding
 from vixml_jax import config as config_lib
 from vixml_jax import workdir as workdir_lib
-from vixml_jax.augmentation import neighbours
+from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.config import SearchConfig
 from vixml_jax.data.images import download
 from vixml_jax.data.sources.columns import Columns
@@ -323,7 +323,13 @@ def define_flags() -> None:
     text("queries", "", "Queries: csv, tsv, jsonl (.gz, .zst) or parquet.")
     text("out", "", "Predictions to write: a line of JSON per query, in order.")
     flags.DEFINE_integer("k", 10, "Maximum number of labels per query.", lower_bound=1)
-    flags.DEFINE_float("min_score", None, "Labels with a lower score are left out.")
+    flags.DEFINE_float(
+        "min_score",
+        None,
+        "Labels with a lower score are left out. In a run with a label head, a score is the "
+        "probability that a label drawn from those of the query is this one. Otherwise it is a "
+        "cosine, or with training neighbours a share among the labels found.",
+    )
     text(
         "filters",
         "",
@@ -370,7 +376,7 @@ def define_flags() -> None:
         "Prepared data, if they have moved. Read once, to write the serving artifacts.",
     )
     text("mesh", "", "Mesh, if not as in training. 'fsdp:-1' fits any number of devices.")
-    neighbours.define_flags()
+    settings_lib.define_flags()
     config_lib.define_group("search", SearchConfig)
     compilation_cache.define_flag()
     object_store.define_flag()

@@ -19,6 +19,16 @@ class PackedItems(NamedTuple):
     images: Float[Any, "i v"]  # Image embeddings, float16; zero where an item has no image.
 
 
+class Positives(NamedTuple):
+    """All labels of the queries of a batch, in no particular order; padding is -1 in both arrays.
+
+    With several shards, each holds the labels of its own queries in its part of the arrays.
+    """
+
+    queries: Int[Any, " p"]  # Index of the query within the batch.
+    labels: Int[Any, " p"]  # Row of the label set.
+
+
 class Batch(NamedTuple):
     """One training batch: b queries, c candidate labels, and their relevance.
 
@@ -30,6 +40,14 @@ class Batch(NamedTuple):
     query_ids: Int[Any, " b"]  # Row of the training set; -1 for padding of the last batch.
     label_ids: Int[Any, " c"]  # Row of the label set; -1 for padding. May repeat.
     relevance: Bool[Any, "b c"]  # All true labels of the query among the candidates.
+    positives: Positives | None = None  # Of the queries; None: the step trains no label head.
+
+
+class HeadBatch(NamedTuple):
+    """One batch of a head epoch: queries whose vectors are in the bank, and all their labels."""
+
+    query_ids: Int[Any, " b"]  # Row of the training set; -1 for padding of the last batch.
+    positives: Positives
 
 
 class LabelState(NamedTuple):
@@ -46,8 +64,11 @@ class TrainState(NamedTuple):
     """The state that a training step updates and a checkpoint holds."""
 
     step: Any  # Number of updates done, int32 scalar.
-    params: Any  # Trained part of {"tower": ..., "combiner": ..., "free": [f, e]}, float32.
-    frozen: Any  # Frozen part: the tower if it has adapters, otherwise {}. It has no gradients.
+    # Trained part of {"tower": ..., "combiner": ..., "free": [f, e], "head": ...}, float32.
+    params: Any
+    # Frozen part: the tower if it has adapters or only the head is trained, otherwise {}. It has no
+    # gradients.
+    frozen: Any
     opt_state: Any
     labels: LabelState
     bank: Float[Any, "n e"]  # Unit embedding of each training query from its last batch.

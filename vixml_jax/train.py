@@ -6,32 +6,36 @@ prints the memory of large arrays and stops.
 
 import dataclasses
 import functools
-import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-import jax
-import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 
 from vixml_jax import command_line, errors, evaluate, evaluator, workdir
 from vixml_jax import config as config_lib
-from vixml_jax.augmentation import neighbours
+from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.config import Config
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
-from vixml_jax.parallel import accelerators, distributed, sharding
+from vixml_jax.parallel import accelerators, distributed
 from vixml_jax.runtime import compilation_cache, console, flag_fields, host_memory, tree_utils
 from vixml_jax.serving import artifacts
 from vixml_jax.storage import object_store
-from vixml_jax.training import build, memory_planner, step_timer
-from vixml_jax.training import train_state as state_lib
+from vixml_jax.storage.vector_store import VectorStore
+from vixml_jax.training import (
+    build,
+    describe,
+    head_trainer,
+    initial_state,
+    memory_planner,
+    step_timer,
+)
 from vixml_jax.training import trainer as trainer_lib
-from vixml_jax.training.checkpoints import Checkpoints
-from vixml_jax.training.memory_planner import DataSizes, MemoryPlan
+from vixml_jax.training.checkpoints import Checkpoints, nbytes
+from vixml_jax.training.describe import final_model as describe_final_model
+from vixml_jax.training.memory_planner import DataSizes
 from vixml_jax.training.metric_logger import CollapseGuard, MetricLogger
 from vixml_jax.training.preemption import StopSignal
 
@@ -42,11 +46,15 @@ COMMON_FLAGS = (
     "model.num_images",
     "lora.rank",
     "batch.size",
-    "batch.row_width",
     "loop.epochs",
     "loop.eval_every",
     "loop.monitor",
     "optimizer.learning_rate",
+    "loss.kind",
+    "head.only",
+    "head.weight",
+    "head.refit",
+    "eval.tune",
     "knn.weight",
     "mesh",
     "seed",
@@ -73,85 +81,20 @@ def check_monitor(config: Config, dataset: PreparedDataset, k: int) -> None:
         raise InputError(f"--loop.monitor={monitor}: expected one of {', '.join(names)}")
 
 
-def describe_final_model(
-    config: Config, position: trainer_lib.Position, steps_per_epoch: int
-) -> str:
-    """Returns a line that says which epoch the model of a finished run is from, and why."""
-    epochs = config.loop.epochs
-    if not position.epoch:
-        return "final model: untrained (--loop.epochs=0)"
-    if position.best_step is None:
-        return f"final model: from the last epoch, {position.epoch}/{epochs}"
-    best_epoch = position.best_step // steps_per_epoch
-    text = (
-        f"final model: from epoch {best_epoch}/{epochs}, the best in {config.loop.monitor} on "
-        f"valid ({position.best:.2f})"
-    )
-    if position.epoch < epochs:
-        text += (
-            f"; training stopped after epoch {position.epoch}/{epochs} "
-            f"(--loop.patience={config.loop.patience})"
-        )
-    return text
+def check_tuning(config: Config, dataset: PreparedDataset, k: int) -> None:
+    """Checks that the metrics of `--eval.tune` exist.
 
-
-def show_setup(
-    config: Config, dataset: PreparedDataset, parts: build.Parts, mesh: Mesh, rows: int
-) -> None:
-    """Prints a status line each about the data, the model and the devices.
-
-    Args:
-      config: Flags of the run.
-      dataset: Its prepared data.
-      parts: Its model and abstract state.
-      mesh: Its devices.
-      rows: Packed rows of a typical batch.
+    Raises:
+      InputError: If there is no such metric.
     """
-    # From the description of the data, so that the test split is not touched.
-    counts = {name: dataset.info.get(f"num_{name}", 0) for name in ("train", "valid", "test")}
-    queries = [f"{count:,} {name}" for name, count in counts.items() if count]
-    images = f"images of width {dataset.image_width}" if dataset.image_width else "no images"
-    console.status(
-        f"data: {dataset.name}, {', '.join(queries[:-1])} and {queries[-1]} queries, "
-        f"{dataset.num_labels:,} labels, {images}"
-    )
-    tower = parts.model.tower.config
-    family = next(name for name, kind in workdir.FAMILIES.items() if isinstance(tower, kind))
-    trained, frozen = map(_num_values, workdir.split_params(parts.model.abstract_params, tower))
-    prototypes = "label prototypes" if config.labels.prototypes else "no label prototypes"
-    console.status(
-        f"model: {family} {config.model.pretrained or 'from scratch'}, {tower.num_layers} layers x "
-        f"{tower.width}, {trained:,} trained and {frozen:,} frozen parameters, {tower.dtype}, "
-        f"{prototypes}"
-    )
-    console.status(
-        f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {_spell(mesh)}, batches "
-        f"of {config.batch.size:,} queries in about {rows:,} rows of {config.batch.row_width}"
-    )
-
-
-def _num_values(tree: object) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def _spell(mesh: Mesh) -> str:
-    return ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
-
-
-def _describe_memory(planned: MemoryPlan) -> str:
-    capacity = f" of {planned.device / 2**30:.1f}" if planned.device else ""
-    total = max(0.01, planned.total / 2**30)
-    return f"memory: {total:.2f}{capacity} GiB per device planned"
-
-
-def _show_arrays(parts: build.Parts, sizes: DataSizes, show: Callable[[str], None]) -> None:
-    """Shows dimensions that are stored with padding, and a table of all large arrays."""
-    tables = state_lib.abstract_tables(parts.model, sizes.queries)
-    for line in sharding.describe_padding(
-        {**parts.model.abstract_params, **tables}, parts.model.mesh
-    ):
-        show(line)
-    show(memory_planner.array_table(parts.like))
+    names = evaluator.metric_names(k)
+    for name in config.eval.tune:
+        if name not in names:
+            raise InputError(f"--eval.tune={name}: expected metrics among {', '.join(names)}")
+    if config.eval.tune and not dataset.valid:
+        console.status(
+            f"note: --eval.tune has no effect, because --data={config.data} has no validation split"
+        )
 
 
 def plan(
@@ -178,31 +121,129 @@ def plan(
         check_monitor(config, dataset, min(config.eval.k, dataset.num_labels))
         tower, layout = build.make_tower(config, dataset)
         planned_sizes = DataSizes.parse(sizes, build.sizes_of(dataset))
+        config = workdir.with_head_loss(config, planned_sizes.labels_per_query)
         parts = build.assemble(config, tower, layout, planned_sizes, mesh)
         length = 2.0 * build.longest_item(layout, dataset)
         if not sizes:
             length = sum(map(parts.model.mean_length, (dataset.train, dataset.labels)))
         has_images = [side.images is not None for side in (dataset.train, dataset.labels)]
         batch, key = memory_planner.abstract_batch(
-            parts.model, config.batch.size, length, has_images=has_images, width=dataset.image_width
+            parts.model,
+            config.batch.size,
+            length,
+            has_images=has_images,
+            width=dataset.image_width,
+            labels_per_query=planned_sizes.labels_per_query if config.head.weight else 0.0,
         )
-    rows, width = batch.items.tokens.shape
     kind = mesh.devices.flat[0].device_kind
     chip = accelerators.find(kind)
     published = ""
     if chip:
         published = f" ({chip.memory / 2**30:.0f} GiB, {chip.peak_flops / 1e12:.0f} TFLOP/s each)"
+    shape = f"a batch of {config.head.batch_size}"
+    if not config.head.only:
+        rows, width = batch.items.tokens.shape
+        shape = f"a batch of {config.batch.size} in {rows} rows of {width}"
     print(
-        f"plan: {mesh.size} x {kind}{published}, --mesh={_spell(mesh)}; {planned_sizes.queries} "
-        f"queries, {planned_sizes.labels} labels; a batch of {config.batch.size} in {rows} rows of "
-        f"{width}"
+        f"plan: {mesh.size} x {kind}{published}, --mesh={describe.spell(mesh)}; "
+        f"{planned_sizes.queries} queries, {planned_sizes.labels} labels; {shape}"
     )
-    _show_arrays(parts, planned_sizes, print)
+    describe.show_arrays(parts, planned_sizes, print)
     start = time.perf_counter()
-    planned = memory_planner.plan_memory(parts.like, lambda: parts.step.program(batch, key))
+    plans = []
+    if not config.head.only:
+        plans.append(memory_planner.plan_memory(parts.like, lambda: parts.step.program(batch, key)))
+    if parts.head is not None:
+        head_batch, key = memory_planner.abstract_head_batch(
+            parts.model, config.head.batch_size, planned_sizes.labels_per_query
+        )
+        plans.append(
+            memory_planner.plan_memory(
+                parts.head.like,
+                lambda: parts.head.step.program(head_batch, key),
+                head_trainer.own_state(parts.head.like),
+            )
+        )
+    planned = memory_planner.largest(plans)
     planned.check()
     print(planned)
     print(f"compiled in {time.perf_counter() - start:.0f} s; the run fits")
+
+
+def _make_trainers(
+    config: Config,
+    parts: build.Parts,
+    dataset: PreparedDataset,
+    *,
+    split: str,
+    shards: int,
+    checkpoints: Checkpoints,
+    stop: StopSignal,
+    group: distributed.Group,
+    vectors: Callable[[int], VectorStore] | None,
+) -> tuple[trainer_lib.Trainer | None, head_trainer.HeadTrainer | None]:
+    """Returns what runs the epochs of the whole model and those of the head; None: there are none.
+
+    Args:
+      config: Flags of the run.
+      parts: Its model and steps.
+      dataset: Its prepared data.
+      split: Split of evaluations in training.
+      shards, checkpoints, stop, group, vectors: As in `Trainer`.
+    """
+    common = {
+        "loop": config.loop,
+        "block": config.eval.block,
+        "seed": config.seed,
+        "shards": shards,
+        "checkpoints": checkpoints,
+        "stop": stop,
+        "vectors": vectors,
+    }
+    trainer = head = None
+    if not config.head.only:
+        triplet = config.loss.kind == "triplet"
+        trainer = trainer_lib.Trainer(
+            parts.model,
+            dataset,
+            parts.step,
+            batch=config.batch,
+            labels=config.labels,
+            group=group,
+            guard=CollapseGuard(
+                margin=config.loss.margin_min if triplet else None,
+                num_negatives=config.loss.num_negatives,
+                warmup_steps=config.optimizer.warmup_steps,
+            ),
+            evaluate=lambda params, labels: evaluator.evaluate_model(
+                parts.model,
+                params,
+                labels,
+                dataset,
+                split=split,
+                k=min(config.eval.k, dataset.num_labels),
+                block=config.eval.block,
+                scoring=settings_lib.as_trained(config).without_neighbours(),
+                titles=False,
+                group=group,
+            )["metrics"],
+            split=split,
+            joint=config.head.weight > 0,
+            later_steps=build.head_steps(config, len(dataset.train)),
+            **common,
+        )
+    if parts.head is not None:
+        head = head_trainer.HeadTrainer(
+            parts.model,
+            dataset,
+            parts.head.step,
+            parts.head.optimizer,
+            parts.head.like,
+            head=config.head,
+            first_epoch=0 if config.head.only else config.loop.epochs,
+            **common,
+        )
+    return trainer, head
 
 
 def train(
@@ -222,20 +263,23 @@ def train(
       profile: Window of steps to profile; see `step_timer.Profiler`.
       data_cache: Local directory for copies of data from an object store.
     """
+    started_at = time.monotonic()
     group = distributed.world()
     with distributed.first_process_first("data"):
         dataset = workdir.open_dataset(config, data_cache)
     k = min(config.eval.k, dataset.num_labels)
     check_monitor(config, dataset, k)
+    check_tuning(config, dataset, k)
     mesh = workdir.make_mesh(config)
     tower, layout = build.make_tower(config, dataset)
     sizes = build.sizes_of(dataset)
+    given, config = config, workdir.with_head_loss(config, sizes.labels_per_query)
     parts = build.assemble(config, tower, layout, sizes, mesh)
-    model, tx, like, _ = parts
+    model = parts.model
     with distributed.first_process_first("run directory"):
-        shards = workdir.open_run(config, tower, layout, dataset.content_hash, mesh)
-    steps_per_epoch = -(-len(dataset.train) // config.batch.size)
-    total_steps = config.loop.epochs * steps_per_epoch
+        shards = workdir.open_run(
+            given, tower, layout, dataset.content_hash, mesh, model.head.loss if model.head else ""
+        )
     checkpoints = Checkpoints(
         os.path.join(config.workdir, workdir.CHECKPOINTS),
         max_to_keep=config.loop.max_to_keep,
@@ -243,81 +287,82 @@ def train(
         minutes=config.loop.save_minutes,
         best=os.path.join(config.workdir, workdir.BEST) if config.loop.monitor else None,
     )
+    resumed = checkpoints.position()
     split = "valid" if dataset.valid else "test"
-    trainer = trainer_lib.Trainer(
-        model,
-        dataset,
-        parts.step,
-        batch=config.batch,
-        labels=config.labels,
-        loop=config.loop,
-        block=config.eval.block,
-        seed=config.seed,
-        shards=shards,
-        group=group,
-        checkpoints=checkpoints,
-        guard=CollapseGuard(margin=config.loss.margin_min, num_negatives=config.loss.num_negatives),
-        evaluate=lambda params, labels: evaluator.evaluate_model(
-            model,
-            params,
-            labels,
-            dataset,
-            split=split,
-            k=k,
-            block=config.eval.block,
-            titles=False,
-            group=group,
-        )["metrics"],
-        split=split,
-        stop=stop or StopSignal(),
+    store = functools.lru_cache(maxsize=1)(
+        lambda step: VectorStore(
+            config.workdir, step, dataset.content_hash, num_processes=group.count
+        )
     )
-    show_setup(config, dataset, parts, mesh, trainer.batch_rows)
-    _show_arrays(parts, sizes, console.detail)
-    planned = trainer.plan(like)
+    vectors = store if group.count == 1 else None
+    trainer, head = _make_trainers(
+        config,
+        parts,
+        dataset,
+        split=split,
+        shards=shards,
+        checkpoints=checkpoints,
+        stop=stop or StopSignal(),
+        group=group,
+        vectors=vectors,
+    )
+    head_steps = build.head_steps(config, sizes.queries)
+    in_head = trainer is None or (resumed or {}).get("head_from") is not None
+    describe.show_setup(
+        config, dataset, parts, sizes, mesh, trainer.batch_rows if trainer else None
+    )
+    describe.show_arrays(parts, sizes, console.detail)
+    plans = [] if in_head else [trainer.plan(parts.like)]
+    plans += [head.plan()] if head else []
+    planned = memory_planner.largest(plans)
     planned.check()
-    console.status(_describe_memory(planned))
+    console.status(describe.memory(planned))
     console.detail(str(planned))
-    console.detail(checkpoints.check_disk_space(like))
+    likes = [parts.like] + ([parts.head.like] if head else [])
+    console.detail(
+        checkpoints.check_disk_space(max(likes, key=lambda x: nbytes(x._replace(frozen=()))))
+    )
     resumed_at = checkpoints.latest_step()
+    epochs, tower_steps = 0, 0
+    if trainer:
+        epochs, tower_steps = config.loop.epochs, trainer.stage.steps
     console.status(
         f"output: {object_store.absolute(config.workdir)}, "
-        + ("new run" if resumed_at is None else f"resumed at step {resumed_at} of {total_steps}")
-    )
-
-    params = build.initial_params(config, model, dataset)
-    if resumed_at is None:
-        params, labels, bank = state_lib.initial_labels(
-            model,
-            params,
-            dataset,
-            labels=config.labels,
-            block=config.eval.block,
-            seed=config.seed,
-            group=group,
+        + (
+            "new run"
+            if resumed_at is None
+            else f"resumed at step {resumed_at} of {tower_steps + head_steps}"
         )
-    else:
-        labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
-        bank = state_lib.empty_bank(model, len(dataset.train))
-    params, frozen = workdir.split_params(params, tower)
-    workdir.save_frozen(config.workdir, frozen)
-    state = state_lib.place_state(like, params, frozen, tx, labels, bank)
-    del params, frozen, bank, labels
-    clusters, position = trainer.start()
-    if resumed_at is not None:
-        state, clusters, position = checkpoints.restore(state, clusters)
-        position = trainer_lib.Position(**position)
+    )
+    state, clusters, position = initial_state.first_state(
+        config, parts, dataset, checkpoints, in_head, group
+    )
     logger = MetricLogger(
         config.workdir,
         step=int(state.step),
-        total_steps=total_steps,
-        num_epochs=config.loop.epochs,
-        learning_rates=build.learning_rates(config, total_steps),
-        flags=flag_fields.lines(config),
+        total_steps=tower_steps,
+        num_epochs=epochs,
+        later_steps=head_steps,
+        learning_rates=build.learning_rates(config, tower_steps),
+        flags=flag_fields.lines(given),
         peak_flops=accelerators.peak_flops(mesh.devices.flat),
         profile=profile,
+        started_at=started_at,
     )
     try:
-        state, position = trainer.run(state, clusters, position, logger)
+        if trainer:
+            state, position = trainer.run(state, clusters, position, logger)
+        if head:
+            if position.head_from is None:
+                # A device may not have memory for another model or optimizer.
+                state = state._replace(opt_state=None)
+                if position.best_step not in (None, int(state.step)):
+                    step = state.step
+                    del state
+                    state, position = initial_state.best_state(
+                        config, model, step, position, vectors
+                    )
+            state, position = head.run(state, position, logger)
     except OSError as error:
         fault = errors.disk_fault(error)
         if fault is None:
@@ -334,11 +379,15 @@ def train(
 
     params, labels = tree_utils.merge(state.params, state.frozen), state.labels
     last_step = int(state.step)
-    if position.best_step is not None:
+    vectors_step = last_step if position.head_from is None else position.head_from
+    if position.best_step is not None and position.head_from is None:
         # A device may not have memory for two models and an optimizer.
         del state, params, labels
         params, labels, last_step = workdir.restore_model(config.workdir, model)
-    console.status(describe_final_model(config, position, steps_per_epoch))
+        vectors_step = last_step
+    console.status(
+        describe_final_model(config, position, trainer.steps_per_epoch if trainer else 1)
+    )
     # In other cases `predict` computes the serving artifacts when it first needs them.
     serves = group.count == 1 and object_store.is_local(config.workdir)
     serving = os.path.join(config.workdir, artifacts.DIRECTORY)
@@ -350,7 +399,10 @@ def train(
         dataset,
         split=split,
         search="exact",
-        mixing=neighbours.as_trained(config.knn),
+        step=last_step,
+        scoring=settings_lib.as_trained(config),
+        tune=config.eval.tune if dataset.valid else (),
+        vectors=store(vectors_step),
         save=functools.partial(artifacts.save, serving, dataset, last_step) if serves else None,
         group=group,
     )

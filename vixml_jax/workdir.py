@@ -17,6 +17,7 @@ from vixml_jax.data import preprocessing, store
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
+from vixml_jax.labels.head import LabelHead
 from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.labels.table import LabelTable
 from vixml_jax.modeling import Model
@@ -35,6 +36,7 @@ BEST = "best"
 FROZEN = "frozen"
 # Flags whose values may change when a run is resumed.
 FREE_FLAGS = ("workdir", "mesh", "loop.save_every", "loop.save_minutes", "loop.max_to_keep")
+BCE_FROM = 5.5  # Labels per training query from which on --head.loss=auto is bce.
 FAMILIES = {"encoder": BertConfig, "decoder": DecoderConfig}
 _NOT_A_RUN = "expected a run directory written by train"
 
@@ -50,6 +52,7 @@ class _TowerFile(msgspec.Struct):
       layout: Fields of the layout of items.
       content_hash: Content hash of the prepared data.
       shards: Number of shards in which batches are packed.
+      head_loss: The loss of the label head, which --head.loss=auto chose; empty without a head.
       shares: Name of `shards` in version 0.1.
     """
 
@@ -58,11 +61,17 @@ class _TowerFile(msgspec.Struct):
     layout: _LayoutFields
     content_hash: str
     shards: int = 0
+    head_loss: str = ""
     shares: int = 0
 
 
 def open_run(
-    config: Config, tower: TowerConfig, layout: Layout, content_hash: str, mesh: Mesh
+    config: Config,
+    tower: TowerConfig,
+    layout: Layout,
+    content_hash: str,
+    mesh: Mesh,
+    head_loss: str = "",
 ) -> int:
     """Creates the run directory, or checks that an existing one belongs to the same run.
 
@@ -72,6 +81,7 @@ def open_run(
       layout: Layout of items.
       content_hash: Content hash of the prepared data.
       mesh: The mesh of this start of the run.
+      head_loss: The loss of the label head; empty without a head.
 
     Returns:
       The number of shards in which batches are packed; see `sharding.num_shards`.
@@ -87,10 +97,12 @@ def open_run(
         "layout": layout._asdict(),
         "content_hash": content_hash,
         "shards": sharding.num_shards(mesh),
+        "head_loss": head_loss,
     }
     if epath.Path(path).exists():
-        differences = config_lib.differences(config_lib.load(path), config)
-        free = tuple(f"--{name}:" for name in FREE_FLAGS)
+        before = config_lib.load(path)
+        differences = config_lib.differences(before, config)
+        free = tuple(f"--{name}" for name in _free_flags(before, config))
         changed = [line for line in differences if not line.startswith(free)]
         recorded = _read_tower(config.workdir)
         if not changed and recorded.content_hash != content_hash:
@@ -100,8 +112,13 @@ def open_run(
                 f"--workdir={config.workdir} holds a run with another configuration "
                 f"({'; '.join(changed)}): use the same flags to resume it, or another --workdir"
             )
-        if differences and jax.process_index() == 0:
-            atomic.write_text(path, config.to_json())
+        if jax.process_index() == 0:
+            if recorded.head_loss != head_loss:
+                tower_path = os.path.join(config.workdir, TOWER)
+                updated = {**json_files.read(tower_path, dict, _NOT_A_RUN), "head_loss": head_loss}
+                json_files.write(tower_path, updated)
+            if differences:
+                atomic.write_text(path, config.to_json())
         shards = sharding.num_shards(mesh, recorded.shards)
         if shards != recorded.shards:
             print(
@@ -120,6 +137,20 @@ def open_run(
     return contents["shards"]
 
 
+def _free_flags(before: Config, now: Config) -> list[str]:
+    """Prefixes of the flags whose values may change between two starts of a run.
+
+    As long as the head is not refitted, it can be decided that it will be. Its other flags may then
+    change as well, unless training steps depend on them.
+    """
+    free = [f"{name}:" for name in FREE_FLAGS]
+    if not before.head.enabled and not now.head.only and not now.head.weight:
+        return [*free, "head.", "fusion."]
+    if not before.head.refit and not before.head.only:
+        free += ["head.refit:", "head.epochs:", "head.batch_size:"]
+    return free
+
+
 def _read_tower(workdir: str) -> _TowerFile:
     contents = json_files.read(os.path.join(workdir, TOWER), _TowerFile, _NOT_A_RUN)
     contents.shards = contents.shards or contents.shares
@@ -134,6 +165,21 @@ def path_of(directory: str, name: str, name_0_1: str) -> str:
     return path_0_1 if os.path.exists(path_0_1) and not os.path.exists(path) else path
 
 
+def with_head_loss(config: Config, labels_per_query: float) -> Config:
+    """The flags with the loss of the label head decided, where it is "auto".
+
+    Args:
+      config: Flags of a run. If its directory records a decision, that one is kept.
+      labels_per_query: Mean number of labels of a training query.
+    """
+    if not config.head.enabled or config.head.loss != "auto":
+        return config
+    loss = "bce" if labels_per_query >= BCE_FROM else "softmax"
+    if (epath.Path(config.workdir) / TOWER).exists():
+        loss = _read_tower(config.workdir).head_loss or loss
+    return dataclasses.replace(config, head=dataclasses.replace(config.head, loss=loss))
+
+
 def content_hash(workdir: str) -> str:
     """Content hash of the data that the run was started on.
 
@@ -144,7 +190,7 @@ def content_hash(workdir: str) -> str:
 
 
 def read_config(workdir: str, *, data: str = "", mesh: str = "") -> Config:
-    """The flags of a run, with the paths that it has now.
+    """The flags of a run, with the paths that it has now and the loss of its head decided.
 
     Args:
       workdir: Run directory, which may have been moved.
@@ -155,9 +201,10 @@ def read_config(workdir: str, *, data: str = "", mesh: str = "") -> Config:
       InputError: If the directory holds no run.
     """
     config = config_lib.load(os.path.join(workdir, CONFIG))
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config, workdir=workdir, data=data or config.data, mesh=mesh or config.mesh
     )
+    return with_head_loss(config, 0.0)
 
 
 def read_tower(workdir: str) -> tuple[TowerConfig, Layout]:
@@ -220,29 +267,61 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 def build_model(
     config: Config, tower: TowerConfig, layout: Layout, num_labels: int, mesh: Mesh
 ) -> Model:
-    """The model described by the flags, without parameters."""
-    labels = config.labels
+    """The model described by the flags, without parameters.
+
+    Raises:
+      ValueError: If the loss of the head is "auto"; see `with_head_loss`.
+    """
+    labels, head = config.labels, config.head
+    if head.enabled and head.loss == "auto":
+        raise ValueError("--head.loss=auto must be resolved by with_head_loss or read_config")
     return Model(
         tower=Tower(tower),
-        combiner=Combiner(labels.num_heads, labels.mlp_width, labels.dropout)
-        if labels.prototypes
+        combiner=Combiner(
+            labels.num_heads,
+            labels.mlp_width,
+            labels.dropout,
+            uses_free=labels.num_free > 0,
+            uses_centroid=labels.centroids != "none",
+        )
+        if labels.prototypes and not head.only
         else None,
         table=LabelTable(mesh, num_labels, labels.num_free, tower.width),
         mesh=mesh,
         row_width=config.batch.row_width,
         layout=layout,
         microbatch_rows=config.batch.microbatch_rows,
+        head=LabelHead(
+            mesh=mesh,
+            num_labels=num_labels,
+            width=tower.width,
+            mlp_width=head.mlp_width,
+            loss=head.loss,
+            label_block=head.label_block,
+            num_sampled=head.num_sampled if num_labels > head.sample_above else 0,
+        )
+        if head.enabled
+        else None,
     )
 
 
-def split_params(params: Any, tower: TowerConfig) -> tuple[Any, Any]:
+def split_params(
+    params: Any, tower: TowerConfig, *, head_only: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits parameters into trained and frozen ones.
 
     If the tower has adapters, all its parameters are frozen except for the adapters and the image
     projection. Otherwise nothing is frozen.
+
+    Args:
+      params: All parameters.
+      tower: Sizes of the tower.
+      head_only: Whether everything but the label head is frozen (`--head.only`).
     """
 
     def trained(path: tree_utils.Path) -> bool:
+        if head_only:
+            return path[0] == "head"
         adapted = getattr(tower, "lora_rank", 0) and path[0] == "tower"
         return not adapted or path[-1] in ("lora_a", "lora_b") or "image_projection" in path
 
@@ -252,6 +331,11 @@ def split_params(params: Any, tower: TowerConfig) -> tuple[Any, Any]:
 def as_frozen(frozen: Any, dtype: str) -> Any:
     """Abstract frozen parameters with the dtype in which they are stored."""
     return jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), frozen)
+
+
+def frozen_dtype(config: Config) -> str:
+    """Data type of the frozen weights: that of the flag under adapters, else float32."""
+    return config.lora.base_dtype if config.lora.rank else "float32"
 
 
 def save_frozen(workdir: str, frozen: Any) -> None:
@@ -288,7 +372,7 @@ def find_model(workdir: str) -> tuple[str, int]:
         print(f"warning: {directory}: {listed}; reading step {step} instead")
     position = digests.read(os.path.join(directory, str(step)), position=None)["position"]
     best_step = position["best_step"]
-    if best_step is None:
+    if best_step is None or position.get("head_from") is not None:  # Refitted from the best.
         return directory, step
     if not (epath.Path(best) / str(best_step)).is_dir():
         raise InputError(f"{best}: step {best_step}, the best model, is missing")
@@ -296,6 +380,20 @@ def find_model(workdir: str) -> tuple[str, int]:
     if damage:
         raise InputError(f"{best}: step {best_step}, the best model, is damaged ({damage})")
     return best, best_step
+
+
+def vectors_step(workdir: str) -> int:
+    """Step whose vectors of queries and labels are those of the model that `find_model` returns.
+
+    It is the step of the model, or in head epochs, which do not change these vectors, the step at
+    which they began.
+    """
+    directory, step = find_model(workdir)
+    if os.path.basename(directory) == BEST:
+        return step
+    position = digests.read(os.path.join(directory, str(step)), position=None)["position"]
+    head_from = position.get("head_from")
+    return step if head_from is None else head_from
 
 
 def newest_checkpoint(directory: str) -> tuple[int | None, dict[int, str]]:
@@ -313,23 +411,38 @@ def newest_checkpoint(directory: str) -> tuple[int | None, dict[int, str]]:
 def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
     """Parameters, label state and step of the model that `find_model` returns, on its mesh.
 
+    The parameters of a run with a label head have no "head" if nothing has trained it yet.
+
     Raises:
       InputError: If there is no intact checkpoint.
     """
+    config = config_lib.load(os.path.join(workdir, CONFIG))
     directory, step = find_model(workdir)
-    trained, frozen = split_params(model.abstract_params, model.tower.config)
+    path = os.path.join(directory, str(step))
+    params = model.abstract_params
+    if model.head is not None and _has_head(config, path):
+        params = {**params, "head": model.abstract_head}
+    trained, frozen = split_params(params, model.tower.config, head_only=config.head.only)
     abstract = {
         "params": sharding.stored_tree(trained, model.mesh),
         "labels": sharding.stored_tree(model.table.abstract_state, model.mesh),
     }
-    restored = digests.read(os.path.join(directory, str(step)), model=abstract)["model"]
+    restored = digests.read(path, model=abstract)["model"]
     params = restored["params"]
     if frozen:
-        dtype = config_lib.load(os.path.join(workdir, CONFIG)).lora.base_dtype
-        abstract_frozen = sharding.stored_tree(as_frozen(frozen, dtype), model.mesh)
+        abstract_frozen = sharding.stored_tree(as_frozen(frozen, frozen_dtype(config)), model.mesh)
         path = object_store.absolute(os.path.join(workdir, FROZEN))
         damage = digests.damage(os.path.join(path, "0"))
         if damage:
             raise InputError(f"{path}: damaged ({damage}); resume training to write it again")
         params = tree_utils.merge(params, digests.read(path, **{"0": abstract_frozen})["0"])
     return params, LabelState(*restored["labels"]), step
+
+
+def _has_head(config: Config, checkpoint: str) -> bool:
+    """Whether a checkpoint holds a label head: it is trained in all steps, or has been refitted."""
+    if config.head.only or config.head.weight:
+        return True
+    if os.path.basename(os.path.dirname(checkpoint)) == BEST:  # Of a tower epoch.
+        return False
+    return digests.read(checkpoint, position=None)["position"].get("head_from") is not None

@@ -100,25 +100,44 @@ def test_only_the_first_k_training_queries_are_used():
     np.testing.assert_array_equal(mixed[0].ids, mixed[1].ids)
 
 
-def test_tuning_finds_the_best_of_its_grid_and_the_first_of_equals():
-    rng = np.random.default_rng(7)
-    labels, train, queries = (rng.normal(size=(n, 6)) for n in (30, 40, 20))
-    relevance = sparse.random(40, 30, 0.15, "csr", random_state=rng, data_rvs=np.ones)
-    near = best(labels, queries, 9), best(train, queries, 12), relevance
-    true = rng.integers(0, 30, 20)
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_probabilities_mix_to_probabilities(weight, monkeypatch):
+    monkeypatch.setattr(mixing_lib, "_BLOCK", 7)
+    rng = np.random.default_rng(8)
+    num_labels, k, temperature = 30, 4, 0.2
+    train, queries = (rng.normal(size=(n, 6)) / 2.5 for n in (40, 20))
+    relevance = sparse.random(40, num_labels, 0.15, "csr", random_state=rng, data_rvs=np.ones)
+    logits = 3 * rng.normal(size=(20, num_labels))
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    ids = np.argsort(-p, axis=1)[:, :9].astype(np.int32)
+    labels = SearchResult(np.take_along_axis(p, ids, axis=1).astype(np.float32), ids)
+    labels.ids[0, -2:], labels.scores[0, -2:] = -1, -np.inf
+    near = best(train, queries, 6)
+    near.ids[1], near.scores[1] = -1, -np.inf  # A query without any neighbour.
+    found = mixing_lib.mix_neighbours(
+        labels, near, relevance, Mixing(weight, k, temperature), 30, as_probabilities=True
+    )
+    dense = relevance.toarray()
+    for q in range(20):
+        expected = np.zeros(num_labels)
+        for label in labels.ids[q][labels.ids[q] >= 0]:
+            expected[label] += (1 - weight) * p[q, label]
+        cosines = (queries[q] @ train.T)[near.ids[q, :k]]
+        pi = np.exp(cosines / temperature) / np.exp(cosines / temperature).sum()
+        for probability, t in zip(pi, near.ids[q, :k], strict=True):
+            if t >= 0 and dense[t].any():
+                expected += weight * probability * dense[t] / dense[t].sum()
+        real = found.ids[q] >= 0
+        assert set(found.ids[q][real]) == set(np.flatnonzero(expected))
+        np.testing.assert_allclose(found.scores[q][real], expected[found.ids[q][real]], rtol=1e-5)
+        assert (np.diff(found.scores[q][real]) <= 0).all()
+        assert expected.sum() <= 1 + 1e-9
 
-    def evaluate(result):
-        return float((result.ids[:, :3] == true[:, None]).any(axis=1).mean())
 
+def test_the_grid_starts_with_the_published_setting():
     mixings = mixing_lib.grid(12)
     assert mixings[0] == Mixing(0.1, 12, 0.05) and len(set(mixings)) == len(mixings)
     assert {mixing.k for mixing in mixings} == {3, 5, 10, 12}
-    tried = mixing_lib.tune(*near, evaluate, mixings)
-    values = {
-        mixing: evaluate(mixing_lib.mix_neighbours(*near, mixing, 9))
-        for mixing in reversed(mixings)
-    }
-    assert dict(tried) == values
-    top = max(values.values())
-    assert tried[0] == (next(m for m in mixings if values[m] == top), top)
-    assert [value for _, value in tried] == sorted(values.values(), reverse=True)
+    assert any(mixing.joint for mixing in mixings)
+    separate = mixing_lib.grid(12, joint=False)
+    assert separate == [mixing for mixing in mixings if not mixing.joint]

@@ -1,11 +1,15 @@
 """The benchmark of new labels: withheld labels are removed, then searched among all labels."""
 
+import types
+
 import numpy as np
 import pytest
 from scipy import sparse
 
 from tests import tiny
 from vixml_jax.benchmarks import withheld
+from vixml_jax.labels import head as head_lib
+from vixml_jax.search import fusion
 
 
 def test_a_source_without_some_labels(tmp_path):
@@ -38,7 +42,7 @@ def test_only_withheld_labels_are_true():
     dense = rng.random((40, 300)) < 0.02
     gone = np.sort(rng.permutation(300)[:60])
     top = np.argsort(-queries @ vectors.T, axis=1)[:, :100]
-    recalls, firsts, whole = [], [], []
+    recalls, firsts, whole, fives = [], [], [], []
     for true, best in zip(dense, top, strict=True):
         own = set(np.flatnonzero(true)) & set(gone)
         if own:
@@ -46,12 +50,14 @@ def test_only_withheld_labels_are_true():
             firsts.append(best[0] in own)
         if true.any():
             whole.append(true[best].sum() / true.sum())
+        fives.append(true[best[:5]].sum() / 5)
     found = withheld.measure(
         vectors.astype(np.float32), queries.astype(np.float32), sparse.csr_matrix(dense), gone
     )
     expected = [100 * np.mean(recalls), 100 * np.mean(firsts)]
     np.testing.assert_allclose(found[:2], expected, rtol=1e-6)
     assert found[2] == pytest.approx(100 * np.sum(whole) / 40)
+    assert found[3] == pytest.approx(100 * np.mean(fives))
 
 
 def test_examples_are_training_queries_of_the_label():
@@ -63,3 +69,24 @@ def test_examples_are_training_queries_of_the_label():
         np.testing.assert_array_equal(np.sort(withheld.examples_of(columns, label, None, rng)), own)
         some = withheld.examples_of(columns, label, 3, rng)
         assert len(some) == min(3, len(own)) and set(some) <= set(own)
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_queries_search_by_prototypes_by_the_head_and_by_both(has_head):
+    rng = np.random.default_rng()
+    z, w, q, g = rng.normal(size=(4, 6, 5)).astype(np.float32)
+    bias = rng.normal(size=6).astype(np.float32)
+    weights = fusion.Fusion(3.0, 0.5) if has_head else None
+    predictor = types.SimpleNamespace(
+        fusion=weights, query_vectors=lambda queries: queries, head_queries=lambda queries: g
+    )
+    found = withheld.search_vectors(predictor, q)
+    prototypes, head = q @ z.T, head_lib.SCALE * g @ w.T + bias
+    if not has_head:
+        np.testing.assert_array_equal(found[""], q)
+        return
+    vectors = fusion.label_vectors(z, w, bias)
+    expected = {", prototypes": prototypes, ", head": head, ", fused": 3 * prototypes + 0.5 * head}
+    assert list(found) == list(expected)
+    for name, scores in expected.items():
+        np.testing.assert_allclose(found[name] @ vectors.T, scores, rtol=1e-4, atol=1e-4)

@@ -14,6 +14,12 @@ from vixml_jax import command_line, config
 from vixml_jax.errors import InputError
 
 
+def find(name):
+    """The module that `python -m NAME` runs."""
+    module = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
+
+
 def define(module):
     """The flags that a command defines, on a `FlagValues` of their own."""
     before = set(flags.FLAGS)
@@ -52,7 +58,7 @@ def main():
     for name in ("quiet", "verbose"):  # As `command_line.launch` does.
         flags.DEFINE_boolean(name, False, "")
     commands = json.load(sys.stdin)
-    modules = {name: importlib.import_module(name) for name, _ in commands}
+    modules = {name: find(name) for name, _ in commands}
     about = {}
     for name, module in modules.items():
         own, _ = define(module)

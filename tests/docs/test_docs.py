@@ -109,6 +109,10 @@ def parsed():
         for path in (ROOT / "vixml_jax/benchmarks").glob("*.py")
         if path.stem != "__init__"
     ]
+    asked += [
+        [f"vixml_jax.benchmarks.{path.parent.name}", ["--help"]]
+        for path in (ROOT / "vixml_jax/benchmarks").glob("*/__main__.py")
+    ]
     done = subprocess.run(
         [sys.executable, str(pathlib.Path(__file__).with_name("parse_commands.py"))],
         input=json.dumps(asked), capture_output=True, text=True, cwd=ROOT, env=ENV,

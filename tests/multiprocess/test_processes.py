@@ -12,6 +12,7 @@ from vixml_jax.parallel import distributed
 from vixml_jax.structs import Shard
 
 EXCHANGE = str(pathlib.Path(__file__).parent / "exchange.py")
+SEARCHING = str(pathlib.Path(__file__).parent / "searching.py")
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -22,6 +23,12 @@ def test_arrays_reach_all_processes(count):
         ["all checks passed"],
         *[[]] * (count - 1),
     ]
+
+
+def test_probabilities_count_the_labels_of_all_processes():
+    done = spawn.finish(spawn.start(SEARCHING, [], num_processes=2, devices=2))
+    assert [status for status, *_ in done] == [0, 0], done
+    assert spawn.printed(done[0][1]) == ["all checks passed"]
 
 
 @pytest.mark.parametrize(("kind", "status"), [("input", 2), ("bug", 1)])

@@ -10,6 +10,7 @@ import pytest
 from tests.multiprocess import spawn
 from tests.tiny import assert_same_state, configuration, final_state, make_data
 from vixml_jax import workdir as workdir_lib
+from vixml_jax.flag_groups import HeadConfig
 from vixml_jax.runtime import flag_fields
 from vixml_jax.storage import digests
 
@@ -19,9 +20,10 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("raw"))
 
 
-def trained(data, workdir, *, num_processes, devices):
+def trained(data, workdir, *, num_processes, devices, **changes):
     config = configuration(data, workdir)
-    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=2))
+    loop = dataclasses.replace(config.loop, epochs=2)
+    config = dataclasses.replace(config, **{"loop": loop, **changes})
     done = spawn.finish(
         spawn.start(
             "vixml_jax.train",
@@ -68,3 +70,20 @@ def test_several_processes_train_the_same_run(data, one_process, tmp_path, num_p
     _, done = trained(data, tmp_path / "run", num_processes=1, devices=8)
     assert "resumed at step" in done[0][1]
     assert_same_state(final_state(one_process), final_state(config), **tolerance)
+
+
+def test_several_processes_train_the_same_head(data, tmp_path):
+    """Jointly with the tower, and then alone."""
+    head = HeadConfig(weight=0.5, refit=True, epochs=2, batch_size=32, mlp_width=8)
+    loop = dataclasses.replace(configuration(data, "").loop, epochs=1)
+    runs = [
+        trained(data, tmp_path / f"{n}", num_processes=n, devices=8 // n, head=head, loop=loop)[0]
+        for n in (1, 2)
+    ]
+    expected, found = map(final_state, runs)
+    assert any("['head']['vectors']" in name for name in expected)
+    assert_same_state(expected, found, rtol=1e-3, atol=2e-4)
+    results = [
+        json.load(open(os.path.join(run.workdir, "evaluation", "test-exact.json"))) for run in runs
+    ]
+    assert results[0]["P@1"] == pytest.approx(results[1]["P@1"], abs=4.0)

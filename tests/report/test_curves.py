@@ -31,6 +31,22 @@ def test_validation_and_test_values_are_never_mixed(tmp_path):
     assert curves.read_curve(run, "P@1") == ("valid", [4, 8, 9], [20.0, 15.0, 16.0])
 
 
+def test_minutes_of_steps(tmp_path):
+    lines = [
+        {"step": 3, "seconds": 60.0, "loss": 1.0},
+        {"step": 4, "seconds": 90.0, "P@1": 20.0},
+        {"step": 8, "seconds": 150.0, "loss": 0.5},
+    ]
+    run = write_run(tmp_path / "run", lines, test=30.0)
+    _, steps, _ = curves.read_curve(run, "P@1")
+    assert curves.minutes_at(run, steps) == [1.5, 2.5]
+    old = write_run(tmp_path / "old", [{"step": 3, "P@1": 1.0}])
+    with pytest.raises(
+        InputError, match=r"without seconds, as version 0\.2 wrote them; use --x=step"
+    ):
+        curves.minutes_at(old, [3])
+
+
 def test_other_directory_is_rejected(tmp_path):
     with pytest.raises(InputError, match=r"metrics\.jsonl: .* expected a run directory"):
         curves.read_curve(str(tmp_path), "P@1")

@@ -397,3 +397,11 @@ def test_shapes_contrast_with_the_page(scheme):
     for name in SERIES:
         a, b = sorted((luminance(name), luminance("page")))
         assert (b + 0.05) / (a + 0.05) >= 3, name
+
+
+def test_a_run_with_a_label_head_shows_probabilities_and_its_loss():
+    losses = [(step, 1.0 / step) for step in range(1000, 1010)]
+    text = make_page(score="probability", head_losses=losses)
+    assert "Predictions, with probabilities" in text and "Loss of the label head" in text
+    plain = make_page()
+    assert "Predictions, with cosines" in plain and "Loss of the label head" not in plain

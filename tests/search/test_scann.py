@@ -71,7 +71,7 @@ def test_equal_vectors_give_equal_indexes(tree, vectors, queries):
 
 def test_labels_are_absent_if_the_leaves_hold_too_few(vectors, queries, tree):
     """Short rows end in id -1 and score -inf, and id 0 does not stand for an absent label."""
-    few_leaves = ScannIndex(tree._searcher, tree.settings | {"leaves": 1}, "", len(vectors))
+    few_leaves = ScannIndex(tree._searcher, tree.settings | {"leaves": 1}, "", vectors)
     result = few_leaves.search(queries, 200)  # Searches one leaf of about 110 vectors.
     assert_valid(result, vectors, queries, 200)
     assert (result.ids < 0).any()

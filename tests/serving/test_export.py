@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scipy.special
 import torch
 import transformers
 
@@ -19,7 +20,7 @@ from vixml_jax.data.store import PreparedDataset
 from vixml_jax.serving import label_updates
 from vixml_jax.serving.predictor import Predictor
 
-KINDS = ["encoder", "adapted", "decoder"]
+KINDS = ["encoder", "adapted", "decoder", "head"]
 READ_BACK = """
 import sys, jax, numpy as np
 program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
@@ -30,12 +31,12 @@ assert not any(name.startswith(("vixml", "flax")) for name in sys.modules)
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def exported(request, run, tmp_path_factory):
+def exported(request, run, head_run, tmp_path_factory):
     """A run with one label added and one removed, and the directory of its export."""
     root = tmp_path_factory.mktemp(request.param)
     workdir = root / "run"
-    if request.param == "encoder":
-        shutil.copytree(run.workdir, workdir)
+    if request.param in ("encoder", "head"):
+        shutil.copytree((run if request.param == "encoder" else head_run).workdir, workdir)
     else:
         config = tiny.configuration(run.data, workdir)
         model, more = {"family": "decoder"}, {}
@@ -64,7 +65,7 @@ def exported(request, run, tmp_path_factory):
         train.train(config)
     predictor = Predictor.load(str(workdir), warm=False)
     artifacts = predictor.artifacts
-    new = np.eye(1, artifacts.vectors.shape[1], dtype=np.float32)
+    new = np.eye(1, predictor.label_width, dtype=np.float32)
     label_updates.remove(str(workdir), artifacts, [artifacts.ids[4]], [4])
     label_updates.add(str(workdir), artifacts, ["new"], ["a new one"], new)
     predictor.refresh()
@@ -105,7 +106,18 @@ def test_the_program_computes_the_same_vectors_with_only_jax_installed(exported,
     command = [sys.executable, "-c", READ_BACK, *files, str(tmp_path / "found.npy")]
     subprocess.run(command, check=True, cwd=tmp_path)
     found = np.load(tmp_path / "found.npy")
-    np.testing.assert_allclose(found, predictor.encode(texts), atol=1e-4)
+    expected = predictor.query_vectors(predictor.encode(texts))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    scores = found.astype(np.float64) @ np.load(out / "labels.npy").T
+    names = pq.read_table(out / "labels.parquet")["id"].to_pylist()
+    if predictor.fusion is not None:
+        scores = scipy.special.softmax(scores, axis=1)
+    predictor.mixing = None
+    for row, predictions in zip(scores, predictor(texts, k=20), strict=True):
+        of_name = dict(zip(names, row, strict=True))
+        assert len(predictions) == 20
+        for label in predictions:
+            assert label.score == pytest.approx(of_name[label.id], abs=1e-4)
 
 
 def test_exported_labels_are_the_searched_ones(exported):
@@ -115,16 +127,29 @@ def test_exported_labels_are_the_searched_ones(exported):
     np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), vectors)
     assert len(ids) == len(set(ids)) == 20 and "new" in ids
     assert predictor.artifacts.ids[4] not in ids
-    found = predictor.search(vectors, 1).ids[:, 0]
-    assert [predictor.label(row) for row in found] == list(zip(ids, texts, strict=True))
+    rows = np.array([predictor.row_of(name) for name in ids])
+    assert [predictor.label(row) for row in rows] == list(zip(ids, texts, strict=True))
+    np.testing.assert_array_equal(vectors, predictor.label_vectors(rows))
+    if predictor.fusion is None:
+        np.testing.assert_array_equal(predictor.search(vectors, 1).ids[:, 0], rows)
 
 
-def test_the_code_of_the_readme_runs(exported, tmp_path):
-    _, out = exported
+def test_the_code_of_the_readme_computes_the_scores_of_the_run(exported, tmp_path):
+    predictor, out = exported
     readme = (out / "README.md").read_text()
     code = "\n".join(line[4:] for line in readme.splitlines() if line.startswith("    "))
-    code += "\nassert scores.reshape(-1).shape == (20,), scores.shape"
+    code += "\nassert scores.shape == (1, 20), scores.shape"
+    has_head = predictor.fusion is not None
+    code += (
+        f"\nnp.save({str(tmp_path / 'scores.npy')!r}, {'probabilities' if has_head else 'scores'})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=out)
+    ids = pq.read_table(out / "labels.parquet")["id"].to_pylist()
+    found = dict(zip(ids, np.load(tmp_path / "scores.npy")[0], strict=True))
+    predictor.mixing = None
+    for label in predictor(["a query"], k=20)[0]:
+        assert label.score == pytest.approx(found[label.id], abs=1e-4)
+    assert has_head == (out / "head.npz").exists()
 
 
 def test_the_image_projection_is_exported(exported):

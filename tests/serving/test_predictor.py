@@ -12,7 +12,7 @@ import pytest
 
 from tests import tiny
 from vixml_jax import workdir
-from vixml_jax.augmentation import neighbours
+from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.errors import InputError
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.serving import artifacts
@@ -44,7 +44,7 @@ def test_vectors_equal_those_of_the_prepared_data(run, predictor):
 @pytest.mark.parametrize("weight", [None, 0])
 def test_predictions_equal_those_of_evaluation(run, search, weight):
     dataset, model, params, labels = opened(run)
-    mixing = neighbours.as_trained(run.knn) if weight is None else None
+    mixing = settings_lib.as_trained(run).mixing if weight is None else None
     queries = model.encode_queries(params, dataset.test, block=32).values
     exact = ExactIndex(model.encode_labels(params, labels, dataset.labels, block=32).values)
     expected = exact.search(queries, 6 if mixing is None else run.eval.k)

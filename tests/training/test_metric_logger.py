@@ -73,6 +73,23 @@ def test_incomplete_last_line_is_dropped_when_a_run_resumes(tmp_path):
     assert [line["step"] for line in written] == [2, 4, 5] and written[-1]["loss"] == 2.0
 
 
+def test_lines_have_the_wall_clock_time_of_all_starts(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(metric_logger.time, "monotonic", lambda: clock.now)
+    for step, started_at in ((2, None), (4, clock.now - 100.0)):
+        logger = metric_logger.MetricLogger(
+            str(tmp_path), step=step - 2, total_steps=9, num_epochs=3, started_at=started_at
+        )
+        clock.now += 7.0
+        logger.write(step, {"loss": 2.0}, epoch=0)
+        clock.now += 50.0  # After the last line of a start, so that it is lost.
+        logger.write(step + 1, {"loss": 2.0}, epoch=0)
+        logger.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    # The second start began 100 s before the clock's first reading, so 157 s before its own.
+    assert [(line["step"], line["seconds"]) for line in lines] == [(2, 7.0), (4, 171.0), (5, 221.0)]
+
+
 class Clock:
     """A clock that is set by hand."""
 

@@ -183,7 +183,10 @@ def run_with_checkpoints(parts, workdir, tick=lambda name: None, stop=None):
     finally:
         checkpoints.close()
     lines = [json.loads(line) for line in open(os.path.join(workdir, "metrics.jsonl"))]
-    lines = [{k: v for k, v in line.items() if not k.startswith("step_time/")} for line in lines]
+    lines = [
+        {k: v for k, v in line.items() if not k.startswith(("step_time/", "seconds"))}
+        for line in lines
+    ]
     return (float(state.params["mean"]), position, lines, kept_model(workdir))
 
 

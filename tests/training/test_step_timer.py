@@ -23,7 +23,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.parallel import distributed, sharding
 from vixml_jax.runtime import host_memory
 from vixml_jax.structs import LabelState, TrainState
-from vixml_jax.training import build
+from vixml_jax.training import build, epoch_loop
 from vixml_jax.training import trainer as trainer_lib
 from vixml_jax.training.metric_logger import CollapseGuard, MetricLogger
 from vixml_jax.training.preemption import StopSignal
@@ -205,7 +205,7 @@ def test_breakdown_shows_what_is_slow(parts, monkeypatch, tmp_path, data_s, devi
         bank=jnp.zeros((8, 2)),
     )
     logger = MetricLogger(str(tmp_path), step=0, total_steps=12, num_epochs=1)
-    trainer_lib._all_finite(state)  # Compiled here, so that it does not count as saving.
+    epoch_loop.all_finite(state)  # Compiled here, so that it does not count as saving.
     began = time.perf_counter()
     clusters, position = trainer.start()
     trainer._run_batches(state, clusters, position, logger)
@@ -236,7 +236,7 @@ def test_breakdown_shows_what_is_slow(parts, monkeypatch, tmp_path, data_s, devi
         assert (
             line["step_time/flops_per_s"] > 0 and "step_time/mfu" not in line
         )  # A CPU has no known peak.
-    assert device.most_in_flight == (trainer_lib.STEPS_IN_FLIGHT if device_s > data_s else 1)
+    assert device.most_in_flight == (epoch_loop.STEPS_IN_FLIGHT if device_s > data_s else 1)
     queries = np.sum(steps * [x["step_time/queries_per_s"] * x["step_time/step_s"] for x in lines])
     assert queries == pytest.approx(90)  # The last of 12 batches of 8 has two queries.
 

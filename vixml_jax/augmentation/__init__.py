@@ -1,4 +1,5 @@
-"""Retrieval-augmented inference: labels of the nearest training queries are mixed into the ranking.
+"""How labels are scored: prototypes, label head and labels of the nearest training queries.
 
-`mixing` has the arithmetic and its tuning, `neighbours` the settings of a run and the search.
+`settings` says how a run scores, `scored_search` searches, `mixing` mixes the labels of training
+neighbours into a ranking (retrieval-augmented inference), `tuning` tunes all weights.
 """

@@ -1,14 +1,12 @@
-"""Mixes labels of the nearest training queries into a ranking; tunes the mixing (supplement)."""
+"""Mixes labels of the nearest training queries into a ranking (supplement of the paper)."""
 
 import itertools
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from vixml_jax.runtime import progress
 from vixml_jax.search import index
 from vixml_jax.structs import SearchResult
 
@@ -17,6 +15,7 @@ WEIGHTS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 KS = (3, 5, 10, 20, 50, 100, 200)
 TEMPERATURES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.2)
 _BLOCK = 4096  # Queries mixed at a time.
+_TINY = np.finfo(np.float64).tiny
 
 
 class Mixing(NamedTuple):
@@ -43,38 +42,44 @@ def mix_neighbours(
     mixing: Mixing,
     k: int,
     never: Int[np.ndarray, "f 2"] | None = None,
+    *,
+    as_probabilities: bool = False,
 ) -> SearchResult:
     """Returns one ranking of the labels found by search and the labels of training neighbours.
 
-    One softmax runs over the scores of labels and training queries together. The final score of a
-    label is `(1 - weight) * p(label) + weight * sum of p(training query)` over the training queries
-    that have the label. Joint mixing keeps only the best of both, as many as `labels` has columns,
-    ties in favour of labels: the results of searching one index that holds both.
+    As published, one softmax runs over the scores of labels and training queries together. The
+    final score of a label is `(1 - weight) * p(label) + weight * sum of p(training query)` over the
+    training queries that have the label. Joint mixing keeps only the best of both, as many as
+    `labels` has columns, ties in favour of labels: the results of searching one index that holds
+    both.
+
+    With probabilities, p(label) is given, the softmax runs over the scores of training queries
+    alone, and each of these divides its probability equally among its labels. So the final score
+    is a probability as well: that a label drawn from those of the query is this one.
 
     Args:
       labels: The best labels of each query, best first.
-      neighbours: The nearest training queries of each query, by the same kind of score, best first;
-        the first `mixing.k` are used, in joint mixing as many as `labels` has columns.
+      neighbours: The nearest training queries of each query, by cosine, best first; the first
+        `mixing.k` are used, in joint mixing as many as `labels` has columns.
       relevance: [training queries, labels], ones.
       mixing: Settings.
       k: Columns of the result.
       never: Filter pairs (query, label), which training neighbours must not bring back; None: there
         are none. `labels` must not contain them.
+      as_probabilities: Whether the scores of `labels` are probabilities instead of cosines; mixing
+        is not joint then.
 
     Returns:
       Best first, ties by the lower id; short rows end in id -1, score -inf.
     """
-    num_neighbours = labels.ids.shape[1] if mixing.joint else mixing.k
-    neighbours = SearchResult(*(x[:, :num_neighbours] for x in neighbours))
     result = index.empty_result(len(labels.ids), k)
-    num_queries, num_labels = relevance.shape
+    num_labels = relevance.shape[1]
     for start in range(0, len(result.ids), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        probabilities = _softmax(labels.scores[rows], neighbours.scores[rows], mixing)
-        of_labels, of_queries = np.split(probabilities, [labels.ids.shape[1]], axis=1)
-        mixed = (1.0 - mixing.weight) * _to_sparse(of_labels, labels.ids[rows], num_labels)
-        transferred = _to_sparse(of_queries, neighbours.ids[rows], num_queries) @ relevance
-        mixed = (mixed + mixing.weight * transferred).tocsr()
+        block = SearchResult(*(x[rows] for x in labels))
+        near = SearchResult(*(x[rows] for x in neighbours))
+        found, transferred = shares(block, near, relevance, mixing, as_probabilities)
+        mixed = ((1.0 - mixing.weight) * found + mixing.weight * transferred).tocsr()
         row = np.repeat(np.arange(mixed.shape[0]), np.diff(mixed.indptr))
         if never is not None:
             pairs = index.pairs_of(never, np.arange(start, start + mixed.shape[0]))
@@ -92,6 +97,36 @@ def mix_neighbours(
     return result
 
 
+def shares(
+    labels: SearchResult,
+    neighbours: SearchResult,
+    relevance: sparse.csr_matrix,
+    mixing: Mixing,
+    as_probabilities: bool,
+) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Returns the probability of each label by search, and by training neighbours: [q, labels].
+
+    The mixed score of a label is their mean, weighted by `1 - mixing.weight` and `mixing.weight`.
+
+    Args:
+      labels, neighbours, relevance, mixing, as_probabilities: As in `mix_neighbours`.
+    """
+    num_neighbours = labels.ids.shape[1] if mixing.joint else mixing.k
+    neighbours = SearchResult(*(x[:, :num_neighbours] for x in neighbours))
+    num_queries, num_labels = relevance.shape
+    if as_probabilities:
+        of_labels = np.where(labels.ids >= 0, labels.scores, 0.0).astype(np.float64)
+        no_labels = np.zeros((len(labels.ids), 0), np.float32)
+        of_queries = _softmax(no_labels, neighbours.scores, mixing)
+        num_labels_of = np.maximum(np.diff(relevance.indptr), 1)
+        of_queries = of_queries / num_labels_of[np.maximum(neighbours.ids, 0)]
+    else:
+        probabilities = _softmax(labels.scores, neighbours.scores, mixing)
+        of_labels, of_queries = np.split(probabilities, [labels.ids.shape[1]], axis=1)
+    found = _to_sparse(of_labels, labels.ids, num_labels)
+    return found, _to_sparse(of_queries, neighbours.ids, num_queries) @ relevance
+
+
 def _softmax(
     labels: Float[np.ndarray, "q j"], neighbours: Float[np.ndarray, "q m"], mixing: Mixing
 ) -> Float[np.ndarray, "q j+m"]:
@@ -100,8 +135,11 @@ def _softmax(
     if mixing.joint:
         worse = np.argsort(-logits, axis=1, kind="stable")[:, labels.shape[1] :]
         np.put_along_axis(logits, worse, -np.inf, axis=1)
-    exponentials = np.exp((logits - logits.max(axis=1, keepdims=True)) / mixing.temperature)
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
+    largest = logits.max(axis=1, keepdims=True)
+    # A query without any neighbour has no probabilities to divide.
+    largest = np.where(largest > -np.inf, largest, 0.0)
+    exponentials = np.exp((logits - largest) / mixing.temperature)
+    return exponentials / np.maximum(exponentials.sum(axis=1, keepdims=True), _TINY)
 
 
 def _to_sparse(
@@ -113,49 +151,23 @@ def _to_sparse(
     return sparse.csr_matrix(entries, shape=(len(ids), width))
 
 
-def grid(most: int) -> list[Mixing]:
+def grid(most: int, *, joint: bool = True) -> list[Mixing]:
     """Returns the settings that tuning tries, those of the paper first.
 
     Joint mixing does not use k, so each of its weights and temperatures is tried once.
 
     Args:
       most: Maximum number of training queries retrieved.
+      joint: Whether to try joint mixing too.
     """
     ks = sorted({min(k, most) for k in KS})
     separate = (
         Mixing(weight, k, temperature)
         for weight, k, temperature in itertools.product(WEIGHTS, ks, TEMPERATURES)
     )
-    joint = (
+    together = (
         Mixing(weight, most, temperature, joint=True)
         for weight, temperature in itertools.product(WEIGHTS, TEMPERATURES)
     )
     first = Mixing(*PUBLISHED)._replace(k=min(PUBLISHED[1], most))
-    return list(dict.fromkeys([first, *separate, *joint]))
-
-
-def tune(
-    labels: SearchResult,
-    neighbours: SearchResult,
-    relevance: sparse.csr_matrix,
-    evaluate: Callable[[SearchResult], float],
-    mixings: Sequence[Mixing],
-    title: str = "",
-    never: Int[np.ndarray, "f 2"] | None = None,
-) -> list[tuple[Mixing, float]]:
-    """Evaluates mixings; returns each with its value, best first, ties in the order given.
-
-    Args:
-      labels, neighbours, relevance, never: See `mix_neighbours`; of queries held out of training.
-      evaluate: Called with a ranking of as many columns as `labels` has; larger is better.
-      mixings: To try.
-      title: Title of the progress display; empty: no progress is shown.
-    """
-    tried = []
-    with progress.track(title, len(mixings), shown=bool(title)) as advance:
-        for mixing in mixings:
-            k = labels.ids.shape[1]
-            mixed = mix_neighbours(labels, neighbours, relevance, mixing, k, never)
-            tried.append((mixing, evaluate(mixed)))
-            advance(1)
-    return sorted(tried, key=lambda pair: -pair[1])
+    return list(dict.fromkeys([first, *separate, *(together if joint else ())]))

@@ -2,6 +2,10 @@
 
     python -m vixml_jax.benchmarks.communication [--devices=v5e:2x4] [--mesh=fsdp:-1]
         [--tower=all-minilm-l6] [--batch=1024] [--labels=131073] [--queries=294805]
+    python -m vixml_jax.benchmarks.communication --what=head [--positives=5] [--loss=softmax]
+
+--what=head counts that of the label head alone: its loss and gradient, as in a step of the tower,
+and a step of the head epochs.
 
 Without --devices the step is compiled for the devices that JAX finds; nothing is allocated or run.
 For a TPU slice it is compiled by libtpu, without the TPUs, and a step time is estimated from its
@@ -15,7 +19,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 
 from vixml_jax import command_line, workdir
@@ -23,12 +29,17 @@ from vixml_jax import config as config_lib
 from vixml_jax.benchmarks import train_step
 from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LoraConfig, ModelConfig
+from vixml_jax.flag_groups import HeadConfig
+from vixml_jax.labels import head_update
+from vixml_jax.labels.head import LabelHead
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.parallel import accelerators as device_kinds
-from vixml_jax.parallel import collectives
+from vixml_jax.parallel import collectives, sharding
 from vixml_jax.runtime import tree_utils
+from vixml_jax.structs import Positives
 from vixml_jax.training import build, flops
 from vixml_jax.training import memory_planner as plan_lib
+from vixml_jax.training import optimizer as optimizer_lib
 
 
 class Setting(NamedTuple):
@@ -135,8 +146,122 @@ def on_paper(setting: Setting, *, tpu: bool) -> dict[str, float]:
     }
 
 
+def head_programs(head: LabelHead, size: int, positives: int) -> dict[str, jax.stages.Compiled]:
+    """The compiled programs of the label head: its gradient, and a step of the head epochs.
+
+    Args:
+      head: The label head.
+      size: Queries per batch.
+      positives: Labels of all queries together, with padding.
+    """
+    rows = sharding.rows_sharding(head.mesh)
+
+    def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    boxed = jax.eval_shape(lambda: head.init_params(jax.random.key(0)))
+    params = sharding.stored_tree({"head": boxed}, head.mesh)
+    indices = abstract((positives,), jnp.int32)
+    batch = (
+        abstract((size, head.width), jnp.float32),
+        Positives(indices, indices),
+        abstract((size,), bool),
+    )
+    tx = optimizer_lib.head_optimizer(optax.constant_schedule(1e-3), "float32")
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(head.mesh))
+    state = optax.ScaleByAdamState(count, params, params)
+    selected = {"vectors", "bias"}
+
+    def sampled(params: Any, state: Any, positives: Positives) -> tuple[Any, Any, Any]:
+        """The rows of a step that scores some labels."""
+        selection = head.select(positives, jax.random.key(0))
+        if selection is None:
+            return params, state, None
+
+        def take(tree: Any) -> Any:
+            rows = {name: head.take(tree["head"][name], selection) for name in selected}
+            return {"head": tree["head"] | rows}
+
+        return take(params), state._replace(mu=take(state.mu), nu=take(state.nu)), selection
+
+    def gradient(params: Any, state: Any, *batch: Any) -> Any:
+        params, _, selection = sampled(params, state, batch[1])
+        of_both = jax.value_and_grad(head.loss_of, argnums=(0, 1))
+        return of_both(params["head"], *batch, selection)
+
+    def update(params: Any, state: Any, *batch: Any) -> Any:
+        params, state, selection = sampled(params, state, batch[1])
+        return head_update.update(head, params, state, *batch, tx, selection)
+
+    return {
+        name: jax.jit(run).lower(params, state, *batch).compile()
+        for name, run in (("loss and gradient", gradient), ("step of the head epochs", update))
+    }
+
+
+def head_on_paper(head: LabelHead, size: int, positives: int) -> dict[str, float]:
+    """Bytes that each device sends for the loss of the label head and its gradient, by kind.
+
+    The vectors of the queries go to every device, and their gradients are reduce-scattered; so do
+    the indices of positives and, with a softmax, two statistics of each query and the gradient of
+    one. The network before the label vectors is replicated, so its gradient is all-reduced. Nothing
+    depends on the number of labels. Masks and scalars are left out.
+
+    Args:
+      head, size, positives: See `head_programs`.
+    """
+    devices = sharding.num_row_shards(head.mesh)
+    once = (devices - 1) / devices
+    mlp = 2 * head.width * head.mlp_width + head.width + head.mlp_width if head.mlp_width else 0
+    return {
+        "vectors of queries, gathered": once * 4 * size * head.width,
+        "gradients of queries, reduced": once * 4 * size * head.width,
+        "indices of positives": once * 2 * 4 * positives,
+        "statistics of queries": 0.0 if head.loss == "bce" else 3 * 2 * once * 4 * size,
+        "gradients of the network": 2 * once * 4 * mlp,
+    }
+
+
+def analyse_head(values: Any) -> None:
+    """Prints both counts for the label head."""
+    mesh_config = Config(mesh=values.mesh)
+    slice_of = plan_lib.slice_of(values.devices) if values.devices else None
+    mesh = workdir.make_mesh(mesh_config, slice_of)
+    head = LabelHead(
+        mesh, values.labels, towers.config_of(values.tower).width, HeadConfig().mlp_width,
+        values.loss, num_sampled=values.num_sampled,
+    )  # fmt: skip
+    sizes = values.batch, values.batch * values.positives
+    paper = head_on_paper(head, *sizes)
+    along = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
+    print(
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {along}; {values.labels:,} labels x "
+        f"{head.width}, {values.loss}, a batch of {values.batch} with {sizes[1]} positives"
+    )
+    _print_on_paper(paper)
+    for name, program in head_programs(head, *sizes).items():
+        found = collectives.collectives(program)
+        if values.list:
+            _print_collectives(found)
+        counted = sum(one.sent for one in found)
+        print(
+            f"  {name + ', found':24} {counted / 1e6:12.2f}   {counted / sum(paper.values()):.3f}"
+        )
+
+
 def define_flags() -> None:
     """The flags of this benchmark."""
+    flags.DEFINE_enum("what", "step", ["step", "head"], "Training step, or label head alone.")
+    flags.DEFINE_integer("positives", 5, "Labels of a query, for --what=head.", lower_bound=1)
+    flags.DEFINE_enum(
+        "loss",
+        "softmax",
+        ["softmax", "decoupled_softmax", "bce"],
+        "As --head.loss in train, for --what=head.",
+    )
+    flags.DEFINE_integer(
+        "num_sampled", 0, "Labels drawn per step, for --what=head; 0: all.", lower_bound=0
+    )
     flags.DEFINE_string(
         "devices", "", "TPUs to compile for, such as v5e:16x16; empty: the devices of this machine."
     )
@@ -159,13 +284,14 @@ def main(argv: Sequence[str]) -> None:
     """Prints both counts and the time that follows."""
     del argv
     values = flags.FLAGS
+    if values.what == "head":
+        analyse_head(values)
+        return
     made = setting(values)
     program = made.parts.step.program(made.batch, made.key)
     found = collectives.collectives(program)
     if values.list:
-        for one in sorted(found, key=lambda one: -one.sent):
-            print(f"{one.sent / 1e6:10.3f} MB  {one.kind:18} {one.devices:4} x{one.times:<4} "
-                  f"{sorted(set(one.shapes))} {one.op_name[-60:]}")  # fmt: skip
+        _print_collectives(found)
     counted = sum(one.sent for one in found)
     paper = on_paper(made, tpu=bool(values.devices))
     memory = plan_lib.plan_memory(made.parts.like, lambda: program)
@@ -177,9 +303,7 @@ def main(argv: Sequence[str]) -> None:
         f"{mesh.size} x {device.device_kind}, {along}; {values.tower}, {values.dtype}, a batch of "
         f"{values.batch} in {num_rows} rows; {memory}"
     )
-    print("MB sent by each device in a step")
-    for name, size in {**paper, "total, by formula": sum(paper.values())}.items():
-        print(f"  {name:24} {size / 1e6:12.2f}")
+    _print_on_paper(paper)
     print(
         f"  {'total, in the program':24} {counted / 1e6:12.2f}   "
         f"{counted / sum(paper.values()):.3f}"
@@ -201,6 +325,18 @@ def main(argv: Sequence[str]) -> None:
             f"{max(compute, links) * 1e3:.0f} ms if they overlap, "
             f"{(compute + links) * 1e3:.0f} ms if not"
         )
+
+
+def _print_on_paper(paper: dict[str, float]) -> None:
+    print("MB sent by each device in a step")
+    for name, size in {**paper, "total, by formula": sum(paper.values())}.items():
+        print(f"  {name:24} {size / 1e6:12.2f}")
+
+
+def _print_collectives(found: Sequence[collectives.Collective]) -> None:
+    for one in sorted(found, key=lambda one: -one.sent):
+        print(f"{one.sent / 1e6:10.3f} MB  {one.kind:18} {one.devices:4} x{one.times:<4} "
+              f"{sorted(set(one.shapes))} {one.op_name[-60:]}")  # fmt: skip
 
 
 def operations(setting: Setting) -> float:

@@ -67,6 +67,7 @@ def _ours(
     from flax import linen as nn
 
     from vixml_jax import workdir
+    from vixml_jax.augmentation.settings import COSINES
     from vixml_jax.config import Config, LabelsConfig
     from vixml_jax.data.packing import Layout
     from vixml_jax.parallel import sharding
@@ -97,7 +98,7 @@ def _ours(
             kept,
             index=ExactIndex(labels),
             train_index=None,
-            mixing=None,
+            scoring=COSINES,
         )
     predictor.warm_up(K, settings["batch"])
     return lambda texts: predictor(texts, k=K)

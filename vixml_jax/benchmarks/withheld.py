@@ -7,11 +7,13 @@
 The first command removes a fraction of the labels from a source in the XML repository's layout, and
 training queries that have no other label. The second adds those labels to the run that never saw
 them (`serving/cold_start.py`), by their texts only and with example queries, and evaluates all test
-queries, beside the run that was trained on all labels.
+queries, beside the run that was trained on all labels. Of runs with a label head, it evaluates the
+prototypes alone, the head alone, and both fused with the weights of the run.
 """
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -23,6 +25,7 @@ from vixml_jax import workdir as workdir_lib
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation import metrics
 from vixml_jax.search.exact import ExactIndex
+from vixml_jax.search.fusion import Fusion, query_vectors
 from vixml_jax.serving import cold_start
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.storage import atomic
@@ -90,16 +93,19 @@ def examples_of(
 
 
 def measure(
-    vectors: Float[np.ndarray, "l e"],
-    queries: Float[np.ndarray, "q e"],
+    vectors: Float[np.ndarray, "l w"],
+    queries: Float[np.ndarray, "q w"],
     relevance: sparse.csr_matrix,
     gone: Int[np.ndarray, " w"],
-) -> tuple[float, float, float]:
-    """R@100 and P@1 with only the withheld labels as true labels, searched among all; R@100 of all.
+) -> tuple[float, float, float, float]:
+    """R@100 and P@1 with only the withheld labels as true labels, then R@100 and P@5 with all.
+
+    All labels are searched in either case. The values with all labels fall where withheld labels
+    displace others.
 
     Args:
-      vectors: Unit vectors of all labels.
-      queries: Unit vectors of the test queries.
+      vectors: Vectors of all labels, as they are searched.
+      queries: Vectors of the test queries, likewise.
       relevance: [test queries, labels].
       gone: Rows of the withheld labels.
     """
@@ -113,13 +119,13 @@ def measure(
     found = metrics.compute_metrics(ids[some], true[some], ones, recall_ks=(ids.shape[1],))
     everywhere = metrics.compute_metrics(ids, relevance, ones, recall_ks=(ids.shape[1],))
     name = f"R@{ids.shape[1]}"
-    return found[name], found["P@1"], everywhere[name]
+    return found[name], found["P@1"], everywhere[name], everywhere["P@5"]
 
 
 def compare(
     workdir: str, full: str, gone: Int[np.ndarray, " w"], seed: int, data: Sequence[str] = ("", "")
-) -> dict[str, tuple[float, float, float]]:
-    """The results of `measure`, by how the withheld labels were added.
+) -> dict[str, tuple[float, float, float, float]]:
+    """The results of `measure`, by how the withheld labels were added and what is searched.
 
     Args:
       workdir: Run trained without the labels.
@@ -141,26 +147,48 @@ def compare(
             f"{total - len(gone)}: those of --full={full} without {len(gone)} withheld ones"
         )
     stay = np.setdiff1d(np.arange(total), gone)
+    relevance, by_label = complete.test_relevance, complete.train_relevance.tocsc()
     queries, train = (
         predictor.model.encode_queries(predictor.params, items, block=512, title=title).values
         for items, title in ((complete.test, "test queries"), (complete.train, "training queries"))
     )
-    relevance, by_label = complete.test_relevance, complete.train_relevance.tocsc()
     texts = [complete.labels.texts[row] for row in gone]
     alone, rng, found = predictor.encode(texts), np.random.default_rng(seed), {}
+
+    def measure_all(name: str, one: Predictor, vectors: Any, queries: Any) -> None:
+        for how, searched in search_vectors(one, queries).items():
+            found[name + how] = measure(vectors, searched, relevance, gone)
+
     for most in _NAMES:
         chosen = [train[examples_of(by_label, label, most, rng)] for label in gone]
-        vectors = np.empty((total, queries.shape[1]), np.float32)
-        vectors[stay] = predictor.artifacts.vectors
+        vectors = np.empty((total, predictor.label_width), np.float32)
+        vectors[stay] = predictor.label_vectors(np.arange(len(stay)))
         vectors[gone] = cold_start.with_examples(predictor, texts, None, alone, chosen)
-        found[_NAMES[most]] = measure(vectors, queries, relevance, gone)
+        measure_all(_NAMES[most], predictor, vectors, queries)
     queries = everything.model.encode_queries(
         everything.params, complete.test, block=512, title="test queries"
     ).values
-    found["trained on all"] = measure(
-        np.array(everything.artifacts.vectors), queries, relevance, gone
-    )
+    vectors = everything.label_vectors(np.arange(total))
+    measure_all("trained on all", everything, vectors, queries)
     return found
+
+
+def search_vectors(
+    predictor: Predictor, queries: Float[np.ndarray, "q e"]
+) -> dict[str, Float[np.ndarray, "q w"]]:
+    """Returns the vectors that queries are searched with, by the suffix of the row's name.
+
+    Args:
+      predictor: Of the run. If it has a label head, prototypes and head are also searched alone.
+      queries: Unit vectors.
+    """
+    if predictor.fusion is None:
+        return {"": predictor.query_vectors(queries)}
+    head_queries = predictor.head_queries(queries)
+    weights = {
+        ", prototypes": Fusion(1.0, 0.0), ", head": Fusion(0.0, 1.0), ", fused": predictor.fusion,
+    }  # fmt: skip
+    return {name: query_vectors(queries, head_queries, x) for name, x in weights.items()}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -175,9 +203,10 @@ def main(argv: Sequence[str]) -> None:
         gone = np.array([int(line) for line in file])
     data = values.data, values.full_data
     found = compare(values.workdir, values.full, gone, values.seed, data)
-    print(f"{'withheld labels':20}{'R@100':>8}{'P@1':>8}{'R@100, all labels':>20}")
-    for name, (recall, precision, everywhere) in found.items():
-        print(f"{name:20}{recall:8.2f}{precision:8.2f}{everywhere:20.2f}")
+    width = max(20, *map(len, found))
+    print(f"{'withheld labels':{width}}{'R@100':>8}{'P@1':>8}{'R@100, P@5, all labels':>24}")
+    for name, (recall, precision, all_recall, all_precision) in found.items():
+        print(f"{name:{width}}{recall:8.2f}{precision:8.2f}{all_recall:16.2f}{all_precision:8.2f}")
 
 
 def define_flags() -> None:

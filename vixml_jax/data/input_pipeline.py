@@ -1,14 +1,15 @@
 """Training batches of an epoch, prepared ahead by grain's threads; resumable at any batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import sparse
 
 from vixml_jax.data import packing, sampling
 from vixml_jax.data.store import PreparedDataset
-from vixml_jax.structs import Batch
+from vixml_jax.structs import Batch, HeadBatch
 
 
 def epoch_batches(
@@ -23,6 +24,7 @@ def epoch_batches(
     weights: Float[np.ndarray, " l"] | None,
     rows: packing.RowSizes,
     image_dropout: float = 0.0,
+    positives: int = 0,
     shards: int = 1,
     read: Sequence[int] | None = None,
     num_threads: int = 1,
@@ -45,6 +47,8 @@ def epoch_batches(
       weights: Weight of each label when positives are sampled; None: all weights are equal.
       rows: Possible numbers of rows of a shard, queries and labels together.
       image_dropout: Probability that the images of an item are left out of a batch.
+      positives: Usual number of labels of all queries of a shard; see `sampling.all_positives`. 0:
+        batches have no positives, because no step trains a label head.
       shards: Number of shards of a batch. Each has the same number of items, about the same number
         of tokens, and rows of its own; the batch is padded with ids -1 to a multiple. Batches
         depend on the number of shards, not on the number of devices.
@@ -53,8 +57,6 @@ def epoch_batches(
       num_threads: Threads that prepare batches.
       prefetch: Batches kept ready ahead.
     """
-    import grain
-
     read = range(shards) if read is None else read
     size = -(-batch_size // shards) * shards
 
@@ -83,8 +85,54 @@ def epoch_batches(
         items = packing.join(queries, labels, size, rows=rows, blocks=len(read))
         local = np.arange(size).reshape(shards, -1)[np.asarray(read)].reshape(-1)
         relevance = sampling.relevance_block(dataset.train_relevance, query_ids[local], label_ids)
-        return Batch(items, query_ids[local], label_ids[local], relevance)
+        labels_of_queries = None
+        if positives:
+            labels_of_queries = sampling.all_positives(
+                dataset.train_relevance, query_ids, positives, shards, read
+            )
+        return Batch(items, query_ids[local], label_ids[local], relevance, labels_of_queries)
 
-    batches = grain.MapDataset.range(-(-len(order) // batch_size)).map(make)
+    return _iterator(make, -(-len(order) // batch_size), num_threads, prefetch)
+
+
+def head_batches(
+    relevance: sparse.csr_matrix,
+    order: Int[np.ndarray, " n"],
+    *,
+    batch_size: int,
+    positives: int,
+    shards: int = 1,
+    read: Sequence[int] | None = None,
+    num_threads: int = 1,
+    prefetch: int = 2,
+) -> Any:
+    """Returns an iterator over the batches of an epoch of the label head, as `epoch_batches` does.
+
+    Args:
+      relevance: Relevance matrix of the training queries.
+      order: Rows of the queries, in the order in which they are read.
+      batch_size: Queries of a batch.
+      positives: See `epoch_batches`, also for the other arguments.
+    """
+    read = range(shards) if read is None else read
+    size = -(-batch_size // shards) * shards
+
+    def make(index: int) -> HeadBatch:
+        query_ids = np.full(size, -1, np.int32)
+        real = order[index * batch_size : (index + 1) * batch_size]
+        query_ids[: len(real)] = real
+        local = query_ids.reshape(shards, -1)[np.asarray(read)].reshape(-1)
+        return HeadBatch(
+            local, sampling.all_positives(relevance, query_ids, positives, shards, read)
+        )
+
+    return _iterator(make, -(-len(order) // batch_size), num_threads, prefetch)
+
+
+def _iterator(make: Callable[[int], Any], num_batches: int, num_threads: int, prefetch: int) -> Any:
+    """A grain iterator over the batches that `make` returns by index, prepared ahead."""
+    import grain
+
+    batches = grain.MapDataset.range(num_batches).map(make)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))

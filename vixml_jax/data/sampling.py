@@ -1,10 +1,13 @@
-"""Sampling of training batches: a positive per query, relevance of a batch, order of an epoch."""
+"""Sampling of training batches: a positive per query, all labels of a batch, order of an epoch."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
 from vixml_jax.data.store import ranges
+from vixml_jax.structs import Positives
 
 
 def sample_positives(
@@ -74,6 +77,51 @@ def relevance_block(
     block = np.zeros((len(query_ids), len(distinct)), bool)
     block[rows[is_candidate], columns[is_candidate]] = True
     return block[:, column_of] & (label_ids >= 0)
+
+
+def usual_positives(counts: Int[np.ndarray, " n"], batch_size: int, shards: int) -> int:
+    """Number of labels of all queries of a shard of a batch, which few batches exceed.
+
+    Args:
+      counts: Number of labels of each query.
+      batch_size: Number of queries of a batch.
+      shards: Number of shards of a batch.
+    """
+    queries = -(-batch_size // shards)
+    labels = np.mean(counts) * queries + 4.0 * np.std(counts) * queries**0.5
+    return -(-max(1, int(np.ceil(labels))) // 8) * 8
+
+
+def all_positives(
+    relevance: sparse.csr_matrix,
+    query_ids: Int[np.ndarray, " b"],
+    usual: int,
+    shards: int = 1,
+    read: Sequence[int] | None = None,
+) -> Positives:
+    """All labels of the queries of a batch, in parts of equal size for its shards.
+
+    Args:
+      relevance: Relevance matrix [n, l].
+      query_ids: Rows of `relevance` in all shards; -1 for padding.
+      usual: Size of a part. It is doubled until the largest part fits, so sizes are few.
+      shards: Number of shards; each has the same number of queries.
+      read: The shards to return, ascending; None: all.
+    """
+    _, starts, counts = _row_ranges(relevance, query_ids)
+    size, largest = usual, int(counts.reshape(shards, -1).sum(axis=1).max())
+    while size < largest:
+        size *= 2
+    read = range(shards) if read is None else read
+    positives = Positives(*(np.full((len(read), size), -1, np.int32) for _ in range(2)))
+    per_shard = len(query_ids) // shards
+    for part, shard in enumerate(read):
+        own = slice(shard * per_shard, (shard + 1) * per_shard)
+        labels = relevance.indices[ranges(starts[own], counts[own])]
+        queries = np.repeat(np.arange(own.start, own.stop), counts[own])
+        positives.queries[part, : len(queries)] = queries
+        positives.labels[part, : len(labels)] = labels
+    return Positives(*(x.reshape(-1) for x in positives))
 
 
 def _row_ranges(

@@ -11,26 +11,32 @@ from vixml_jax.models import layers
 class Combiner(nn.Module):
     """One post-norm transformer layer over three tokens per label, then their normalised mean.
 
-    The tokens have no positions, so their order does not matter (paper, section 3; PRIME, arXiv
-    2410.20626). Weights are initialised as in `torch.nn.TransformerEncoderLayer`.
+    The tokens are the label's tower vector, its free vector and its centroid; the last two can be
+    left out to measure what they add. They have no positions, so their order does not matter
+    (paper, section 3; PRIME, arXiv 2410.20626). Weights are initialised as in
+    `torch.nn.TransformerEncoderLayer`.
 
     Attributes:
       num_heads: Number of attention heads.
       mlp_width: Width of the feed-forward layer.
       dropout: Dropout rate of the attention weights, of both branches and of the feed-forward
         layer, in training.
+      uses_free: Whether the free vector is a token.
+      uses_centroid: Whether the centroid is a token.
     """
 
     num_heads: int = 8
     mlp_width: int = 1024
     dropout: float = 0.1
+    uses_free: bool = True
+    uses_centroid: bool = True
 
     @nn.compact
     def __call__(
         self,
         u: Float[Array, "c e"],
-        free: Float[Array, "c e"],
-        centroid: Float[Array, "c e"],
+        free: Float[Array, "c e"] | None,
+        centroid: Float[Array, "c e"] | None,
         *,
         deterministic: bool,
     ) -> Float[Array, "c e"]:
@@ -38,8 +44,9 @@ class Combiner(nn.Module):
 
         Args:
           u: Tower vectors of the labels, not normalised.
-          free: Free vectors of the labels.
-          centroid: Mean unit vector of each label's training queries; may be zero.
+          free: Free vectors of the labels; not read without `uses_free`.
+          centroid: Mean unit vector of each label's training queries; may be zero. Not read without
+            `uses_centroid`.
           deterministic: Whether dropout is off; otherwise the rng "dropout" is needed.
         """
         keys = (None,) * 4 if deterministic else jax.random.split(self.make_rng("dropout"), 4)
@@ -51,7 +58,10 @@ class Combiner(nn.Module):
             (6.0 / (width + 3 * width)) ** 0.5
         )  # For the fused [3 e, e] weight.
 
-        x = jnp.stack([u, free, centroid], axis=1).astype(jnp.float32)  # [c, s, e]
+        tokens = [u]
+        tokens += [free] if self.uses_free else []
+        tokens += [centroid] if self.uses_centroid else []
+        x = jnp.stack(tokens, axis=1).astype(jnp.float32)  # [c, s, e]
         q, k, v = (
             layers.Einsum("cse,eha->csha", sizes, xavier, name=name)(x)
             for name in ("query", "key", "value")

@@ -339,3 +339,9 @@ def run_blocks(
         weights = jax.tree.unflatten(tree, [part[i].squeeze(0) for part in parts])
         x = run(weights, x, None if each is None else each[i])
     return x
+
+
+def unit(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
+    """Rows scaled to unit length; a zero row stays zero (floor 1e-12, as in the paper's code)."""
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+    return x / norm

@@ -141,6 +141,11 @@ def stored_tree(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(stored_leaf, boxed, is_leaf=_is_boxed)
 
 
+def unboxed(tree: Any) -> Any:
+    """The arrays of a tree without their logical axes."""
+    return nn.unbox(tree)
+
+
 def pad(tree: Any, like: Any) -> Any:
     """Arrays of logical shapes, zero-padded at the end to the shapes of `like`."""
 

@@ -14,7 +14,7 @@ from vixml_jax.runtime import console
 from vixml_jax.storage import json_files
 
 METRICS = ("P@1", "PSP@5", "R@100")
-COMMON_FLAGS = ("runs", "out")
+COMMON_FLAGS = ("runs", "x", "out")
 
 
 def read_lines(workdir: str) -> list[dict[str, Any]]:
@@ -60,6 +60,25 @@ def read_curve(workdir: str, name: str) -> tuple[str, list[int], list[float]]:
     return split, list(values), list(values.values())
 
 
+def minutes_at(workdir: str, steps: Sequence[int]) -> list[float]:
+    """Returns the wall-clock minutes of training after which each of the steps was done.
+
+    Args:
+      workdir: Run directory.
+      steps: Numbers of steps, each at least the first that was logged.
+
+    Raises:
+      InputError: If the directory has no readable metrics.jsonl, or its lines have no times.
+    """
+    lines = read_lines(workdir)
+    if not all("seconds" in line for line in lines):
+        raise InputError(
+            f"{os.path.join(workdir, 'metrics.jsonl')}: has lines without seconds, as version 0.2 "
+            "wrote them; use --x=step"
+        )
+    return [max(line["seconds"] for line in lines if line["step"] <= step) / 60.0 for step in steps]
+
+
 def main(argv: Sequence[str]) -> None:
     """Draws the curves of the runs that the flags name."""
     del argv
@@ -76,8 +95,9 @@ def main(argv: Sequence[str]) -> None:
         for run, style in zip(values.runs, ("o-", "s--", "^:", "d-.") * 9, strict=False):
             split, steps, percent = read_curve(run, name)
             label = os.path.basename(run.rstrip("/")) + (", valid" if split == "valid" else "")
-            panel.plot(steps, percent, style, label=label)
-        panel.set(title=f"{name}, percent", xlabel="step")
+            x = minutes_at(run, steps) if values.x == "minutes" else steps
+            panel.plot(x, percent, style, label=label)
+        panel.set(title=f"{name}, percent", xlabel=values.x)
         panel.grid(alpha=0.3)
     panels[0].legend()
     figure.savefig(values.out, dpi=110)
@@ -87,6 +107,9 @@ def main(argv: Sequence[str]) -> None:
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_list("runs", [], "Run directories, separated by commas.")
+    flags.DEFINE_enum(
+        "x", "step", ["step", "minutes"], "Horizontal axis: steps, or minutes since the start."
+    )
     flags.DEFINE_string("out", "curves.png", "Image file to write.")
 
 

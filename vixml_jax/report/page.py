@@ -34,11 +34,13 @@ class Page:
       intervals: 95 % interval of each metric, by name of the row; some rows may have none.
       groups: Metrics of groups as in `SlicedMetrics.groups`, by name of the row.
       losses: Step and training loss.
+      head_losses: Likewise, of the epochs in which the label head is trained alone.
       curves: Step and value on `curves_split`, by metric.
       curves_split: 'valid' or 'test'.
       recall_curve: Index settings tried, each with its recall and queries per second.
       thumbnails: Images of queries as `data:` URLs, by id of the query; "" = unreadable.
       worst, best: Example queries, chosen by the metric `chosen_by`.
+      score: What the score of a prediction is: 'probability' or 'cosine'.
       chosen_by: Name of that metric.
       neighbours: Labels with their nearest labels.
       card, card_image: The data card as Markdown, and its PNG image; None: the data have none.
@@ -58,12 +60,14 @@ class Page:
     intervals: Mapping[str, Mapping[str, tuple[float, float]]]
     groups: Mapping[str, Groups]
     losses: Sequence[tuple[float, float]]
+    head_losses: Sequence[tuple[float, float]] = ()
     curves: Mapping[str, Sequence[tuple[float, float]]]
     curves_split: str
     recall_curve: Sequence[Mapping[str, float]]
     thumbnails: Mapping[str, Sequence[str]]
     worst: Sequence[Example]
     best: Sequence[Example]
+    score: str = "cosine"
     chosen_by: str
     neighbours: Sequence[Neighbours]
     card: str | None
@@ -122,6 +126,10 @@ def assemble(
     lines = curves.read_lines(workdir)
     read = {n: curves.read_curve(workdir, n) for n in curves.METRICS if n in rows[run]}
     text, image = (epath.Path(dataset.path) / name for name in (card.TEXT, card.IMAGE))
+    losses: tuple[list[tuple[float, float]], ...] = ([], [])
+    for line in lines:
+        if "loss" in line:
+            losses[_is_of_head(line)].append((line["step"], line["loss"]))
     search = {name: value for name, value in results["search"].items() if name != "curve"}
     return Page(
         dataset=dataset.name,
@@ -133,7 +141,8 @@ def assemble(
         rows=rows,
         intervals=intervals,
         groups={name: metrics.groups for name, metrics in sliced.items()},
-        losses=[(line["step"], line["loss"]) for line in lines if "loss" in line],
+        losses=losses[False],
+        head_losses=losses[True],
         curves={
             name: list(zip(steps, values, strict=True)) for name, (_, steps, values) in read.items()
         },
@@ -142,6 +151,7 @@ def assemble(
         thumbnails=drawn,
         worst=worst,
         best=best,
+        score="probability" if "fusion" in results else "cosine",
         chosen_by=CHOSEN_BY,
         neighbours=examples.nearest(
             examples.spread(frequency, NUM_EXAMPLES), label_vectors, dataset.labels, frequency
@@ -156,12 +166,26 @@ def assemble(
             "data": dataset.path,
             "content hash": dataset.content_hash,
             "search": _join(search),
-            **({"training neighbours": _join(results["mixing"])} if "mixing" in results else {}),
+            **{
+                name: _join(results[key])
+                for name, key in (
+                    ("weights", "fusion"),
+                    ("weights with training neighbours", "fusion_with_neighbours"),
+                    ("training neighbours", "mixing"),
+                )
+                if key in results
+            },
             "seconds": _join(results["seconds"]),
             "peak memory": f"{results['peak_memory_gb']} GB",
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         },
     )
+
+
+def _is_of_head(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is of an epoch in which only the label head is trained."""
+    rates = {name for name in line if name.startswith("learning_rate/")}
+    return rates == {"learning_rate/head"}
 
 
 def _join(values: Mapping[str, Any]) -> str:

@@ -165,17 +165,21 @@ def _largest_recall(page: Page) -> str:
 
 
 def _learning_curves(page: Page) -> Mapping[str, Any] | None:
-    charts = []
-    if len(page.losses) > 1:
-        charts.append(
-            svg.lines(
-                "Loss in training",
-                f"The training loss at {len(page.losses)} steps.",
-                {"loss": _thinned(page.losses)},
-                xlabel="step",
-                ylabel="loss",
-            )
+    losses = {
+        ("Loss in training", "The training loss"): page.losses,
+        ("Loss of the label head", "The loss of epochs that train it alone"): page.head_losses,
+    }
+    charts = [
+        svg.lines(
+            title,
+            f"{what} at {len(points)} steps.",
+            {"loss": _thinned(points)},
+            xlabel="step",
+            ylabel="loss",
         )
+        for (title, what), points in losses.items()
+        if len(points) > 1
+    ]
     curves = {name: points for name, points in page.curves.items() if len(points) > 1}
     if curves:
         charts.append(
@@ -228,7 +232,12 @@ def _queries(page: Page) -> Mapping[str, Any] | None:
     parts = [(title, part) for title, part in (("Worst", page.worst), ("Best", page.best)) if part]
     if not parts:
         return None
-    return {"parts": parts, "chosen_by": page.chosen_by, "thumbnails": page.thumbnails}
+    return {
+        "parts": parts,
+        "chosen_by": page.chosen_by,
+        "score": page.score,
+        "thumbnails": page.thumbnails,
+    }
 
 
 def _label_neighbours(page: Page) -> Mapping[str, Any] | None:

@@ -1,6 +1,7 @@
 """Fields of nested dataclasses as command-line flags: `--group.field`, typed, with bounds."""
 
 import dataclasses
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,13 +86,13 @@ def parsed(config: Any, values: flags.FlagValues, prefix: str = "") -> dict[str,
     """Returns the values of parsed flags as a nested dict, by group.
 
     Raises:
-      InputError: If an item of a list is not of the type of the default's items (int if empty).
+      InputError: If an item of a list is not of the type that the field declares.
     """
     tree: dict[str, Any] = {}
     for name, field, default in leaves(config, prefix):
         value = values[name].value
         if isinstance(default, list):
-            item_type = type(default[0]) if default else int
+            (item_type,) = typing.get_args(field.type)
             try:
                 value = [item_type(item) for item in value]
             except ValueError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import host_memory
-from vixml_jax.search.scann import SAMPLE
+from vixml_jax.search.scann import SAMPLE, SUM_SAMPLE
 
 _FLOAT_BYTES = 4
 
@@ -37,8 +37,11 @@ def build_bytes(num_labels: int, width: int) -> int:
 
 
 def search_bytes(num_labels: int, width: int) -> int:
-    """Bytes of a built or loaded ScaNN index, in addition to the vectors."""
-    return round(_FLOAT_BYTES * width * num_labels * 1.3)
+    """Bytes of a built or loaded ScaNN index, in addition to the vectors.
+
+    It holds a copy of the vectors, codes, and the sample of vectors for `search_normalised`.
+    """
+    return round(_FLOAT_BYTES * width * (1.3 * num_labels + min(num_labels, SUM_SAMPLE)))
 
 
 def build_seconds(num_labels: int, width: int, leaves: int) -> float:

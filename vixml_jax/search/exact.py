@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.sharding import ROWS
 from vixml_jax.search import index, top_k
+from vixml_jax.search.index import Normalised
 from vixml_jax.structs import SearchResult, Shard
 
 
@@ -23,7 +24,10 @@ class ExactIndex:
 
     Attributes:
       settings: The block sizes.
+      log_sum: "exact": `search_normalised` sums over all labels.
     """
+
+    log_sum = "exact"
 
     def __init__(
         self,
@@ -67,8 +71,22 @@ class ExactIndex:
 
         Where k exceeds the number of labels, rows end in id -1, score -inf.
         """
+        return self._search(queries, k, with_log_sum=False).best
+
+    def search_normalised(self, queries: Float[np.ndarray, "q e"], k: int) -> Normalised:
+        """Returns the result of `search`, and the log of the sum of exp(score) over all labels.
+
+        The sum is computed in the same pass, from the same scores.
+        """
+        return self._search(queries, k, with_log_sum=True)
+
+    def _search(
+        self, queries: Float[np.ndarray, "q e"], k: int, *, with_log_sum: bool
+    ) -> Normalised:
+        """Without `with_log_sum`, all sums are -inf."""
         few = min(k, self._num_labels)
         result = index.empty_result(len(queries), few)
+        log_sums = np.full(len(queries), -np.inf, np.float32)
         # All blocks have one size, so one program is compiled; few queries are padded to a power
         # of two.
         size = min(self._query_block, 1 << max(3, (len(queries) - 1).bit_length()))
@@ -77,8 +95,11 @@ class ExactIndex:
             part = slice(start, min(start + size, len(queries)))
             count = part.stop - part.start
             block[:count] = queries[part]
-            result.scores[part], result.ids[part] = self._rows.best(block, count, few)
-        return index.pad_columns(result, k)
+            found, log_sum = self._rows.best(block, count, few, with_log_sum)
+            result.scores[part], result.ids[part] = found
+            if with_log_sum:
+                log_sums[part] = log_sum
+        return Normalised(index.pad_columns(result, k), log_sums)
 
 
 class _HostRows:
@@ -99,22 +120,31 @@ class _HostRows:
         self._num_threads = len(os.sched_getaffinity(0)) if has_affinity else 1
         self._threads = futures.ThreadPoolExecutor(self._num_threads)
 
-    def best(self, queries: Float[np.ndarray, "q e"], count: int, k: int) -> SearchResult:
-        """Returns the k best rows of each of the first `count` queries; the others are padding."""
+    def best(
+        self, queries: Float[np.ndarray, "q e"], count: int, k: int, with_log_sum: bool
+    ) -> tuple[SearchResult, Float[np.ndarray, " q"] | None]:
+        """Returns the k best rows of each of the first `count` queries; the others are padding.
+
+        With `with_log_sum` also the log of the sum of exp(score) over all rows, else None.
+        """
         each = -(-count // self._num_threads)
         parts = [slice(start, min(start + each, count)) for start in range(0, count, each)]
         best = [index.empty_result(part.stop - part.start, k) for part in parts]
         group = top_k.group_size(k, self._size)
+        log_sum = np.full(count, -np.inf, np.float32) if with_log_sum else None
         for i, block in enumerate(self._blocks):
-            scores, maxima = map(np.asarray, _score(queries, block, group=group))
             first = i * self._size
-            add = functools.partial(
-                top_k.add_block, first=first, real=min(self._size, self._num_labels - first)
-            )
+            real = min(self._size, self._num_labels - first)
+            found = _score(queries, block, group=group)
+            if with_log_sum:
+                of_block = np.asarray(_log_sum(*found, real))[:count]
+                log_sum = np.logaddexp(log_sum, of_block)
+            scores, maxima = map(np.asarray, found)
+            add = functools.partial(top_k.add_block, first=first, real=real)
             scores, maxima = ([x[part] for part in parts] for x in (scores, maxima))
             best = list(self._threads.map(add, best, scores, maxima))
-            del scores, maxima  # So that the scores of two blocks never exist together.
-        return SearchResult(*map(np.concatenate, zip(*best, strict=True)))
+            del found, scores, maxima  # So that the scores of two blocks never exist together.
+        return SearchResult(*map(np.concatenate, zip(*best, strict=True))), log_sum
 
 
 def _round_to_groups(count: int) -> int:
@@ -134,17 +164,21 @@ class _DeviceRows:
         devices = 1 if mesh is None else sharding.num_row_shards(mesh)
         self._num_blocks = max(1, -(-(self._vectors.shape[0] // devices) // label_block))
 
-    def best(self, queries: Float[np.ndarray, "q e"], count: int, k: int) -> SearchResult:
-        """Returns the k best rows of each of the first `count` queries; the others are padding."""
-        found = _top_k(
+    def best(
+        self, queries: Float[np.ndarray, "q e"], count: int, k: int, with_log_sum: bool
+    ) -> tuple[SearchResult, Float[np.ndarray, " q"] | None]:
+        """Like `_HostRows.best`."""
+        found, log_sum = _top_k(
             self._vectors,
             queries,
             k=k,
             num_labels=self._num_labels,
             num_blocks=self._num_blocks,
             mesh=self._mesh,
+            with_log_sum=with_log_sum,
         )
-        return SearchResult(*(np.asarray(x)[:count] for x in found))
+        result = SearchResult(*(np.asarray(x)[:count] for x in found))
+        return result, np.asarray(log_sum)[:count] if with_log_sum else None
 
 
 @functools.partial(jax.jit, static_argnames="group")
@@ -154,6 +188,17 @@ def _score(
     """Returns all inner products and the maximum of each group of columns."""
     scores = _inner_products(queries, rows)
     return scores, jnp.max(scores.reshape(len(scores), -1, group), axis=2)
+
+
+@jax.jit
+def _log_sum(
+    scores: Float[Array, "q n"], maxima: Float[Array, "q g"], real: Int[Array, ""] | int
+) -> Float[Array, " q"]:
+    """Returns the log of the sum of exp(score) over the first `real` columns, which are labels."""
+    largest = jnp.max(maxima, axis=1, keepdims=True)  # Columns of padding are copies of a label.
+    exponentials = jnp.exp(scores - largest)
+    is_label = jnp.arange(scores.shape[1]) < real
+    return largest[:, 0] + jnp.log(jnp.sum(exponentials, axis=1, where=is_label))
 
 
 def _inner_products(queries: Float[Array, "q e"], rows: Float[Array, "n e"]) -> Float[Array, "q n"]:
@@ -167,7 +212,9 @@ def _inner_products(queries: Float[Array, "q e"], rows: Float[Array, "n e"]) -> 
     )
 
 
-@functools.partial(jax.jit, static_argnames=("k", "num_labels", "num_blocks", "mesh"))
+@functools.partial(
+    jax.jit, static_argnames=("k", "num_labels", "num_blocks", "mesh", "with_log_sum")
+)
 def _top_k(
     vectors: Float[Array, "n e"],
     queries: Float[Array, "q e"],
@@ -176,17 +223,31 @@ def _top_k(
     num_labels: int,
     num_blocks: int,
     mesh: Mesh | None,
-) -> SearchResult:
-    """Returns the k best of the first `num_labels` rows; each device scores `num_blocks` blocks."""
-    local = functools.partial(_local_top_k, k=k, num_labels=num_labels, num_blocks=num_blocks)
+    with_log_sum: bool = False,
+) -> tuple[SearchResult, Float[Array, " q"] | None]:
+    """Returns the k best of the first `num_labels` rows; each device scores `num_blocks` blocks.
+
+    With `with_log_sum` also the log of the sum of exp(score) over these rows, else None.
+    """
+    local = functools.partial(
+        _local_top_k,
+        k=k,
+        num_labels=num_labels,
+        num_blocks=num_blocks,
+        with_log_sum=with_log_sum,
+    )
     if mesh is None:
         return local(vectors, queries, 0)
 
-    def search_shard(rows: Float[Array, "n e"], queries: Float[Array, "q e"]) -> SearchResult:
-        found = local(rows, queries, jax.lax.axis_index(ROWS) * rows.shape[0])
+    def search_shard(
+        rows: Float[Array, "n e"], queries: Float[Array, "q e"]
+    ) -> tuple[SearchResult, Float[Array, " q"] | None]:
+        found, log_sum = local(rows, queries, jax.lax.axis_index(ROWS) * rows.shape[0])
         # [q, devices * k] candidates, in the same order on every device.
         found = jax.tree.map(lambda x: jax.lax.all_gather(x, ROWS, axis=1, tiled=True), found)
-        return _best(found, k)
+        if with_log_sum:
+            log_sum = jax.nn.logsumexp(jax.lax.all_gather(log_sum, ROWS), axis=0)
+        return _best(found, k), log_sum
 
     # The results are equal on all devices, which the type of all_gather does not express.
     search = jax.shard_map(
@@ -203,11 +264,13 @@ def _local_top_k(
     k: int,
     num_labels: int,
     num_blocks: int,
-) -> SearchResult:
-    """Returns the k best rows of one device, whose first row is label `first`."""
+    with_log_sum: bool,
+) -> tuple[SearchResult, Float[Array, " q"] | None]:
+    """Returns the result of `_top_k` for one device, whose first row is label `first`."""
     size = -(-rows.shape[0] // num_blocks)
 
-    def add_block(best: SearchResult, start: Array) -> tuple[SearchResult, None]:
+    def add_block(carry: Any, start: Array) -> tuple[Any, None]:
+        best, log_sum = carry
         # The last block ends with the last row; rows that it shares with the block before are
         # masked, so that they count once.
         at = jnp.minimum(start, rows.shape[0] - size) + jnp.arange(size, dtype=jnp.int32)
@@ -215,17 +278,21 @@ def _local_top_k(
         scores = _inner_products(queries, vectors)
         ids = jnp.asarray(first + at, jnp.int32)
         scores = jnp.where((at >= start) & (ids < num_labels), scores, -jnp.inf)
+        if with_log_sum:
+            log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=1))
         scores, chosen = jax.lax.top_k(scores, min(k, size))
         both = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b], axis=1), best, SearchResult(scores, ids[chosen])
         )
-        return _best(both, k), None
+        return (_best(both, k), log_sum), None
 
     empty = SearchResult(
         jnp.full((queries.shape[0], k), -jnp.inf, jnp.float32),
         jnp.full((queries.shape[0], k), -1, jnp.int32),
     )
-    return jax.lax.scan(add_block, empty, jnp.arange(num_blocks, dtype=jnp.int32) * size)[0]
+    no_sum = jnp.full(queries.shape[0], -jnp.inf, jnp.float32) if with_log_sum else None
+    starts = jnp.arange(num_blocks, dtype=jnp.int32) * size
+    return jax.lax.scan(add_block, (empty, no_sum), starts)[0]
 
 
 def _best(found: SearchResult, k: int) -> SearchResult:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ def open_index(
     kind: str,
     directory: str = "",
     queries: Float[np.ndarray, "q e"] | None = None,
+    weights: Sequence[float] = (),
     k: int,
     recall: float = 0.99,
     sample: int = 1000,
@@ -41,10 +42,10 @@ def open_index(
     """Returns an index over label vectors, ready to search.
 
     A ScaNN index is loaded from `directory` if it is of these vectors; otherwise it is built and
-    saved there. It is tuned on a sample of the queries, once for each k and recall. Its settings
-    then hold `kind`, `k`, `recall_wanted`, the `recall` reached on the sample, and all measurements
-    as `curve`. Where ScaNN cannot be used, a message is printed, search is exact, and the settings
-    hold `wanted`.
+    saved there. It is tuned on a sample of the queries, once for each k, recall and weights. Its
+    settings then hold `kind`, `k`, `recall_wanted`, the `recall` reached on the sample, and all
+    measurements as `curve`. Where ScaNN cannot be used, a message is printed, search is exact, and
+    the settings hold `wanted`.
 
     Args:
       vectors: Label vectors; for exact search over a mesh of several processes, a `Shard` with the
@@ -53,6 +54,8 @@ def open_index(
       directory: Directory of the ScaNN index; empty: it is not saved.
       queries: Typical queries, to tune the index on; None: it is searched as it was tuned before
         for the nearest k, or else as it was built.
+      weights: Weights with which the query vectors are fused, which the recall depends on: the
+        index is tuned for each. Empty: they are not fused.
       k: Results per query that will be evaluated.
       recall: Fraction of the exact k best labels to find, in (0, 1].
       sample: Maximum number of queries used for tuning.
@@ -98,7 +101,7 @@ def open_index(
         tree = _build(values, scann.settings_for(len(values)), directory)
     if not tree.settings["leaves"]:
         tree.settings.update(k=k, recall=1.0)
-    elif point := _tuned_before(tree, k, recall, exactly=tunable):
+    elif point := _tuned_before(tree, k, recall, weights, exactly=tunable):
         tree.use(point)
     elif tunable:
         chosen = np.random.default_rng(0).permutation(len(queries))[:sample]
@@ -111,6 +114,8 @@ def open_index(
             del tree
             tree = _build(values, scann.settings_for(len(values), fine=True), directory)
             point = _tune(tree, values, queries, truth, k, recall)
+        if weights:
+            point["weights"] = list(weights)
         if point["recall"] < recall:
             print(f"{unreachable}: searching with recall {point['recall']:.4f}", flush=True)
         tree.use(point)
@@ -152,22 +157,24 @@ def _build(
 
 
 def _tuned_before(
-    tree: ScannIndex, k: int, recall: float, *, exactly: bool
+    tree: ScannIndex, k: int, recall: float, weights: Sequence[float], *, exactly: bool
 ) -> dict[str, Any] | None:
     """Returns saved search settings for a k and recall; None if there are none.
 
     Args:
       tree: With its points.
-      k, recall: Wanted.
-      exactly: Whether k and recall must match. Otherwise the point with the least k that is not
-        smaller is returned, and of several the one with the nearest recall.
+      k, recall, weights: Wanted.
+      exactly: Whether all of them must match. Otherwise the point with the least k that is not
+        smaller is returned, and of several the one with the nearest recall, of the same weights if
+        there is one.
     """
 
-    def distance(point: dict[str, Any]) -> tuple[bool, int, float]:
-        return point["k"] < k, abs(point["k"] - k), abs(point["recall_wanted"] - recall)
+    def distance(point: dict[str, Any]) -> tuple[bool, int, float, bool]:
+        is_other = point.get("weights", []) != list(weights)
+        return point["k"] < k, abs(point["k"] - k), abs(point["recall_wanted"] - recall), is_other
 
     nearest = min(tree.points, key=distance, default=None)
-    if exactly and nearest is not None and distance(nearest) != (False, 0, 0.0):
+    if exactly and nearest is not None and distance(nearest) != (False, 0, 0.0, False):
         return None
     return nearest
 

@@ -1,6 +1,6 @@
 """The interface of a search index, filter pairs removed from its results, and recall."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -8,7 +8,20 @@ from jaxtyping import Float, Int
 from vixml_jax.structs import SearchResult
 
 _BLOCK = 1 << 22  # Ids compared with filter pairs at a time.
+_SMALLEST = np.float32(np.log(np.finfo(np.float32).tiny))  # Log of the smallest probability.
 _FEW = 8  # Extra results per query that cost next to nothing.
+
+
+class Normalised(NamedTuple):
+    """The best labels of each query, and what turns their scores into probabilities.
+
+    Attributes:
+      best: The labels, best first, with their scores.
+      log_sum: Logarithm of the sum of exp(score) over all labels, float32; -inf without labels.
+    """
+
+    best: SearchResult
+    log_sum: Float[np.ndarray, " q"]
 
 
 class Index(Protocol):
@@ -16,12 +29,19 @@ class Index(Protocol):
 
     Attributes:
       settings: How the index was built and is searched, in JSON types; saved with results.
+      log_sum: "exact" if `search_normalised` sums over all labels, "sampled" if it estimates the
+        sum.
     """
 
     settings: dict[str, Any]
+    log_sum: str
 
     def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
         """Returns the k best labels of each query, numpy float32 and int32, best first."""
+        ...
+
+    def search_normalised(self, queries: Float[np.ndarray, "q e"], k: int) -> Normalised:
+        """Returns the result of `search`, and the log of the sum of exp(score) over all labels."""
         ...
 
 
@@ -44,7 +64,12 @@ def pairs_of(pairs: Int[np.ndarray, "f 2"], rows: Int[np.ndarray, " r"]) -> Int[
 
 
 def search_filtered(
-    index: Index, queries: Float[np.ndarray, "q e"], pairs: Int[np.ndarray, "f 2"], k: int
+    index: Index,
+    queries: Float[np.ndarray, "q e"],
+    pairs: Int[np.ndarray, "f 2"],
+    k: int,
+    *,
+    as_probabilities: bool = False,
 ) -> SearchResult:
     """Returns the k best labels of each query that are not filter pairs.
 
@@ -57,15 +82,34 @@ def search_filtered(
       queries: Any number.
       pairs: (query, label), in any order; duplicates are allowed.
       k: Columns of the result; short rows end in id -1, score -inf.
+      as_probabilities: Return the probability of each label, exp(score) divided by its sum over all
+        labels (those of filter pairs included), in place of its score.
     """
     result = empty_result(len(queries), k)
     count = np.bincount(pairs[:, 0], minlength=len(queries))
     extras = 1 << np.ceil(np.log2(np.maximum(count, _FEW))).astype(int) if len(pairs) else count
     for extra in np.unique(extras):
         rows = np.flatnonzero(extras == extra)
-        found = index.search(queries[rows], k + int(extra))
+        if as_probabilities:
+            found = probabilities(index.search_normalised(queries[rows], k + int(extra)))
+        else:
+            found = index.search(queries[rows], k + int(extra))
         result.scores[rows], result.ids[rows] = drop_filtered(found, pairs_of(pairs, rows), k)
     return result
+
+
+def probabilities(found: Normalised) -> SearchResult:
+    """Returns exp(score - log_sum) in place of each score; absent labels keep -inf.
+
+    They are in (0, 1]: a sum that is estimated, or rounded, can be less than one of its terms, and
+    a label that was found stays one that was found where float32 has no smaller number.
+    """
+    scores, ids = found.best
+    values = np.full_like(scores, -np.inf)
+    query, column = np.nonzero(ids >= 0)
+    log_probability = scores[query, column] - found.log_sum[query]
+    values[query, column] = np.exp(np.clip(log_probability, _SMALLEST, 0.0))
+    return SearchResult(values, ids)
 
 
 def drop_filtered(result: SearchResult, pairs: Int[np.ndarray, "f 2"], k: int) -> SearchResult:

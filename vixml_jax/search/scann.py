@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from vixml_jax.errors import InputError
 from vixml_jax.search import index
+from vixml_jax.search.index import Normalised
 from vixml_jax.storage import atomic, json_files
 from vixml_jax.structs import SearchResult
 
@@ -21,6 +22,11 @@ ABOUT = "index.json"
 FORMAT = 2  # Of a saved index; raised when older ones can no longer be read.
 FEW = 10_000  # With fewer labels a tree is no faster than scoring all of them.
 SAMPLE = 250_000  # Maximum number of vectors from which the tree is learnt.
+# Labels, drawn at random once, from which the sum of exp(score) over those not found is estimated;
+# all labels if there are no more.
+SUM_SAMPLE = 10_000
+_MIN_FOUND = 100  # Labels retrieved at least for that sum, which count exactly.
+_SUM_BLOCK = 256  # Queries whose scores of the sample are computed at a time.
 _REMEDY = "the index has to be built again"
 
 
@@ -70,6 +76,7 @@ class ScannIndex:
       settings: How the index was built and is searched.
       points: Tuned search settings, each for one k and recall; dicts with at least `k`,
         `leaves_searched` and `reordered`.
+      log_sum: "sampled": `search_normalised` estimates the sum; "exact" with few labels.
     """
 
     def __init__(
@@ -77,12 +84,18 @@ class ScannIndex:
         searcher: Any,
         settings: dict[str, Any],
         fingerprint: str,
-        num_labels: int,
+        vectors: Float[np.ndarray, "n e"],
         points: Sequence[dict[str, Any]] = (),
     ):
         """Not called directly: use `build` or `load`."""
         self.settings, self.points = settings, list(points)
-        self._searcher, self._fingerprint, self._num_labels = searcher, fingerprint, num_labels
+        self._searcher, self._fingerprint, self._num_labels = searcher, fingerprint, len(vectors)
+        self._sample = np.arange(len(vectors))
+        if len(vectors) > SUM_SAMPLE:
+            chosen = np.random.default_rng(0).permutation(len(vectors))[:SUM_SAMPLE]
+            self._sample = np.sort(chosen)
+        self.log_sum = "exact" if len(vectors) <= SUM_SAMPLE else "sampled"
+        self._sample_vectors = np.asarray(vectors[self._sample], np.float32)
 
     @staticmethod
     def build(
@@ -117,7 +130,7 @@ class ScannIndex:
             builder.reorder(settings["reordered"])
         else:
             builder.score_brute_force()
-        return ScannIndex(builder.build(), settings, _fingerprint(vectors), len(vectors))
+        return ScannIndex(builder.build(), settings, _fingerprint(vectors), vectors)
 
     def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
         """Returns the k best labels found for each query, best first; absent = id -1, score -inf.
@@ -133,6 +146,39 @@ class ScannIndex:
         searched = max(self.settings["leaves_searched"], needed if scale > 1.0 else 0)
         reordered = math.ceil(self.settings["reordered"] * scale)
         return self.search_with(queries, k, leaves_searched=searched, reordered=reordered)
+
+    def search_normalised(self, queries: Float[np.ndarray, "q e"], k: int) -> Normalised:
+        """Returns the result of `search`, and the log of the sum of exp(score) over all labels.
+
+        The labels found count exactly. Of the others, a fixed sample of SUM_SAMPLE labels is
+        scored, and each counts for as many labels as it represents. With at most SUM_SAMPLE labels
+        the sum is exact.
+        """
+        found = self.search(queries, max(k, min(_MIN_FOUND, self._num_labels)))
+        log_sum = np.full(len(queries), -np.inf, np.float32)
+        for start in range(0, len(queries), _SUM_BLOCK):
+            part = slice(start, start + _SUM_BLOCK)
+            block = SearchResult(*(x[part] for x in found))
+            log_sum[part] = self._log_sum(np.asarray(queries[part], np.float32), block)
+        return Normalised(SearchResult(*(x[:, :k] for x in found)), log_sum)
+
+    def _log_sum(
+        self, queries: Float[np.ndarray, "q e"], found: SearchResult
+    ) -> Float[np.ndarray, " q"]:
+        if not self._num_labels:
+            return np.full(len(queries), -np.inf, np.float32)
+        scores = queries @ self._sample_vectors.T  # [q, sample]
+        at = np.minimum(np.searchsorted(self._sample, found.ids), len(self._sample) - 1)
+        query, column = np.nonzero((self._sample[at] == found.ids) & (found.ids >= 0))
+        scores[query, at[query, column]] = -np.inf
+        num_found = np.count_nonzero(found.ids >= 0, axis=1)
+        num_sampled = len(self._sample) - np.bincount(query, minlength=len(queries))
+        largest = np.maximum(scores.max(axis=1), found.scores.max(axis=1, initial=-np.inf))
+        of_found, of_sample = (
+            np.exp(x - largest[:, None]).sum(axis=1) for x in (found.scores, scores)
+        )
+        weight = (self._num_labels - num_found) / np.maximum(num_sampled, 1)
+        return largest + np.log(of_found + weight * of_sample)
 
     def search_with(
         self, queries: Float[np.ndarray, "q e"], k: int, *, leaves_searched: int, reordered: int
@@ -204,9 +250,7 @@ class ScannIndex:
             raise InputError(
                 f"{directory}: scann cannot read the index ({_one_line(error)}); {_REMEDY}"
             ) from None
-        return ScannIndex(
-            searcher, about.settings, about.fingerprint, about.num_labels, about.points
-        )
+        return ScannIndex(searcher, about.settings, about.fingerprint, vectors, about.points)
 
 
 def _read_about(directory: str) -> _About:

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vixml_jax.search import index
-from vixml_jax.search.index import Index
+from vixml_jax.search.index import Index, Normalised
 from vixml_jax.structs import SearchResult
 
 
@@ -17,6 +17,7 @@ class UpdatedIndex:
 
     Attributes:
       settings: Those of the original index.
+      log_sum: Likewise.
     """
 
     def __init__(
@@ -25,6 +26,7 @@ class UpdatedIndex:
         added: Index | None,
         num_original: int,
         removed: Int[np.ndarray, " r"],
+        removed_index: Index | None = None,
     ):
         """Combines two indexes.
 
@@ -33,19 +35,55 @@ class UpdatedIndex:
           added: Over the added labels; None: there are none.
           num_original: Number of original labels.
           removed: Ids of removed labels, original or added.
+          removed_index: Exact index over the vectors of the removed labels; only
+            `search_normalised` needs it, if there are such labels.
         """
         self.settings: dict[str, Any] = original.settings
+        self.log_sum = original.log_sum
+        self._removed_index = removed_index
         self._original, self._added, self._num_original = original, added, num_original
         self._removed = np.asarray(removed)
 
     def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
         """Returns the k best labels of each query, best first."""
-        # A power of two extra results, so that few programs are compiled.
-        extra = len(self._removed) and 1 << (len(self._removed) - 1).bit_length()
+        extra = self._extra()
         found = [self._original.search(queries, k + extra)]
         if self._added is not None:
-            scores, ids = self._added.search(queries, k + extra)
-            found.append(SearchResult(scores, np.where(ids >= 0, ids + self._num_original, -1)))
+            found.append(self._added.search(queries, k + extra))
+        return self._merge(found, k)
+
+    def search_normalised(self, queries: Float[np.ndarray, "q e"], k: int) -> Normalised:
+        """Returns the result of `search`, and the log of the sum of exp(score) over all labels.
+
+        Added labels count, removed ones do not.
+        """
+        extra = self._extra()
+        found = [self._original.search_normalised(queries, k + extra)]
+        if self._added is not None:
+            found.append(self._added.search_normalised(queries, k + extra))
+        best = self._merge([one.best for one in found], k)
+        log_sum = np.logaddexp.reduce([one.log_sum.astype(np.float64) for one in found])
+        if len(self._removed):
+            if self._removed_index is None:
+                raise ValueError("the removed labels are counted: give removed_index")
+            removed = self._removed_index.search_normalised(queries, 1).log_sum
+            share = np.exp(np.minimum(removed - log_sum, 0.0))
+            with np.errstate(divide="ignore"):
+                rest = log_sum + np.log1p(-share)
+            # If the removed labels held nearly all of the sum, the difference is inexact. It is
+            # at least the sum over the labels found.
+            log_sum = np.maximum(rest, np.logaddexp.reduce(best.scores.astype(np.float64), axis=1))
+        return Normalised(best, log_sum.astype(np.float32))
+
+    def _extra(self) -> int:
+        # A power of two extra results, so that few programs are compiled.
+        return len(self._removed) and 1 << (len(self._removed) - 1).bit_length()
+
+    def _merge(self, found: list[SearchResult], k: int) -> SearchResult:
+        """Returns the k best of the original and the added labels that are not removed."""
+        if len(found) > 1:
+            scores, ids = found[1]
+            found[1] = SearchResult(scores, np.where(ids >= 0, ids + self._num_original, -1))
         scores, ids = (np.concatenate(x, axis=1) for x in zip(*found, strict=True))
         scores = np.where(np.isin(ids, self._removed), -np.inf, scores)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -72,7 +72,8 @@ class ServingArtifacts:
       path: Directory of the artifacts.
       about: Contents of `artifacts.json`.
       ids, texts: Ids and texts of the labels.
-      vectors: Unit prototypes of the labels.
+      vectors: Unit prototypes of the labels. What a label head holds of a label is not here, but
+        with the parameters of the model.
       train_vectors: Unit vectors of the training queries; None: saved without training neighbours.
       train_relevance: Their labels, [training queries, labels], ones; None: likewise.
     """
@@ -149,8 +150,10 @@ def save(
       path: Directory.
       dataset: Prepared data of the run.
       step: Step of the model.
-      vectors: Unit prototypes of the labels.
-      train_vectors: Unit vectors of the training queries; None: without training neighbours.
+      vectors: Unit prototypes of the labels. Those of a vector store are not stored twice: the
+        artifacts then hold a hard link to its file.
+      train_vectors: Unit vectors of the training queries, likewise; None: without training
+        neighbours.
     """
     with atomic.directory(path) as temporary:
         writer = store.Writer(temporary)
@@ -158,9 +161,9 @@ def save(
             with writer.strings(name) as append:
                 for chunk in texts.chunks():
                     append(chunk)
-        writer.add("vectors", np.asarray(vectors, np.float32))
+        linked = _link_or_write(writer, "vectors", vectors)
         if train_vectors is not None:
-            writer.add("train_vectors", np.asarray(train_vectors, np.float32))
+            linked |= _link_or_write(writer, "train_vectors", train_vectors)
             writer.add("train_indptr", np.asarray(dataset.train_relevance.indptr))
             writer.add("train_labels", np.asarray(dataset.train_relevance.indices))
         shutil.copyfile(dataset.tokenizer, os.path.join(temporary, store.TOKENIZER))
@@ -175,7 +178,34 @@ def save(
             mean_tokens=float(offsets[-1]) / max(1, len(offsets) - 1),
             image_width=dataset.image_width,
             images=dataset.info["settings"]["images"],
-            arrays=writer.arrays,
+            arrays=writer.arrays | linked,
         )
         with open(os.path.join(temporary, ABOUT), "w", encoding="utf-8") as file:
             json.dump(msgspec.structs.asdict(about), file, indent=2, ensure_ascii=False)
+
+
+def _link_or_write(
+    writer: store.Writer, name: str, vectors: Float32[np.ndarray, "n e"]
+) -> dict[str, store.ArrayInfo]:
+    """Adds vectors to the artifacts; returns what `artifacts.json` says of a file that is linked.
+
+    A file of a vector store is replaced as a whole when its vectors change, so a link to it keeps
+    the vectors.
+    """
+    vectors = np.asanyarray(vectors, np.float32)
+    path = os.path.join(writer.directory, f"{name}.npy")
+    source = getattr(vectors, "filename", None)  # Of a memory-mapped array.
+    if source is not None:
+        try:
+            os.link(source, path)
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+            if np.array_equal(values, vectors):  # It is all of the file, as it is now.
+                digest = hashlib.sha256(memoryview(values).cast("B")).hexdigest()
+                info = {"dtype": values.dtype.str, "shape": [*values.shape], "sha256": digest}
+                return {name: info}
+            os.remove(path)
+        except (OSError, ValueError):  # No hard links here, or not a file of one array.
+            if os.path.lexists(path):
+                os.remove(path)
+    writer.add(name, vectors)
+    return {}

@@ -6,10 +6,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vixml_jax.serving.predictor import Predictor
+from vixml_jax.labels.head import SCALE
+from vixml_jax.search import fusion
+from vixml_jax.serving.predictor import HeadRows, Predictor
 
 NUM_NEAREST = 10  # Labels of the run whose mean centroid is the prior of a new label's centroid.
-PRIOR_COUNT = 3.0  # Weight of the prior, in example queries.
+PRIOR_COUNT = 3.0  # Weight of what is known without examples, in example queries.
+_NUM_COMPARED = 4096  # Training queries that new labels are compared with at most.
+_BLOCK = 256  # New labels compared at a time.
+_LARGEST_BIAS, _STEPS = 100.0, 50  # Bounds of a bias, and halvings of the interval between them.
 
 
 def label_vectors(
@@ -17,11 +22,8 @@ def label_vectors(
     texts: Sequence[str],
     images: Sequence[Any] | None = None,
     examples: Sequence[Sequence[str]] | None = None,
-) -> Float[np.ndarray, "m e"]:
-    """Returns unit vectors of new labels, which are searched together with the run's prototypes.
-
-    A label without examples gets the tower's vector of its text and images; see `with_examples` for
-    the others.
+) -> Float[np.ndarray, "m w"]:
+    """Returns vectors of new labels, which are searched together with the labels of the run.
 
     Args:
       predictor: Of the run.
@@ -30,13 +32,10 @@ def label_vectors(
       examples: Texts of queries for which each label is relevant; may be empty.
     """
     vectors = predictor.encode(texts, images)
-    counts = np.array([len(queries) for queries in examples or [()] * len(texts)])
-    if not counts.any():
-        return vectors
-    encoded = predictor.encode([query for queries in examples for query in queries])
-    return with_examples(
-        predictor, texts, images, vectors, np.split(encoded, np.cumsum(counts)[:-1])
-    )
+    counts = [len(queries) for queries in examples or [()] * len(texts)]
+    encoded = predictor.encode([query for queries in examples or () for query in queries])
+    of_label = np.split(encoded, np.cumsum(counts)[:-1])
+    return with_examples(predictor, texts, images, vectors, of_label)
 
 
 def with_examples(
@@ -45,8 +44,31 @@ def with_examples(
     images: Sequence[Any] | None,
     vectors: Float[np.ndarray, "m e"],
     examples: Sequence[Float[np.ndarray, "_ e"]],
+) -> Float[np.ndarray, "m w"]:
+    """Returns the vectors of new labels as they are searched.
+
+    They are prototypes; in a run with a label head, fused with rows of the head.
+
+    Args:
+      predictor: Of the run.
+      texts, images: Of the labels; see `label_vectors`.
+      vectors: The tower's unit vectors of the labels.
+      examples: Unit vectors of the example queries of each label; may be empty.
+    """
+    found = prototypes(predictor, texts, images, vectors, examples)
+    if predictor.head_rows is None:
+        return found
+    return fusion.label_vectors(found, *head_rows(predictor, vectors, examples))
+
+
+def prototypes(
+    predictor: Predictor,
+    texts: Sequence[str],
+    images: Sequence[Any] | None,
+    vectors: Float[np.ndarray, "m e"],
+    examples: Sequence[Float[np.ndarray, "_ e"]],
 ) -> Float[np.ndarray, "m e"]:
-    """Returns vectors of new labels in which those with example queries are prototypes.
+    """Returns unit prototypes of new labels; without examples, the tower's vectors.
 
     The combiner takes two inputs that training would have learnt: a free vector, here that of the
     nearest label's cluster, and a centroid. The centroid is the mean of the vectors of the example
@@ -55,10 +77,7 @@ def with_examples(
     lies near the vector of a single one.
 
     Args:
-      predictor: Of the run.
-      texts, images: Of the labels; see `label_vectors`.
-      vectors: The tower's unit vectors of the labels.
-      examples: Unit vectors of the example queries of each label; may be empty.
+      predictor, texts, images, vectors, examples: See `with_examples`.
     """
     counts = np.array([len(queries) for queries in examples], np.float32)
     rows = np.flatnonzero(counts)
@@ -76,3 +95,64 @@ def with_examples(
         weights * means + (1 - weights) * centroids.mean(axis=1),
     )
     return result
+
+
+def head_rows(
+    predictor: Predictor,
+    vectors: Float[np.ndarray, "m e"],
+    examples: Sequence[Float[np.ndarray, "_ e"]],
+) -> HeadRows:
+    """Returns what the label head holds of new labels: a vector and a bias for each.
+
+    The vector starts where training starts it, at the tower's vector of the label, and moves
+    towards the vectors g of the example queries, which it is to have large inner products with. It
+    is their mean, in which the tower's vector counts as `PRIOR_COUNT` examples.
+
+    Training would then lower the logits of the label for all other queries. In its place the bias
+    is set such that the mean probability of the label over the training queries is what it is for
+    the labels of the run: its share of all pairs of a query and a label. The number of its pairs is
+    that of its examples, but at least that of a label of the run on average.
+
+    Args:
+      predictor: Of a run with a label head.
+      vectors, examples: See `with_examples`.
+    """
+    counts = np.array([len(queries) for queries in examples])
+    encoded = predictor.head_queries(np.concatenate([vectors[:0], *examples]))
+    of_label = np.split(encoded, np.cumsum(counts)[:-1])
+    sums = np.array([queries.sum(axis=0) for queries in of_label]).reshape(vectors.shape)
+    rows = (sums + PRIOR_COUNT * vectors) / (counts[:, None] + PRIOR_COUNT)
+    pairs = predictor.artifacts.train_relevance.nnz
+    own = np.maximum(counts, pairs / len(predictor.artifacts.ids))
+    return HeadRows(rows, _biases(predictor, rows, own / (pairs + own)))
+
+
+def _biases(
+    predictor: Predictor, rows: Float[np.ndarray, "m e"], share: Float[np.ndarray, " m"]
+) -> Float[np.ndarray, " m"]:
+    """Returns the biases with which labels get a mean probability over the training queries.
+
+    The probability of a label is that beside the labels of the run, by the head alone.
+
+    Args:
+      predictor: Of the run.
+      rows: Vectors of the labels in the head.
+      share: Mean probability of each label, in (0, 1).
+    """
+    queries = predictor.artifacts.train_vectors
+    chosen = np.sort(np.random.default_rng(0).permutation(len(queries))[:_NUM_COMPARED])
+    g = predictor.head_queries(queries[chosen])
+    log_sum = predictor.head_log_sum(g).astype(np.float64)
+    biases = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        log_odds = SCALE * rows[block].astype(np.float64) @ g.T - log_sum  # With bias 0.
+        low = np.full(len(log_odds), -_LARGEST_BIAS)
+        high = -low
+        for _ in range(_STEPS):  # The mean probability grows with the bias.
+            middle = (low + high) / 2
+            probability = 1.0 / (1.0 + np.exp(-(log_odds + middle[:, None])))
+            is_low = probability.mean(axis=1) < share[block]
+            low, high = np.where(is_low, middle, low), np.where(is_low, high, middle)
+        biases[block] = low
+    return biases

@@ -1,4 +1,4 @@
-"""Exports a run to other programs: tower as Hugging Face directory and StableHLO, label vectors."""
+"""Exports a run to other programs: tower as Hugging Face directory, StableHLO, label vectors."""
 
 import itertools
 import json
@@ -14,18 +14,21 @@ from jaxtyping import Array, Float, Int
 
 from vixml_jax.data import store
 from vixml_jax.errors import InputError
-from vixml_jax.modeling import Model, unit
+from vixml_jax.modeling import Model
 from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.bert import BertConfig
+from vixml_jax.models.layers import unit
 from vixml_jax.models.tower import TowerConfig
 from vixml_jax.parallel import sharding
 from vixml_jax.runtime import progress
+from vixml_jax.search import fusion as fusion_lib
+from vixml_jax.search.fusion import Fusion
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.storage import atomic
 from vixml_jax.structs import PackedItems
 
-TOWER, PROGRAM, ABOUT = "tower", "tower.stablehlo", "export.json"
-TOLERANCE = 1e-4  # Largest difference of an entry of a unit vector.
+TOWER, PROGRAM, ABOUT, HEAD = "tower", "tower.stablehlo", "export.json", "head.npz"
+TOLERANCE = 1e-4  # Largest difference of an entry of a unit vector, times the vector's weight.
 _ROWS = 1 << 14  # Labels written at a time.
 _MAX_PROGRAM_BYTES = 1_900_000_000  # The serialised format is limited to 2 GB.
 _PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # Used as padding if the tokenizer has them.
@@ -39,6 +42,16 @@ def host_tower(model: Model, params: Any) -> Any:
     """
     tower = sharding.unpad(params["tower"], model.abstract_params["tower"])
     return jax.tree.map(lambda x: np.asarray(x, np.float32), tower)
+
+
+def host_head(predictor: Predictor) -> Any:
+    """Returns the network of the label head as numpy arrays in float32; None without a head.
+
+    It is {} for a head that reads the vectors of queries as they are.
+    """
+    if predictor.fusion is None:
+        return None
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), predictor.params["head"])
 
 
 def write_tower(
@@ -111,16 +124,25 @@ def _write_json(directory: str, name: str, value: Any) -> None:
         json.dump(value, file, indent=2, ensure_ascii=False)
 
 
-def program(model: Model, tower: Any) -> jax.export.Exported:
-    """Returns a program from token ids [b, t] and mask [b, t], int32, to unit vectors [b, e].
+def program(
+    model: Model, tower: Any, head: Any = None, fusion: Fusion | None = None
+) -> jax.export.Exported:
+    """Returns a program from token ids [b, t] and mask [b, t], int32, to query vectors [b, w].
 
-    b and t are symbolic. A row holds the complete sequence of one text: special tokens and, for a
-    decoder, the prompt.
+    They are unit vectors; with a label head, fused with the vectors of the head. b and t are
+    symbolic. A row holds the complete sequence of one text: special tokens and, for a decoder, the
+    prompt.
+
+    Args:
+      model: Model of the run.
+      tower: Parameters from `host_tower`.
+      head: Parameters from `host_head`.
+      fusion: Weights of prototypes and head; None: without a head.
 
     Raises:
       InputError: If the tower is too large for one program.
     """
-    size = sum(x.nbytes for x in jax.tree.leaves(tower))
+    size = sum(x.nbytes for x in jax.tree.leaves((tower, head)))
     if size > _MAX_PROGRAM_BYTES:
         raise InputError(
             f"the tower has {size / 1e9:.1f} GB, but a StableHLO program holds at most "
@@ -129,7 +151,7 @@ def program(model: Model, tower: Any) -> jax.export.Exported:
     layout, config = model.layout, model.tower.config
     first = layout.num_images if layout.reserve_images else 0
 
-    def encode(ids: Int[Array, "b t"], mask: Int[Array, "b t"]) -> Float[Array, "b e"]:
+    def encode(ids: Int[Array, "b t"], mask: Int[Array, "b t"]) -> Float[Array, "b w"]:
         rows = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 0)
         packed = PackedItems(
             tokens=ids,
@@ -139,7 +161,17 @@ def program(model: Model, tower: Any) -> jax.export.Exported:
             images=jnp.zeros((0, max(1, config.image_width)), jnp.float16),
         )
         vectors = model.tower.apply({"params": tower}, packed, ids.shape[0], deterministic=True)
-        return unit(vectors)
+        vectors = unit(vectors)
+        if fusion is None:
+            return vectors
+        constant = jnp.full_like(vectors[:, :1], fusion.head)
+        parts = [
+            fusion.prototypes * vectors,
+            fusion.head * model.head.queries(head, vectors),
+            constant,
+        ]
+        missing = fusion_lib.width(vectors.shape[1]) - 2 * vectors.shape[1] - 1
+        return jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (0, missing)))
 
     shape = jax.export.symbolic_shape("b, t")
     argument = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -164,7 +196,7 @@ def rows_of(predictor: Predictor, texts: list[str]) -> tuple[np.ndarray, np.ndar
 
 
 def write_program(path: str, predictor: Predictor, tower: Any, texts: list[str]) -> float:
-    """Writes the tower as StableHLO, after checking that it computes the same vectors as the run.
+    """Writes the query side as StableHLO, after checking that it computes the vectors of the run.
 
     Args:
       path: Of the file.
@@ -176,16 +208,18 @@ def write_program(path: str, predictor: Predictor, tower: Any, texts: list[str])
       The largest difference of an entry of a vector.
 
     Raises:
-      InputError: If the difference is above TOLERANCE, or the tower is too large.
+      InputError: If the difference is above the tolerance, or the tower is too large.
     """
-    serialized = program(predictor.model, tower).serialize()
+    fusion = predictor.fusion
+    serialized = program(predictor.model, tower, host_head(predictor), fusion).serialize()
     deserialized = jax.export.deserialize(serialized)
     vectors = np.asarray(deserialized.call(*rows_of(predictor, texts)))
-    difference = float(np.abs(vectors - predictor.encode(texts)).max())
-    if not difference <= TOLERANCE:
+    difference = float(np.abs(vectors - predictor.query_vectors(predictor.encode(texts))).max())
+    tolerance = TOLERANCE * max((1.0, *(fusion or ())))
+    if not difference <= tolerance:
         raise InputError(
             f"{path}: vectors of the program differ from those of the run by {difference:.1e}, "
-            f"expected at most {TOLERANCE}; leave the program out by --noprogram"
+            f"expected at most {tolerance:.0e}; leave the program out by --noprogram"
         )
     atomic.write_bytes(path, serialized)
     return difference
@@ -193,35 +227,39 @@ def write_program(path: str, predictor: Predictor, tower: Any, texts: list[str])
 
 def label_blocks(
     predictor: Predictor,
-) -> Iterator[tuple[list[str], list[str], Float[np.ndarray, "n e"]]]:
-    """Yields ids, texts and unit vectors of all labels, label updates applied, in blocks."""
+) -> Iterator[tuple[list[str], list[str], Float[np.ndarray, "n w"]]]:
+    """Yields ids, texts and vectors of all labels, label updates applied, in blocks.
+
+    The vectors are those that are searched: prototypes, fused with the label head if there is one.
+    """
     artifacts, updates = predictor.artifacts, predictor.updates
     start = 0
 
     def select(
-        ids: list[str], texts: list[str], vectors: Float[np.ndarray, "n e"]
-    ) -> tuple[list[str], list[str], Float[np.ndarray, "n e"]]:
+        ids: list[str], texts: list[str]
+    ) -> tuple[list[str], list[str], Float[np.ndarray, "n w"]]:
         rows = np.arange(start, start + len(ids))
         kept = np.flatnonzero(~np.isin(rows, updates.removed))
-        return [ids[i] for i in kept], [texts[i] for i in kept], vectors[kept]
+        vectors = predictor.label_vectors(rows[kept])
+        return [ids[i] for i in kept], [texts[i] for i in kept], vectors
 
     chunks = zip(artifacts.ids.chunks(_ROWS), artifacts.texts.chunks(_ROWS), strict=True)
     for ids, texts in chunks:
-        yield select(ids, texts, np.asarray(artifacts.vectors[start : start + len(ids)]))
+        yield select(ids, texts)
         start += len(ids)
     if updates.ids:
-        yield select(updates.ids, updates.texts, updates.vectors)
+        yield select(updates.ids, updates.texts)
 
 
 def write_labels(directory: str, predictor: Predictor) -> None:
-    """Writes labels.npy, float32 [l, e], and labels.parquet with id, text and vector.
+    """Writes labels.npy, float32 [l, w], and labels.parquet with id, text and vector.
 
     Both have the same order.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, width = predictor.num_labels, predictor.artifacts.vectors.shape[1]
+    count, width = predictor.num_labels, predictor.label_width
     fields = [("id", pa.string()), ("text", pa.string()), ("vector", pa.list_(pa.float32(), width))]
     schema = pa.schema(fields)
     array = np.lib.format.open_memmap(
@@ -244,7 +282,7 @@ def write_labels(directory: str, predictor: Predictor) -> None:
 
 
 def describe(predictor: Predictor, config: TowerConfig) -> dict[str, Any]:
-    """Returns export.json: how other programs compute the run's vectors with the tower."""
+    """Returns export.json: how other programs compute the run's vectors and scores."""
     layout = predictor.model.layout
     at = layout.unseen.index("text")
     before, after = (
@@ -260,8 +298,22 @@ def describe(predictor: Predictor, config: TowerConfig) -> dict[str, Any]:
         "after": after,
         "width": config.width,
         "labels": predictor.num_labels,
+        "label_width": predictor.label_width,
+        "fusion": None if predictor.fusion is None else predictor.fusion._asdict(),
         "images": layout.num_images if predictor.image_width else 0,
     }
+
+
+def write_head(path: str, predictor: Predictor) -> None:
+    """Writes head.npz: the network of the label head, and the weights of prototypes and head.
+
+    Without a hidden layer (`--head.mlp_width=0`) it holds the weights alone.
+    """
+    arrays = {name: np.float32(weight) for name, weight in predictor.fusion._asdict().items()}
+    for layer, parameters in host_head(predictor).get("mlp", {}).items():
+        arrays |= {f"{layer}_{name}": value for name, value in parameters.items()}
+    with atomic.file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def write_projection(path: str, tower: Any) -> None:

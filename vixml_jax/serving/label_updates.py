@@ -50,25 +50,32 @@ class LabelUpdates(NamedTuple):
     """All steps together. Rows of labels: those of the run, then the added ones in order.
 
     Attributes:
-      ids, texts, vectors: Of the labels that were added, including any that were removed later.
+      ids, texts: Of the labels that were added, including any that were removed later.
+      vectors: Theirs, as they are searched: prototypes, fused with rows of the label head if the
+        run has one.
       removed: Rows of labels that must not be found.
     """
 
     ids: list[str]
     texts: list[str]
-    vectors: Float32[np.ndarray, "m e"]
+    vectors: Float32[np.ndarray, "m w"]
     removed: Int[np.ndarray, " r"]
 
 
-def read(workdir: str, artifacts: ServingArtifacts) -> LabelUpdates:
+def read(workdir: str, artifacts: ServingArtifacts, width: int) -> LabelUpdates:
     """Reads all label updates of a run.
+
+    Args:
+      workdir: Run directory.
+      artifacts: Its serving artifacts.
+      width: Width of the vectors that represent labels in the search.
 
     Raises:
       InputError: If a step is damaged, or was made for another model.
     """
     ids: list[str] = []
     texts: list[str] = []
-    vectors = [np.zeros((0, artifacts.vectors.shape[1]), np.float32)]
+    vectors = [np.zeros((0, width), np.float32)]
     removed: list[int] = []
     expected = artifacts.about
     for path in steps(workdir):
@@ -92,7 +99,7 @@ def read(workdir: str, artifacts: ServingArtifacts) -> LabelUpdates:
             added = np.load(os.path.join(path, VECTORS), allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: damaged ({error}); {remedy}") from None
-        shape = (len(about.ids), vectors[0].shape[1])
+        shape = (len(about.ids), width)
         if added.shape != shape or len(about.texts) != len(about.ids):
             raise InputError(
                 f"{path}: damaged (vectors {added.shape} and {len(about.texts)} texts of "
@@ -152,7 +159,7 @@ def add(
     artifacts: ServingArtifacts,
     ids: Sequence[str],
     texts: Sequence[str],
-    vectors: Float32[np.ndarray, "m e"],
+    vectors: Float32[np.ndarray, "m w"],
 ) -> str:
     """Writes a step that adds labels with new ids; returns its directory."""
     fields = {"kind": ADD, "ids": list(ids), "texts": list(texts)}

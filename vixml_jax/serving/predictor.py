@@ -1,9 +1,7 @@
 """Predictor: opens a trained run once and returns labels for new queries, from any thread."""
 
 import dataclasses
-import itertools
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,37 +12,53 @@ from jaxtyping import Float, Int
 from vixml_jax import config as config_lib
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import mixing as mixing_lib
-from vixml_jax.augmentation import neighbours
-from vixml_jax.augmentation.mixing import Mixing
+from vixml_jax.augmentation import settings as settings_lib
+from vixml_jax.augmentation.settings import Scoring
 from vixml_jax.config import SearchConfig
-from vixml_jax.data.store import Items, PreparedDataset, Ragged, Texts
-from vixml_jax.data.text import batch_tokenizer
-from vixml_jax.data.text import tokenizer as tokenizer_lib
+from vixml_jax.data.store import Items
 from vixml_jax.errors import InputError
 from vixml_jax.modeling import Model
-from vixml_jax.parallel import distributed, sharding
-from vixml_jax.runtime import console
+from vixml_jax.parallel import sharding
+from vixml_jax.search import fusion as fusion_lib
 from vixml_jax.search import index as index_lib
 from vixml_jax.search import updates as updates_lib
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.factory import open_index
+from vixml_jax.search.fusion import Fusion
 from vixml_jax.search.index import Index
-from vixml_jax.serving import artifacts as artifacts_lib
-from vixml_jax.serving import batching, label_updates
+from vixml_jax.serving import batching, label_updates, opening
 from vixml_jax.serving.artifacts import ServingArtifacts
+from vixml_jax.serving.query_items import ItemReader
 from vixml_jax.storage import object_store
 from vixml_jax.structs import LabelState, PackedItems, SearchResult
 
 K = 10  # Default number of labels per query.
-MAX_CHARACTERS = 1 << 16  # Longer texts are cut; the tokens that are read end long before.
 
 
 class Prediction(NamedTuple):
-    """A label found for a query."""
+    """A label found for a query.
 
-    id: str  # Id in the source data.
+    Attributes:
+      id: Id in the source data.
+      text: Text of the label.
+      score: In a run with a label head, the probability that a label drawn from those of the query
+        is this one, with training neighbours or without; scores of all labels add up to 1, so they
+        are comparable between queries and between runs. In a run without a head, the cosine of the
+        vectors of query and label; with training neighbours, a share of a softmax over the labels
+        and training queries that were found (`augmentation.mixing`), which is comparable within a
+        query only.
+    """
+
+    id: str
     text: str
-    score: float  # Cosine similarity; with training neighbours, a probability.
+    score: float
+
+
+class HeadRows(NamedTuple):
+    """What the label head holds of each label."""
+
+    vectors: Float[np.ndarray, "n e"]
+    bias: Float[np.ndarray, " n"]
 
 
 class Predictor:
@@ -55,8 +69,11 @@ class Predictor:
       artifacts: Serving artifacts of the run.
       updates: Labels added to and removed from the run since training.
       model: The run's model.
-      params: Its parameters.
+      params: Its parameters. Of the label head, only the network of the queries.
       labels: Its label state.
+      head_rows: Vectors [n, e] and biases [n] of the labels in the label head; None: the run has no
+        head.
+      fusion: Weights of prototypes and head in the score of a label; None without a head.
       mixing: How training neighbours are mixed in; None: they are not used.
       image_width: Width of the image embeddings that the model reads; 0: it reads none.
     """
@@ -71,27 +88,28 @@ class Predictor:
         *,
         index: Index,
         train_index: Index | None,
-        mixing: Mixing | None,
+        scoring: Scoring,
+        head_rows: HeadRows | None = None,
         min_results: int = K,
     ):
         """Combines the parts that `load` opens.
 
         Args:
-          workdir, model, params, labels, artifacts, mixing: See the attributes.
-          index: Over the label vectors of the artifacts.
+          workdir, model, params, labels, artifacts, head_rows: See the attributes.
+          index: Over the vectors of the labels: their prototypes, fused with the head if there is
+            one.
           train_index: Over the vectors of the training queries; needed for mixing.
+          scoring: Weights of the scores; see the attributes `fusion` and `mixing`.
           min_results: Labels that are retrieved per query at least, however few are returned.
         """
         self.workdir, self.artifacts = workdir, artifacts
-        self.model, self.params, self.labels, self.mixing = model, params, labels, mixing
+        self.model, self.params, self.labels, self.head_rows = model, params, labels, head_rows
+        self.fusion, self.mixing = scoring.fusion, scoring.mixing
         self._run_index, self._train_index = index, train_index
         self._min_results = min_results
         tower, about = model.tower.config, artifacts.about
         self.image_width = tower.image_width if model.layout.num_images else 0
-        tokenizer = tokenizer_lib.load(artifacts.path, about.max_tokens)
-        self._unknown_token = tokenizer.token_to_id("[UNK]")
-        self._num_special = sum(map(len, tokenizer_lib.special_tokens(tokenizer)))
-        self._encoder, self._encoder_lock = batch_tokenizer.Encoder(tokenizer), threading.Lock()
+        self._reader = ItemReader(artifacts.path, about.max_tokens, self.image_width)
         self._planner = batching.BatchPlanner(
             num_shards=sharding.num_row_shards(model.mesh),
             row_width=model.row_width,
@@ -112,6 +130,7 @@ class Predictor:
         data: str = "",
         data_cache: str = object_store.CACHE,
         mesh: str = "",
+        with_neighbours: bool = True,
         warm: bool = True,
     ) -> "Predictor":
         """Opens a run; writes its serving artifacts first if they are missing or of another step.
@@ -120,10 +139,12 @@ class Predictor:
           workdir: Run directory that `train` wrote.
           search: 'exact' or 'scann'; 'scann' uses the index that `evaluate --search=scann` tuned.
           search_config: Settings of the search.
-          values: Parsed flags of `neighbours.define_flags`; None: neighbours as tuned or trained.
+          values: Parsed flags of `augmentation.settings.define_flags`; None: scores as tuned or as
+            trained.
           data: Prepared data, if they have moved; needed only to write serving artifacts.
           data_cache: Local directory for data that are copied from an object store.
           mesh: Another mesh than in training; empty: the same.
+          with_neighbours: Off: training neighbours are not used, whatever was tuned or trained.
           warm: Whether to compile all programs now, instead of at the first queries.
 
         Raises:
@@ -136,43 +157,42 @@ class Predictor:
                 "indexes are written to it; copy the run to this machine first"
             )
         config = workdir_lib.read_config(workdir, data=data, mesh=mesh)
-        tower, layout = workdir_lib.read_tower(workdir)
-        path = artifacts_lib.locate(workdir)
         _, step = workdir_lib.find_model(workdir)
         if values is None:
-            mixing = neighbours.as_tuned(config.knn, workdir, step)
+            scoring = settings_lib.as_tuned(config, workdir, step)
         else:
-            mixing = neighbours.from_flags(config.knn, values, workdir, step)
-        reusable = os.path.isdir(path) and _is_current(path, step, mixing)
-        if reusable:
-            num_labels = artifacts_lib.read_about(path).num_labels
+            scoring = settings_lib.from_flags(config, values, workdir, step)
+        if not with_neighbours:
+            scoring = scoring.without_neighbours()
+        # New labels of a run with a head are compared with its training queries.
+        needs_train = scoring.mixing is not None or config.head.enabled
+        model, params, labels, artifacts = opening.open_run(config, step, needs_train, data_cache)
+        searched, head_rows = artifacts.vectors, None
+        if "head" in params:
+            head_rows = HeadRows(*(shard.values for shard in model.head_rows(params)))
+            searched = fusion_lib.label_vectors(searched, *head_rows)
+            mlp = {name: value for name, value in params["head"].items() if name == "mlp"}
+            params = {**params, "head": mlp}  # The rows are on the host and in the index.
         else:
-            dataset = _open_data(config, path, data_cache)
-            num_labels = dataset.num_labels
-        model = workdir_lib.build_model(
-            config, tower, layout, num_labels, workdir_lib.make_mesh(config)
-        )
-        params, labels, _ = workdir_lib.restore_model(workdir, model)
-        if not reusable:
-            path = os.path.join(workdir, artifacts_lib.DIRECTORY)
-            console.status(f"{path}: encoding labels of {dataset.path}, model of step {step}")
-            write_artifacts(path, model, params, labels, dataset, step, mixing, config.eval.block)
-        artifacts = ServingArtifacts.open(path)
+            scoring = scoring._replace(fusion=None)
 
-        def open_named(vectors: np.ndarray, name: str, k: int) -> Index:
+        def open_named(vectors: np.ndarray, name: str, k: int, weights: Sequence[float]) -> Index:
             return open_index(
                 vectors,
                 kind=search,
                 directory=os.path.join(workdir, "evaluation", "scann", name),
+                weights=weights,
                 k=min(k, len(vectors)),
                 mesh=model.mesh,
                 **dataclasses.asdict(search_config),
             )
 
-        index = open_named(artifacts.vectors, "labels", config.eval.k)
-        train_index = None
-        if mixing is not None:
-            train_index = open_named(artifacts.train_vectors, "training_queries", mixing.k)
+        weights, train_index = scoring.fusion or (), None
+        index = open_named(searched, "labels", config.eval.k, weights)
+        if scoring.mixing is not None:
+            train_index = open_named(
+                artifacts.train_vectors, "training_queries", scoring.mixing.k, ()
+            )
         predictor = Predictor(
             workdir,
             model,
@@ -181,8 +201,9 @@ class Predictor:
             artifacts,
             index=index,
             train_index=train_index,
-            mixing=mixing,
-            min_results=K if mixing is None else config.eval.k,
+            scoring=scoring,
+            head_rows=head_rows,
+            min_results=K if scoring.mixing is None else config.eval.k,
         )
         if warm:
             predictor.warm_up()
@@ -190,12 +211,19 @@ class Predictor:
 
     def refresh(self) -> None:
         """Reads label updates that were written since the run was opened."""
-        updates = label_updates.read(self.workdir, self.artifacts)
+        updates = label_updates.read(self.workdir, self.artifacts, self.label_width)
         self.updates, self._index = updates, self._run_index
         if len(updates.ids) or len(updates.removed):
-            added = ExactIndex(updates.vectors, mesh=self.model.mesh) if updates.ids else None
+
+            def exact(vectors: Float[np.ndarray, "m w"]) -> ExactIndex | None:
+                return ExactIndex(vectors, mesh=self.model.mesh) if len(vectors) else None
+
             self._index = updates_lib.UpdatedIndex(
-                self._run_index, added, len(self.artifacts.ids), updates.removed
+                self._run_index,
+                exact(updates.vectors),
+                len(self.artifacts.ids),
+                updates.removed,
+                None if self.fusion is None else exact(self.label_vectors(updates.removed)),
             )
         if self.mixing is not None:
             self._relevance = label_updates.apply_to_relevance(
@@ -247,6 +275,50 @@ class Predictor:
             for ids, scores in zip(found.ids, found.scores, strict=True)
         ]
 
+    @property
+    def label_width(self) -> int:
+        """Width of the vectors that represent labels in the search."""
+        width = self.artifacts.vectors.shape[1]
+        return width if self.head_rows is None else fusion_lib.width(width)
+
+    def label_vectors(self, rows: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m w"]:
+        """Returns the vectors of labels whose inner products with `query_vectors` are scores.
+
+        Args:
+          rows: Of the labels; those of added labels follow those of the run.
+        """
+        count = len(self.artifacts.ids)
+        own = np.flatnonzero(rows < count)
+        vectors = np.empty((len(rows), self.label_width), np.float32)
+        prototypes = self.artifacts.vectors[rows[own]]
+        if self.head_rows is not None:
+            of_head = (x[rows[own]] for x in self.head_rows)
+            prototypes = fusion_lib.label_vectors(prototypes, *of_head)
+        vectors[own] = prototypes
+        added = np.flatnonzero(rows >= count)
+        vectors[added] = self.updates.vectors[rows[added] - count]
+        return vectors
+
+    def query_vectors(self, vectors: Float[np.ndarray, "q e"]) -> Float[np.ndarray, "q w"]:
+        """Returns what is searched with: unit vectors of queries, fused with those of the head."""
+        if self.fusion is None:
+            return vectors
+        return fusion_lib.query_vectors(vectors, self.head_queries(vectors), self.fusion)
+
+    def head_queries(self, vectors: Float[np.ndarray, "q e"]) -> Float[np.ndarray, "q e"]:
+        """Returns the vectors with which the label head scores queries, from their unit vectors."""
+        return self.model.head_queries(self.params, vectors)
+
+    def head_log_sum(self, head_queries: Float[np.ndarray, "q e"]) -> Float[np.ndarray, " q"]:
+        """Returns the log of the sum of exp(logit) over the labels of the run, of the head alone.
+
+        Args:
+          head_queries: See `head_queries`.
+        """
+        weights = Fusion(0.0, 1.0)
+        fused = fusion_lib.query_vectors(np.zeros_like(head_queries), head_queries, weights)
+        return self._run_index.search_normalised(fused, 1).log_sum
+
     def label(self, row: int) -> tuple[str, str]:
         """Returns id and text of a label; rows of added labels follow those of the run."""
         count = len(self.artifacts.ids)
@@ -270,10 +342,13 @@ class Predictor:
         k: int,
         pairs: Int[np.ndarray, "f 2"] | None = None,
     ) -> SearchResult:
-        """Returns the k best labels of unit query vectors, added labels included.
+        """Returns the k best labels of unit query vectors, with scores as in `Prediction`.
+
+        Labels that were added are found, labels that were removed are not.
 
         At least as many labels are retrieved as in evaluation, however small k is, because the
-        scores with training neighbours depend on their number, and so do the compiled programs.
+        scores with training neighbours depend on their number (a label that only neighbours brought
+        lacks its own part), and so do the compiled programs.
 
         Args:
           vectors: Of the queries.
@@ -289,11 +364,24 @@ class Predictor:
             if pairs is not None:
                 rows = np.arange(batch.rows.start, batch.rows.stop)
                 block_pairs = index_lib.pairs_of(pairs, rows)
-            found = index_lib.search_filtered(self._index, block, block_pairs, retrieved)
+            has_head = self.fusion is not None
+            found = index_lib.search_filtered(
+                self._index,
+                self.query_vectors(block),
+                block_pairs,
+                retrieved,
+                as_probabilities=has_head,
+            )
             if self.mixing is not None:
                 near = self._train_index.search(block, max(self.mixing.k, retrieved))
                 found = mixing_lib.mix_neighbours(
-                    found, near, self._relevance, self.mixing, k, block_pairs
+                    found,
+                    near,
+                    self._relevance,
+                    self.mixing,
+                    k,
+                    block_pairs,
+                    as_probabilities=has_head,
                 )
             found = SearchResult(*(x[: batch.count, :k] for x in found))
             found = index_lib.pad_columns(found, k)
@@ -301,15 +389,23 @@ class Predictor:
         return result
 
     def nearest_labels(self, vectors: Float[np.ndarray, "q e"], k: int) -> Int[np.ndarray, "q k"]:
-        """Returns the rows of the k nearest labels of the run, without label updates."""
+        """Returns the rows of the k labels of the run whose prototypes are nearest.
+
+        Label updates have no effect.
+        """
+        if self.head_rows is not None:
+            vectors = fusion_lib.query_vectors(vectors, np.zeros_like(vectors), Fusion(1.0, 0.0))
         return self._run_index.search(vectors, min(k, len(self.artifacts.ids))).ids
 
     def free_and_centroids(
         self, rows: Int[np.ndarray, "m k"]
     ) -> tuple[Float[np.ndarray, "m k e"], Float[np.ndarray, "m k e"]]:
-        """Returns free vectors and centroids of labels of the run."""
+        """Returns free vectors (zero in a run without) and centroids of labels of the run."""
+        centroids = np.array(self.labels.centroids[rows])
+        if "free" not in self.params:
+            return np.zeros_like(centroids), centroids
         clusters = np.asarray(self.labels.cluster_of[rows])
-        return np.asarray(self.params["free"][clusters]), np.array(self.labels.centroids[rows])
+        return np.asarray(self.params["free"][clusters]), centroids
 
     def prototypes(
         self,
@@ -358,35 +454,18 @@ class Predictor:
         Raises:
           InputError: If texts or images are malformed.
         """
-        if isinstance(texts, str):
-            raise InputError(f"found one text, {texts[:40]!r}, expected a list of texts")
-        checked = [_checked_text(text, query) for query, text in enumerate(texts)]
-        with self._encoder_lock:
-            tokens = self._encoder.encode(checked)
-        offsets = np.concatenate([[0], np.cumsum(tokens.lengths)])
-        item_images = None
-        if self.image_width:  # Queries without images use the same programs.
-            images = [None] * len(texts) if images is None else images
-            item_images = self._ragged_images(images, len(texts))
-        no_texts = Texts(np.zeros(0, np.uint8), np.zeros(len(texts) + 1, np.int64))
-        return Items(no_texts, Ragged(tokens.values, offsets), item_images)
+        return self._reader.read(texts, images)
 
     def has_only_unknown_tokens(self, items: Items) -> list[bool]:
         """Whether the text of each item has tokens, none of which the tokenizer knows."""
-        values, offsets = items.tokens
-        return [
-            b - a > self._num_special
-            and self._unknown_token is not None
-            and np.count_nonzero(values[a:b] != self._unknown_token) == self._num_special
-            for a, b in itertools.pairwise(offsets)
-        ]
+        return self._reader.has_only_unknown_tokens(items)
 
     def warm_up(self, k: int = K, max_queries: int = batching.SIZES[-1]) -> None:
         """Compiles the programs for calls of up to `max_queries` queries, so that none waits."""
         image = np.zeros((self.model.layout.num_images, self.image_width))
         images = [image] if self.image_width else None
         layout, planner = self.model.layout, self._planner
-        beside_words = layout.overhead + self._num_special - sum(layout.trim)
+        beside_words = layout.overhead + self._reader.num_special - sum(layout.trim)
         max_size = planner.size_for(max_queries)
         for size in (size for size in planner.sizes if size <= max_size):
             for words in (1, *(width - beside_words for width in planner.widths)):
@@ -395,26 +474,6 @@ class Predictor:
                 self.search(vectors, k, pairs)
             longest = "a " * self.artifacts.about.max_tokens
             self.encode([longest] * size, images and images * size)
-
-    def _ragged_images(self, images: Sequence[Any], count: int) -> Ragged:
-        """Returns image embeddings of queries, checked, in float16."""
-        if len(images) != count:
-            raise InputError(f"found images for {len(images)} queries, expected {count}")
-        rows = [np.zeros((0, self.image_width), np.float16)]
-        for query, image in enumerate(images):
-            values = np.zeros((0, self.image_width)) if image is None else np.asarray(image)
-            values = values.reshape(-1, values.shape[-1]) if values.ndim else values
-            if values.ndim != 2 or values.shape[1] != self.image_width:
-                raise InputError(
-                    f"query {query}: found an image of shape {np.shape(image)}, expected "
-                    f"embeddings of width {self.image_width}"
-                )
-            with np.errstate(over="ignore"):
-                rows.append(values.astype(np.float16))
-            if not np.isfinite(rows[-1]).all():
-                raise InputError(f"query {query}: an image embedding is not finite in float16")
-        offsets = np.cumsum([len(row) for row in rows])
-        return Ragged(np.concatenate(rows), offsets)
 
     def _filter_pairs(
         self, never: Sequence[Sequence[str]] | None, count: int
@@ -432,62 +491,3 @@ class Predictor:
                     raise InputError(f"query {query}: unknown label {name!r} in its filter")
                 pairs.append((query, row))
         return np.array(pairs)
-
-
-def _checked_text(text: Any, query: int) -> str:
-    """Returns the beginning of a text, after checking that it can be encoded."""
-    if not isinstance(text, str):
-        raise InputError(f"query {query}: found {type(text).__name__}, expected a text")
-    text = text[:MAX_CHARACTERS]
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"query {query}: the text contains a lone surrogate") from None
-    return text
-
-
-def _is_current(path: str, step: int, mixing: Mixing | None) -> bool:
-    """Whether artifacts are of this step, and have training vectors if they are needed."""
-    about = artifacts_lib.read_about(path)
-    if about.step != step:
-        console.status(f"{path}: of step {about.step}; written again for the model of step {step}")
-        return False
-    return mixing is None or about.has_train_vectors
-
-
-def _open_data(config: config_lib.Config, path: str, cache: str) -> PreparedDataset:
-    """Opens the prepared data of a run, to write its artifacts."""
-    try:
-        dataset = workdir_lib.open_dataset(config, cache)
-    except InputError as error:
-        raise InputError(
-            f"{path}: missing for this model, and cannot be written without the prepared data "
-            f"({error}); name their directory by --data"
-        ) from None
-    recorded = workdir_lib.content_hash(config.workdir)
-    if dataset.content_hash != recorded:
-        raise InputError(
-            f"--data={config.data}: not the data that the run was trained on; expected content "
-            f"hash {recorded[:12]}..., found {dataset.content_hash[:12]}..."
-        )
-    return dataset
-
-
-def write_artifacts(
-    path: str,
-    model: Model,
-    params: Any,
-    labels: LabelState,
-    dataset: PreparedDataset,
-    step: int,
-    mixing: Mixing | None,
-    block: int,
-) -> None:
-    """Encodes the labels and, with training neighbours, the training queries; saves the vectors."""
-    vectors = model.encode_labels(params, labels, dataset.labels, block=block, title="labels")
-    vectors = distributed.gather_rows(vectors, dataset.num_labels, distributed.ALONE)
-    train = None
-    if mixing is not None:
-        train = model.encode_queries(params, dataset.train, block=block, title="training queries")
-        train = distributed.gather_rows(train, len(dataset.train), distributed.ALONE)
-    artifacts_lib.save(path, dataset, step, vectors, train)

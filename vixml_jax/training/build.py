@@ -26,27 +26,44 @@ from vixml_jax.models.tower import TowerConfig
 from vixml_jax.parallel import sharding
 from vixml_jax.runtime import tree_utils
 from vixml_jax.structs import TrainState
-from vixml_jax.training import image_warm_start, losses, optimizer, train_step
+from vixml_jax.training import head_trainer, image_warm_start, losses, optimizer, train_step
 from vixml_jax.training import train_state as state_lib
 from vixml_jax.training.memory_planner import DataSizes
 
 CENTROID_MOMENTUM = 0.95  # Of `--labels.centroids=moving`.
 
 
+class HeadParts(NamedTuple):
+    """What the head epochs of a run consist of, before any array is allocated.
+
+    Attributes:
+      optimizer: Updates {"head": parameters}.
+      like: Shapes, dtypes and shardings of the whole state, with this optimizer's state.
+      step: The step, not yet compiled; its state is that of `head_trainer.own_state`.
+    """
+
+    optimizer: optax.GradientTransformation
+    like: TrainState
+    step: train_step.TrainStep
+
+
 class Parts(NamedTuple):
     """What a run consists of, before any array is allocated.
 
     Attributes:
-      model: Tower, combiner and label table, without parameters.
+      model: Tower, combiner, label table and head, without parameters.
       optimizer: Updates all trained parameters.
       like: Shapes, dtypes and shardings of the train state.
       step: The training step, not yet compiled.
+      head: The same for the head epochs; None if the run has none. If it has only these, optimizer,
+        state and step of the run are those of the head.
     """
 
     model: Model
     optimizer: optax.GradientTransformation
     like: TrainState
     step: train_step.TrainStep
+    head: HeadParts | None = None
 
 
 def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, Layout]:
@@ -159,8 +176,9 @@ def longest_item(layout: Layout, dataset: PreparedDataset) -> int:
 
 
 def sizes_of(dataset: PreparedDataset) -> DataSizes:
-    """Returns the numbers of training queries and labels."""
-    return DataSizes(len(dataset.train), dataset.num_labels)
+    """Returns the numbers of training queries and labels, and of labels per query."""
+    queries = len(dataset.train)
+    return DataSizes(queries, dataset.num_labels, dataset.train_relevance.nnz / max(1, queries))
 
 
 def assemble(
@@ -171,16 +189,25 @@ def assemble(
     Raises:
       InputError: If a batch is larger than the data.
     """
-    if config.batch.size > sizes.queries:
+    if config.batch.size > sizes.queries and not config.head.only:
         raise InputError(
             f"--batch.size={config.batch.size} is more than the {sizes.queries} training "
             f"queries of {config.data}; use a smaller one"
         )
     model = workdir.build_model(config, tower, layout, sizes.labels, mesh)
+    head_parts = None
+    if config.head.only or config.head.refit:
+        head_parts = _head_parts(config, model, sizes)
+    if config.head.only:
+        return Parts(model, *head_parts, head_parts)
+    params = model.abstract_params
     total_steps = config.loop.epochs * -(-sizes.queries // config.batch.size)
     tx = optimizer.make_optimizer(total_steps=total_steps, **dataclasses.asdict(config.optimizer))
-    trained, frozen = workdir.split_params(model.abstract_params, tower)
-    frozen = workdir.as_frozen(frozen, config.lora.base_dtype)
+    if config.head.weight:
+        params = {**params, "head": model.abstract_head}
+        tx = optimizer.with_head(tx, _head_optimizer(config, total_steps))
+    trained, frozen = workdir.split_params(params, tower)
+    frozen = workdir.as_frozen(frozen, workdir.frozen_dtype(config))
     like = state_lib.abstract_state(model, trained, frozen, tx, sizes.queries)
     step = train_step.make_train_step(
         model,
@@ -189,8 +216,41 @@ def assemble(
         like,
         centroid_momentum=CENTROID_MOMENTUM if config.labels.centroids == "moving" else None,
         sparse_free=config.labels.free_update == "sparse",
+        head_weight=config.head.weight,
     )
-    return Parts(model, tx, like, step)
+    return Parts(model, tx, like, step, head_parts)
+
+
+def _head_parts(config: Config, model: Model, sizes: DataSizes) -> HeadParts:
+    tower = model.tower.config
+    tx = _head_optimizer(config, head_steps(config, sizes.queries))
+    head_only = workdir.split_params(
+        {**model.abstract_params, "head": model.abstract_head}, tower, head_only=True
+    )[0]
+    moments = state_lib.abstract_state(model, head_only, {}, tx, sizes.queries)
+    trained, frozen = workdir.split_params(
+        {**model.abstract_params, "head": model.abstract_head}, tower, head_only=config.head.only
+    )
+    frozen = workdir.as_frozen(frozen, workdir.frozen_dtype(config))
+    like = moments._replace(
+        params=sharding.stored_tree(trained, model.mesh),
+        frozen=sharding.stored_tree(frozen, model.mesh),
+    )
+    return HeadParts(
+        tx, like, train_step.make_head_step(model.head, tx, head_trainer.own_state(like))
+    )
+
+
+def _head_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
+    rate = head_trainer.learning_rate(config.head, total_steps)
+    return optimizer.head_optimizer(rate, config.head.moments)
+
+
+def head_steps(config: Config, num_queries: int) -> int:
+    """Returns the number of steps of all head epochs of a run; 0 if it has none."""
+    if not config.head.only and not config.head.refit:
+        return 0
+    return config.head.epochs * -(-num_queries // config.head.batch_size)
 
 
 def learning_rates(config: Config, total_steps: int) -> dict[str, np.ndarray]:
@@ -203,6 +263,8 @@ def learning_rates(config: Config, total_steps: int) -> dict[str, np.ndarray]:
         warmup_steps=options.warmup_steps,
         total_steps=total_steps,
     )
+    if config.head.weight:
+        schedules["head"] = head_trainer.learning_rate(config.head, total_steps)
     return {group: np.asarray(schedule(steps)) for group, schedule in schedules.items()}
 
 
@@ -214,9 +276,8 @@ def initial_params(config: Config, model: Model, dataset: PreparedDataset) -> An
     """
     pretrained = {}
     if config.model.pretrained:
-        dtype = config.lora.base_dtype if config.lora.rank else "float32"
         _, weights = hf_checkpoints.load_hf_tower(
-            config.model.pretrained, dtype=dtype, mesh=model.mesh
+            config.model.pretrained, dtype=workdir.frozen_dtype(config), mesh=model.mesh
         )
         pretrained = {"tower": weights}
     pretrained_paths = tree_utils.paths(pretrained)

@@ -83,6 +83,13 @@ class Checkpoints:
         """The newest step saved, or None."""
         return self._manager.latest_step()
 
+    def position(self) -> dict[str, Any] | None:
+        """The data position of the newest checkpoint; None if there is no checkpoint."""
+        step = self.latest_step()
+        if step is None:
+            return None
+        return digests.read(os.path.join(self._directory, str(step)), position=None)["position"]
+
     def check_disk_space(self, like: TrainState) -> str:
         """A status line with the size of the checkpoints of such a state.
 
@@ -176,13 +183,17 @@ class Checkpoints:
         names is damaged or missing, a warning is printed and the position returned names none.
 
         Args:
-          like: A state of the same shapes and shardings; its frozen parameters are kept.
+          like: A state of the same shapes, dtypes and shardings, which may be abstract but for its
+            frozen parameters, which are kept.
           clusters: An array of the clusters' shape and dtype.
 
         Returns:
           The state, the cluster of each training query, and the data position.
         """
-        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            like._replace(frozen={}),
+        )
         items = digests.read(
             os.path.join(self._directory, str(self._manager.latest_step())),
             model={"params": abstract.params, "labels": abstract.labels},
@@ -209,7 +220,7 @@ class Checkpoints:
     def _without_damaged_best(self, position: dict[str, Any]) -> dict[str, Any]:
         """The position; it names no best model if that one cannot be read."""
         step = position["best_step"]
-        if step is None or not self._best:
+        if step is None or not self._best or position.get("head_from") is not None:
             return position
         reason = None
         if jax.process_index() == 0:

@@ -1,10 +1,10 @@
 """Floating-point operations of a training step, counted from the sizes of the model.
 
 A multiplication and an addition count as two operations. Matrix products are counted: dense layers,
-adapters, attention within the true lengths of the items, the combiner and the similarities. Not
-counted are embeddings, norms and everything else that is linear in the width, padding, and
-activations that are recomputed to save memory. Divided by the peak of the devices, the count gives
-the model FLOPs utilisation (MFU, arXiv 2204.02311).
+adapters, attention within the true lengths of the items, the combiner, the similarities and the
+label head. Not counted are embeddings, norms and everything else that is linear in the width,
+padding, and activations that are recomputed to save memory. Divided by the peak of the devices, the
+count gives the model FLOPs utilisation (MFU, arXiv 2204.02311).
 
 The gradient of a product's input costs as much as the product, and so does that of its weight.
 Frozen weights need no gradient, and neither do images, which are inputs.
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from vixml_jax.labels.head import LabelHead
 from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.tower import TowerConfig
@@ -36,13 +37,16 @@ class Flops(NamedTuple):
         return Flops(self.forward + other.forward, self.step + other.step)
 
 
-def step_flops(config: TowerConfig, combiner: Combiner | None, batch: Batch) -> float:
+def step_flops(
+    config: TowerConfig, combiner: Combiner | None, batch: Batch, head: LabelHead | None = None
+) -> float:
     """Operations of one training step.
 
     Args:
       config: Sizes of the tower.
       combiner: The prototype network, or None.
       batch: A batch on the host.
+      head: The label head; it is trained if the batch has positives.
     """
     queries, labels = (
         int(np.count_nonzero(ids >= 0)) for ids in (batch.query_ids, batch.label_ids)
@@ -52,6 +56,8 @@ def step_flops(config: TowerConfig, combiner: Combiner | None, batch: Batch) -> 
     total += similarity_flops(queries, labels, config.width, 1 if combiner is None else 2)
     if combiner is not None:
         total += combiner_flops(combiner, labels, config.width)
+    if batch.positives is not None:
+        total += head_flops(head, queries, int(np.count_nonzero(batch.positives.labels >= 0)))
     return total.step
 
 
@@ -128,10 +134,30 @@ def attended_pairs(lengths: Int[np.ndarray, " n"], *, causal: bool, window: int 
 
 
 def combiner_flops(combiner: Combiner, num_labels: int, width: int) -> Flops:
-    """Operations of the prototype network: three tokens per label; all weights are trained."""
+    """Operations of the prototype network; all its weights are trained."""
+    tokens = 1 + combiner.uses_free + combiner.uses_centroid
     weights = 4 * width * width + 2 * width * combiner.mlp_width
-    forward = num_labels * (2.0 * 3 * weights + 4.0 * 3 * 3 * width)
+    forward = num_labels * (2.0 * tokens * weights + 4.0 * tokens * tokens * width)
     return Flops(forward, 3 * forward)
+
+
+def head_flops(
+    head: LabelHead, num_queries: int, num_positives: int, *, frozen_queries: bool = False
+) -> Flops:
+    """Operations of the label head: the logits of all labels that a step scores, and its network.
+
+    Args:
+      head: The label head.
+      num_queries: Queries of a batch.
+      num_positives: Labels of all these queries together.
+      frozen_queries: Whether the vectors of queries need no gradient.
+    """
+    scored = head.num_labels
+    if head.num_sampled:
+        scored = min(scored, head.num_sampled + num_positives)
+    logits = 2.0 * num_queries * scored * head.width
+    layer = 2.0 * num_queries * head.width * head.mlp_width  # One of two layers of the same size.
+    return Flops(logits + 2 * layer, 3 * logits + (5 if frozen_queries else 6) * layer)
 
 
 def similarity_flops(num_queries: int, num_labels: int, width: int, matrices: int) -> Flops:

@@ -1,4 +1,6 @@
-"""The contrastive loss of the paper (arXiv 2511.13189, section 3): pure functions of arrays.
+"""The contrastive loss: the paper's (arXiv 2511.13189, section 3), or a softmax over the batch.
+
+Pure functions of arrays.
 
 Everything is computed in float32. Masks say which rows and columns are real; padding may hold any
 finite numbers and changes neither the loss nor a gradient.
@@ -9,7 +11,7 @@ a single device.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,8 @@ _SATISFIED = -50.0
 _EXCLUDED = -1e9  # Below `_SATISFIED` at any temperature.
 
 MeshAxes = tuple[str, ...]
+# (scores, positive, row_mask, column_mask, key, axes=) -> loss, number of violators
+ContrastFn = Callable[..., tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 def total_loss(
@@ -37,15 +41,20 @@ def total_loss(
     column_mask: Bool[Array, " c"],
     key: Array,
     *,
+    kind: str = "triplet",
     num_negatives: int,
     margin_min: float,
     margin_max: float,
     temperature: float,
+    softmax_temperature: float = 0.05,
     regulariser: float = 0.1,
     tie_gradient: bool = True,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The sum of the four terms, or the query -> label term alone where there are no prototypes.
+
+    Three terms compare queries with labels, queries with prototypes, and labels with queries; each
+    is of the given kind. The fourth is the prototype margin term.
 
     Args:
       queries: Unit vectors.
@@ -55,8 +64,11 @@ def total_loss(
       row_mask: True for real queries.
       column_mask: True for real candidates.
       key: Draws the positives, independently in each term.
+      kind: "triplet", as published (`triplet_loss`), or "softmax" or "decoupled_softmax"
+        (`softmax_loss`).
       num_negatives: Hardest negatives of each row.
       margin_min: See `triplet_loss`, also for `margin_max` and `temperature`.
+      softmax_temperature: See `softmax_loss`.
       regulariser: Weight of the prototype margin term.
       tie_gradient: See `triplet_loss`.
       mesh: Rows are sharded over its (replica, fsdp) axes, which changes the result by rounding
@@ -66,16 +78,25 @@ def total_loss(
       The loss, and scalars: each term by name, and the mean number of violators of the query ->
       label term.
     """
+    if kind == "triplet":
+        contrast = functools.partial(
+            triplet_loss,
+            num_negatives=num_negatives,
+            margin_min=margin_min,
+            margin_max=margin_max,
+            temperature=temperature,
+            tie_gradient=tie_gradient,
+        )
+    else:
+        contrast = functools.partial(
+            softmax_loss, temperature=softmax_temperature, decoupled=kind == "decoupled_softmax"
+        )
     terms = functools.partial(
         _terms,
+        contrast=contrast,
         regulariser=regulariser,
-        triplet={
-            "num_negatives": num_negatives,
-            "margin_min": margin_min,
-            "margin_max": margin_max,
-            "temperature": temperature,
-            "tie_gradient": tie_gradient,
-        },
+        num_negatives=num_negatives,
+        tie_gradient=tie_gradient,
     )
     if mesh is None or sharding.num_row_shards(mesh) == 1:
         arrays = (queries, labels, prototypes, relevance, relevance.T, row_mask, column_mask)
@@ -109,33 +130,32 @@ def _terms(
     column_mask: Bool[Array, " c"],
     key: Array,
     *,
+    contrast: ContrastFn,
     regulariser: float,
-    triplet: dict[str, Any],
+    num_negatives: int,
+    tie_gradient: bool,
     axes: MeshAxes = (),
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The result of `total_loss`, from this device's queries and labels."""
     text_key, prototype_key, label_key, margin_key = jax.random.split(key, 4)
     all_columns = _all_rows(column_mask, axes)
     scores = _similarity(queries, _all_rows(labels, axes))
-    loss, violators = triplet_loss(
-        scores, relevance, row_mask, all_columns, text_key, axes=axes, **triplet
-    )
+    loss, violators = contrast(scores, relevance, row_mask, all_columns, text_key, axes=axes)
     zero = jnp.zeros_like(loss)
     scalars = {"loss_text": loss, "loss_prototype": zero, "loss_label": zero, "loss_margin": zero}
     if prototypes is not None:
         prototype_scores = _similarity(queries, _all_rows(prototypes, axes))
-        scalars["loss_prototype"], _ = triplet_loss(
-            prototype_scores, relevance, row_mask, all_columns, prototype_key, axes=axes, **triplet
+        scalars["loss_prototype"], _ = contrast(
+            prototype_scores, relevance, row_mask, all_columns, prototype_key, axes=axes
         )
         # Computing the scores again is cheaper than sending them to the devices of their columns.
-        scalars["loss_label"], _ = triplet_loss(
+        scalars["loss_label"], _ = contrast(
             _similarity(labels, _all_rows(queries, axes)),
             relevance_of_labels,
             column_mask,
             _all_rows(row_mask, axes),
             label_key,
             axes=axes,
-            **triplet,
         )
         scalars["loss_margin"] = prototype_margin_loss(
             scores,
@@ -144,8 +164,8 @@ def _terms(
             row_mask,
             all_columns,
             margin_key,
-            num_negatives=triplet["num_negatives"],
-            tie_gradient=triplet["tie_gradient"],
+            num_negatives=num_negatives,
+            tie_gradient=tie_gradient,
             axes=axes,
         )
         loss += scalars["loss_prototype"] + scalars["loss_label"]
@@ -210,6 +230,53 @@ def triplet_loss(
     weighted = weights * hinge
     num_rows = jnp.maximum(_sum(row_mask, axes), 1)
     return _sum(weighted, axes) / num_rows, _sum(weighted > 0, axes) / num_rows
+
+
+def softmax_loss(
+    scores: Float[Array, "b c"],
+    positive: Bool[Array, "b c"],
+    row_mask: Bool[Array, " b"],
+    column_mask: Bool[Array, " c"],
+    key: Array | None = None,
+    *,
+    temperature: float,
+    decoupled: bool = False,
+    axes: MeshAxes = (),
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Cross-entropy of a softmax over the columns, averaged over all positives of a row.
+
+    Args:
+      scores: Similarities in [-1, 1]; rows are the anchors.
+      positive: Whether the column belongs to the row.
+      row_mask: True for real rows, over which the mean is taken.
+      column_mask: True for real columns.
+      key: Not used; nothing is drawn.
+      temperature: Scores are divided by it.
+      decoupled: Whether the other positives of the row are left out of the denominator of each
+        (DEXML, arXiv 2310.10636, section 3.2).
+      axes: Mesh axes that the rows are sharded over; the result is that of all rows.
+
+    Returns:
+      The mean over real rows (0 for a row without a positive), and the mean number of negatives of
+      a row that score above its lowest positive.
+    """
+    del key
+    positive &= column_mask & row_mask[:, None]
+    negative = ~positive & column_mask
+    logits = scores / temperature
+    negatives = jnp.where(negative, logits, _EXCLUDED)
+    if decoupled:
+        of_negatives = jax.nn.logsumexp(negatives, axis=1, keepdims=True)
+        # -log softmax of each positive among itself and the negatives.
+        costs = jax.nn.softplus(of_negatives - logits)
+    else:
+        all_logits = jnp.where(column_mask, logits, _EXCLUDED)
+        costs = jax.nn.logsumexp(all_logits, axis=1, keepdims=True) - logits
+    count = jnp.maximum(jnp.sum(positive, axis=1), 1)
+    costs = jnp.sum(jnp.where(positive, costs, 0.0), axis=1) / count
+    lowest = jnp.min(jnp.where(positive, logits, jnp.inf), axis=1, keepdims=True)
+    num_rows = jnp.maximum(_sum(row_mask, axes), 1)
+    return _sum(costs, axes) / num_rows, _sum(negatives > lowest, axes) / num_rows
 
 
 def prototype_margin_loss(

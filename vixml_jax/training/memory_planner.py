@@ -9,18 +9,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vixml_jax.data import sampling
 from vixml_jax.errors import InputError
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import accelerators, sharding
 from vixml_jax.runtime import host_memory
-from vixml_jax.structs import Batch, PackedItems, TrainState
+from vixml_jax.structs import Batch, HeadBatch, PackedItems, Positives, TrainState
 
 GIB, MIB = 2**30, 2**20
 NUM_SHOWN = 20  # Arrays listed however small they are; those of 1 MiB per device always are.
 HELP = (
     "to reduce the training step, lower --batch.microbatch_rows (0 means all rows at once) or "
     "--batch.size, or set --model.remat; to reduce stored arrays, shard over a larger fsdp axis "
-    "(--mesh), set --lora.rank, or lower --labels.num_free"
+    "(--mesh), set --lora.rank, or lower --labels.num_free; to reduce the label head, set "
+    "--head.moments=bfloat16 or lower --head.label_block"
 )
 
 
@@ -56,6 +58,11 @@ class MemoryPlan(NamedTuple):
             raise InputError(f"{self}: the run does not fit; {HELP}")
 
 
+def largest(plans: Sequence[MemoryPlan]) -> MemoryPlan:
+    """The plan of the part of a run that needs most."""
+    return max(plans, key=lambda plan: plan.total)
+
+
 def _format_sizes(held: dict[str, int]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items() if size)
 
@@ -67,12 +74,17 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-def plan_memory(like: TrainState, compiled: Callable[[], jax.stages.Compiled]) -> MemoryPlan:
+def plan_memory(
+    like: TrainState,
+    compiled: Callable[[], jax.stages.Compiled],
+    of_step: TrainState | None = None,
+) -> MemoryPlan:
     """The memory that a run needs on each device.
 
     Args:
       like: The state's shapes, dtypes and shardings.
       compiled: Returns the compiled step.
+      of_step: The part of the state that the step takes; None: all.
 
     Raises:
       InputError: If the compiler finds that the step does not fit.
@@ -92,7 +104,7 @@ def plan_memory(like: TrainState, compiled: Callable[[], jax.stages.Compiled]) -
             f"'{sizes[0] if sizes else str(error)[:200]}': the run does not fit; {HELP}"
         ) from error
     additional = (
-        analysis.argument_size_in_bytes - sum(held.values()),
+        analysis.argument_size_in_bytes - bytes_per_device(like if of_step is None else of_step),
         # The donated state is updated in place.
         analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         analysis.temp_size_in_bytes,
@@ -178,10 +190,12 @@ class DataSizes(NamedTuple):
     Attributes:
       queries: Number of training queries.
       labels: Number of labels.
+      labels_per_query: Mean number of labels of a training query.
     """
 
     queries: int
     labels: int
+    labels_per_query: float = 1.0
 
     @staticmethod
     def parse(text: str, default: "DataSizes") -> "DataSizes":
@@ -197,7 +211,7 @@ class DataSizes(NamedTuple):
         sizes = default._asdict()
         for part in text.split(",") if text else ():
             name, _, size = part.partition(":")
-            if name not in sizes or not re.fullmatch("[1-9][0-9]{0,11}", size):
+            if name not in ("queries", "labels") or not re.fullmatch("[1-9][0-9]{0,11}", size):
                 raise InputError(
                     f"--plan_size={text}: expected queries:NUMBER,labels:NUMBER, found {part!r}"
                 )
@@ -245,7 +259,13 @@ def slice_of(name: str) -> Sequence[jax.Device]:
 
 
 def abstract_batch(
-    model: Model, size: int, length: float, *, has_images: Sequence[bool], width: int
+    model: Model,
+    size: int,
+    length: float,
+    *,
+    has_images: Sequence[bool],
+    width: int,
+    labels_per_query: float = 0.0,
 ) -> tuple[Batch, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a batch and of the random key of a step.
 
@@ -255,6 +275,7 @@ def abstract_batch(
       length: Mean number of positions of a query and a label together.
       has_images: Whether queries, and whether labels, have images.
       width: Width of an image embedding.
+      labels_per_query: Mean number of labels of a query; 0: the step trains no label head.
     """
     shards = sharding.num_shards(model.mesh)
     rows = model.row_sizes(length, size, shards)
@@ -273,7 +294,34 @@ def abstract_batch(
         query_ids=ids,
         label_ids=ids,
         relevance=jax.ShapeDtypeStruct((size, size), bool),
+        positives=_abstract_positives(size, shards, labels_per_query) if labels_per_query else None,
     )
+    return sharding.abstract_on_devices(batch, model.mesh), _abstract_key(model)
+
+
+def abstract_head_batch(
+    model: Model, size: int, labels_per_query: float
+) -> tuple[HeadBatch, jax.ShapeDtypeStruct]:
+    """The same as `abstract_batch` for a batch of a head epoch.
+
+    Args:
+      model: The model that the batch is for.
+      size: Number of queries.
+      labels_per_query: Mean number of labels of a query.
+    """
+    shards = sharding.num_shards(model.mesh)
+    size = -(-size // shards) * shards
+    batch = HeadBatch(
+        jax.ShapeDtypeStruct((size,), np.int32), _abstract_positives(size, shards, labels_per_query)
+    )
+    return sharding.abstract_on_devices(batch, model.mesh), _abstract_key(model)
+
+
+def _abstract_positives(size: int, shards: int, labels_per_query: float) -> Positives:
+    usual = sampling.usual_positives(np.array([labels_per_query]), size, shards)
+    return Positives(*(jax.ShapeDtypeStruct((shards * usual,), np.int32) for _ in range(2)))
+
+
+def _abstract_key(model: Model) -> jax.ShapeDtypeStruct:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(model.mesh))
-    return sharding.abstract_on_devices(batch, model.mesh), key
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(model.mesh))

@@ -8,7 +8,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -20,6 +20,44 @@ from vixml_jax.training.step_timer import Profiler, StepTimer
 
 METRICS = "metrics.jsonl"
 _EVERY_S, _AT_MOST_S = 30.0, 60.0  # Seconds between plain lines: with new scalars, in any case.
+
+
+class Stage(NamedTuple):
+    """A part of a run whose epochs and steps are alike.
+
+    Attributes:
+      name: What one of its epochs is called: "epoch" or "head epoch".
+      first_epoch: Number of its first epoch.
+      epochs: Number of its epochs.
+      first_step: Number of steps before it.
+      steps: Number of its steps.
+      later_steps: Number of steps after it.
+    """
+
+    name: str
+    first_epoch: int
+    epochs: int
+    first_step: int
+    steps: int
+    later_steps: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps of an epoch."""
+        return max(1, self.steps // self.epochs) if self.epochs else 1
+
+    @property
+    def last(self) -> int:
+        """Number of the last step."""
+        return self.first_step + self.steps
+
+    def last_step(self, epoch: int) -> int:
+        """Number of the last step of an epoch."""
+        return self.first_step + (epoch - self.first_epoch + 1) * self.steps_per_epoch
+
+    def name_of(self, epoch: int) -> str:
+        """Name of an epoch as users see it, counted from 1."""
+        return f"{self.name} {epoch - self.first_epoch + 1}/{self.epochs}"
 
 
 class MetricLogger:
@@ -36,13 +74,16 @@ class MetricLogger:
     Args:
       workdir: The run directory.
       step: Number of steps already done.
-      total_steps: Number of steps when the run ends.
-      num_epochs: Number of epochs when the run ends, all of the same number of steps.
+      total_steps: Number of steps of the first stage.
+      num_epochs: Number of epochs of the first stage, all of the same number of steps.
+      later_steps: Number of steps of the stages after it; see `begin`.
       learning_rates: Learning rate of each parameter group in each step, arrays on the host;
         written with the scalars as `learning_rate/...`.
       flags: Flags of the run, one per line; written to TensorBoard as text.
       peak_flops: See `StepTimer`.
       profile: Window of the profiler; see `Profiler`.
+      started_at: Value of `time.monotonic` when this start of the run began; None: now. Each line
+        of `metrics.jsonl` has the `seconds` since then, after those of earlier starts.
     """
 
     def __init__(
@@ -52,29 +93,40 @@ class MetricLogger:
         step: int,
         total_steps: int,
         num_epochs: int,
+        later_steps: int = 0,
         learning_rates: Mapping[str, Float[np.ndarray, " steps"]] | None = None,
         flags: Sequence[str] = (),
         peak_flops: float = 0.0,
         profile: tuple[int, int] | None = None,
+        started_at: float | None = None,
     ):
         self._mirror = object_store.Mirror(workdir, [METRICS])
         shown, workdir = os.path.join(workdir, "profile"), self._mirror.local
         self.path = os.path.join(workdir, METRICS)
         self.timer = StepTimer(peak_flops=peak_flops)
         self.profiler = Profiler(profile, os.path.join(workdir, "profile"), self.print, shown)
+        self._stage = Stage("epoch", 0, num_epochs, 0, total_steps, later_steps)
         self._learning_rates = learning_rates or {}
+        self._started_at = time.monotonic() if started_at is None else started_at
         self._file = self._board = None
         if jax.process_index() == 0:
-            _keep_until(self.path, step)
+            self._started_at -= _keep_until(self.path, step)
             self._file = open(self.path, "ab", buffering=0)
             self._board = _Board(os.path.join(workdir, "tensorboard"), purge_step=step + 1)
             if flags:  # An indented block is code in Markdown, which TensorBoard renders.
                 self._board.add_text("flags", "".join(f"    {line}\n" for line in flags), step)
         self._progress: _Progress = (
-            _Bar(step, total_steps, num_epochs)
+            _Bar(step, self._stage)
             if console.shows_bars()
-            else _Lines(step, total_steps, num_epochs, lambda: self.timer.seconds("compiling"))
+            else _Lines(step, self._stage, lambda: self.timer.seconds("compiling"))
         )
+
+    def begin(
+        self, stage: Stage, learning_rates: Mapping[str, Float[np.ndarray, " steps"]]
+    ) -> None:
+        """Begins another stage of the run, with the learning rates of its steps."""
+        self._stage, self._learning_rates = stage, learning_rates
+        self._progress.begin(stage)
 
     def advance(self, epoch: int) -> None:
         """Counts one step of an epoch (from 0)."""
@@ -85,11 +137,12 @@ class MetricLogger:
 
         Args:
           step: Number of steps done.
-          values: Means since the last call; `loss` and `violators` among them.
+          values: Means since the last call, `loss` among them.
           epoch: Number of the epoch, from 0.
         """
         times = self.timer.report()
-        rates = {name: rate[step - 1] for name, rate in self._learning_rates.items()}
+        at = step - 1 - self._stage.first_step
+        rates = {name: rate[at] for name, rate in self._learning_rates.items()}
         self.write(
             step,
             {
@@ -99,7 +152,9 @@ class MetricLogger:
             },
             epoch=epoch,
         )
-        shown = f"loss {values['loss']:.4f}, violators {values['violators']:.2f}"
+        shown = f"loss {values['loss']:.4f}"
+        if "violators" in values:
+            shown += f", violators {values['violators']:.2f}"
         if times:
             shown += f", {times['queries_per_s']:,.0f} queries/s"
             if times["data_share"] > 0.02:
@@ -116,6 +171,7 @@ class MetricLogger:
         line = {
             "step": step,
             "epoch": epoch,
+            "seconds": round(time.monotonic() - self._started_at, 2),
             **{name: float(value) for name, value in values.items()},
         }
         _append(self._file, (json.dumps(line) + "\n").encode())
@@ -142,6 +198,9 @@ class MetricLogger:
 class _Progress(Protocol):
     """Shows the progress of training."""
 
+    def begin(self, stage: Stage) -> None:
+        """Begins another stage."""
+
     def advance(self, epoch: int) -> None:
         """Counts one step."""
 
@@ -158,12 +217,12 @@ class _Progress(Protocol):
 class _Bar:
     """A progress bar, for terminals."""
 
-    def __init__(self, step: int, total_steps: int, num_epochs: int):
+    def __init__(self, step: int, stage: Stage):
         import tqdm
 
-        self._num_epochs = num_epochs
+        self._stage = stage
         self._bar = tqdm.tqdm(
-            total=total_steps,
+            total=stage.last + stage.later_steps,
             initial=step,
             unit="step",
             dynamic_ncols=True,
@@ -171,8 +230,11 @@ class _Bar:
             mininterval=1.0,
         )
 
+    def begin(self, stage: Stage) -> None:
+        self._stage, self._bar.total = stage, stage.last + stage.later_steps
+
     def advance(self, epoch: int) -> None:
-        self._bar.set_description(f"epoch {epoch + 1}/{self._num_epochs}", refresh=False)
+        self._bar.set_description(self._stage.name_of(epoch), refresh=False)
         self._bar.update()
 
     def scalars(self, step: int, epoch: int, text: str) -> None:
@@ -191,21 +253,20 @@ class _Lines:
 
     Args:
       step: Step that training starts from.
-      total_steps: Last step.
-      num_epochs: Number of epochs.
+      stage: The first stage. The time left is that of the current stage.
       compiling: Returns the seconds spent on compiling so far, which the time left leaves out.
     """
 
-    def __init__(
-        self, step: int, total_steps: int, num_epochs: int, compiling: Callable[[], float]
-    ):
-        self._step, self._total_steps, self._num_epochs = step, total_steps, num_epochs
-        self._steps_per_epoch = max(1, total_steps // num_epochs) if num_epochs else 1
+    def __init__(self, step: int, stage: Stage, compiling: Callable[[], float]):
+        self._step, self._stage = step, stage
         self._printed_at = time.monotonic()
         self._text = ""  # The newest scalars.
         self._compiling = compiling
         # Time and step of the first `advance`, which is slower than later ones.
         self._start: tuple[float, int] | None = None
+
+    def begin(self, stage: Stage) -> None:
+        self._stage, self._start, self._text = stage, None, ""
 
     def advance(self, epoch: int) -> None:
         now = time.monotonic()
@@ -218,13 +279,14 @@ class _Lines:
     def scalars(self, step: int, epoch: int, text: str) -> None:
         self._text = text
         now = time.monotonic()
-        if step % self._steps_per_epoch == 0 or now - self._printed_at >= _EVERY_S:
+        if step == self._stage.last_step(epoch) or now - self._printed_at >= _EVERY_S:
             self._show(epoch, now)
 
     def _show(self, epoch: int, now: float) -> None:
         parts = [part for part in (self._text, self._time_left(now)) if part]
         console.status(
-            f"epoch {epoch + 1}/{self._num_epochs}, step {self._step:,} of {self._total_steps:,}"
+            f"{self._stage.name_of(epoch)}, step {self._step:,} of "
+            f"{self._stage.last + self._stage.later_steps:,}"
             + (f": {', '.join(parts)}" if parts else "")
         )
         self._printed_at = now
@@ -232,10 +294,11 @@ class _Lines:
     def _time_left(self, now: float) -> str:
         now -= self._compiling()
         started_at, first_step = self._start or (now, self._step)
-        left, done = self._total_steps - self._step, self._step - first_step
+        left, done = self._stage.last - self._step, self._step - first_step
         if left <= 0 or done <= 0:
             return ""
-        return f"about {_duration((now - started_at) / done * left)} left"
+        what = "left before the head epochs" if self._stage.later_steps else "left"
+        return f"about {_duration((now - started_at) / done * left)} {what}"
 
     def print(self, text: str) -> None:
         print(text, flush=True)
@@ -302,51 +365,78 @@ def _append(file: io.RawIOBase, data: bytes) -> None:
         data = data[file.write(data) :]
 
 
-def _keep_until(path: str, step: int) -> None:
-    """Drops the lines of `metrics.jsonl` beyond a step."""
+def _keep_until(path: str, step: int) -> float:
+    """Drops lines of `metrics.jsonl` beyond a step; returns the seconds of the last one kept."""
     if not os.path.exists(path):
-        return
-    kept = []
+        return 0.0
+    kept, seconds = [], 0.0
     with open(path, encoding="utf-8") as file:
         for line in file:
             try:
-                if json.loads(line)["step"] <= step:
+                values = json.loads(line)
+                if values["step"] <= step:
                     kept.append(line)
+                    seconds = values.get("seconds", 0.0)  # Missing in version 0.2.
             except json.JSONDecodeError:
                 break  # The run was killed while it wrote the last line.
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.writelines(kept)
     os.replace(path + ".tmp", path)
+    return seconds
 
 
 class CollapseGuard:
-    """Detects collapse: the loss stays at the margin while nearly every negative violates it.
+    """Detects collapse: all vectors are nearly the same, although the loss looks converged.
 
-    All embeddings are then nearly the same, although the loss alone looks as if it had converged.
+    A step looks collapsed if the vectors of its queries are nearly parallel, or under a triplet
+    loss if the loss is at its margin while nearly every negative violates it.
 
     Args:
-      margin: Margin of the loss.
-      num_negatives: Negatives per row of the loss.
+      margin: Margin of the triplet loss; None: another loss.
+      num_negatives: Negatives per row of the triplet loss.
       patience: Consecutive steps that must look collapsed.
+      warmup_steps: First steps of training, which are left out: an untrained tower may begin with
+        nearly parallel vectors.
     """
 
-    def __init__(self, *, margin: float, num_negatives: int, patience: int = 100):
-        self._margin = margin
-        self._num_negatives = num_negatives
-        self._patience = patience
-        self._collapsed: list[bool] = []  # Of the last `patience` steps.
+    SIMILARITY = 0.95  # Mean cosine of two queries of a batch from which on they are parallel.
 
-    def warning(self, scalars: Mapping[str, float]) -> str | None:
-        """Returns a warning once each of the last `patience` steps looked collapsed, else None."""
-        at_margin = abs(scalars["loss_text"] - self._margin) < 0.1 * self._margin
-        violated = scalars["violators"] > 0.95 * self._num_negatives
-        self._collapsed = [*self._collapsed, bool(at_margin and violated)][-self._patience :]
-        if len(self._collapsed) == self._patience and all(self._collapsed):
-            self._collapsed = []
-            return (
-                f"warning: training seems to have collapsed: for {self._patience} steps the loss "
-                f"stayed at the margin ({self._margin}) while {scalars['violators']:.1f} of "
-                f"{self._num_negatives} negatives violated it; try a lower "
-                "--optimizer.learning_rate or more --optimizer.warmup_steps"
+    def __init__(
+        self,
+        *,
+        margin: float | None = None,
+        num_negatives: int = 0,
+        patience: int = 100,
+        warmup_steps: int = 0,
+    ):
+        self._margin, self._num_negatives = margin, num_negatives
+        self._patience, self._warmup_steps = patience, warmup_steps
+        self._collapsed = 0  # Consecutive steps so far.
+
+    def warning(self, scalars: Mapping[str, float], step: int | None = None) -> str | None:
+        """Returns a warning once each of the last `patience` steps looked collapsed, else None.
+
+        Args:
+          scalars: Of a step.
+          step: Its number; None: it is after the warm-up.
+        """
+        if step is not None and step <= self._warmup_steps:
+            return None
+        similarity = scalars.get("query_similarity", 0.0)
+        what = f"two queries of a batch had a mean cosine of {similarity:.2f}"
+        collapsed = similarity > self.SIMILARITY
+        if self._margin is not None and not collapsed:
+            at_margin = abs(scalars["loss_text"] - self._margin) < 0.1 * self._margin
+            collapsed = at_margin and scalars["violators"] > 0.95 * self._num_negatives
+            what = (
+                f"the loss stayed at the margin ({self._margin}) while "
+                f"{scalars['violators']:.1f} of {self._num_negatives} negatives violated it"
             )
-        return None
+        self._collapsed = self._collapsed + 1 if collapsed else 0
+        if self._collapsed < self._patience:
+            return None
+        self._collapsed = 0
+        return (
+            f"warning: training seems to have collapsed: for {self._patience} steps {what}; try a "
+            "lower --optimizer.learning_rate or more --optimizer.warmup_steps"
+        )

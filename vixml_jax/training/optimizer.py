@@ -1,9 +1,12 @@
-"""AdamW with the paper's parameter groups, schedule and clipping (supplement, training)."""
+"""The optimizers: the paper's AdamW (supplement, training), and Adam for the label head."""
 
-from typing import Any
+import functools
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int, UInt
 
 
 def schedule(peak: float, *, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -81,6 +84,61 @@ def make_optimizer(
     )
 
 
+def head_optimizer(
+    rate: optax.Schedule, moments: Literal["float32", "bfloat16"]
+) -> optax.GradientTransformation:
+    """Adam (0.9, 0.999, eps 1e-8) without weight decay, for the label head.
+
+    Gradients of rare labels are tiny; under the eps of the paper's AdamW, 1e-6, they would hardly
+    move. With bfloat16 moments, a step changes the second moment by less than their resolution, so
+    they are rounded up or down at random, which keeps their expectation. The random numbers follow
+    from the step, so that a resumed run repeats them.
+
+    Args:
+      rate: Learning rate of each step.
+      moments: Data type of the moments.
+    """
+    b1, b2, eps = 0.9, 0.999, 1e-8
+    dtype = jnp.dtype(moments)
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        mu, nu = (jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update(
+        gradient: Any, state: optax.ScaleByAdamState, params: Any = None
+    ) -> tuple[Any, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu, nu = optax.tree.cast((state.mu, state.nu), jnp.float32)
+        mu = jax.tree.map(lambda g, m: b1 * m + (1.0 - b1) * g, gradient, mu)
+        nu = jax.tree.map(lambda g, v: b2 * v + (1.0 - b2) * g**2, gradient, nu)
+        # One factor for both bias corrections and the rate costs less than three full-size ones.
+        root = jnp.sqrt(1.0 - b2**count)
+        step = -rate(state.count) * root / (1.0 - b1**count)
+        updates = jax.tree.map(lambda m, v: step * m / (jnp.sqrt(v) + eps * root), mu, nu)
+        if dtype == jnp.bfloat16:
+            mu = _rounded(mu, _mixed(2 * count))
+            nu = _rounded(nu, _mixed(2 * count + 1))
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def with_head(
+    model_optimizer: optax.GradientTransformation, head: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Updates `params["head"]` by one optimizer and the rest by another, as it is without head."""
+
+    def part(path: tuple[Any, ...], _: Any) -> str:
+        return "head" if _names(path)[0] == "head" else "model"
+
+    return optax.partition(
+        {"model": model_optimizer, "head": head},
+        functools.partial(jax.tree_util.tree_map_with_path, part),
+    )
+
+
 def groups(params: Any) -> Any:
     """A tree of group names: "tower", "labels" or "images" for each parameter."""
 
@@ -105,3 +163,33 @@ def decayed(params: Any) -> Any:
 
 def _names(path: tuple[Any, ...]) -> list[str]:
     return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+
+
+def _rounded(tree: Any, seed: UInt[Array, ""]) -> Any:
+    """float32 arrays as bfloat16, each rounded up or down at random, so that its mean is kept."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(
+        _stochastic_round(x, _mixed(seed + jnp.uint32(i))) for i, x in enumerate(leaves)
+    )
+
+
+def _stochastic_round(x: Float[Array, "..."], seed: UInt[Array, ""]) -> Float[Array, "..."]:
+    """`x` as bfloat16, rounded away from 0 with the probability of what truncation would lose."""
+    # Computed from the index of each entry, within the loop that rounds it: `jax.random` would
+    # store several arrays of the size of `x`, more than bfloat16 saves.
+    random = seed
+    for axis in range(x.ndim):
+        shape = [size if i == axis else 1 for i, size in enumerate(x.shape)]
+        random = _mixed(random + jax.lax.broadcasted_iota(jnp.uint32, shape, axis))
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + (random >> 16)) & jnp.uint32(0xFFFF0000)
+    rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+def _mixed(x: UInt[Array, "..."] | Int[Array, "..."]) -> UInt[Array, "..."]:
+    """A 32-bit hash: lowbias32 of Chris Wellons (https://nullprogram.com/blog/2018/07/31/)."""
+    x = x.astype(jnp.uint32)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -114,11 +114,12 @@ class StepTimer:
         speed = f"{means['flops_per_s'] / 1e9:,.0f} GFLOP/s"
         if "mfu" in means:
             speed = f"MFU {means['mfu']:.1%}"
+        tokens = f", {means['tokens_per_s']:,.0f} tokens/s" if means["tokens_per_s"] else ""
         owner = "process" if jax.default_backend() == "cpu" else "device"
         parts = [
             f"training step {step_ms:,.{0 if step_ms >= 100 else 1}f} ms: "
             f"{shares.replace('%', ' %')}",
-            f"{means['queries_per_s']:,.0f} queries/s, {means['tokens_per_s']:,.0f} tokens/s",
+            f"{means['queries_per_s']:,.0f} queries/s{tokens}",
             speed.replace("%", " %"),
             f"peak memory per {owner} {host_memory.peak_device_memory() / 2**30:.2f} GiB",
         ]

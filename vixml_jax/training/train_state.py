@@ -39,12 +39,18 @@ def abstract_state(
     mesh, replicated = model.mesh, sharding.replicated(model.mesh)
     params = sharding.stored_tree(trained, mesh)
     opt_state = jax.eval_shape(optimizer.init, params)
+
+    def is_masked(x: Any) -> bool:
+        """Whether another optimizer updates the parameter; see `optimizer.with_head`."""
+        return isinstance(x, optax.MaskedNode)
+
     opt_shardings = optax.tree.map_params(
         optimizer,
-        lambda _, like: like.sharding,
+        lambda moment, like: moment if is_masked(moment) else like.sharding,
         opt_state,
         params,
         transform_non_params=lambda _: replicated,
+        is_leaf=is_masked,
     )
     return TrainState(
         step=jax.ShapeDtypeStruct((), np.int32, sharding=replicated),
@@ -132,6 +138,31 @@ def without_replicas(shard: Shard, num_rows: int, mesh: Mesh) -> Shard:
     return Shard(ids, shard.values[np.isin(shard.ids, ids, assume_unique=True)])
 
 
+def initial_head(
+    model: Model, labels: Shard, relevance: sparse.csr_matrix, *, seed: int
+) -> dict[str, Any]:
+    """The parameters that the label head starts from, on the devices.
+
+    Args:
+      model: Its head and mesh are used.
+      labels: The tower's unit vectors of the labels that this process holds.
+      relevance: Relevance matrix of the training queries.
+      seed: Seed of the network that the head reads queries through.
+    """
+    mesh, (num_queries, num_labels) = model.mesh, relevance.shape
+    like = sharding.stored_tree(model.abstract_head, mesh)
+
+    def init(key: jax.Array) -> Any:
+        return sharding.pad(sharding.unboxed(model.head.init_params(key)), like)
+
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    params = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    frequency = np.bincount(relevance.indices, minlength=num_labels) / max(1, num_queries)
+    own = Shard(labels.ids, frequency[labels.ids].astype(np.float32))
+    vectors, frequency = (sharding.spread_rows(x, num_labels, mesh) for x in (labels, own))
+    return jax.device_put(model.head.with_labels(params, vectors, frequency), shardings)
+
+
 def initial_labels(
     model: Model,
     params: Any,
@@ -141,8 +172,9 @@ def initial_labels(
     block: int,
     seed: int,
     group: Group,
+    with_head: bool = False,
 ) -> tuple[Any, LabelState, jax.Array]:
-    """The initial label -> free vector map, centroids and bank.
+    """The initial label -> free vector map, centroids, bank, and label head if there is one.
 
     The map clusters the embeddings of the labels under the initial weights (paper, section 3). If
     every label has its own free vector, nothing is clustered.
@@ -155,18 +187,25 @@ def initial_labels(
       block: Items encoded at a time.
       seed: Seed of the clusters.
       group: The processes of the mesh.
+      with_head: Whether steps train the label head.
 
     Returns:
-      The parameters (with new free vectors if `labels.free_init` is "embedding"), the label state,
-      and the bank, sharded over the mesh.
+      The parameters (with the head, and with new free vectors if `labels.free_init` is
+      "embedding"), the label state, and the bank, sharded over the mesh.
     """
     mesh, num_queries = model.mesh, len(dataset.train)
     num_labels, num_free = model.table.num_labels, model.table.num_free
-    cluster_of = np.arange(num_labels, dtype=np.int32)
-    if model.combiner is not None and (num_free < num_labels or labels.free_init == "embedding"):
+    cluster_of = np.arange(num_labels, dtype=np.int32) if num_free else np.zeros(num_labels, int)
+    has_free = model.combiner is not None and num_free
+    clusters_labels = has_free and (num_free < num_labels or labels.free_init == "embedding")
+    if clusters_labels or with_head:
         vectors = model.encode_queries(
             params, dataset.labels, block=block, title="labels, before training"
         )
+    if with_head:
+        head = initial_head(model, vectors, dataset.train_relevance, seed=seed)
+        params = {**params, "head": head}
+    if clusters_labels:
         if num_free < num_labels:
             rows = without_replicas(vectors, num_labels, mesh)
             clusters = balanced_clusters(rows, num_labels, num_free, seed=seed, group=group)
@@ -182,7 +221,7 @@ def initial_labels(
         params, dataset.train, block=block, title="training queries, before training"
     )
     state = model.table.init_state(cluster_of)
-    if model.combiner is not None:
+    if model.uses_centroids:
         means = mean_by_column(dataset.train_relevance, queries, mesh, group)
         state = model.table.with_centroids(state, means)
     return params, state, sharding.spread_rows(queries, num_queries, mesh)

@@ -1,4 +1,4 @@
-"""The training step: queries and labels through the tower, the loss, one optimizer update."""
+"""The training steps: of the whole model on a batch, and of the label head on cached vectors."""
 
 import functools
 from collections.abc import Callable
@@ -9,18 +9,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from vixml_jax.labels import table
-from vixml_jax.modeling import Model, unit
+from vixml_jax.labels import head_update, table
+from vixml_jax.labels.head import LabelHead, Selection, is_row
+from vixml_jax.modeling import Model
+from vixml_jax.models.layers import unit
 from vixml_jax.parallel import sharding
 from vixml_jax.runtime import tree_utils
-from vixml_jax.structs import Batch, LabelState, TrainState
+from vixml_jax.structs import Batch, HeadBatch, LabelState, TrainState
 
 # (queries, labels, prototypes, relevance, row_mask, column_mask, key, mesh=) -> loss, scalars
 LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
 class TrainStep:
-    """The training step, compiled once per batch shape: (state, batch, key) -> (state, scalars).
+    """A training step, compiled once per batch shape: (state, batch, key) -> (state, scalars).
 
     The state is donated and keeps its shardings; scalars are float32.
 
@@ -33,7 +35,7 @@ class TrainStep:
         self._jitted, self._like = jitted, like
         self._programs: dict[tuple[Any, ...], jax.stages.Compiled] = {}
 
-    def program(self, batch: Batch, key: Array) -> jax.stages.Compiled:
+    def program(self, batch: Batch | HeadBatch, key: Array) -> jax.stages.Compiled:
         """The program for batches of this shape, compiled at the first call with that shape."""
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self._programs:
@@ -41,7 +43,7 @@ class TrainStep:
         return self._programs[shapes]
 
     def __call__(
-        self, state: TrainState, batch: Batch, key: Array
+        self, state: TrainState, batch: Batch | HeadBatch, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         return self.program(batch, key)(state, batch, key)
 
@@ -54,6 +56,7 @@ def make_train_step(
     *,
     centroid_momentum: float | None = None,
     sparse_free: bool = False,
+    head_weight: float = 0.0,
 ) -> TrainStep:
     """Makes the training step of a model with a loss and an optimizer.
 
@@ -68,8 +71,11 @@ def make_train_step(
       sparse_free: True: the optimizer updates only those free vectors and moments that labels of
         the batch use, as `torch.optim.SparseAdam` does. False: all of them move by their momentum,
         as published.
+      head_weight: Weight of the loss of the label head on the queries of the batch, which are those
+        of `batch.positives`; 0: the step does not train the head.
     """
-    sparse_free &= model.combiner is not None
+    sparse_free &= "free" in like.params
+    head = model.head if head_weight else None
 
     def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
         tower_key, combiner_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
@@ -77,7 +83,10 @@ def make_train_step(
         if sparse_free:
             free_ids, free_index = model.table.distinct_free(state.labels, batch.label_ids)
             gather = functools.partial(table.gather_rows, model.mesh, ids=free_ids)
-            params, opt_state = (_map_free(gather, tree) for tree in (params, opt_state))
+            params, opt_state = (_map_rows(_is_free, gather, x) for x in (params, opt_state))
+        selection = head and head.select(batch.positives, _head_key(key, state.step))
+        if selection is not None:
+            params, opt_state = (_take(head, selection, x) for x in (params, opt_state))
 
         def objective(trained: Any) -> tuple[Array, tuple[dict[str, Array], Array]]:
             params = tree_utils.merge(trained, state.frozen)
@@ -107,6 +116,11 @@ def make_train_step(
                 loss_key,
                 mesh=model.mesh,
             )
+            if head is not None:
+                scalars["loss_head"] = head.loss_of(
+                    params["head"], queries, batch.positives, batch.query_ids >= 0, selection
+                )
+                loss += head_weight * scalars["loss_head"]
             return loss, (scalars, queries)
 
         (loss, (scalars, queries)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
@@ -114,14 +128,21 @@ def make_train_step(
         params = optax.apply_updates(params, updates)
         if sparse_free:
             scatter = functools.partial(table.scatter_rows, model.mesh, ids=free_ids)
-            params = _map_free(scatter, state.params, params)
-            opt_state = _map_free(scatter, state.opt_state, opt_state)
+            params = _map_rows(_is_free, scatter, state.params, params)
+            opt_state = _map_rows(_is_free, scatter, state.opt_state, opt_state)
+        if selection is not None:
+            params = _put(head, selection, state.params, params)
+            opt_state = _put(head, selection, state.opt_state, opt_state)
         labels = state.labels
         if centroid_momentum is not None:
             labels = move_centroids(
                 model.table, labels, batch.label_ids, queries, centroid_momentum
             )
-        scalars |= {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
+        scalars |= {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(gradient),
+            "query_similarity": mean_similarity(queries, batch.query_ids >= 0),
+        }
         return (
             TrainState(
                 step=state.step + 1,
@@ -134,26 +155,108 @@ def make_train_step(
             scalars,
         )
 
-    shardings = jax.tree.map(lambda x: x.sharding, like)
-    jitted = jax.jit(
-        step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(model.mesh))
-    )
-    return TrainStep(jitted, like)
+    return _compiled_on_demand(step, like)
 
 
-def _map_free(fn: Callable[..., Array], tree: Any, updated: Any = None) -> Any:
-    """Applies a function to the free vectors and their moments in a tree.
+def make_head_step(
+    head: LabelHead, optimizer: optax.GradientTransformation, like: TrainState
+) -> TrainStep:
+    """Makes the step of the head epochs: the loss of the head on queries whose vectors are cached.
 
     Args:
+      head: The label head.
+      optimizer: Updates {"head": parameters}.
+      like: Shapes, dtypes and shardings of the state, whose only parameters are those of the head.
+        `bank` holds the vectors of the training queries and is not changed.
+    """
+
+    def step(
+        state: TrainState, batch: HeadBatch, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        queries = table.gather_rows(head.mesh, state.bank, batch.query_ids)
+        params, opt_state = state.params, state.opt_state
+        selection = head.select(batch.positives, _head_key(key, state.step))
+        if selection is not None:
+            params, opt_state = (_take(head, selection, x) for x in (params, opt_state))
+
+        params, opt_state, scalars = head_update.update(
+            head,
+            params,
+            opt_state,
+            queries,
+            batch.positives,
+            batch.query_ids >= 0,
+            optimizer,
+            selection,
+        )
+        if selection is not None:
+            params = _put(head, selection, state.params, params)
+            opt_state = _put(head, selection, state.opt_state, opt_state)
+        state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return state, scalars
+
+    return _compiled_on_demand(step, like)
+
+
+def _compiled_on_demand(step: Callable[..., Any], like: TrainState) -> TrainStep:
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    scalars = sharding.replicated(like.step.sharding.mesh)
+    return TrainStep(jax.jit(step, donate_argnums=0, out_shardings=(shardings, scalars)), like)
+
+
+def _head_key(key: Array, step: Array) -> Array:
+    """Key of the labels that a step draws for the head, apart from the other keys of the step."""
+    return jax.random.fold_in(jax.random.fold_in(key, step), 1)
+
+
+def mean_similarity(vectors: Float[Array, "b e"], mask: Array) -> Float[Array, ""]:
+    """Mean cosine of two different vectors, near 1 if the tower has collapsed.
+
+    It follows from the length of the sum: |sum of x|^2 is the sum of all inner products, of which
+    each vector has one with itself.
+
+    Args:
+      vectors: Unit vectors.
+      mask: True for those that count.
+    """
+    count = jnp.sum(mask).astype(jnp.float32)
+    total = jnp.sum(jnp.where(mask[:, None], vectors, 0.0), axis=0)
+    return (jnp.sum(total**2) - count) / jnp.maximum(count * (count - 1.0), 1.0)
+
+
+def _is_free(path: tuple[Any, ...]) -> bool:
+    return any(getattr(key, "key", None) == "free" for key in path)
+
+
+def _take(head: LabelHead, selection: Selection, tree: Any) -> Any:
+    """A tree with the selected rows of the head alone."""
+    return _map_rows(is_row, lambda rows: head.take(rows, selection), tree)
+
+
+def _put(head: LabelHead, selection: Selection, tree: Any, updated: Any) -> Any:
+    """The whole tree, with all that `updated` has: the selected rows, and other leaves."""
+    return _map_rows(is_row, lambda rows, values: head.put(rows, selection, values), tree, updated)
+
+
+def _map_rows(
+    chosen: Callable[[tuple[Any, ...]], bool],
+    fn: Callable[..., Array],
+    tree: Any,
+    updated: Any = None,
+) -> Any:
+    """Applies a function to the chosen leaves of a tree: rows of parameters, and their moments.
+
+    Args:
+      chosen: Whether the leaf with this path is chosen.
       fn: (rows=leaf of `tree`) -> leaf; with `updated`, (rows=leaf of `tree`, values=leaf of
         `updated`) -> leaf.
-      tree: Parameters or optimizer state, with all rows of the free vectors.
+      tree: Parameters or optimizer state, with all rows.
       updated: A tree of the same structure, from which all other leaves are taken; None: they are
         taken from `tree`.
     """
 
     def map_leaf(path: tuple[Any, ...], leaf: Array, other: Array) -> Array:
-        if not any(getattr(key, "key", None) == "free" for key in path):
+        if not chosen(path):
             return other
         return fn(rows=leaf) if updated is None else fn(rows=leaf, values=other)
 

@@ -3,65 +3,33 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Int
 
 from vixml_jax.config import BatchConfig, LabelsConfig, LoopConfig
 from vixml_jax.data import input_pipeline, propensity, sampling
 from vixml_jax.data.store import PreparedDataset
-from vixml_jax.errors import NotFiniteError, Preempted
+from vixml_jax.errors import Preempted
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.distributed import Group
 from vixml_jax.runtime import tree_utils
+from vixml_jax.storage.vector_store import VectorStore
 from vixml_jax.structs import Batch, LabelState, TrainState
 from vixml_jax.training import preemption
 from vixml_jax.training import train_state as state_lib
 from vixml_jax.training.checkpoints import Checkpoints
 from vixml_jax.training.clustering.balanced import balanced_clusters, numbered_by_first_row
+from vixml_jax.training.epoch_loop import EpochLoop, Position, shards_to_read
 from vixml_jax.training.flops import step_flops
 from vixml_jax.training.memory_planner import MemoryPlan, plan_memory
-from vixml_jax.training.metric_logger import CollapseGuard, MetricLogger
+from vixml_jax.training.metric_logger import CollapseGuard, MetricLogger, Stage
 from vixml_jax.training.train_step import TrainStep
 
-# One step that the devices run and one that is queued. More would hold more batches on the devices.
-STEPS_IN_FLIGHT = 2
 
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """The position of a run in its data and in the selection of its best model.
-
-    Attributes:
-      epoch: The current epoch, from 0.
-      batches: State of the batch iterator within the epoch; None at its start.
-      cluster_size: Queries per cluster at the next clustering.
-      clustered: Whether batches consist of clusters.
-      best: Best value so far of `--loop.monitor`; None before the first evaluation.
-      best_step: First step that had the best value.
-      waited: Evaluations since then.
-    """
-
-    epoch: int
-    batches: dict[str, Any] | None
-    cluster_size: int
-    clustered: bool
-    best: float | None = None
-    best_step: int | None = None
-    waited: int = 0
-
-
-@jax.jit
-def _all_finite(state: Any) -> Bool[Array, ""]:
-    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
-
-
-class Trainer:
+class Trainer(EpochLoop):
     """Runs the epochs of a training run from any position; `run` is called once.
 
     Args:
@@ -79,6 +47,9 @@ class Trainer:
       split: The split that `evaluate` uses. Unless it is 'test', names of logged metrics start
         with it.
       stop: Tells whether a signal requested the run to stop.
+      joint: Whether steps train the label head, whose labels batches then carry.
+      later_steps: Steps of head epochs that follow.
+      vectors: Returns where the vectors of a step are kept; None: they are not kept.
     """
 
     def __init__(
@@ -99,35 +70,39 @@ class Trainer:
         evaluate: Callable[[Any, LabelState], Mapping[str, float]],
         split: str = "test",
         stop: preemption.StopSignal,
+        joint: bool = False,
+        later_steps: int = 0,
+        vectors: Callable[[int], VectorStore] | None = None,
     ):
-        self.model, self.dataset, self.train_step = model, dataset, train_step
-        self.batch, self.labels, self.loop = batch, labels, loop
-        self.block, self.seed, self.group = block, seed, group
-        self.checkpoints, self.guard = checkpoints, guard
-        self.evaluate, self.split, self.stop = evaluate, split, stop
         self.num_queries = len(dataset.train)
         self.steps_per_epoch = math.ceil(self.num_queries / batch.size)
-        # Replicated once; otherwise every step would copy the key to the devices.
-        self._key = sharding.replicate(jax.random.key(seed), model.mesh)
-        # Batches of the next epoch, opened while the last checkpoint is saved.
-        self._opened: tuple[Position | None, Any] = None, None
+        steps = loop.epochs * self.steps_per_epoch
+        super().__init__(
+            model.mesh,
+            train_step,
+            Stage("epoch", 0, loop.epochs, 0, steps, later_steps),
+            loop=loop,
+            seed=seed,
+            checkpoints=checkpoints,
+            stop=stop,
+        )
+        self.model, self.dataset, self.batch, self.labels = model, dataset, batch, labels
+        self.block, self.group, self.guard = block, group, guard
+        self.evaluate, self.split, self.vectors = evaluate, split, vectors
         self._weights = None
         if batch.positives == "inverse_propensity":
             counts = np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
             self._weights = propensity.inverse_propensity(
                 counts, self.num_queries, dataset.propensity_a, dataset.propensity_b
             )
-        shards_per_device = shards // sharding.num_row_shards(model.mesh)
+        counts = np.diff(dataset.train_relevance.indptr)
         self._packing = {
             "width": model.row_width,
             "layout": model.layout,
             "image_dropout": batch.image_dropout,
             "shards": shards,
-            "read": [
-                device * shards_per_device + offset
-                for device in sharding.row_shards(model.mesh)
-                for offset in range(shards_per_device)
-            ],
+            "read": shards_to_read(model.mesh, shards),
+            "positives": joint and sampling.usual_positives(counts, batch.size, shards),
             "rows": model.row_sizes(
                 model.mean_length(dataset.train) + model.mean_length(dataset.labels),
                 batch.size,
@@ -151,7 +126,7 @@ class Trainer:
 
     def plan(self, like: TrainState) -> MemoryPlan:
         """Returns the memory that the run needs, from the compiled step for its first batch."""
-        batch = sharding.to_devices(next(self._batches(*self.start())), self.model.mesh)
+        batch = sharding.to_devices(next(self._batches(*self.start())), self.mesh)
         return plan_memory(like, lambda: self.train_step.program(batch, self._key))
 
     def run(
@@ -187,13 +162,6 @@ class Trainer:
             self.checkpoints.drop_best_but(position.best_step)
         return state, position
 
-    def _save_and_stop(
-        self, state: TrainState, clusters: np.ndarray, position: Position
-    ) -> NoReturn:
-        self._save(state, clusters, position)
-        self.checkpoints.wait()
-        raise self.stop.preempted(f"saved at step {int(state.step)}")
-
     def out_of_patience(self, position: Position) -> bool:
         """Returns whether `loop.patience` evaluations in a row were not better than the best."""
         return 0 < self.loop.patience <= position.waited
@@ -218,73 +186,6 @@ class Trainer:
             **self._packing,
         )
 
-    def _open(self, clusters: np.ndarray, position: Position) -> Any:
-        """Returns an iterator over the rest of an epoch, which prefetches batches at once."""
-        batches = self._batches(clusters, position)
-        if position.batches is not None:
-            batches.set_state(position.batches)
-        batches.start_prefetch()
-        return batches
-
-    def _run_batches(
-        self, state: TrainState, clusters: np.ndarray, position: Position, logger: MetricLogger
-    ) -> tuple[TrainState, Position]:
-        """Runs the batches of an epoch; returns the state and the position after them."""
-        timer, profiler = logger.timer, logger.profiler
-        timer.start()
-        opened_at, batches = self._opened
-        if opened_at != position:
-            batches = self._open(clusters, position)
-        self._opened = None, None
-        step, last = int(state.step), (position.epoch + 1) * self.steps_per_epoch
-        unread: list[dict[str, jax.Array]] = []
-        agree = preemption.Agreement(self.model.mesh)
-        timer.lap("host")
-        for batch in batches:
-            timer.lap("data")
-            profiler.at(step, unread)
-            timer.lap("profiling")
-            on_devices = sharding.to_devices(batch, self.model.mesh)
-            timer.lap("host")
-            program = self.train_step.program(on_devices, self._key)
-            timer.lap("compiling")
-            with jax.profiler.StepTraceAnnotation("step", step_num=step + 1):
-                state, scalars = program(state, on_devices, self._key)
-            step += 1
-            unread.append(scalars)
-            timer.count(**self._work(batch))
-            logger.advance(position.epoch)
-            timer.lap("host")
-            jax.block_until_ready(unread[: 1 - STEPS_IN_FLIGHT][-1:])
-            timer.lap("compute")
-            if step % self.loop.log_every == 0 or step == last:
-                self._report(step, position.epoch, unread, logger)
-                unread = []
-            action = agree(self._request(step))
-            if action == preemption.GO_ON or (action == preemption.SAVE and step == last):
-                continue
-            # A state is saved only if all losses before it were finite.
-            timer.lap("host")
-            unread = self._read(step, position.epoch, unread)
-            timer.lap("compute")
-            reached = dataclasses.replace(position, batches=batches.get_state())
-            if action == preemption.STOP:
-                if unread:
-                    self._report(step, position.epoch, unread, logger)
-                self._save_and_stop(state, clusters, reached)
-            timer.lap("host")
-            self._save(state, clusters, reached)
-            timer.lap("saving")
-        profiler.at(step, unread)
-        profiler.stop()  # The end of an epoch is not part of a step.
-        return state, dataclasses.replace(position, batches=batches.get_state())
-
-    def _request(self, step: int) -> int:
-        """Returns what this process requests to do after a step."""
-        if self.stop.requested_by:
-            return preemption.STOP
-        return preemption.SAVE if self.checkpoints.due(step) else preemption.GO_ON
-
     def _work(self, batch: Batch) -> dict[str, Any]:
         """Returns the amount of work in a batch over all processes, without padding.
 
@@ -294,73 +195,11 @@ class Trainer:
             "queries": np.count_nonzero(batch.query_ids >= 0),
             "labels": np.count_nonzero(batch.label_ids >= 0),
             "tokens": np.count_nonzero(batch.items.segments >= 0),
-            "flops": step_flops(self.model.tower.config, self.model.combiner, batch),
+            "flops": step_flops(
+                self.model.tower.config, self.model.combiner, batch, self.model.head
+            ),
         }
         return {name: count * self._shards_per_read for name, count in work.items()}
-
-    def _report(
-        self, step: int, epoch: int, unread: list[dict[str, jax.Array]], logger: MetricLogger
-    ) -> None:
-        """Logs the mean of the scalars since the last report."""
-        read = self._read(step, epoch, unread)
-        logger.timer.lap("compute")
-        for scalars in read:
-            warning = self.guard.warning(scalars)
-            if warning:
-                logger.print(warning)
-        mean = {name: float(np.mean([scalars[name] for scalars in read])) for name in read[0]}
-        logger.scalars(step, mean, epoch=epoch)
-
-    def _read(
-        self, step: int, epoch: int, unread: list[dict[str, jax.Array]]
-    ) -> list[dict[str, np.ndarray]]:
-        """Returns the scalars of the last steps, on the host.
-
-        Raises:
-          NotFiniteError: If a loss or a gradient is not finite.
-        """
-        read = jax.device_get(unread)
-        first = step - len(read) + 1
-        for offset, scalars in enumerate(read):
-            # With NaN embeddings every hinge is 0, so the loss may be finite while its gradient is
-            # not.
-            if not np.isfinite(scalars["loss"] + scalars["gradient_norm"]):
-                raise self._not_finite(
-                    f"the loss ({scalars['loss']}) or its gradient norm "
-                    f"({scalars['gradient_norm']}) is not finite at step {first + offset} "
-                    f"({self._name(epoch)})"
-                )
-        return read
-
-    def _name(self, epoch: int) -> str:
-        """Returns the name of an epoch as users see it, counted from 1."""
-        return f"epoch {epoch + 1}/{self.loop.epochs}"
-
-    def _not_finite(self, what: str) -> NotFiniteError:
-        self.checkpoints.wait()
-        latest = self.checkpoints.latest_step()
-        kept = "no checkpoint is saved yet"
-        if latest is not None:
-            kept = f"the checkpoint of step {latest} is kept"
-        return NotFiniteError(
-            f"{what}; {kept}; the same flags would lead to the same result: start again in another "
-            "--workdir with a lower --optimizer.learning_rate, or with --optimizer.clip_norm=1"
-        )
-
-    def _save(self, state: TrainState, clusters: np.ndarray, position: Position) -> None:
-        """Saves a checkpoint if the state is finite.
-
-        The loss of a step is computed before its update, so a finite loss does not imply it.
-
-        Raises:
-          NotFiniteError: If the state is not finite.
-        """
-        if not bool(_all_finite(state._replace(frozen={}))):
-            raise self._not_finite(
-                f"the state after step {int(state.step)} ({self._name(position.epoch)}) is not "
-                "finite, although the loss before it was"
-            )
-        self.checkpoints.save(state, clusters, dataclasses.asdict(position))
 
     def _end_epoch(
         self, state: TrainState, clusters: np.ndarray, position: Position, logger: MetricLogger
@@ -381,7 +220,7 @@ class Trainer:
             and not is_last
             and since % self.batch.cluster_every == 0
         ):
-            bank = sharding.shard_of(state.bank, self.num_queries, self.model.mesh, owned=True)
+            bank = sharding.shard_of(state.bank, self.num_queries, self.mesh, owned=True)
             num_clusters = max(1, math.ceil(self.num_queries / size))
             with self.stop.interruptible():
                 clusters = numbered_by_first_row(
@@ -395,13 +234,20 @@ class Trainer:
                 )
             clustered = True
         with self.stop.interruptible():
-            state = state._replace(labels=self._centroids(state, is_last))
+            state, encoded = self._with_centroids(state, is_last)
+        if is_last and encoded and not self.loop.monitor:
+            self._keep_vectors(state)
         due = self.loop.eval_every and (epoch + 1) % self.loop.eval_every == 0
         # The last epoch is evaluated after training anyway; here only if it may be the best one.
         if self.loop.monitor if is_last else due:
             position = self._evaluate(state, position, logger)
         position = dataclasses.replace(
-            position, epoch=epoch + 1, batches=None, cluster_size=size, clustered=clustered
+            position,
+            epoch=epoch + 1,
+            batches=None,
+            cluster_size=size,
+            clustered=clustered,
+            encoded=encoded and is_last,
         )
         return state, clusters, position
 
@@ -412,12 +258,14 @@ class Trainer:
         place of stale ones. They cost a pass over the training queries and are not part of the
         state that training continues with, so evaluating does not change training.
         """
-        monitor, labels = self.loop.monitor, state.labels
-        if monitor and position.epoch < self.loop.epochs - 1 and self.labels.centroids == "stale":
+        monitor, is_last = self.loop.monitor, position.epoch == self.loop.epochs - 1
+        evaluated, has_vectors = state, is_last
+        if monitor and not is_last and self.labels.centroids == "stale":
             with self.stop.interruptible():
-                labels = self._centroids(state, is_last=True)
+                evaluated, has_vectors = self._with_centroids(state, is_last=True)
         with self.stop.interruptible():
-            metrics = self.evaluate(tree_utils.merge(state.params, state.frozen), labels)
+            params = tree_utils.merge(state.params, state.frozen)
+            metrics = self.evaluate(params, evaluated.labels)
         prefix = "" if self.split == "test" else f"{self.split}/"
         logger.write(
             int(state.step),
@@ -426,28 +274,56 @@ class Trainer:
         )
         names = dict.fromkeys([monitor, "P@1", "P@5", "PSP@5", "R@100"])
         shown = ", ".join(f"{name} {metrics[name]:.2f}" for name in names if name in metrics)
-        logger.status(f"{self._name(position.epoch)}, {self.split}: {shown}")
+        logger.status(f"{self.stage.name_of(position.epoch)}, {self.split}: {shown}")
         if not monitor:
             return position
         value = float(metrics[monitor])
         if position.best is not None and value <= position.best:
             return dataclasses.replace(position, waited=position.waited + 1)
         self.checkpoints.drop_best_but(position.best_step)
-        self.checkpoints.save_best(state, labels)
+        self.checkpoints.save_best(state, evaluated.labels)
+        if has_vectors and self.model.uses_centroids:
+            self._keep_vectors(evaluated)
         return dataclasses.replace(position, best=value, best_step=int(state.step), waited=0)
 
-    def _centroids(self, state: TrainState, is_last: bool) -> LabelState:
-        """Returns the labels with the centroids for the next epoch or for evaluation."""
-        if self.model.combiner is None or self.labels.centroids == "moving":
-            return state.labels
-        if is_last or self.labels.centroids == "exact":
-            params = tree_utils.merge(state.params, state.frozen)
+    def _keep_vectors(self, state: TrainState) -> None:
+        """Stores the vectors of the training queries, which are in the bank."""
+        if self.vectors:
+            bank = sharding.shard_of(state.bank, self.num_queries, self.mesh)
+            self.vectors(int(state.step)).put("train", bank.values)
+
+    def _with_centroids(self, state: TrainState, is_last: bool) -> tuple[TrainState, bool]:
+        """Returns the state with the centroids for the next epoch or for evaluation.
+
+        After the last epoch, the bank holds the vectors of which the centroids are the means, so
+        that nothing has to encode the training queries again.
+
+        Returns:
+          The state, and whether the training queries were encoded for it.
+        """
+        if not self.model.uses_centroids or self.labels.centroids == "moving":
+            return state, False
+        encode = is_last or self.labels.centroids == "exact"
+        if encode:
             queries = self.model.encode_queries(
-                params, self.dataset.train, block=self.block, title="training queries"
+                tree_utils.merge(state.params, state.frozen),
+                self.dataset.train,
+                block=self.block,
+                title="training queries",
             )
         else:
-            queries = sharding.shard_of(state.bank, self.num_queries, self.model.mesh)
+            queries = sharding.shard_of(state.bank, self.num_queries, self.mesh)
         means = state_lib.mean_by_column(
-            self.dataset.train_relevance, queries, self.model.mesh, self.group
+            self.dataset.train_relevance, queries, self.mesh, self.group
         )
-        return self.model.table.with_centroids(state.labels, means)
+        labels = self.model.table.with_centroids(state.labels, means)
+        if is_last:
+            bank = sharding.spread_rows(queries, self.num_queries, self.mesh)
+            state = state._replace(bank=bank)
+        return state._replace(labels=labels), encode
+
+    def _watch(self, step: int, scalars: Mapping[str, np.ndarray], logger: MetricLogger) -> None:
+        """Warns if training seems to have collapsed."""
+        warning = self.guard.warning(scalars, step)
+        if warning:
+            logger.print(warning)

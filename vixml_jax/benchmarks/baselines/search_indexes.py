@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from vixml_jax.benchmarks.support.resident_memory import forget_peak, kilobytes
 from vixml_jax.search import index, scann, tuning
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.structs import SearchResult
@@ -173,18 +174,6 @@ def _speed(baseline: Baseline, queries: np.ndarray, k: int, setting: tuning.Meas
     start = time.perf_counter()
     baseline.search(queries, k, setting.leaves_searched, setting.reordered)
     return len(queries) / (time.perf_counter() - start)
-
-
-def kilobytes(field: str) -> int:
-    """A field of /proc/self/status: VmRSS (now) or VmHWM (peak since the last `forget_peak`)."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field))
-
-
-def forget_peak() -> None:
-    """Resets VmHWM."""
-    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-        file.write("5")
 
 
 def run(name: str, *, n: int, width: int, queries: int, truth: str) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""Tuning against rankings of `mix_neighbours`, one setting at a time."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from vixml_jax.augmentation import mixing as mixing_lib
+from vixml_jax.augmentation import settings, tuning
+from vixml_jax.augmentation.mixing import Mixing
+from vixml_jax.augmentation.settings import Scoring
+from vixml_jax.evaluation import metrics
+from vixml_jax.search import index
+from vixml_jax.search.fusion import Fusion
+from vixml_jax.structs import SearchResult
+
+NUM_LABELS, NUM_TRAIN, NUM_QUERIES = 60, 40, 25
+
+
+def best(vectors, queries, k):
+    scores = queries @ vectors.T
+    ids = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)
+    return SearchResult(np.take_along_axis(scores, ids, axis=1).astype(np.float32), ids)
+
+
+@pytest.fixture(params=[False, True], ids=["cosines", "probabilities"])
+def held_out(request, monkeypatch):
+    """Queries with filter pairs: rankings of labels by fusion, and the rest of the inputs."""
+    monkeypatch.setattr(tuning, "_BLOCK", 7)
+    monkeypatch.setattr(mixing_lib, "_BLOCK", 11)
+    rng = np.random.default_rng(0)
+    train, queries = (rng.normal(size=(n, 6)) for n in (NUM_TRAIN, NUM_QUERIES))
+    relevance, truth = (
+        sparse.random(n, NUM_LABELS, 0.1, "csr", random_state=rng, data_rvs=np.ones)
+        for n in (NUM_TRAIN, NUM_QUERIES)
+    )
+    never = np.stack([rng.integers(0, NUM_QUERIES, 40), rng.integers(0, NUM_LABELS, 40)], axis=1)
+    found = {}
+    for fusion in [Fusion(float(a), 1.0) for a in range(3)] if request.param else [None]:
+        labels = best(rng.normal(size=(NUM_LABELS, 6)), queries, 30)
+        if request.param:
+            p = np.exp(labels.scores)
+            labels = SearchResult((p / p.sum(axis=1, keepdims=True) / 2).astype("f4"), labels.ids)
+        found[fusion] = index.drop_filtered(labels, never, 12)
+    validation = tuning.Validation(best(train, queries, 12), truth, relevance, never, 9)
+    return found, validation, request.param
+
+
+def value_of(result, truth):
+    weights = np.arange(1.0, NUM_LABELS + 1)
+    found = metrics.compute_metrics(result.ids, truth, weights, ks=(1, 3, 5), recall_ks=(9,))
+    return float(np.mean([found[name] for name in ("P@1", "PSP@3", "nDCG@5", "R@9", "MRR")]))
+
+
+def values_of_rankings(labels, validation, mixings, as_probabilities):
+    values = {}
+    for mixing in mixings:
+        mixed = mixing_lib.mix_neighbours(
+            labels,
+            validation.neighbours,
+            validation.relevance,
+            mixing,
+            validation.k,
+            validation.never,
+            as_probabilities=as_probabilities,
+        )
+        values[mixing] = value_of(mixed, validation.truth)
+    return values
+
+
+def test_values_are_those_of_mixed_rankings(held_out):
+    found, validation, as_probabilities = held_out
+    mixings = mixing_lib.grid(12, joint=not as_probabilities)
+    labels = next(iter(found.values()))
+    tried = tuning.evaluate_all(
+        labels,
+        validation,
+        lambda result: value_of(result, validation.truth),
+        mixings,
+        as_probabilities=as_probabilities,
+    )
+    assert list(tried) == mixings
+    assert tried == values_of_rankings(labels, validation, mixings, as_probabilities)
+    assert len(set(tried.values())) > len(mixings) / 20
+
+
+def test_tied_labels_are_ranked_by_id():
+    """Labels with equal scores, among them more than a ranking has columns."""
+    labels = SearchResult(np.full((1, 6), 0.1, np.float32), np.array([[9, 4, 7, 1, 3, 8]], "i4"))
+    near = SearchResult(np.zeros((1, 2), np.float32), np.array([[0, 1]], np.int32))
+    relevance = sparse.csr_matrix(np.tile(np.arange(12) >= 6, (2, 1)).astype(np.float32))
+    for true in range(12):
+        truth = sparse.csr_matrix(([1.0], ([0], [true])), shape=(1, 12))
+        validation = tuning.Validation(near, truth, relevance, np.zeros((0, 2), int), 3)
+        mixings = [Mixing(weight, 2, 0.1) for weight in (0.0, 0.2, 0.9, 1.0)]
+        ranks = []
+        tuning.evaluate_all(
+            labels,
+            validation,
+            lambda result, ranks=ranks: ranks.append(result.ids.tolist()) or 0.0,
+            mixings,
+            as_probabilities=True,
+        )
+        for mixing, ids in zip(mixings, ranks, strict=True):
+            whole = mixing_lib.mix_neighbours(
+                labels, near, relevance, mixing, 3, as_probabilities=True
+            ).ids
+            np.testing.assert_array_equal(ids, np.where(whole == true, whole, -1))
+
+
+def test_the_best_fusion_and_mixing_are_found_in_turns(held_out):
+    found, validation, as_probabilities = held_out
+    mixings = mixing_lib.grid(12, joint=False)[::5]
+    rows = tuning.tune(
+        found, validation, lambda result: value_of(result, validation.truth), mixings
+    )
+    tried = {settings.from_row(row): row["value"] for row in rows}
+    assert len(tried) == len(rows)
+    assert list(tried.values()) == sorted(tried.values(), reverse=True)
+    for scoring, value in tried.items():
+        labels = found[scoring.fusion]
+        if scoring.mixing is None:
+            expected = value_of(SearchResult(*(x[:, :9] for x in labels)), validation.truth)
+        else:
+            expected = values_of_rankings(labels, validation, [scoring.mixing], as_probabilities)
+            expected = expected[scoring.mixing]
+        assert value == expected, scoring
+    assert {Scoring(fusion) for fusion in found} <= tried.keys()
+    # No other fusion is better with the best mixing, and no other mixing with the best fusion.
+    winner = max((s for s in tried if s.mixing is not None), key=tried.get)
+    for fusion in found:
+        assert tried[Scoring(fusion, winner.mixing)] <= tried[winner]
+    for mixing in mixings:
+        assert tried[Scoring(winner.fusion, mixing)] <= tried[winner]
+
+
+def test_neighbours_that_only_tie_are_left_off():
+    labels = SearchResult(np.array([[0.6, 0.3]], np.float32), np.array([[0, 1]], np.int32))
+    near = SearchResult(np.ones((1, 1), np.float32), np.zeros((1, 1), np.int32))
+    relevance = truth = sparse.csr_matrix(np.array([[1.0, 0.0]], np.float32))
+    validation = tuning.Validation(near, truth, relevance, np.zeros((0, 2), int), 1)
+    rows = tuning.tune(
+        {None: labels}, validation, lambda r: float(r.ids[0, 0] == 0), [Mixing(0.1, 1, 0.1)]
+    )
+    assert settings.best_of(rows) == Scoring()

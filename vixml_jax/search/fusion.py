@@ -1,0 +1,63 @@
+"""One search for the scores of prototypes and of the label head: their vectors, concatenated.
+
+The score of label l for query i is
+
+    S_il = a q_i.z_l + c (SCALE g_i.w_l + b_l),
+
+with the unit vectors q_i of the query and z_l of the prototype, and g_i, w_l and b_l of the label
+head (`labels.head`). It is the inner product of [a q_i; c g_i; c] with [z_l; SCALE w_l; b_l], so
+one index over the labels serves all weights a and c.
+
+exp(S_il) divided by its sum over all labels is the probability that a label drawn from those of
+the query is l. It is comparable between queries and between runs.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from vixml_jax.labels.head import SCALE
+
+MULTIPLE = 8  # Widths are padded with zeros to a multiple, which indexes are faster with.
+
+
+class Fusion(NamedTuple):
+    """Weights of both scores.
+
+    Attributes:
+      prototypes: Of the inner product of query and prototype, a.
+      head: Of the logit of the label head, c.
+    """
+
+    prototypes: float
+    head: float
+
+
+def label_vectors(
+    prototypes: Float[np.ndarray, "n e"],
+    vectors: Float[np.ndarray, "n e"],
+    bias: Float[np.ndarray, " n"],
+) -> Float[np.ndarray, "n w"]:
+    """Returns the vectors [z; SCALE w; b] of labels, w = `width(e)`, float32."""
+    count, e = prototypes.shape
+    result = np.zeros((count, width(e)), np.float32)
+    result[:, :e], result[:, e : 2 * e], result[:, 2 * e] = prototypes, SCALE * vectors, bias
+    return result
+
+
+def query_vectors(
+    queries: Float[np.ndarray, "q e"], head_queries: Float[np.ndarray, "q e"], fusion: Fusion
+) -> Float[np.ndarray, "q w"]:
+    """Returns the vectors [a q; c g; c] of queries, w = `width(e)`, float32."""
+    count, e = queries.shape
+    result = np.zeros((count, width(e)), np.float32)
+    result[:, :e] = fusion.prototypes * queries
+    result[:, e : 2 * e] = fusion.head * head_queries
+    result[:, 2 * e] = fusion.head
+    return result
+
+
+def width(e: int) -> int:
+    """Returns the width of a fused vector, for embeddings of width e."""
+    return -(-(2 * e + 1) // MULTIPLE) * MULTIPLE

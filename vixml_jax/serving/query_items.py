@@ -1,0 +1,102 @@
+"""Turns texts and image embeddings of queries into items, as prepared data hold them."""
+
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vixml_jax.data.store import Items, Ragged, Texts
+from vixml_jax.data.text import batch_tokenizer
+from vixml_jax.data.text import tokenizer as tokenizer_lib
+from vixml_jax.errors import InputError
+
+MAX_CHARACTERS = 1 << 16  # Longer texts are cut; the tokens that are read end long before.
+
+
+class ItemReader:
+    """Tokenizes texts and checks image embeddings; may be used by several threads.
+
+    Attributes:
+      num_special: Special tokens around the tokens of a text.
+    """
+
+    def __init__(self, directory: str, max_tokens: int, image_width: int):
+        """Loads the tokenizer.
+
+        Args:
+          directory: Holds the tokenizer.
+          max_tokens: Tokens after which texts are cut.
+          image_width: Width of the image embeddings that the model reads; 0: it reads none.
+        """
+        tokenizer = tokenizer_lib.load(directory, max_tokens)
+        self._unknown_token = tokenizer.token_to_id("[UNK]")
+        self.num_special = sum(map(len, tokenizer_lib.special_tokens(tokenizer)))
+        self._encoder, self._lock = batch_tokenizer.Encoder(tokenizer), threading.Lock()
+        self._image_width = image_width
+
+    def read(self, texts: Sequence[str], images: Sequence[Any] | None = None) -> Items:
+        """Returns texts and images in the form of prepared data.
+
+        Args:
+          texts: Texts of the queries.
+          images: For each query the embedding of its image [v], of several images [j, v], or None.
+
+        Raises:
+          InputError: If texts or images are malformed.
+        """
+        if isinstance(texts, str):
+            raise InputError(f"found one text, {texts[:40]!r}, expected a list of texts")
+        checked = [_checked_text(text, query) for query, text in enumerate(texts)]
+        with self._lock:
+            tokens = self._encoder.encode(checked)
+        offsets = np.concatenate([[0], np.cumsum(tokens.lengths)])
+        item_images = None
+        if self._image_width:  # Queries without images use the same programs.
+            images = [None] * len(texts) if images is None else images
+            item_images = self._ragged_images(images, len(texts))
+        no_texts = Texts(np.zeros(0, np.uint8), np.zeros(len(texts) + 1, np.int64))
+        return Items(no_texts, Ragged(tokens.values, offsets), item_images)
+
+    def has_only_unknown_tokens(self, items: Items) -> list[bool]:
+        """Whether the text of each item has tokens, none of which the tokenizer knows."""
+        values, offsets = items.tokens
+        return [
+            b - a > self.num_special
+            and self._unknown_token is not None
+            and np.count_nonzero(values[a:b] != self._unknown_token) == self.num_special
+            for a, b in itertools.pairwise(offsets)
+        ]
+
+    def _ragged_images(self, images: Sequence[Any], count: int) -> Ragged:
+        """Returns image embeddings of queries, checked, in float16."""
+        if len(images) != count:
+            raise InputError(f"found images for {len(images)} queries, expected {count}")
+        rows = [np.zeros((0, self._image_width), np.float16)]
+        for query, image in enumerate(images):
+            values = np.zeros((0, self._image_width)) if image is None else np.asarray(image)
+            values = values.reshape(-1, values.shape[-1]) if values.ndim else values
+            if values.ndim != 2 or values.shape[1] != self._image_width:
+                raise InputError(
+                    f"query {query}: found an image of shape {np.shape(image)}, expected "
+                    f"embeddings of width {self._image_width}"
+                )
+            with np.errstate(over="ignore"):
+                rows.append(values.astype(np.float16))
+            if not np.isfinite(rows[-1]).all():
+                raise InputError(f"query {query}: an image embedding is not finite in float16")
+        offsets = np.cumsum([len(row) for row in rows])
+        return Ragged(np.concatenate(rows), offsets)
+
+
+def _checked_text(text: Any, query: int) -> str:
+    """Returns the beginning of a text, after checking that it can be encoded."""
+    if not isinstance(text, str):
+        raise InputError(f"query {query}: found {type(text).__name__}, expected a text")
+    text = text[:MAX_CHARACTERS]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"query {query}: the text contains a lone surrogate") from None
+    return text
