@@ -21,8 +21,8 @@ def configuration(*arguments):
 @pytest.mark.parametrize("num_images", [0, 3])
 def test_operations_of_an_encoder(num_images):
     """MiniLM-L6: six layers of width 384 with 12 d^2 weights, forward once and backward twice."""
-    given = ["--preset=minilm", "--batch.size=256", "--head.weight=0", "--nohead.refit"]
-    config = configuration(*given, f"--model.num_images={num_images}")
+    given = ["--preset=minilm", "--batch.size=256", "--loop.epochs=10", "--head.weight=0"]
+    config = configuration(*given, "--nohead.refit", f"--model.num_images={num_images}")
     found = hours.estimate(config, 10_001, 32)
     d, b, s = 384, 256, 32 + num_images
     tower = 3 * 2 * b * (2 * 6 * 12 * d * d * s + 4 * 6 * d * s * s)

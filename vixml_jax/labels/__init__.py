@@ -1,4 +1,4 @@
-"""The label side of the model: label table, prototype network and centroids.
+"""The label side of the model: label table, prototype network, centroids and label head.
 
-The table holds one row per label, sharded over the mesh.
+Table and head hold one row per label, sharded over the mesh.
 """
