@@ -1,4 +1,4 @@
 """Training of a model.
 
-The training loops and steps, losses, optimizer, checkpoints, preemption, memory planning and metrics.
+The training loops and steps, losses, optimizer, checkpoints, preemption, memory plans and metrics.
 """
