@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -309,30 +310,26 @@ class Model:
 
     @functools.cached_property
     def _label_block(self) -> Any:
-        def encode(
-            params: Any,
-            labels: LabelState,
-            packed: PackedItems,
-            label_ids: Int[Array, " b"],
-            num_items: int,
-        ) -> Float[Array, "b e"]:
-            vectors = self.tower_vectors(params, packed, num_items)
-            return self.prototypes(params, labels, vectors, label_ids)
-
-        return jax.jit(encode, static_argnums=4, out_shardings=sharding.rows_sharding(self.mesh))
+        return self._label_program(lambda vectors, prototypes: prototypes)
 
     @functools.cached_property
     def _both_block(self) -> Any:
+        return self._label_program(
+            lambda vectors, prototypes: jnp.concatenate([unit(vectors), prototypes], axis=1)
+        )
+
+    def _label_program(self, result: Callable[[Array, Array], Array]) -> Any:
+        """A jitted function of a block of labels: `result` of tower vectors and prototypes."""
+
         def encode(
             params: Any,
             labels: LabelState,
             packed: PackedItems,
             label_ids: Int[Array, " b"],
             num_items: int,
-        ) -> Float[Array, "b 2e"]:
+        ) -> Float[Array, "b w"]:
             vectors = self.tower_vectors(params, packed, num_items)
-            prototypes = self.prototypes(params, labels, vectors, label_ids)
-            return jnp.concatenate([unit(vectors), prototypes], axis=1)
+            return result(vectors, self.prototypes(params, labels, vectors, label_ids))
 
         return jax.jit(encode, static_argnums=4, out_shardings=sharding.rows_sharding(self.mesh))
 
