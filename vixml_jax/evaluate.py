@@ -279,10 +279,7 @@ def _check_tuning(names: Sequence[str], dataset: PreparedDataset, config: Config
     if not names:
         return
     dataset.split("valid")
-    known = evaluator.metric_names(min(config.eval.k, dataset.num_labels))
-    for name in names:
-        if name not in known:
-            raise InputError(f"--tune={name}: expected metrics among {', '.join(known)}")
+    evaluator.check_metric_names("tune", names, min(config.eval.k, dataset.num_labels))
 
 
 def define_flags() -> None:

@@ -20,6 +20,7 @@ from vixml_jax.augmentation.settings import Scoring
 from vixml_jax.config import SearchConfig
 from vixml_jax.data import propensity
 from vixml_jax.data.store import PreparedDataset
+from vixml_jax.errors import InputError
 from vixml_jax.evaluation import knn_baseline, sliced_metrics, slices
 from vixml_jax.evaluation import metrics as metrics_lib
 from vixml_jax.evaluation.sliced_metrics import SlicedMetrics
@@ -125,6 +126,18 @@ def metric_names(k: int) -> list[str]:
     """Returns the names of the metrics that `measure` computes for k labels per query."""
     empty = np.full((1, k), -1), sparse.csr_matrix((1, 1)), np.ones(1)
     return list(metrics_lib.compute_metrics(*empty, recall_ks=_recall_ks(k)))
+
+
+def check_metric_names(flag: str, names: Sequence[str], k: int) -> None:
+    """Checks that `measure` computes the metrics that a flag names.
+
+    Raises:
+      InputError: If it does not.
+    """
+    known = metric_names(k)
+    for name in names:
+        if name not in known:
+            raise InputError(f"--{flag}={name}: expected metrics among {', '.join(known)}")
 
 
 def evaluate_model(*args: Any, **settings: Any) -> dict[str, Any]:

@@ -87,10 +87,7 @@ def check_tuning(config: Config, dataset: PreparedDataset, k: int) -> None:
     Raises:
       InputError: If there is no such metric.
     """
-    names = evaluator.metric_names(k)
-    for name in config.eval.tune:
-        if name not in names:
-            raise InputError(f"--eval.tune={name}: expected metrics among {', '.join(names)}")
+    evaluator.check_metric_names("eval.tune", config.eval.tune, k)
     if config.eval.tune and not dataset.valid:
         console.status(
             f"note: --eval.tune has no effect, because --data={config.data} has no validation split"
