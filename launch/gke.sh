@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a TPU slice of a GKE cluster: fills in gke_jobset.yaml, applies it, shows the first log.
 #
-#   NAME=mine IMAGE=REGISTRY/vixml_jax launch/gke.sh [--dry_run] -- --flagfile=experiments/lf_wiki.flags
+#   NAME=mine IMAGE=REGISTRY/vixml_jax launch/gke.sh [--dry_run] -- --flagfile=experiments/lf_wikipedia_500k_distilbert.flags
 #   NAME=mine launch/gke.sh --delete
 #
 # --dry_run  prints the JobSet and the commands, and runs none.

@@ -2,7 +2,7 @@
 # Trains on a slice of Cloud TPUs: creates it or uses the existing one, installs this commit on all of
 # its hosts, trains, shows the log of the first host, and continues after a preemption.
 #
-#   NAME=mine ZONE=us-west4-a launch/tpu_pod.sh [--dry_run] -- --flagfile=experiments/lf_wiki.flags
+#   NAME=mine ZONE=us-west4-a launch/tpu_pod.sh [--dry_run] -- --flagfile=experiments/lf_wikipedia_500k_distilbert.flags
 #   NAME=mine ZONE=us-west4-a launch/tpu_pod.sh --delete
 #
 # --dry_run  prints every command and runs none (as if the slice did not exist).

@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     # On a busy machine eight devices may take longer than 40 s to synchronise.
     " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+    # Most of the time goes into compiling small programs, which these nearly halve.
+    " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 ).strip()
 # Runs that are stopped, resumed and repeated compile their step once. Workers of pytest-xdist
 # inherit the directory from the process that starts them.

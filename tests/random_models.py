@@ -27,6 +27,32 @@ ENCODERS = {
              hidden_dim=36),
     ),
 }  # fmt: skip
+_ROBERTA = dict(
+    vocab_size=50, max_position_embeddings=34, hidden_size=24, num_hidden_layers=2,
+    num_attention_heads=4, intermediate_size=40,
+)  # fmt: skip
+ENCODERS |= {
+    "roberta": (
+        transformers.RobertaConfig,
+        transformers.RobertaModel,
+        {**_ROBERTA, "type_vocab_size": 1},
+    ),
+    "xlm-roberta": (
+        transformers.XLMRobertaConfig,
+        transformers.XLMRobertaModel,
+        {**_ROBERTA, "pad_token_id": 3},
+    ),
+    "mpnet": (transformers.MPNetConfig, transformers.MPNetModel, _ROBERTA),
+    "modernbert": (
+        transformers.ModernBertConfig,
+        transformers.ModernBertModel,
+        dict(vocab_size=50, max_position_embeddings=32, hidden_size=24, num_hidden_layers=4,
+             num_attention_heads=3, intermediate_size=40, local_attention=6, pad_token_id=0,
+             eos_token_id=2, bos_token_id=1, cls_token_id=1, sep_token_id=2,
+             rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 500.0},
+                              "sliding_attention": {"rope_type": "default", "rope_theta": 90.0}}),
+    ),
+}  # fmt: skip
 DECODERS = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2Model, _DECODER),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3Model, {**_DECODER, "head_dim": 16}),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -58,7 +59,8 @@ def read_queries(config, kind):
 def test_metrics_per_query_average_to_the_metrics(trained, results, kind):
     queries, about = read_queries(trained[0], kind)
     dataset = PreparedDataset.open(trained[0].data)
-    assert about == (dataset.name, dataset.content_hash, "test", "exact")
+    ids = dataset.info["arrays"]["test_ids"]["sha256"]
+    assert about == (dataset.name, dataset.content_hash, "test", "exact", ids)
     assert len(queries.values) == len(dataset.test)
     rows = {"": results, "-neighbours": results["with_neighbours"]}
     for name, row in results["knn_baseline"].items():
@@ -98,22 +100,54 @@ def test_report_shows_the_run(trained, results):
     assert f"report written to {path}" in printed
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    for name in ("P@1", "PSP@5", "nDCG@5"):
-        assert f"<dt>{name}</dt><dd>{results[name]:.2f}" in text
+    served = results["with_neighbours"]  # By predict too, so the tiles show them.
+    assert served["P@5"] != results["P@5"]
+    for name in ("P@1", "P@5", "PSP@5", "nDCG@5"):
+        assert f"<dt>{name}</dt><dd>{served[name]:.2f}" in text
     for expected in (
         "--report --knn.weight=0.3",
         "this run, text and images, with neighbours",
         "Learning curves",
         "Loss in training",
-        "data:image/png;base64,",
+        "labels per training query",  # Charts of the data.
         "Label neighbours",
-        "weight 0.3, k 100, temperature 0.05, joint False",
+        "weight 0.3, k 100, temperature 0.05, joint no",
+        "with A = 0.6 and B = 2.6",
+        f"<dd>{results['peak_memory_gib']:.2f} GiB</dd>",
         "P@1 by images",
         PreparedDataset.open(config.data).content_hash,
     ):
         assert expected in text, expected
     assert "Recall and speed of the index" not in text  # Only for ScaNN.
     assert not [name for name in os.listdir(os.path.dirname(path)) if "tmp" in name]
+
+
+def test_examples_are_what_predict_serves(trained, tmp_path):
+    config, _ = trained
+    with open(os.path.join(config.workdir, "evaluation", "test-exact.report.html")) as file:
+        articles = re.findall("<article>(.*?)</article>", file.read(), re.DOTALL)
+    assert len(articles) == 16
+    queries, _ = read_queries(config, "-neighbours")
+    dataset = PreparedDataset.open(config.data)
+    values = {}
+    for text, value in zip(dataset.test.texts, queries.column("nDCG@5"), strict=True):
+        values.setdefault(text, set()).add(f"{100 * value:.1f}")
+    rows = {}
+    for article in articles:
+        text, *labels = re.findall(r"<bdi>(.*?)</bdi>", article)
+        assert re.search(r"nDCG@5 ([\d.]+)", article)[1] in values[text]
+        if ">0 images" in article:
+            rows[text] = labels[:5]
+    assert rows
+    source, out = tmp_path / "queries.jsonl", tmp_path / "predictions.jsonl"
+    source.write_text("".join(json.dumps({"title": text}) + "\n" for text in rows))
+    done = run_module(
+        "predict", f"--workdir={config.workdir}", f"--queries={source}", f"--out={out}", "--k=5",
+        "--knn.weight=0.3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line)["labels"] for line in out.read_text().splitlines()]
+    assert [[label["text"] for label in labels] for labels in found] == list(rows.values())
 
 
 def test_compare_reads_the_written_files(trained, tmp_path):

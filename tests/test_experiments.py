@@ -12,24 +12,27 @@ import tokenizers
 from absl import flags
 from flax import linen as nn
 
-from vixml_jax import command_line, workdir
+from vixml_jax import command_line, train, workdir
 from vixml_jax import config as config_lib
-from vixml_jax.benchmarks.support import towers
-from vixml_jax.models import hf_checkpoints
-from vixml_jax.training import build
+from vixml_jax.data.sources import catalog
+from vixml_jax.errors import InputError
+from vixml_jax.models import hf_files
+from vixml_jax.models import published_towers as towers
+from vixml_jax.training import build, flops
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.flags"))
-PAPER = [f for f in FILES if re.match(r"lf_|mm_", f.name)]
-OTHERS = [f for f in FILES if f not in PAPER and f.stem != "base"]
+SHORT_NAMES = {"lf_wiki": "lf_wikipedia_500k", "lf_wikiseealso": "lf_wikiseealso_320k"}
+PAPER = [f for f in FILES if re.match(r"lf_|mm_", f.name) and f.stem not in SHORT_NAMES]
+OTHERS = [f for f in FILES if f not in PAPER and f.stem not in ("base", *SHORT_NAMES)]
 # Data sets of the XML repository (and MUFIN's), with the paper's: labels, length of a text.
 DATA = {
     "lf_amazontitles_131k": (131_073, 32),
     "lf_amazon_131k": (131_073, 128),
     "mm_amazontitles_300k": (303_296, 32),
     "lf_amazontitles_1.3m": (1_305_265, 32),
-    "lf_wikiseealso": (312_330, 128),
-    "lf_wiki": (501_070, 256),
+    "lf_wikiseealso_320k": (312_330, 128),
+    "lf_wikipedia_500k": (501_070, 256),
 }
 # Parameters of each tower as published, without the heads that a tower does not have.
 PUBLISHED = {
@@ -62,7 +65,7 @@ def hub(tmp_path, monkeypatch):
         (path / "config.json").write_text(json.dumps(towers.about(name)))
         return str(path)
 
-    monkeypatch.setattr(hf_checkpoints, "resolve", resolve)
+    monkeypatch.setattr(hf_files, "resolve", resolve)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,35 @@ def parts(path):
 def test_every_tower_and_data_set_has_a_flag_file():
     found = {parts(path) for path in PAPER}
     paper = {(data, tower) for data in DATA if "wiki" not in data for tower in PUBLISHED}
-    assert found == paper | {("lf_wiki", "distilbert"), ("lf_wikiseealso", "distilbert")}
+    assert found == paper | {(name, "distilbert") for name in SHORT_NAMES.values()}
+
+
+def test_data_sets_have_the_names_of_the_catalogue():
+    for path in PAPER:
+        assert parts(path)[0] in catalog.CATALOG
+        assert parse(path).workdir == f"runs/{path.stem}"
+    for short, name in SHORT_NAMES.items():
+        same = [parse(ROOT / "experiments" / f"{x}.flags") for x in (short, f"{name}_distilbert")]
+        assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_without_data_it_says_how_to_get_them(path, tmp_path, monkeypatch):
+    """The catalogue entry, the page, the `prepare` command and the time on known hardware."""
+    monkeypatch.chdir(tmp_path)
+    config, (data, _) = parse(path), parts(path)
+    dataset, (_, length) = catalog.CATALOG[data], DATA[data]
+    with pytest.raises(InputError) as caught:
+        train.train(config, data_cache=str(tmp_path / "cache"))
+    said = str(caught.value)
+    assert said.startswith(f"--data={config.data}: not found; this is {dataset.name} ({data} in ")
+    assert dataset.homepage in said and "\n" not in said
+    assert (
+        f"python -m vixml_jax.prepare --source=RAW/{dataset.name} --out={config.data} "
+        f"--max_tokens={length} --tokenizer={config.model.pretrained}; "
+    ) in said
+    hours = flops.estimate(config, dataset.train, length).hours(0.4 * 989e12)
+    assert f"about {hours:.1f} h on one NVIDIA H100" in said
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
@@ -125,12 +156,10 @@ def test_it_builds_the_published_model(path, tokenizer):
     said = path.read_text()
     assert f"--max_tokens={length}\n" in said and f"--out={config.data} " in said
     if "wiki" in data:
-        a, b = ("0.5", "0.4") if data == "lf_wiki" else ("0.55", "1.5")
+        a, b = ("0.5", "0.4") if data == "lf_wikipedia_500k" else ("0.55", "1.5")
         assert f"--propensity_a={a} --propensity_b={b}" in said
 
 
-@pytest.mark.parametrize(
-    "path", [f for f in FILES if f not in PAPER and f.stem != "base"], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
 def test_other_flag_files_parse(path):
     assert parse(path).workdir == f"runs/{path.stem}"

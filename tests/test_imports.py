@@ -20,7 +20,7 @@ LAYERS = (
     ("evaluator",),
     ("augmentation",),
     ("workdir", "image_encoding"),
-    ("modeling",),
+    ("modeling", "run_data"),
     ("search",),
     ("labels",),
     ("models",),

@@ -1,5 +1,6 @@
 """Preparing data with image files: embeddings, resuming, invalid files, and URLs."""
 
+import base64
 import http.server
 import json
 import os
@@ -8,11 +9,13 @@ import threading
 
 import jax
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import transformers
 from absl import flags
 from PIL import Image
+from pyarrow import parquet
 
 from vixml_jax import image_encoding, prepare
 from vixml_jax.data.images import image_files
@@ -150,7 +153,7 @@ def test_error_messages_name_the_file(model, source, tmp_path):
         run(source, tmp_path / "out", model[0])
     rows = [{"text": "a", "labels": ["x"], "image": name} for name in ("b.png", {"bytes": "b"})]
     (source / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"q.jsonl, line 2: 'image' is .*, expected text"):
+    with pytest.raises(InputError, match=r"q.jsonl, line 2: 'image' is 'b', expected text .* or"):
         run(source / "q.jsonl", tmp_path / "out", model[0])
     other = tmp_path / "other"
     shutil.copytree(model[0], other)
@@ -163,6 +166,118 @@ def test_error_messages_name_the_file(model, source, tmp_path):
     (other / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"preprocessor_config.json: not found"):
         run(source, tmp_path / "out", str(other))
+
+
+def write_jsonl(path, images):
+    """A table of queries with the images; half of them are held out."""
+    rows = [{"text": f"shoe {i}", "labels": ["x"], "image": x} for i, x in enumerate(images)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_directory_with_other_data_is_refused_before_images_are_read(
+    model, source, tmp_path, monkeypatch
+):
+    run(source, tmp_path / "out", model[0])
+    embed = []
+    monkeypatch.setattr(image_encoding.ImageFinder, "embed", lambda *a: embed.append(a))
+    with pytest.raises(InputError, match=r"prepared data set that differs in max_tokens"):
+        run(source, tmp_path / "out", model[0], max_tokens=9)
+    with pytest.raises(InputError, match=r"--valid=0.5: .*at least|--split_by=group:x|no column"):
+        run(source, tmp_path / "new", model[0], split_by="group:x", valid=0.5)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(InputError, match=r"taken"):
+        run(source, tmp_path / "taken", model[0])
+    run(source, tmp_path / "out", model[0])  # The same again: kept as it is.
+    assert not embed
+    with pytest.raises(InputError, match=r"no/such/model: no such directory; expected a Hugging"):
+        run(tmp_path / "no.csv", tmp_path / "new", "no/such/model")  # Before the source is read.
+
+
+@pytest.mark.parametrize("kind", ["column", "files"])
+def test_images_that_are_not_read_are_counted(kind, model, source, tmp_path, capsys):
+    if kind == "column":
+        write_jsonl(source / "q.jsonl", ["a.png|b.png", None, ["c.png"], {"bytes": 5}, "a.png"])
+        path, line = source / "q.jsonl", "warning: 5 images named, not read: add --images="
+    else:
+        path, line = source, "warning: 6 images named, not read: add --images="
+    assert run(path, tmp_path / "out", "").image_width == 0
+    assert line in capsys.readouterr().out
+    for images, told in (("", True), (model[0], False)):
+        if kind == "column":
+            write_jsonl(path, ["a.png|b.png", None, ["c.png"], "images/a.png", "images/b.png"])
+        values = flags.FlagValues()
+        prepare.define_flags(values)
+        values(["prepare", f"--source={path}", f"--images={images}", "--dry_run"])
+        prepare.run(values)
+        printed = capsys.readouterr().out
+        assert (line in printed) == told
+        gone = "3 of 5" if kind == "column" else "1 of 6"
+        assert (f"image files that do not exist: {gone}; the first is" in printed) != told
+    assert sorted(os.listdir(tmp_path)) == ["out", "shop"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_contents_in_a_table_are_embedded_like_files(kind, model, source, tmp_path):
+    contents = [(source / "images" / f"{name}.png").read_bytes() for name in "abc"]
+    (source / "broken").mkdir()
+    broken = contents[0][:40]
+    cells = [{"bytes": x, "path": "x.png"} for x in contents]
+    cells += [{"bytes": broken, "path": None}, {"bytes": None, "path": "images/b.png"}, None]
+    if kind == "parquet":
+        table = pyarrow.table({"text": list("abcdef"), "labels": ["x"] * 6, "image": cells})
+        parquet.write_table(table, source / "q.parquet")
+        where = "q.parquet, row 4"
+    else:
+        texts = [base64.b64encode(x).decode() for x in [*contents, broken]]
+        urls = [f"data:image/png;base64,{text}" for text in texts]
+        cells = [texts[0], urls[1], {"bytes": texts[2]}, urls[3], {"path": "images/b.png"}, None]
+        if kind == "csv":
+            cells = [urls[0], urls[1], urls[2], urls[3], "images/b.png", ""]
+            with open(source / "q.csv", "w", encoding="utf-8") as file:
+                file.write("text,labels,image\n")
+                file.writelines(f'{t},x,"{c}"\n' for t, c in zip("abcdef", cells, strict=True))
+        else:
+            write_jsonl(source / "q.jsonl", cells)
+        where = f"q.{kind}, line {5 if kind == 'csv' else 4}"
+    path, tower, processor = model
+    dataset = run(source / f"q.{kind}", tmp_path / "out", path, test=0.5)
+    files = [Image.open(source / "images" / f"{name}.png") for name in "abc"]
+    with torch.no_grad():
+        a, b, c = tower(**processor(files, return_tensors="pt")).pooler_output.numpy()
+    expected = {0: [a], 1: [b], 2: [c], 3: [], 4: [b], 5: []}
+    for queries in (dataset.train, dataset.test):
+        values = [vector for name in queries.ids for vector in expected[int(name)]]
+        lengths = [len(expected[int(name)]) for name in queries.ids]
+        np.testing.assert_array_equal(np.diff(queries.images.offsets), lengths)
+        np.testing.assert_allclose(queries.images.values, values, atol=2e-3)  # float16.
+    (line,) = (tmp_path / "out.images" / "broken.txt").read_text().splitlines()
+    assert line.startswith(f"{source / where}\t")
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.images", "shop"]  # Nothing else is left.
+
+
+def test_no_image_at_all_is_refused(model, tmp_path):
+    write_jsonl(tmp_path / "q.jsonl", ["gone.png", "gone/too.png", "x.svg", None])
+    (tmp_path / "x.svg").write_text("<svg/>")
+    with pytest.raises(InputError) as caught:
+        run(tmp_path / "q.jsonl", tmp_path / "out", model[0])
+    assert str(caught.value).startswith(f"--images={model[0]}: none of the 3 images that q names")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_of_another_reader_are_replaced(model, source, tmp_path, capsys):
+    expected = run(source, tmp_path / "out", model[0])
+    about = tmp_path / "out.images" / "about.json"
+    stored = json.loads(about.read_text())
+    del stored["reader"]  # As version 0.3 wrote it.
+    about.write_text(json.dumps(stored))
+    vectors = tmp_path / "out.images" / "vectors.f16"
+    vectors.write_bytes(bytes(len(vectors.read_bytes())))
+    found = run(source, tmp_path / "out", model[0], overwrite=True)
+    assert "the images are embedded again" in capsys.readouterr().out
+    np.testing.assert_array_equal(found.train.images.values, expected.train.images.values)
+    assert "reader" in json.loads(about.read_text())
 
 
 def test_invalid_image_files_are_listed(model, tmp_path, monkeypatch):
@@ -199,7 +314,7 @@ def test_store_without_images(tmp_path):
     row_of, faults = image_encoding.embed_files(
         None, {}, [str(tmp_path / "no.png")], store, None, batch=2, keep_aspect=False, threads=1
     )
-    assert row_of == {} and list(faults.values()) == ["cannot be read"]
+    assert row_of == {} and list(faults.values()) == ["cannot be read: no such file"]
     assert jax.tree.leaves(store.row_of) == []
 
 

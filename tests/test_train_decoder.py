@@ -174,7 +174,7 @@ def test_decoder_from_scratch_learns(data, tmp_path):
 @pytest.mark.parametrize("changes,message", [
     ({"lora": LoraConfig(rank=2)}, "--lora.rank=2: adapters need pretrained weights"),
     ({"lora": LoraConfig(rank=2, maps=["query", "values"])}, r"unknown lora_maps \['values'\]"),
-    ({"model": {"pooling": "last"}}, "--model.pooling=last: works with decoders only"),
+    ({"model": {"family": "decoder", "pooling": "cls"}}, "--model.pooling=cls: the first token"),
     ({"model": {"family": "decoder"}, "batch": {"row_width": 10}}, "row_width=10 is too narrow"),
 ])  # fmt: skip
 def test_flags_that_do_not_fit_are_rejected(changes, message, data, checkpoint, tmp_path):

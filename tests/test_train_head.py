@@ -270,13 +270,18 @@ def test_opening_lines_and_progress_tell_of_the_head(data, tmp_path, capsys):
     assert "final model: from the last epoch, 1/1; its head refitted in 2 epochs" in output
 
 
-def test_loss_is_chosen_by_the_labels_per_query(data, tmp_path):
+def test_loss_is_chosen_by_labels_per_query_and_queries_per_label(data, tmp_path):
     config = head_run(data, tmp_path / "run", "only")
-    for count, loss in ((5.4, "softmax"), (5.5, "bce")):
-        assert workdir_lib.with_head_loss(config, count).head.loss == loss
+    for *density, loss in (
+        (5.4, 99.0, "softmax"),
+        (5.5, 24.9, "softmax"),
+        (5.5, 25.0, "bce"),
+        (41.0, 117.0, "bce"),
+    ):
+        assert workdir_lib.with_head_loss(config, *density).head.loss == loss
     given = dataclasses.replace(config.head, loss="decoupled_softmax")
     config = dataclasses.replace(config, head=given)
-    assert workdir_lib.with_head_loss(config, 99.0).head.loss == "decoupled_softmax"
+    assert workdir_lib.with_head_loss(config, 99.0, 99.0).head.loss == "decoupled_softmax"
     with pytest.raises(ValueError, match="with_head_loss"):
         workdir_lib.build_model(
             head_run(data, tmp_path, "only"), None, None, 20, sharding.create_mesh()

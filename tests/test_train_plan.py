@@ -16,10 +16,10 @@ import pytest
 from tests.tiny import configuration, make_data
 from vixml_jax import train
 from vixml_jax import workdir as workdir_lib
-from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import LoraConfig
 from vixml_jax.errors import InputError
 from vixml_jax.flag_groups import HeadConfig
+from vixml_jax.models import published_towers as towers
 from vixml_jax.runtime import console, host_memory
 from vixml_jax.training import build, memory_planner, trainer
 
@@ -102,7 +102,7 @@ def test_run_that_does_not_fit_is_rejected_after_the_table(data, tmp_path, capsy
         ("v9:2x2", "", "--plan_devices=v9:2x2: expected v4 or v5e or v5p or v6e and a topology"),
         ("", "labels:-3", "--plan_size=labels:-3: expected queries:NUMBER,labels:NUMBER"),
         ("", "tokens:3", "found 'tokens:3'"),
-        ("", "queries:10", "--batch.size=16 is more than the 10 training queries"),
+        ("", "queries:1", "found 1 training query; expected at least 2"),
     ],
 )
 def test_bad_devices_and_sizes_are_rejected(devices, sizes, message, data, tmp_path):

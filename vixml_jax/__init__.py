@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vixml_jax.serving.predictor import Predictor
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = ["Predictor", "__version__"]
 

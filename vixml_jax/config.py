@@ -48,7 +48,12 @@ RENAMED = {
 class Config:
     """Everything that defines a run."""
 
-    data: str = flag("glyphs", "Directory written by prepare; glyphs: the built-in data.")
+    data: str = flag(
+        "glyphs",
+        "Directory written by prepare, or a source to prepare. A source such as shop.csv is "
+        "prepared with the tokenizer of --model.pretrained, in --data_cache. glyphs: the built-in "
+        "data.",
+    )
     workdir: str = flag("runs/default", "Run directory; an unfinished run in it is resumed.")
     seed: int = flag(
         0, "Seed of all random draws. Equal flags and seed give equal results.", lower_bound=0

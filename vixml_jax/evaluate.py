@@ -27,7 +27,7 @@ from vixml_jax.parallel import distributed
 from vixml_jax.parallel.distributed import Group
 from vixml_jax.report import tables
 from vixml_jax.runtime import compilation_cache, console, host_memory
-from vixml_jax.serving import label_updates
+from vixml_jax.serving import artifacts, label_updates
 from vixml_jax.storage import atomic, json_files, object_store
 from vixml_jax.storage.vector_store import VectorStore
 from vixml_jax.structs import LabelState
@@ -45,6 +45,7 @@ COMMON_FLAGS = (
     "knn.weight",
     "drop_images",
     "data",
+    "other_data",
     "mesh",
 )
 
@@ -76,6 +77,8 @@ def show(
     with_report: bool = False,
     images: str = "",
     group: Group = distributed.ALONE,
+    is_other_data: bool = False,
+    decide_neighbours: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a model, writes the results and prints a table of the metrics.
 
@@ -91,6 +94,10 @@ def show(
       drop_images: Whether to evaluate queries by their texts only.
       with_report: Whether to write the HTML report too; only with a single process.
       images: Table with the image files of the queries, for the report; empty: none.
+      is_other_data: Whether the data are others than the run was trained on. Their results then
+        have names of their own.
+      decide_neighbours: Whether training neighbours that lower the metrics are turned off for later
+        commands.
 
     Returns:
       The results as written; in all processes but the first, those of `evaluator.search_model`.
@@ -129,6 +136,7 @@ def show(
     uses_images = model.layout.num_images and not drop_images
     name = "this run" + (", text and images" if uses_images else ", text")
     saved = f"{split}-{search}" + ("-without_images" if drop_images else "")
+    saved += f"-data_{dataset.content_hash[:8]}" if is_other_data else ""
     rows = {**results.get("knn_baseline", {}), name: results["metrics"]}
     if "with_neighbours" in results:
         rows[name + evaluator.NEIGHBOURS] = results["with_neighbours"]
@@ -136,7 +144,8 @@ def show(
     keys = {row: row.replace("kNN baseline, ", "knn_") for row in baselines}
     keys |= {name: "run", name + evaluator.NEIGHBOURS: "neighbours"}
     searches = baselines | {name + suffix: result for suffix, result in evaluation.searches.items()}
-    about = per_query_lib.About(dataset.name, dataset.content_hash, split, search)
+    ids = dataset.info["arrays"][f"{split}_ids"]["sha256"]
+    about = per_query_lib.About(dataset.name, dataset.content_hash, split, search, ids)
     sliced = {
         row: evaluator.slice_metrics(result, dataset, split) for row, result in searches.items()
     }
@@ -149,20 +158,21 @@ def show(
         per_query_lib.save(os.path.join(directory, file), metrics.queries, about)
     path = write_results(config.workdir, saved, results)
     print(tables.format_table(rows))
-    console.status(
-        f"{dataset.name}, {split}: {results['counts']['queries']:,} queries, "
-        f"{results['counts']['labels']:,} labels, {search} search; written to {path}"
-    )
+    console.status(f"{_describe(dataset, split, results)}, {search} search; written to {path}")
+    if "with_neighbours" in results and not tune:
+        _compare_neighbours(config.workdir, step, scoring, results, split, decide_neighbours)
     if with_report:
         from vixml_jax.report import page as page_lib
         from vixml_jax.report import render
 
+        served = evaluator.NEIGHBOURS if "with_neighbours" in results else ""  # By predict.
         page = page_lib.assemble(
             config.workdir,
             dataset,
             split,
+            run=name + served,
             results=results,
-            result=evaluation.searches[""],
+            result=evaluation.searches[served],
             label_vectors=evaluation.label_vectors.values,
             frequency=evaluator.label_frequency(dataset),
             sliced={row: metrics for row, metrics in sliced.items() if row not in baselines},
@@ -205,7 +215,15 @@ def main(argv: Sequence[str]) -> None:
     compilation_cache.enable(values.compile_cache)
     object_store.check(values.workdir, "workdir")
     config = workdir_lib.read_config(values.workdir, data=values.data, mesh=values.mesh)
-    dataset = workdir_lib.open_dataset(config, values.data_cache)
+    dataset = workdir_lib.open_run_dataset(
+        config,
+        values.data_cache,
+        allow_other=values.other_data,
+        hint="; --other_data evaluates on them all the same",
+    )
+    is_other_data = dataset.content_hash != workdir_lib.content_hash(config.workdir)
+    if is_other_data:
+        _check_other_data(config.workdir, dataset, values.tune)
     _check_tuning(values.tune, dataset, config)
     mesh = workdir_lib.make_mesh(config)
     tower, layout = workdir_lib.read_tower(config.workdir)
@@ -229,7 +247,9 @@ def main(argv: Sequence[str]) -> None:
         search=values.search,
         search_config=config_lib.group_from_flags("search", SearchConfig, values),
         step=step,
-        vectors=VectorStore(
+        vectors=None
+        if is_other_data  # Those of the run's data are kept.
+        else VectorStore(
             config.workdir,
             workdir_lib.vectors_step(config.workdir),
             dataset.content_hash,
@@ -241,6 +261,73 @@ def main(argv: Sequence[str]) -> None:
         with_report=values.report,
         images=values.report_images,
         group=group,
+        is_other_data=is_other_data,
+    )
+
+
+def _describe(dataset: PreparedDataset, split: str, results: dict[str, Any]) -> str:
+    """What was evaluated: sizes, queries without labels, and the constants of PSP."""
+    counts = results["counts"]
+    text = f"{dataset.name}, {split}: {counts['queries']:,} queries, "
+    if unlabelled := counts["queries_without_labels"]:
+        possible = 100.0 * (1.0 - unlabelled / counts["queries"])
+        text += (
+            f"{unlabelled:,} of them without labels, which count as misses (P@1 is at most "
+            f"{possible:.2f}), "
+        )
+    constants = f"PSP with A {dataset.propensity_a:g}, B {dataset.propensity_b:g}"
+    return f"{text}{counts['labels']:,} labels, {constants}"
+
+
+def _compare_neighbours(
+    workdir: str, step: int, scoring: Scoring, results: dict[str, Any], split: str, decide: bool
+) -> None:
+    """Tells if training neighbours lower the metrics; turns them off for later commands if asked.
+
+    Settings that were tuned for this step stay as they are.
+
+    Args:
+      workdir, step, scoring: The run, its model, and how labels were scored.
+      results: Of the evaluation with and without neighbours.
+      split: That was evaluated.
+      decide: Whether to turn them off.
+    """
+    name = max((n for n in results["metrics"] if n.startswith("P@")), key=lambda n: int(n[2:]))
+    alone, mixed = results["metrics"][name], results["with_neighbours"][name]
+    if mixed >= alone:
+        return
+    found = f"neighbours lower {name} from {alone:.1f} to {mixed:.1f} on the {split} split"
+    if not decide or settings_lib.is_tuned(workdir, step):
+        print(f"{found}: --knn.weight=0 turns them off")
+        return
+    rows = [
+        settings_lib.to_row(scoring.without_neighbours(), alone),
+        settings_lib.to_row(scoring, mixed),
+    ]
+    settings_lib.save_tuned(workdir, step, [name], rows)
+    print(
+        f"{found}: off in later calls of evaluate and predict; "
+        f"--knn.weight={scoring.mixing.weight:g} turns them on"
+    )
+
+
+def _check_other_data(workdir: str, dataset: PreparedDataset, tune: Sequence[str]) -> None:
+    """Checks that data that a run was not trained on have its labels and its tokenizer.
+
+    Raises:
+      InputError: If they do not, or this cannot be found out, or the run would be tuned on them.
+    """
+    if tune:
+        raise InputError("--tune: cannot be combined with --other_data; tune on the run's own data")
+    path = artifacts.locate(workdir)
+    if not artifacts.has_labels_of(path, dataset):
+        raise InputError(
+            f"--data={dataset.path}: its labels or its tokenizer are not those in {path}; expected "
+            f"the labels of the run, in the same order, and data prepared with --tokenizer={path}"
+        )
+    print(
+        f"note: {dataset.path} is not what the run was trained on: its queries may have been "
+        "training queries, and neighbours and PSP are those of its own training split"
     )
 
 
@@ -254,6 +341,13 @@ def _save_tuned(workdir: str, step: int, names: Sequence[str], tried: list[dict[
     for row in tried[:3]:
         described = settings_lib.describe(settings_lib.from_row(row)) or "--knn.weight=0"
         print(f"  {row['value']:.2f}  {described}")
+    best, with_neighbours = tried[0], next((row for row in tried if row["weight"]), None)
+    if not best["weight"] and with_neighbours is not None:
+        metric = names[0] if len(names) == 1 else f"the mean of {', '.join(names)}"
+        print(
+            f"neighbours do not raise {metric}: {with_neighbours['value']:.1f} at best, "
+            f"{best['value']:.1f} without: off"
+        )
     path = settings_lib.save_tuned(workdir, step, names, tried)
     console.status(f"written to {path}; evaluate and predict use the best from now on")
 
@@ -285,7 +379,13 @@ def _check_tuning(names: Sequence[str], dataset: PreparedDataset, config: Config
 def define_flags() -> None:
     """Defines the flags of this command; the rest of the configuration is that of the run."""
     flags.DEFINE_string("workdir", "", "Run directory written by train.")
-    flags.DEFINE_string("data", "", "Prepared data, if moved since training.")
+    flags.DEFINE_string("data", "", "Prepared data of the run, if moved since training.")
+    flags.DEFINE_boolean(
+        "other_data",
+        False,
+        "Evaluate on other data than the run was trained on. They must have the same labels and "
+        "tokenizer. The results get names of their own, SPLIT-SEARCH-data_HASH.",
+    )
     flags.DEFINE_string(
         "mesh",
         "",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from vixml_jax.evaluation.sliced_metrics import SlicedMetrics
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import distributed
 from vixml_jax.parallel.distributed import Group
+from vixml_jax.runtime import host_memory
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.factory import open_index
@@ -87,7 +87,7 @@ def measure(
         result.ids,
         relevance if rows is None else relevance[rows],
         inverse_propensity(dataset),
-        recall_ks=_recall_ks(result.ids.shape[1]),
+        **metrics_lib.cuts(result.ids.shape[1]),
     )
 
 
@@ -114,18 +114,14 @@ def slice_metrics(result: SearchResult, dataset: PreparedDataset, split: str) ->
             "images": slices.by_images(queries),
             "text length": slices.by_length(np.asarray(queries.full_lengths)),
         },
-        recall_ks=_recall_ks(result.ids.shape[1]),
+        **metrics_lib.cuts(result.ids.shape[1]),
     )
-
-
-def _recall_ks(k: int) -> tuple[int, ...]:
-    return tuple(r for r in (10, 100) if r <= k)
 
 
 def metric_names(k: int) -> list[str]:
     """Returns the names of the metrics that `measure` computes for k labels per query."""
     empty = np.full((1, k), -1), sparse.csr_matrix((1, 1)), np.ones(1)
-    return list(metrics_lib.compute_metrics(*empty, recall_ks=_recall_ks(k)))
+    return list(metrics_lib.compute_metrics(*empty, **metrics_lib.cuts(k)))
 
 
 def check_metric_names(flag: str, names: Sequence[str], k: int) -> None:
@@ -190,7 +186,7 @@ def search_model(
     Returns:
       Metrics, counts and seconds per phase as `results`, and the search results.
     """
-    queries, _, pairs = dataset.split(split)
+    queries, relevance, pairs = dataset.split(split)
     seconds, clock = {}, time.perf_counter()
 
     def lap(phase: str) -> None:
@@ -280,12 +276,13 @@ def search_model(
         **about,
         "counts": {
             "queries": len(queries),
+            "queries_without_labels": int(np.count_nonzero(np.diff(relevance.indptr) == 0)),
             "labels": dataset.num_labels,
             "filter_pairs": len(pairs),
         },
         "search": settings,
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "peak_memory_gib": round(host_memory.peak_host_memory() / 2**30, 3),
     }
     return Evaluation(results, searches, label_vectors)
 
@@ -319,7 +316,7 @@ def tune_scoring(
     _, relevance, pairs = dataset.split("valid")
     pairs = index_lib.pairs_of(pairs, rows)
     most = min(max(mixing_lib.KS), len(dataset.train))
-    columns = max(5, *(int(name.partition("@")[2] or k) for name in names))
+    columns = min(k, max(5, *(int(name.partition("@")[2] or k) for name in names)))
     validation = tuning.Validation(
         neighbours.nearest(train_index, vectors, max(most, k)),
         relevance[rows],
@@ -331,7 +328,7 @@ def tune_scoring(
 
     def evaluate(result: SearchResult) -> float:
         metrics = metrics_lib.compute_metrics(
-            result.ids, validation.truth, weights, recall_ks=_recall_ks(columns)
+            result.ids, validation.truth, weights, **metrics_lib.cuts(columns)
         )
         return float(np.mean([metrics[name] for name in names]))
 

@@ -13,8 +13,8 @@ from absl import flags
 from vixml_jax import command_line, errors, workdir
 from vixml_jax.data import store
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf_checkpoints
-from vixml_jax.models.bert import BertConfig
+from vixml_jax.models import hf_files
+from vixml_jax.models.tower import EncoderConfig, TowerConfig
 from vixml_jax.runtime import compilation_cache, console, host_memory
 from vixml_jax.serving import exporting
 from vixml_jax.serving.predictor import Predictor
@@ -48,6 +48,14 @@ _PROBABILITY = """
 exp(score), divided by its sum over all labels, is the probability that a label drawn from those of
 the query is this one. It is what `predict --knn.weight=0` prints as the score of a label."""
 
+# Kind of pooling -> what a vector is, and the weights of its states in code.
+_POOLINGS = {
+    "mean": ("mean state", "mask"),
+    "cls": ("state of the first token", "mask * (mask.cumsum(1) == 1)"),
+    "last": ("last state", "mask * (mask.flip(1).cumsum(1).flip(1) == 1)"),
+    "weighted_mean": ("mean state, the n-th with weight n", "mask * mask.cumsum(1)"),
+}
+
 # Code that computes the vectors q of queries, then scores; for the README.
 _QUERIES = {
     "encoder": """
@@ -59,8 +67,9 @@ _QUERIES = {
                       return_token_type_ids=False)
     with torch.no_grad():
         states = tower(**texts).last_hidden_state
-    mask = texts["attention_mask"][..., None]
-    query = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    mask = texts["attention_mask"]
+    weights = ({weights})[..., None]
+    query = torch.nn.functional.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)
 """,
     "decoder": """
     import json, numpy as np, torch, transformers
@@ -72,9 +81,10 @@ _QUERIES = {
     first, last = about["trimmed"]
     ids = about["before"] + text[first : len(text) - last] + about["after"]
     with torch.no_grad():
-        states = tower(torch.tensor([ids])).last_hidden_state[0]
-    pooled = states.mean(0) if about["pooling"] == "mean" else states[-1]
-    query = torch.nn.functional.normalize(pooled, dim=-1)[None]
+        states = tower(torch.tensor([ids])).last_hidden_state
+    mask = torch.ones(1, len(ids))
+    weights = ({weights})[..., None]
+    query = torch.nn.functional.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)
 """,
 }
 _SCORES = """    scores = query.numpy() @ np.load("labels.npy").T
@@ -95,9 +105,11 @@ q is also `sentence_transformers.SentenceTransformer("tower").encode(["a query"]
 """
 
 
-def _snippet(is_encoder: bool, head: Any) -> str:
+def _snippet(config: TowerConfig, head: Any) -> str:
     """Returns code for the README; `head` is from `exporting.host_head`, None without a head."""
+    is_encoder = isinstance(config, EncoderConfig)
     code = _QUERIES["encoder" if is_encoder else "decoder"]
+    code = code.format(weights=_POOLINGS[config.pooling][1])
     if head is None:
         code += _SCORES
     else:
@@ -137,7 +149,7 @@ def write(
             max_tokens=about["max_tokens"],
         )
         rows.append("| tower/ | the tower and its tokenizer, for transformers; texts only |\n")
-        snippet = _snippet(isinstance(config, BertConfig), head)
+        snippet = _snippet(config, head)
     if program:
         texts = [text or "a" for text in itertools.islice(artifacts.texts, _NUM_CHECKED)]
         path = os.path.join(directory, exporting.PROGRAM)
@@ -163,7 +175,7 @@ def write(
         scored=_COSINE if head is None else _FUSED,
         probability="" if head is None else _PROBABILITY,
         more="".join(rows),
-        pooling="mean state" if about["pooling"] == "mean" else "last state",
+        pooling=_POOLINGS[about["pooling"]][0],
     )
     atomic.write_text(os.path.join(directory, "README.md"), readme + snippet)
     json_files.write(os.path.join(directory, exporting.ABOUT), about)
@@ -191,7 +203,7 @@ def main(argv: Sequence[str]) -> None:
     compilation_cache.enable(values.compile_cache)
     like: Any = values.like or workdir.read_config(values.workdir).model.pretrained or None
     if like and values.tower:
-        hf_checkpoints.resolve(like, weights=False)  # Fails before anything is encoded.
+        hf_files.resolve(like, weights=False)  # Fails before anything is encoded.
     predictor = Predictor.load(
         values.workdir,
         data=values.data,

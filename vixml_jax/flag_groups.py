@@ -37,10 +37,12 @@ class ModelConfig:
         choices=("regression", "random"),
     )
     pooling: str = flag(
-        "mean",
-        "How token states become one vector. mean: their mean; last: the last state, with decoders "
-        "only.",
-        choices=("mean", "last"),
+        "auto",
+        "How token states become one vector. auto: as the modules.json of the checkpoint says, or "
+        "the mean; mean: their mean; cls: the state of the first token; last: the last state; "
+        "weighted_mean: their mean, the n-th with weight n. All but auto start from the "
+        "transformer alone, whatever modules.json says.",
+        choices=("auto", "mean", "cls", "last", "weighted_mean"),
     )
     causal: bool = flag(
         True,
@@ -182,7 +184,7 @@ class HeadConfig:
         "Loss of the head. softmax: over all labels, for queries with few labels; "
         "decoupled_softmax: the same, in which labels of a query do not compete with each other; "
         "bce: binary cross-entropy, for many labels per query; auto: bce from 5.5 labels per query "
-        "on, else softmax.",
+        "and 25 queries per label on, else softmax.",
         choices=("auto", "softmax", "decoupled_softmax", "bce"),
     )
     learning_rate: float = flag(
@@ -239,7 +241,12 @@ class FusionConfig:
 class BatchConfig:
     """Sampling and packing of batches."""
 
-    size: int = flag(1024, "Queries per batch, over all devices.", lower_bound=2)
+    size: int = flag(
+        1024,
+        "Queries per batch, over all devices. If there are fewer training queries, a quarter of "
+        "them.",
+        lower_bound=2,
+    )
     row_width: int = flag(64, "Positions per packed row.", lower_bound=8)
     positives: str = flag(
         "inverse_propensity",
@@ -341,7 +348,7 @@ class EvalConfig:
         [],
         "Metrics to tune scores by at the end of training. For example P@1,PSP@5: the weights of "
         "--fusion.* and --knn.* with the best mean on the validation split are saved. No effect "
-        "without such a split.",
+        "without such a split. Metrics at more than the number of labels are left out.",
     )
 
 
@@ -388,5 +395,7 @@ class SearchConfig:
         lower_bound=1,
     )
     memory_gb: float = flag(
-        0.0, "Host memory in GB that search may use; 0: what is available.", lower_bound=0.0
+        0.0,
+        "Host memory that search may use, in GB (10^9 bytes). 0: all that is free.",
+        lower_bound=0.0,
     )

@@ -5,16 +5,25 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
-from vixml_jax.data.images import download, image_files
+from vixml_jax.data.images import (
+    download,
+    image_embeddings,
+    image_files,
+    image_reader,
+    named_images,
+)
 from vixml_jax.data.images.image_embeddings import EmbeddingStore, FileImages
+from vixml_jax.data.images.image_reader import ImageSource
+from vixml_jax.data.sources.raw import RawDataset
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf_checkpoints
+from vixml_jax.models import hf_checkpoints, hf_configs, hf_files, hf_names
 from vixml_jax.models.siglip import VisionTower
 from vixml_jax.runtime import progress
 
@@ -22,20 +31,20 @@ from vixml_jax.runtime import progress
 def embed_files(
     tower: VisionTower,
     params: Any,
-    paths: Sequence[str],
+    sources: Sequence[ImageSource],
     store: EmbeddingStore,
     processor: image_files.ImageProcessor,
     *,
     batch: int,
     keep_aspect: bool,
     threads: int,
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Embeds image files that are not in the store yet, each distinct content once, in order.
+) -> tuple[dict[ImageSource, int], dict[ImageSource, str]]:
+    """Embeds images that are not in the store yet, each distinct content once, in order.
 
     Args:
       tower: A vision tower.
       params: Parameters of the tower.
-      paths: Paths of the files; several may have the same content.
+      sources: Paths of the files, or their contents; several may have the same content.
       store: Stored embeddings, to which the new ones are added.
       processor: Size and normalisation of the pixels.
       batch: Number of images embedded at a time.
@@ -43,31 +52,38 @@ def embed_files(
       threads: Number of threads that read and decode files.
 
     Returns:
-      The row in the store for each path, and an error message for each path without embedding.
+      The row in the store for each image, and the reason for each image without embedding.
     """
     encode = jax.jit(lambda params, pixels: tower.apply({"params": params}, pixels))
     params = jax.device_put(params)
-    paths = list(dict.fromkeys(paths))
+    sources = list(dict.fromkeys(sources))
     errors: dict[str, str] = {}  # By digest.
 
-    def decode(path: str) -> np.ndarray | str:
-        """Pixels of a file, or why they cannot be decoded."""
+    def digest_of(source: ImageSource) -> str | OSError:
+        """SHA-256 of the content, or why it cannot be read."""
         try:
-            return image_files.load_pixels(path, processor, keep_aspect=keep_aspect)
+            return image_reader.digest(source)
+        except OSError as error:
+            return error
+
+    def decode(source: ImageSource) -> np.ndarray | str:
+        """Pixels of an image, or why they cannot be decoded."""
+        try:
+            return image_files.load_pixels(source, processor, keep_aspect=keep_aspect)
         except (OSError, ValueError) as error:
             return " ".join(str(error).split())
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        digests = dict(zip(paths, pool.map(image_files.digest, paths), strict=True))
-        new_paths: dict[str, str] = {}  # Digest -> first path with this content.
-        for path, digest in digests.items():
-            if digest is not None and digest not in store.row_of:
-                new_paths.setdefault(digest, path)
-        new = list(new_paths.items())
+        digests = dict(zip(sources, pool.map(digest_of, sources), strict=True))
+        first_of: dict[str, ImageSource] = {}  # Digest -> first image with this content.
+        for source, digest in digests.items():
+            if isinstance(digest, str) and digest not in store.row_of:
+                first_of.setdefault(digest, source)
+        new = list(first_of.items())
         with progress.track("images", len(new), shown=bool(new)) as update:
             for start in range(0, len(new), batch):
                 part = new[start : start + batch]
-                decoded = list(pool.map(decode, (path for _, path in part)))
+                decoded = list(pool.map(decode, (source for _, source in part)))
                 valid = [i for i, pixels in enumerate(decoded) if not isinstance(pixels, str)]
                 pixels = np.zeros((batch, processor.height, processor.width, 3), np.float32)
                 for row, i in enumerate(valid):
@@ -86,14 +102,32 @@ def embed_files(
                 }
                 update(len(part))
     row_of, faults = {}, {}
-    for path, digest in digests.items():
-        if digest in store.row_of:
-            row_of[path] = store.row_of[digest]
-        elif digest is None:
-            faults[path] = "cannot be read"
+    for source, digest in digests.items():
+        if isinstance(digest, OSError):
+            faults[source] = str(digest)
+        elif digest in store.row_of:
+            row_of[source] = store.row_of[digest]
         else:
-            faults[path] = errors.get(digest, "the embedding is not finite in float16")
+            faults[source] = errors.get(digest, "the embedding is not finite in float16")
     return row_of, faults
+
+
+def check_model(model: str) -> image_files.ImageProcessor:
+    """Checks the description of a vision model, which is quick, and returns its image processor.
+
+    Raises:
+      InputError: If there is no such model, or it cannot embed images.
+    """
+    directory = hf_files.resolve(model)
+    path = os.path.join(directory, hf_files.CONFIG)
+    _, config = hf_configs.read_config(path, hf_files.read_json(path), hf_names.VISION)
+    processor = image_files.read_processor(os.path.join(directory, "preprocessor_config.json"))
+    if (processor.height, processor.width) != (config.image_size,) * 2:
+        raise InputError(
+            f"--images={model}: preprocessor_config.json has images of {processor.height} x "
+            f"{processor.width}, but the model expects {config.image_size} x {config.image_size}"
+        )
+    return processor
 
 
 class ImageFinder:
@@ -108,7 +142,8 @@ class ImageFinder:
       bounds: Limits of downloads.
 
     Attributes:
-      broken: Reason for each file or URL that could not be embedded.
+      broken: Reason for each image that could not be embedded, by its path, its URL or, for an
+        image whose content a table has, `image_reader.describe`.
     """
 
     def __init__(
@@ -129,84 +164,113 @@ class ImageFinder:
     @functools.cached_property
     def _tower(self) -> tuple[Any, ...]:
         """Vision tower, parameters, image processor and store; loaded when first needed."""
-        directory = hf_checkpoints.resolve(self._model)
-        config, params = hf_checkpoints.load_hf_vision(directory, dtype=self._dtype)
-        processor = image_files.read_processor(os.path.join(directory, "preprocessor_config.json"))
-        if (processor.height, processor.width) != (config.image_size,) * 2:
-            raise InputError(
-                f"--images={self._model}: preprocessor_config.json has images of "
-                f"{processor.height} x {processor.width}, but the model expects "
-                f"{config.image_size} x {config.image_size}"
-            )
+        processor = check_model(self._model)
+        config, params = hf_checkpoints.load_hf_vision(self._model, dtype=self._dtype)
         config = dataclasses.replace(config, dtype=self._dtype)
         about = {
             "model": self._model,
             "config": dataclasses.asdict(config),
             "processor": json.loads(json.dumps(processor)),
             "keep_aspect": self._keep_aspect,
+            "reader": image_reader.VERSION,
         }
         store = EmbeddingStore(self._directory, width=config.width, about=about)
         return VisionTower(config), params, processor, store
 
     @property
     def used(self) -> bool:
-        """Whether any image file was named."""
+        """Whether any image was given to embed."""
         return self._named > 0
 
-    def find(self, directory: str, prefix: str, count: int) -> FileImages | None:
-        """Embeds the images named in `{prefix}_images.txt`; see `image_files.read_paths`."""
-        paths = image_files.read_paths(directory, prefix, count)
-        if paths is None:
-            return None
-        return self.embed(os.path.join(directory, f"{prefix}_images.txt"), paths)
+    def embed_dataset(self, raw: RawDataset) -> RawDataset:
+        """The data set with the embeddings of the images that it names.
 
-    def embed(self, name: str, paths: list[list[str]]) -> FileImages:
+        Raises:
+          InputError: If it names images, but none of them could be embedded, or embeddings that
+            come with it have another width.
+        """
+        named = named_images.parts(raw)
+        items = [names for images in named.values() for names in images.by_item()]
+        origins = {path: where for i in named.values() for path, where in i.origins.items()}
+        embedded = self.embed(", ".join(i.path for i in named.values()), items, origins)
+        if self._named and (embedded.rows < 0).all():
+            name, fault = next(iter(self.broken.items()))
+            raise InputError(
+                f"--images={self._model}: none of the {self._named:,} images that {raw.name} names "
+                f"could be embedded; the first is {name}: {fault}"
+            )
+        ends = np.cumsum([len(images.at) - 1 for images in named.values()])[:-1]
+        parts = zip(named.items(), np.split(embedded.rows, ends), strict=True)
+        images_of = {
+            part: FileImages(rows, embedded.vectors, images.path)
+            for (part, images), rows in parts
+            if (rows >= 0).any()
+        }
+        raw = named_images.replace(raw, dict.fromkeys(named) | images_of)
+        all_images = {part: queries.items.images for part, queries in raw.splits.items()}
+        image_embeddings.check_widths(all_images | {"labels": raw.labels.images}, raw.name)
+        return raw
+
+    def embed(
+        self,
+        name: str,
+        images: Sequence[Sequence[ImageSource]],
+        origins: Mapping[str, str] = MappingProxyType({}),
+    ) -> FileImages:
         """Embeds the images of items.
 
         Args:
           name: Where the images are named, for messages.
-          paths: Paths or URLs of the images of each item.
+          images: The images of each item: paths, URLs or contents.
+          origins: Names of some of the paths, for messages.
         """
         tower, params, processor, store = self._tower
-        file_of, faults = self._download(name for item in paths for name in item)
-        files = [[file_of[name] for name in item if name in file_of] for item in paths]
+        file_of, faults = self._download(source for item in images for source in item)
+        files = [[file_of[source] for source in item if source in file_of] for item in images]
         row_of, broken = embed_files(
             tower,
             params,
-            [path for item in files for path in item],
+            [file for item in files for file in item],
             store,
             processor,
             batch=self._batch,
             keep_aspect=self._keep_aspect,
             threads=os.cpu_count() or 1,
         )
-        self._named += sum(map(len, paths))
-        faults |= {name: broken[path] for name, path in file_of.items() if path in broken}
-        self.broken |= faults
+        self._named += sum(map(len, images))
+        faults |= {source: broken[file] for source, file in file_of.items() if file in broken}
+        self.broken |= {
+            origins.get(source, image_reader.describe(source)): fault
+            for source, fault in faults.items()
+        }
         with open(os.path.join(self._directory, "broken.txt"), "w", encoding="utf-8") as file:
             file.writelines(f"{name}\t{fault}\n" for name, fault in self.broken.items())
-        rows_of_items = [[row_of[path] for path in item if path in row_of] for item in files]
+        rows_of_items = [[row_of[file] for file in item if file in row_of] for item in files]
         width = max(1, max(map(len, rows_of_items), default=1))
-        rows = np.full((len(paths), width), -1, np.int64)
+        rows = np.full((len(images), width), -1, np.int64)
         for i, item in enumerate(rows_of_items):
             rows[i, : len(item)] = item
         return FileImages(rows, store.vectors(), name)
 
-    def _download(self, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """The file of each path or URL (downloaded first), and the reason for each failure."""
-        names = list(dict.fromkeys(names))
-        urls = [name for name in names if download.is_url(name)]
+    def _download(
+        self, sources: Iterable[ImageSource]
+    ) -> tuple[dict[ImageSource, ImageSource], dict[ImageSource, str]]:
+        """The file of each image (URLs are downloaded), and the reason for each failure."""
+        sources = list(dict.fromkeys(sources))
+        urls = [x for x in sources if isinstance(x, str) and download.is_url(x)]
         if not urls:
-            return {name: name for name in names}, {}
+            return {source: source for source in sources}, {}
         directory = os.path.join(self._directory, "files")
         downloaded, faults = download.download(urls, directory, settings=self._bounds)
-        file_of = {name: downloaded.get(name, name) for name in names if name not in faults}
-        return file_of, faults
+        file_of = {x: downloaded.get(x, x) for x in sources if x not in faults}
+        return file_of, dict(faults)
 
     def describe(self) -> str:
         """A line on the number of images, and on those that could not be embedded."""
         line = f"images: {self._named} named in the source, embeddings in {self._directory}"
         if self.broken:
             path = os.path.join(self._directory, "broken.txt")
+            name, fault = next(iter(self.broken.items()))
             line += f"; {len(self.broken)} missing or broken, listed in {path}"
+            line += f"; the first is {name}: {fault}"
         return line

@@ -5,6 +5,7 @@ python -m vixml_jax.predict --workdir=runs/shop --add_labels=new.csv
 python -m vixml_jax.predict --workdir=runs/shop --undo
 """
 
+import collections
 import contextlib
 import functools
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import command_line, errors, image_encoding
+from vixml_jax import command_line, errors, image_encoding, run_data
 from vixml_jax import config as config_lib
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import settings as settings_lib
@@ -36,7 +37,9 @@ COMMON_FLAGS = (
 )  # fmt: skip
 _ACTIONS = ("queries", "add_labels", "remove_labels", "undo", "list_changes")
 _BLOCK = 1024  # Queries predicted together.
-_SHOWN_ERRORS = 5  # Invalid rows listed at the end.
+_SHOWN = 5  # Invalid rows, and notes, listed at the end.
+_MAX_NOTES = 1000  # Different notes that are counted one by one.
+_DIALECT = ("encoding", "delimiter", "quotechar")
 
 
 def predict_rows(
@@ -50,14 +53,15 @@ def predict_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yields the output row of each query, in order.
 
-    A row has `id` and `labels`; a note if something was ignored; for an invalid query, `line` and
-    `error`.
+    A row has `id` and `labels`; a note if something was ignored; `best_score` if no label reaches
+    `min_score`; for an invalid query, `line` and `error`.
 
     Args:
       predictor: Of the run.
       query_images: Embeds the images of the queries.
       block: The queries.
-      k, min_score: See `Predictor`.
+      k: Maximum number of labels per query.
+      min_score: Labels with a lower score are left out.
       never: Returns the ids of labels that must not be predicted, given the id of a query.
     """
     images, image_notes = query_images.embed(block)
@@ -85,7 +89,6 @@ def predict_rows(
             texts,
             [images[i] for i in valid],
             k=k,
-            min_score=min_score,
             never=[filters[i] for i in valid],
         )
         if valid
@@ -96,20 +99,28 @@ def predict_rows(
         if error:
             row |= {"line": query.line, "error": error}
         else:
-            row["labels"] = [prediction._asdict() for prediction in next(predictions)]
+            found = next(predictions)
+            row["labels"] = [label._asdict() for label in found if label.score >= min_score]
+            if found and not row["labels"]:
+                row["best_score"] = found[0].score
             row |= {"note": note} if note else {}
         yield row
 
 
-def predict_file(predictor: Predictor, query_images: QueryImages, values: flags.FlagValues) -> None:
+def predict_file(
+    predictor: Predictor,
+    query_images: QueryImages,
+    rows: Iterator[Query],
+    values: flags.FlagValues,
+) -> None:
     """Predicts the labels of all queries of a file, and writes them block by block."""
     k = values.k
     if k > predictor.num_labels:
         print(f"--k={k}: the run has only {predictor.num_labels} labels; all of them are ranked")
         k = predictor.num_labels
     filters = requests.read_filters(values.filters) if values.filters else {}
-    rows = requests.read_queries(values.queries, _columns(values), values.encoding)
-    count, num_errors, shown = 0, 0, []
+    min_score = -np.inf if values.min_score is None else values.min_score
+    tally = _Tally()
     with (
         errors.writing(f"--out={values.out}"),
         atomic.file(values.out) as temporary,
@@ -122,25 +133,75 @@ def predict_file(predictor: Predictor, query_images: QueryImages, values: flags.
                 query_images,
                 block,
                 k=k,
-                min_score=-np.inf if values.min_score is None else values.min_score,
+                min_score=min_score,
                 never=lambda name: filters.get(name, []),
             ):
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-                if "error" in row:
-                    num_errors += 1
-                    shown += [(row["line"], row["error"])][: _SHOWN_ERRORS - len(shown)]
+                tally.add(row)
             advance(len(block))
-        if num_errors == count:
+        if tally.num_errors == tally.count:
             raise InputError(
-                f"{values.queries}: none of the {count} rows is a valid query; the first error is: "
-                f"{shown[0][1]}"
+                f"{values.queries}: none of the {tally.count} rows is a valid query; the first "
+                f"error is: {tally.errors[0][1]}"
             )
-    for line, error in shown:
-        print(f"invalid query in line {line}: {error}")
-    if num_errors > _SHOWN_ERRORS:
-        print(f'and {num_errors - _SHOWN_ERRORS} more, each with its "error" in {values.out}')
-    print(f"{count - num_errors} of {count} queries predicted, up to {k} labels each: {values.out}")
+    for line in tally.lines(values.out):
+        print(line)
+    predicted = tally.count - tally.num_errors
+    print(f"{predicted} of {tally.count} queries predicted, up to {k} labels each: {values.out}")
+
+
+class _Tally:
+    """Counts what is not as expected in the rows of a file of predictions.
+
+    Attributes:
+      count: Rows.
+      num_errors: Rows of invalid queries.
+      errors: Line and error of the first of them.
+      below: The best scores of queries without a label of at least --min_score.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.num_errors = 0
+        self.errors: list[tuple[int, str]] = []
+        self.below: list[float] = []
+        self._notes: collections.Counter[str] = collections.Counter()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Counts a row of `predict_rows`."""
+        self.count += 1
+        if "error" in row:
+            self.num_errors += 1
+            self.errors += [(row["line"], row["error"])][: _SHOWN - len(self.errors)]
+        if "best_score" in row:
+            self.below.append(row["best_score"])
+        if "note" in row:
+            is_counted = row["note"] in self._notes or len(self._notes) < _MAX_NOTES
+            self._notes[row["note"] if is_counted else "other notes"] += 1
+
+    def lines(self, path: str) -> list[str]:
+        """Lines about the first errors and the most frequent notes.
+
+        Args:
+          path: Of the file of predictions.
+        """
+        lines = [f"invalid query in line {line}: {error}" for line, error in self.errors]
+        if self.num_errors > len(self.errors):
+            more = self.num_errors - len(self.errors)
+            lines.append(f'and {more} more, each with its "error" in {path}')
+        shown = self._notes.most_common(_SHOWN)
+        lines += [f"note of {_queries(count)}: {note}" for note, count in shown]
+        if more := self._notes.total() - sum(count for _, count in shown):
+            lines.append(f'notes of {more} more, each with its "note" in {path}')
+        if self.below:
+            lines.append(
+                f"{_queries(len(self.below))} without labels: none reaches --min_score; the best "
+                f"scores are {min(self.below):.2g} to {max(self.below):.2g}"
+            )
+        return lines
+
+
+def _queries(count: int) -> str:
+    return "1 query" if count == 1 else f"{count:,} queries"
 
 
 def _count_lines(path: str) -> int | None:
@@ -153,20 +214,22 @@ def _count_lines(path: str) -> int | None:
     return None
 
 
-def _columns(values: flags.FlagValues) -> Columns:
-    return Columns(
+def _options(values: flags.FlagValues) -> requests.Options:
+    """How tables are read: as the flags say, else as the tables of the run's data were read."""
+    given = Columns(
         id=values.id_column,
         text=values.text,
         image=values.image_column,
         embedding=values.embedding_column,
     )
+    dialect = {name: values[name].value for name in _DIALECT if values[name].value is not None}
+    return requests.Options(given, dialect, run_data.read_reading(values.workdir))
 
 
 def add_labels(
-    predictor: Predictor, query_images: QueryImages, path: str, values: flags.FlagValues
+    predictor: Predictor, query_images: QueryImages, path: str, labels: Sequence[Query]
 ) -> None:
     """Adds the labels of a table to the run; see `serving.cold_start`."""
-    labels = requests.read_labels(path, _columns(values), values.encoding)
     for label in labels:
         if predictor.row_of(label.id) is not None:
             raise InputError(
@@ -257,6 +320,10 @@ def main(argv: Sequence[str]) -> None:
         return
     host_memory.keep_freed_pages()
     compilation_cache.enable(values.compile_cache)
+    options = _options(values)
+    # Files are opened before the model, so that a wrong one costs no time.
+    rows = requests.read_queries(values.queries, options) if values.queries else iter(())
+    labels = requests.read_labels(values.add_labels, options) if values.add_labels else []
     predictor = Predictor.load(
         values.workdir,
         search=values.search,
@@ -269,9 +336,9 @@ def main(argv: Sequence[str]) -> None:
     )
     query_images = QueryImages(predictor.image_width, _image_finder(predictor, values))
     if values.queries:
-        predict_file(predictor, query_images, values)
+        predict_file(predictor, query_images, rows, values)
     elif values.add_labels:
-        add_labels(predictor, query_images, values.add_labels, values)
+        add_labels(predictor, query_images, values.add_labels, labels)
     else:
         remove_labels(predictor, values.remove_labels)
 
@@ -291,11 +358,26 @@ def _check_flags(values: flags.FlagValues) -> None:
     for name in ("queries", "add_labels", "remove_labels", "filters"):
         if values[name].value and not os.path.isfile(values[name].value):
             raise InputError(f"--{name}={values[name].value}: no such file")
+    if values.queries:
+        _check_out(values.out)
     both_exist = values.queries and os.path.exists(values.out)
     if both_exist and os.path.samefile(values.queries, values.out):
         raise InputError(
             f"--out={values.out}: the same file as --queries, which would be overwritten"
         )
+
+
+def _check_out(path: str) -> None:
+    """Checks that a file can be written, before a model is opened for what it is to hold."""
+    if os.path.isdir(path):
+        raise InputError(f"--out={path}: Is a directory; expected a file to write")
+    parent = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(parent):  # Missing directories are made later.
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise InputError(f"--out={path}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"--out={path}: {parent} cannot be written to; choose another path")
 
 
 def _image_finder(
@@ -345,19 +427,33 @@ def define_flags() -> None:
     text("remove_labels", "", "File of ids of labels to remove, one per line.")
     flags.DEFINE_boolean("undo", False, "Take back the last addition or removal of labels.")
     flags.DEFINE_boolean("list_changes", False, "List additions and removals of labels.")
-    text("id_column", "", "Column of the id. Default: inferred, else the line number.")
+    as_prepared = "Default: as in the data of the run, else inferred."
+    text("id_column", "", f"Column of the id, else the line number. {as_prepared}")
     text(
         "text",
         "",
-        "Column of the text, or a template. Example: '{title} by {brand}'. Default: inferred.",
+        f"Column of the text, or a template. Example: '{{title}} by {{brand}}'. {as_prepared}",
+    )
+    text("image_column", "", f"Column of image paths or URLs, separated by '|'. {as_prepared}")
+    text("embedding_column", "", f"Column of image embeddings. {as_prepared}")
+    text(
+        "encoding",
+        None,
+        "Encoding of csv, tsv and jsonl files, such as cp1252. Default: as in the data of the run, "
+        "else utf-8.",
     )
     text(
-        "image_column",
-        "",
-        "Column of image paths or URLs, separated by '|'. Default: inferred.",
+        "delimiter",
+        None,
+        "Character between the fields of csv and tsv; \\t is a tab. Default: as in the data of the "
+        "run, else found in the header.",
     )
-    text("embedding_column", "", "Column of image embeddings. Default: inferred.")
-    text("encoding", "utf-8", "Encoding of csv, tsv and jsonl files.")
+    text(
+        "quotechar",
+        None,
+        "Character around the fields of csv and tsv; 'none': there is none. Default: as in the "
+        "data of the run, else '\"' in csv and none in tsv.",
+    )
     flags.DEFINE_enum(
         "image_dtype", "float32", ["float32", "bfloat16"], "Precision of the vision model."
     )
@@ -373,7 +469,7 @@ def define_flags() -> None:
     text(
         "data",
         "",
-        "Prepared data, if they have moved. Read once, to write the serving artifacts.",
+        "Prepared data of the run, if they have moved. Read once, to write the serving artifacts.",
     )
     text("mesh", "", "Mesh, if not as in training. 'fsdp:-1' fits any number of devices.")
     settings_lib.define_flags()

@@ -8,18 +8,21 @@ import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from vixml_jax import command_line, errors
-from vixml_jax.data import preprocessing
-from vixml_jax.data.images import download, image_embeddings
+from vixml_jax.data import prepare_line, preprocessing
+from vixml_jax.data.images import download, named_images
+from vixml_jax.data.problems import Problems
 from vixml_jax.data.sources import catalog, columns
+from vixml_jax.data.sources.delimited import Dialect
+from vixml_jax.data.sources.raw import RawDataset
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
-from vixml_jax.storage import object_store
+from vixml_jax.storage import object_store, text_files
 
 if TYPE_CHECKING:
     from vixml_jax import image_encoding
@@ -67,48 +70,81 @@ def run(values: flags.FlagValues) -> None:
         )
     if not values.out and not values.dry_run:
         raise InputError("--out: missing; expected a directory to write")
+    for name in ("source", "labels_source", "out"):
+        text_files.check_path(os.path.abspath(values[name].value), name)
     settings = _settings(values)
     if not object_store.is_local(values.out):
         raise InputError(
             f"--out={values.out}: expected a local directory; copy it afterwards with "
             "gcloud storage cp -r"
         )
-    preprocessing.check(values.out, settings, overwrite=values.overwrite or values.dry_run)
+    if values.dry_run:
+        _dry_run(values, settings)
+        return
+    preprocessing.check(values.out, settings, overwrite=values.overwrite)
     finder = _image_finder(values)
     with errors.writing(f"--out={values.out}"), _spool(values) as spool:
-        raw = preprocessing.read_source(
-            values.source,
-            spool,
-            encoding=values.encoding,
-            seed=values.seed,
-            find_images=image_embeddings.read_images if finder is None else finder.find,
-            names=columns.Columns(**_values_of(columns.Columns, values)),
-            labels_source=values.labels_source,
-            split_by=values.split_by,
-            embed_paths=None if finder is None else finder.embed,
-            data_dir=values.data_dir,
-            manual_dir=values.manual_dir,
-        )
-        if finder is not None and not finder.used:
-            raise InputError(
-                f"--images={values.images}: {values.source} names no image files; expected an "
-                "image column or {trn,val,tst,lbl}_images.txt"
-            )
-        if values.dry_run:
-            print(preprocessing.preview(*preprocessing.split_and_filter(raw, settings)))
-            console.status("dry run: nothing was written")
-            return
+        raw = _read(values, spool)
+        settings = _settings(values, preprocessing.sizes_of(raw))
         aspect = "aspect kept" if values.keep_aspect else "stretched"
         dataset = preprocessing.prepare(
             raw,
             values.out,
             settings,
             image_source="" if finder is None else f"{values.images}, {aspect}",
+            embed_images=named_images.drop if finder is None else finder.embed_dataset,
+            arguments=prepare_line.arguments(values),
             overwrite=values.overwrite,
         )
     print(preprocessing.describe(dataset))
-    if finder is not None:
+    if finder is not None and finder.used:
         print(finder.describe())
+
+
+def _dry_run(values: flags.FlagValues, settings: preprocessing.Settings) -> None:
+    """Prints how the source is read, or all its problems at once.
+
+    Raises:
+      InputError: If there is a problem.
+    """
+    problems = Problems(collect=True)
+    with problems.noting():
+        preprocessing.check(values.out, settings, overwrite=True)
+    with problems.noting():
+        _image_finder(values)
+    with tempfile.TemporaryDirectory() as spool, problems.noting():
+        raw = _read(values, spool, problems)
+        settings = _settings(values, preprocessing.sizes_of(raw))
+        raw, notes = preprocessing.split_and_filter(raw, settings)
+        raw = named_images.check_files(raw) if values.images else named_images.drop(raw)
+        problems.stop()
+        print(preprocessing.preview(raw, notes))
+    problems.report()
+    console.status("dry run: nothing was written")
+
+
+def _read(values: flags.FlagValues, spool: str, problems: Problems | None = None) -> RawDataset:
+    """The source, whose temporary files are in `spool`; `problems` are those of a dry run."""
+    raw = preprocessing.read_source(
+        values.source,
+        spool,
+        dialect=_dialect(values),
+        seed=values.seed,
+        find_images=named_images.find if values.images else named_images.find_embeddings_or_names,
+        names=columns.Columns(**_values_of(columns.Columns, values)),
+        labels_source=values.labels_source,
+        split_by=values.split_by,
+        with_images=bool(values.images),
+        problems=problems,
+        data_dir=values.data_dir,
+        manual_dir=values.manual_dir,
+    )
+    if values.images and not named_images.parts(raw):
+        raise InputError(
+            f"--images={values.images}: {values.source} names no image files; expected an "
+            "image column or {trn,val,tst,lbl}_images.txt"
+        )
+    return raw
 
 
 def _values_of(group: Any, values: flags.FlagValues) -> dict[str, Any]:
@@ -119,17 +155,35 @@ def _values_of(group: Any, values: flags.FlagValues) -> dict[str, Any]:
     }
 
 
-def _settings(values: flags.FlagValues) -> preprocessing.Settings:
-    """Settings; A and B are those of the public data set, or the usual ones, if not given."""
+def _dialect(values: flags.FlagValues) -> Dialect:
+    return Dialect(encoding=values.encoding, delimiter=values.delimiter, quotechar=values.quotechar)
+
+
+def _settings(
+    values: flags.FlagValues, sizes: Mapping[str, int] | None = None
+) -> preprocessing.Settings:
+    """Settings; A and B are those of the public data set, or the usual ones, if not given.
+
+    Args:
+      values: The flags.
+      sizes: Sizes of the source, once it has been read; A and B are then printed.
+    """
     given = _values_of(preprocessing.Settings, values)
-    default = zip(("propensity_a", "propensity_b"), catalog.propensity(values.source), strict=True)
-    given |= {name: value for name, value in default if given[name] is None}
+    found = catalog.propensity(values.source, sizes)
+    explicit = {name for name in ("propensity_a", "propensity_b") if given[name] is not None}
+    default = {"propensity_a": found.a, "propensity_b": found.b}
+    given |= {name: value for name, value in default.items() if name not in explicit}
+    if sizes is not None:
+        origins = [f"--{name}" for name in sorted(explicit)]
+        origins += [found.origin] if len(explicit) < 2 else []
+        a, b = given["propensity_a"], given["propensity_b"]
+        console.status(f"inverse propensity: A {a:g}, B {b:g} ({'; '.join(origins)})")
     return preprocessing.Settings(**given)
 
 
 def _image_finder(values: flags.FlagValues) -> "image_encoding.ImageFinder | None":
     """Embeds image files, if --images is given."""
-    if not values.images or values.dry_run:
+    if not values.images:
         return None
     if values.source == preprocessing.GLYPHS:
         raise InputError(
@@ -137,6 +191,7 @@ def _image_finder(values: flags.FlagValues) -> "image_encoding.ImageFinder | Non
         )
     from vixml_jax import image_encoding
 
+    image_encoding.check_model(values.images)
     return image_encoding.ImageFinder(
         values.images,
         os.path.normpath(values.out) + ".images",
@@ -153,8 +208,6 @@ def _image_finder(values: flags.FlagValues) -> "image_encoding.ImageFinder | Non
 
 def _spool(values: flags.FlagValues) -> contextlib.AbstractContextManager[str]:
     """A temporary directory for the contents of tables, on the disk of --out."""
-    if values.dry_run:
-        return tempfile.TemporaryDirectory()
     parent, name = os.path.split(os.path.abspath(values.out))
     while not os.path.isdir(parent):  # Parents of --out are created only after all is read.
         parent = os.path.dirname(parent)
@@ -176,10 +229,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     text(
         "source",
         "",
-        "Data to prepare: a table, a directory or a public data set. A table is a csv, tsv, jsonl "
-        "or parquet file of queries (also .gz or .zst); a directory has such files or shards named "
-        "train, valid, test and labels, or the XML repository's layout; a public data set is a "
-        "name that --catalog lists, or 'glyphs', the built-in data.",
+        "Data to prepare: a table, a directory or a public data set. A table is a csv, tsv, jsonl, "
+        "json, parquet or arrow file of queries (text also as .gz or .zst); a directory has such "
+        "files or shards named train, valid, test and labels, or the XML repository's layout, or "
+        "was written by save_to_disk of datasets; a public data set is a name that --catalog "
+        "lists, hf:NAME of the Hugging Face hub, or 'glyphs', the built-in data.",
     )
     text("out", "", "Directory to write. It appears only when it is complete.")
     switch(
@@ -218,7 +272,24 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     integer("max_tokens", 32, "Maximum number of tokens of a text, with special tokens.")
     integer("vocab_size", 8192, "Maximum vocabulary size of a tokenizer that is trained.")
-    choice("encoding", "utf-8", list(preprocessing.ENCODINGS), "Encoding of the source's texts.")
+    text(
+        "encoding",
+        "utf-8",
+        "Text encoding of the source, such as cp1252 (Excel, Windows) or latin-1. Files that begin "
+        "with a byte order mark, in UTF-8 or UTF-16, are recognised.",
+    )
+    text(
+        "delimiter",
+        "",
+        "Character between the fields of csv and tsv; \\t is a tab. Empty: a comma in csv and a "
+        "tab in tsv, or what the header has instead: ; , | or a tab.",
+    )
+    text(
+        "quotechar",
+        "",
+        "Character around the fields of csv and tsv; 'none': quotes are characters like others. "
+        "Empty: '\"' in csv, none in tsv.",
+    )
     text(
         "images",
         "",
@@ -260,13 +331,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "propensity_a",
         None,
         "Constant A of inverse propensities, for sampling and PSP. Default: that of the public "
-        "data set, else 0.6.",
+        "data set, which is recognised by its name or sizes, else 0.6.",
     )
     number(
         "propensity_b",
         None,
         "Constant B of inverse propensities, for sampling and PSP. Default: that of the public "
-        "data set, else 2.6.",
+        "data set, which is recognised by its name or sizes, else 2.6.",
     )
     integer("seed", 0, "Seed of random splits and of the built-in data.")
     switch("overwrite", False, "Replace a prepared data set in --out.")

@@ -9,7 +9,8 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -17,6 +18,8 @@ from vixml_jax import command_line, errors, evaluate, evaluator, workdir
 from vixml_jax import config as config_lib
 from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.config import Config
+from vixml_jax.data import preprocessing
+from vixml_jax.data.on_demand import NotPreparedError
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 from vixml_jax.parallel import accelerators, distributed
@@ -26,7 +29,9 @@ from vixml_jax.storage import object_store
 from vixml_jax.storage.vector_store import VectorStore
 from vixml_jax.training import (
     build,
+    checks,
     describe,
+    flops,
     head_trainer,
     initial_state,
     memory_planner,
@@ -62,36 +67,18 @@ COMMON_FLAGS = (
 )
 
 
-def check_monitor(config: Config, dataset: PreparedDataset, k: int) -> None:
-    """Checks that `--loop.monitor` can be computed on the data.
+def _open_data(config: Config, cache: str) -> PreparedDataset:
+    """Opens the data of a run; see `workdir.open_dataset`.
 
     Raises:
-      InputError: If there is no validation split or no such metric.
+      InputError: If there are none. For public data it says how to get them, and how long training
+        takes.
     """
-    monitor = config.loop.monitor
-    if not monitor:
-        return
-    if not dataset.valid:
-        raise InputError(
-            f"--loop.monitor={monitor}: --data={config.data} has no validation split; prepare it "
-            "again with one, such as --valid=0.02"
-        )
-    names = evaluator.metric_names(k)
-    if monitor not in names:
-        raise InputError(f"--loop.monitor={monitor}: expected one of {', '.join(names)}")
-
-
-def check_tuning(config: Config, dataset: PreparedDataset, k: int) -> None:
-    """Checks that the metrics of `--eval.tune` exist.
-
-    Raises:
-      InputError: If there is no such metric.
-    """
-    evaluator.check_metric_names("eval.tune", config.eval.tune, k)
-    if config.eval.tune and not dataset.valid:
-        console.status(
-            f"note: --eval.tune has no effect, because --data={config.data} has no validation split"
-        )
+    try:
+        return workdir.open_dataset(config, cache)
+    except NotPreparedError as error:
+        about = flops.describe_hours(config, error.dataset.train, error.dataset.max_tokens)
+        raise InputError(f"{error}; {about}" if about else str(error)) from None
 
 
 def plan(
@@ -114,11 +101,12 @@ def plan(
     """
     mesh = workdir.make_mesh(config, memory_planner.slice_of(devices) if devices else None)
     with tempfile.TemporaryDirectory() as scratch:  # Built-in data are prepared here.
-        dataset = workdir.open_dataset(dataclasses.replace(config, workdir=scratch), data_cache)
-        check_monitor(config, dataset, min(config.eval.k, dataset.num_labels))
+        dataset = _open_data(dataclasses.replace(config, workdir=scratch), data_cache)
+        config = checks.with_metrics(config, dataset)
         tower, layout = build.make_tower(config, dataset)
         planned_sizes = DataSizes.parse(sizes, build.sizes_of(dataset))
-        config = workdir.with_head_loss(config, planned_sizes.labels_per_query)
+        config = workdir.with_head_loss(config, *planned_sizes.density)
+        config = build.fit_batch(config, planned_sizes)
         parts = build.assemble(config, tower, layout, planned_sizes, mesh)
         length = 2.0 * build.longest_item(layout, dataset)
         if not sizes:
@@ -167,80 +155,74 @@ def plan(
     print(f"compiled in {time.perf_counter() - start:.0f} s; the run fits")
 
 
-def _make_trainers(
+def _tower_trainer(
     config: Config,
     parts: build.Parts,
     dataset: PreparedDataset,
-    *,
     split: str,
-    shards: int,
-    checkpoints: Checkpoints,
-    stop: StopSignal,
     group: distributed.Group,
-    vectors: Callable[[int], VectorStore] | None,
-) -> tuple[trainer_lib.Trainer | None, head_trainer.HeadTrainer | None]:
-    """Returns what runs the epochs of the whole model and those of the head; None: there are none.
+    common: Mapping[str, Any],
+) -> trainer_lib.Trainer | None:
+    """Returns what runs the epochs of the whole model; None: there are none.
 
     Args:
       config: Flags of the run.
       parts: Its model and steps.
       dataset: Its prepared data.
       split: Split of evaluations in training.
-      shards, checkpoints, stop, group, vectors: As in `Trainer`.
+      group: The processes of the run.
+      common: Arguments of this trainer and that of the head.
     """
-    common = {
-        "loop": config.loop,
-        "block": config.eval.block,
-        "seed": config.seed,
-        "shards": shards,
-        "checkpoints": checkpoints,
-        "stop": stop,
-        "vectors": vectors,
-    }
-    trainer = head = None
-    if not config.head.only:
-        triplet = config.loss.kind == "triplet"
-        trainer = trainer_lib.Trainer(
+    if config.head.only:
+        return None
+    triplet = config.loss.kind == "triplet"
+    return trainer_lib.Trainer(
+        parts.model,
+        dataset,
+        parts.step,
+        batch=config.batch,
+        labels=config.labels,
+        group=group,
+        guard=CollapseGuard(
+            margin=config.loss.margin_min if triplet else None,
+            num_negatives=config.loss.num_negatives,
+            warmup_steps=config.optimizer.warmup_steps,
+        ),
+        evaluate=lambda params, labels: evaluator.evaluate_model(
             parts.model,
+            params,
+            labels,
             dataset,
-            parts.step,
-            batch=config.batch,
-            labels=config.labels,
-            group=group,
-            guard=CollapseGuard(
-                margin=config.loss.margin_min if triplet else None,
-                num_negatives=config.loss.num_negatives,
-                warmup_steps=config.optimizer.warmup_steps,
-            ),
-            evaluate=lambda params, labels: evaluator.evaluate_model(
-                parts.model,
-                params,
-                labels,
-                dataset,
-                split=split,
-                k=min(config.eval.k, dataset.num_labels),
-                block=config.eval.block,
-                scoring=settings_lib.as_trained(config).without_neighbours(),
-                titles=False,
-                group=group,
-            )["metrics"],
             split=split,
-            joint=config.head.weight > 0,
-            later_steps=build.head_steps(config, len(dataset.train)),
-            **common,
-        )
-    if parts.head is not None:
-        head = head_trainer.HeadTrainer(
-            parts.model,
-            dataset,
-            parts.head.step,
-            parts.head.optimizer,
-            parts.head.like,
-            head=config.head,
-            first_epoch=0 if config.head.only else config.loop.epochs,
-            **common,
-        )
-    return trainer, head
+            k=min(config.eval.k, dataset.num_labels),
+            block=config.eval.block,
+            scoring=settings_lib.as_trained(config).without_neighbours(),
+            titles=False,
+            group=group,
+        )["metrics"],
+        split=split,
+        joint=config.head.weight > 0,
+        later_steps=build.head_steps(config, len(dataset.train)),
+        **common,
+    )
+
+
+def _head_trainer(
+    config: Config, parts: build.Parts, dataset: PreparedDataset, common: Mapping[str, Any]
+) -> head_trainer.HeadTrainer | None:
+    """Returns what runs the epochs of the head alone, with arguments as above; None: no epochs."""
+    if parts.head is None:
+        return None
+    return head_trainer.HeadTrainer(
+        parts.model,
+        dataset,
+        parts.head.step,
+        parts.head.optimizer,
+        parts.head.like,
+        head=config.head,
+        first_epoch=0 if config.head.only else config.loop.epochs,
+        **common,
+    )
 
 
 def train(
@@ -263,19 +245,26 @@ def train(
     started_at = time.monotonic()
     group = distributed.world()
     with distributed.first_process_first("data"):
-        dataset = workdir.open_dataset(config, data_cache)
-    k = min(config.eval.k, dataset.num_labels)
-    check_monitor(config, dataset, k)
-    check_tuning(config, dataset, k)
+        dataset = _open_data(config, data_cache)
+    if config.data != preprocessing.GLYPHS and object_store.is_local(config.data):
+        config = dataclasses.replace(config, data=dataset.path)  # Of a source: in the cache.
+    checks.check_tokenizer(config, dataset)
+    given, config = config, checks.with_metrics(config, dataset)
     mesh = workdir.make_mesh(config)
     tower, layout = build.make_tower(config, dataset)
     sizes = build.sizes_of(dataset)
-    given, config = config, workdir.with_head_loss(config, sizes.labels_per_query)
+    config = build.fit_batch(workdir.with_head_loss(config, *sizes.density), sizes)
     parts = build.assemble(config, tower, layout, sizes, mesh)
     model = parts.model
     with distributed.first_process_first("run directory"):
         shards = workdir.open_run(
-            given, tower, layout, dataset.content_hash, mesh, model.head.loss if model.head else ""
+            given,
+            tower,
+            layout,
+            dataset.content_hash,
+            mesh,
+            model.head.loss if model.head else "",
+            dataset.info.get("reading"),
         )
     checkpoints = Checkpoints(
         os.path.join(config.workdir, workdir.CHECKPOINTS),
@@ -291,18 +280,17 @@ def train(
             config.workdir, step, dataset.content_hash, num_processes=group.count
         )
     )
-    vectors = store if group.count == 1 else None
-    trainer, head = _make_trainers(
-        config,
-        parts,
-        dataset,
-        split=split,
-        shards=shards,
-        checkpoints=checkpoints,
-        stop=stop or StopSignal(),
-        group=group,
-        vectors=vectors,
-    )
+    common = {
+        "loop": config.loop,
+        "block": config.eval.block,
+        "seed": config.seed,
+        "shards": shards,
+        "checkpoints": checkpoints,
+        "stop": stop or StopSignal(),
+        "vectors": store if group.count == 1 else None,
+    }
+    trainer = _tower_trainer(config, parts, dataset, split, group, common)
+    head = _head_trainer(config, parts, dataset, common)
     head_steps = build.head_steps(config, sizes.queries)
     in_head = trainer is None or (resumed or {}).get("head_from") is not None
     describe.show_setup(
@@ -357,7 +345,7 @@ def train(
                     step = state.step
                     del state
                     state, position = initial_state.best_state(
-                        config, model, step, position, vectors
+                        config, model, step, position, common["vectors"]
                     )
             state, position = head.run(state, position, logger)
     except OSError as error:
@@ -402,6 +390,7 @@ def train(
         vectors=store(vectors_step),
         save=functools.partial(artifacts.save, serving, dataset, last_step) if serves else None,
         group=group,
+        decide_neighbours=split == "valid",
     )
     if split == "valid":
         console.status(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, get_type_hints
 
@@ -12,8 +13,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
+from vixml_jax import run_data
 from vixml_jax.config import Config
-from vixml_jax.data import preprocessing, store
+from vixml_jax.data import on_demand, preprocessing, store
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
@@ -23,9 +25,10 @@ from vixml_jax.labels.table import LabelTable
 from vixml_jax.modeling import Model
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
+from vixml_jax.models.modernbert import ModernBertConfig
 from vixml_jax.models.tower import Tower, TowerConfig
 from vixml_jax.parallel import distributed, sharding
-from vixml_jax.runtime import tree_utils
+from vixml_jax.runtime import console, tree_utils
 from vixml_jax.storage import atomic, digests, json_files, object_store
 from vixml_jax.structs import LabelState
 
@@ -34,10 +37,14 @@ TOWER = "tower.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FROZEN = "frozen"
-# Flags whose values may change when a run is resumed.
-FREE_FLAGS = ("workdir", "mesh", "loop.save_every", "loop.save_minutes", "loop.max_to_keep")
-BCE_FROM = 5.5  # Labels per training query from which on --head.loss=auto is bce.
-FAMILIES = {"encoder": BertConfig, "decoder": DecoderConfig}
+# Flags whose values may change when a run is resumed. The data may move; their content may not
+# change, which their content hash says.
+FREE_FLAGS = ("data", "workdir", "mesh", "loop.save_every", "loop.save_minutes", "loop.max_to_keep")
+# --head.loss=auto is bce from these numbers on: of labels per training query, and of training
+# queries per label, without which bce hardly learns the rare labels.
+BCE_FROM = 5.5
+BCE_FROM_PER_LABEL = 25
+FAMILIES = {"encoder": BertConfig, "modernbert": ModernBertConfig, "decoder": DecoderConfig}
 _NOT_A_RUN = "expected a run directory written by train"
 
 _LayoutFields = TypedDict("_LayoutFields", get_type_hints(Layout), total=False)
@@ -56,7 +63,7 @@ class _TowerFile(msgspec.Struct):
       shares: Name of `shards` in version 0.1.
     """
 
-    family: Literal["encoder", "decoder"]
+    family: Literal["encoder", "modernbert", "decoder"]
     tower: dict[str, Any]
     layout: _LayoutFields
     content_hash: str
@@ -72,6 +79,7 @@ def open_run(
     content_hash: str,
     mesh: Mesh,
     head_loss: str = "",
+    reading: dict[str, Any] | None = None,
 ) -> int:
     """Creates the run directory, or checks that an existing one belongs to the same run.
 
@@ -82,6 +90,8 @@ def open_run(
       content_hash: Content hash of the prepared data.
       mesh: The mesh of this start of the run.
       head_loss: The loss of the label head; empty without a head.
+      reading: How the tables of the data were read, as their `dataset.json` says, which is kept
+        with the run for the queries of `predict`.
 
     Returns:
       The number of shards in which batches are packed; see `sharding.num_shards`.
@@ -103,8 +113,10 @@ def open_run(
         before = config_lib.load(path)
         differences = config_lib.differences(before, config)
         free = tuple(f"--{name}" for name in _free_flags(before, config))
-        changed = [line for line in differences if not line.startswith(free)]
         recorded = _read_tower(config.workdir)
+        if recorded.tower.get("pooling", "mean") == tower.pooling:
+            free += ("--model.pooling:",)  # One of both says "auto".
+        changed = [line for line in differences if not line.startswith(free)]
         if not changed and recorded.content_hash != content_hash:
             changed = [f"--data={config.data} has other content than the run was started on"]
         if changed:
@@ -133,6 +145,7 @@ def open_run(
         )
     epath.Path(config.workdir).mkdir(parents=True, exist_ok=True)
     json_files.write(os.path.join(config.workdir, TOWER), contents)
+    run_data.save_reading(config.workdir, reading)
     atomic.write_text(path, config.to_json())
     return contents["shards"]
 
@@ -165,16 +178,18 @@ def path_of(directory: str, name: str, name_0_1: str) -> str:
     return path_0_1 if os.path.exists(path_0_1) and not os.path.exists(path) else path
 
 
-def with_head_loss(config: Config, labels_per_query: float) -> Config:
+def with_head_loss(config: Config, labels_per_query: float, queries_per_label: float) -> Config:
     """The flags with the loss of the label head decided, where it is "auto".
 
     Args:
       config: Flags of a run. If its directory records a decision, that one is kept.
       labels_per_query: Mean number of labels of a training query.
+      queries_per_label: Mean number of training queries of a label.
     """
     if not config.head.enabled or config.head.loss != "auto":
         return config
-    loss = "bce" if labels_per_query >= BCE_FROM else "softmax"
+    is_dense = labels_per_query >= BCE_FROM and queries_per_label >= BCE_FROM_PER_LABEL
+    loss = "bce" if is_dense else "softmax"
     if (epath.Path(config.workdir) / TOWER).exists():
         loss = _read_tower(config.workdir).head_loss or loss
     return dataclasses.replace(config, head=dataclasses.replace(config.head, loss=loss))
@@ -194,17 +209,22 @@ def read_config(workdir: str, *, data: str = "", mesh: str = "") -> Config:
 
     Args:
       workdir: Run directory, which may have been moved.
-      data: Directory of its data; empty for the one used in training.
+      data: Directory of its data; empty for the one used in training, which is searched for if it
+        has moved together with the run.
       mesh: Mesh to use; empty for the one used in training.
 
     Raises:
       InputError: If the directory holds no run.
     """
     config = config_lib.load(os.path.join(workdir, CONFIG))
+    if not data and config.data != preprocessing.GLYPHS and run_data.is_missing(config.data):
+        data = run_data.find_moved(config.data, workdir, content_hash(workdir)) or ""
+        if data:
+            console.status(f"{config.data}: not found; the data of the run are in {data}")
     config = dataclasses.replace(
         config, workdir=workdir, data=data or config.data, mesh=mesh or config.mesh
     )
-    return with_head_loss(config, 0.0)
+    return with_head_loss(config, 0.0, 0.0)
 
 
 def read_tower(workdir: str) -> tuple[TowerConfig, Layout]:
@@ -223,13 +243,13 @@ def read_tower(workdir: str) -> tuple[TowerConfig, Layout]:
 
 
 def open_dataset(config: Config, cache: str = object_store.CACHE) -> PreparedDataset:
-    """The prepared data of a run; the built-in data set is prepared on first use.
+    """The prepared data of a run; the built-in data set and sources are prepared on first use.
 
     Args:
       config: The flags of the run.
-      cache: Local directory for copies of data from an object store. If the run directory is in an
-        object store, the built-in data set is prepared there too, and in the run directory
-        otherwise.
+      cache: Local directory for copies of data from an object store, and for sources prepared here.
+        If the run directory is in an object store, the built-in data set is prepared there too, and
+        in the run directory otherwise.
     """
     object_store.check(config.workdir, "workdir")
     object_store.check(config.data, "data")
@@ -238,18 +258,43 @@ def open_dataset(config: Config, cache: str = object_store.CACHE) -> PreparedDat
         name = f"{os.path.basename(config.data.rstrip('/'))}-{content}"
         copy = object_store.local_copy(config.data, name, cache)
         return PreparedDataset.open(copy)
-    if config.data != "glyphs":
-        return PreparedDataset.open(config.data)
+    model = config.model.pretrained
+    if config.data != preprocessing.GLYPHS:
+        return on_demand.open_source(config.data, model, cache)
     path = os.path.join(config.workdir, "data")
     if not object_store.is_local(path):
-        path = os.path.join(os.path.expanduser(cache), f"glyphs-{store.FORMAT}")
-    if not os.path.exists(path):
-        return preprocessing.prepare(
-            preprocessing.read_source(preprocessing.GLYPHS),
-            path,
-            preprocessing.Settings(max_tokens=16),
+        parts = ["glyphs", str(store.FORMAT), *re.findall(r"[\w.]+", model)]
+        path = os.path.join(os.path.expanduser(cache), "-".join(parts))
+    return on_demand.open_glyphs(path, model)
+
+
+def open_run_dataset(
+    config: Config, cache: str = object_store.CACHE, *, allow_other: bool = False, hint: str = ""
+) -> PreparedDataset:
+    """The prepared data that a run was trained on.
+
+    Args:
+      config, cache: See `open_dataset`.
+      allow_other: Whether to open other data, too.
+      hint: What else the user can do about other data, for the message.
+
+    Raises:
+      InputError: If the data are not found, or are others than the run was trained on.
+    """
+    try:
+        dataset = open_dataset(config, cache)
+    except InputError as error:
+        raise InputError(
+            f"{error}; if the data of {config.workdir} have moved, name them by --data"
+        ) from None
+    recorded = content_hash(config.workdir)
+    if dataset.content_hash != recorded and not allow_other:
+        raise InputError(
+            f"--data={config.data}: not the data that the run was trained on, or prepared anew "
+            f"since (content hash {dataset.content_hash[:12]}, expected {recorded[:12]}); "
+            f"give --data=DIRECTORY of its data, or train on these{hint}"
         )
-    return PreparedDataset.open(path)
+    return dataset
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

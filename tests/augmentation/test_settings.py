@@ -57,7 +57,9 @@ def test_flags_override_tuned_settings_which_override_trained_ones(tmp_path, cap
     assert mixing(trained, step=6) == Mixing(0.3, 7, 0.2, True)
     # Tuning found that neighbours do not help.
     settings.save_tuned(where, 5, ["P@1"], rows(Scoring(), Scoring(mixing=Mixing(0.5, 20, 0.1))))
+    capsys.readouterr()
     assert mixing(trained) is None
+    assert "training neighbours are off: they did not help" in capsys.readouterr().out
     assert settings.as_tuned(trained, where, 5) == Scoring()
     path = pathlib.Path(where, settings.TUNED)
     path.write_text('{"step": 5}')

@@ -9,6 +9,7 @@ from vixml_jax import command_line
 from vixml_jax import config as config_lib
 from vixml_jax.benchmarks import hours
 from vixml_jax.errors import InputError
+from vixml_jax.training import flops
 
 
 def configuration(*arguments):
@@ -23,7 +24,7 @@ def test_operations_of_an_encoder(num_images):
     """MiniLM-L6: six layers of width 384 with 12 d^2 weights, forward once and backward twice."""
     given = ["--preset=minilm", "--batch.size=256", "--loop.epochs=10", "--head.weight=0"]
     config = configuration(*given, "--nohead.refit", f"--model.num_images={num_images}")
-    found = hours.estimate(config, 10_001, 32)
+    found = flops.estimate(config, 10_001, 32)
     d, b, s = 384, 256, 32 + num_images
     tower = 3 * 2 * b * (2 * 6 * 12 * d * d * s + 4 * 6 * d * s * s)
     projection = 2 * 2 * (2 * b * num_images) * 1152 * d  # Images need no gradient.
@@ -42,10 +43,10 @@ def test_frozen_weights_need_no_gradient():
         dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=rank))
         for rank in (1, 2)
     )
-    one, two = (hours.estimate(c, 1000, 32).step for c in (small, large))
+    one, two = (flops.estimate(c, 1000, 32).step for c in (small, large))
     d, q, kv, m = 896, 896, 128, 4864
     sums = (d + q) + 2 * (d + kv) + (q + d) + 3 * (d + m)
-    positions = 2 * config.batch.size * (32 + hours.PROMPT + 3)
+    positions = 2 * config.batch.size * (32 + flops.PROMPT + 3)
     assert two - one == pytest.approx(3 * 2 * positions * 24 * sums, rel=1e-9)
     weights = 24 * (d * q + 2 * d * kv + q * d + 3 * d * m)
     assert one > 2 * 2 * positions * weights

@@ -52,7 +52,7 @@ def test_each_baseline_reaches_its_recall(name, tmp_path, capfd):
     assert f"\n  {name} " in capfd.readouterr().out
     with open(out, encoding="utf-8") as file:
         found = json.load(file)["12000 x 16, 64 queries"][name]
-    assert found["build_s"] > 0 and found["search_gb"] > 0
+    assert found["build_s"] > 0 and found["search_gib"] > 0
     assert [(row["k"], row["wanted"]) for row in found["rows"]] == [
         (k, wanted) for k in (5, 100) for wanted in (0.95, 0.99, 0.999)
     ]

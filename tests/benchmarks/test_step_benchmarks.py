@@ -9,11 +9,12 @@ import torch
 
 from vixml_jax.benchmarks import encode, packing, train_step, vision
 from vixml_jax.benchmarks.baselines import torch_models
-from vixml_jax.benchmarks.support import inputs, towers, workers
+from vixml_jax.benchmarks.support import inputs, workers
 from vixml_jax.data import packing as packing_lib
 from vixml_jax.data import preprocessing
 from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.models import hf_checkpoints
+from vixml_jax.models import published_towers as towers
 from vixml_jax.models.tower import Tower
 from vixml_jax.training import flops
 

@@ -203,7 +203,7 @@ def test_truncated_embeddings_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"encoding": "utf-16"}, "--encoding=utf-16: expected one of utf-8, latin-1"),
+        ({"encoding": "utf-61"}, "--encoding=utf-61: expected a text encoding"),
         ({"vocab_size": 10}, "--vocab_size=10: expected at least 64"),
         ({"max_tokens": 2}, "--max_tokens=2: the tokenizer adds 2 special tokens"),
         ({"propensity_a": float("nan")}, "--propensity_a=nan: expected a finite number"),

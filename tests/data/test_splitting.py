@@ -231,11 +231,16 @@ def test_summary_shows_small_fractions_exactly(tmp_path):
 
 def test_test_is_held_out_before_valid():
     raw, _ = dataset(1, ids=False, count=100)
+    labelled = set(np.flatnonzero(raw.train.relevance.getnnz(axis=1)).tolist())
+    assert len(labelled) < 100
     settings = preprocessing.Settings(test=0.2, valid=0.25, filters="none")
-    raw, _ = preprocessing.split_and_filter(raw, settings)
+    raw, notes = preprocessing.split_and_filter(raw, settings)
     parts = [rows_of(raw.splits[split]) for split in ("test", "valid", "train")]
-    assert [len(rows) for rows in parts[:2]] == [20, 20]  # A quarter of the other 80.
-    assert len(set(np.concatenate(parts))) == sum(map(len, parts))
+    num_test = round(0.2 * len(labelled))
+    assert [len(rows) for rows in parts[:2]] == [num_test, round(0.25 * (len(labelled) - num_test))]
+    # A query without a label is not held out, where it would count as an error.
+    assert sorted(np.concatenate(parts)) == sorted(labelled)
+    assert (notes["rows_read"], notes["train_without_labels_dropped"]) == (100, 100 - len(labelled))
 
 
 def write_source(directory, rng):

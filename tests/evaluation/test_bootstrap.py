@@ -1,18 +1,15 @@
 """Intervals and p-values against closed forms, plain loops and scipy; files per query."""
 
 import itertools
-import json
 import math
 import os
 
 import numpy as np
 import pytest
 import scipy.stats
-from absl import flags
-from absl.testing import flagsaver
 
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation import bootstrap, compare, per_query
+from vixml_jax.evaluation import bootstrap, per_query
 from vixml_jax.evaluation.per_query import About, PerQuery
 
 ABOUT = About("glyphs", "abc", "test", "exact")
@@ -193,48 +190,3 @@ def test_damaged_file_is_rejected(tmp_path, broken):
     with pytest.raises(InputError, match=r"x\.queries\.npz: not (found|readable)") as error:
         per_query.load(path)
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture
-def defined_flags():
-    if "permutations" not in flags.FLAGS:
-        compare.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
-def test_command_prints_and_writes_comparison(tmp_path, defined_flags, capsys):
-    rng = np.random.default_rng(1)
-    one, other = table(rng, 80, shift=0.1), table(rng, 80)
-    for name, found in (("a", one), ("b", other)):
-        per_query.save(tmp_path / name / "evaluation" / "test-exact.queries.npz", found, ABOUT)
-    out = tmp_path / "comparison.json"
-    paths = [str(tmp_path / "a"), str(tmp_path / "b/evaluation/test-exact.queries.npz")]
-    with flagsaver.flagsaver(
-        runs=paths, split="test", search="exact", resamples=200, permutations=999, out=str(out)
-    ):
-        compare.main([])
-    printed = capsys.readouterr().out
-    expected = bootstrap.compare(one, other, resamples=200, permutations=999)
-    for name, c in expected.items():
-        line = next(line for line in printed.splitlines() if line.startswith(name)).split()
-        assert line[1:4] == [f"{c.one:.2f}", f"{c.other:.2f}", f"{c.difference:+.2f}"]
-        assert line[-1] == f"{c.p_value:.4f}"
-    written = json.loads(out.read_text())
-    assert written["metrics"]["mean"] == expected["mean"]._asdict()
-    assert f"written to {out}" in printed
-
-
-def test_command_rejects_runs_that_cannot_be_compared(tmp_path, defined_flags):
-    found = table(np.random.default_rng(1), 8)
-    for name, about in (("a", ABOUT), ("b", ABOUT._replace(content_hash="other"))):
-        per_query.save(tmp_path / name / "evaluation" / "test-exact.queries.npz", found, about)
-    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
-    with flagsaver.flagsaver(runs=runs, split="test", search="exact"):
-        with pytest.raises(InputError, match=r"content_hash abc, .* has other"):
-            compare.main([])
-    with flagsaver.flagsaver(runs=runs[:1]), pytest.raises(InputError, match="--runs: found 1"):
-        compare.main([])
-    with flagsaver.flagsaver(runs=runs, split="valid", search="exact"):
-        with pytest.raises(InputError, match=r"valid-exact\.queries\.npz: not found"):
-            compare.main([])

@@ -257,3 +257,25 @@ def test_invalid_arguments_are_rejected(ids, shape, num_weights, ks, message):
     with pytest.raises(InputError, match=message) as error:
         metrics.compute_metrics(ids, relevance, np.ones(num_weights), ks=ks, recall_ks=())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_results", [1, 2, 3, 4, 5, 9, 10, 99, 100, 300])
+def test_cuts_are_those_that_the_results_have(num_results):
+    found = metrics.cuts(num_results)
+    assert found["ks"] == tuple(k for k in (1, 3, 5) if k <= num_results)
+    assert found["recall_ks"] == tuple(k for k in (10, 100) if k <= num_results)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 3, 4])
+def test_fewer_labels_than_5_have_the_metrics_that_there_are(num_labels):
+    rng = np.random.default_rng(num_labels)
+    truth = rng.random((40, num_labels)) < 0.5
+    ids = np.argsort(rng.random((40, num_labels)), axis=1)
+    found = metrics.compute_metrics(
+        ids, sparse.csr_matrix(truth.astype(float)), np.ones(num_labels), **metrics.cuts(num_labels)
+    )
+    cuts = {int(name.partition("@")[2]) for name in found if "@" in name}
+    assert cuts == {k for k in (1, 3) if k <= num_labels}
+    for k in cuts:
+        hits = np.take_along_axis(truth, ids[:, :k], axis=1)
+        assert found[f"P@{k}"] == pytest.approx(100 * hits.sum(axis=1).mean() / k)

@@ -89,7 +89,8 @@ def reference(head, params, q, positives, mask, weight=None):
             others = others if head.loss == "decoupled_softmax" else range(n)
             logits = (s[i] + log_weight)[list(others)]
             total = total + (torch.logsumexp(logits, 0) - s[i, label]) / len(labels)
-    loss = total / max(len(label_of), 1)
+    num_pairs = sum(map(len, label_of.values()))
+    loss = total / max(num_pairs if head.loss == "bce" else len(label_of), 1)
     loss.backward()
     zero_or = lambda x: np.zeros(x.shape) if x.grad is None else x.grad.numpy()  # noqa: E731
     return loss.item(), structure.unflatten([zero_or(x) for x in leaves])

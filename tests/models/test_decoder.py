@@ -13,7 +13,7 @@ from safetensors import torch as safetensors
 
 from tests import random_models
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf_checkpoints
+from vixml_jax.models import hf_checkpoints, hf_export
 from vixml_jax.models.tower import Tower
 from vixml_jax.runtime import tree_utils
 from vixml_jax.structs import PackedItems
@@ -181,8 +181,8 @@ def test_adapters_merged_in_transformers_and_separate_in_peft(pair, pack, tmp_pa
     config, params = with_adapters(config, params, random=True)
     tokens = np.random.default_rng(2).integers(1, 60, 40)
     expected = apply(config, params, pack([(tokens, [])], [[0]], width=40), 1)[0]
-    hf_checkpoints.save_hf_tower(str(tmp_path / "merged"), params, config=config, like=path)
-    hf_checkpoints.save_hf_adapters(str(tmp_path / "adapters"), params, config=config, base=path)
+    hf_export.save_hf_tower(str(tmp_path / "merged"), params, config=config, like=path)
+    hf_export.save_hf_adapters(str(tmp_path / "adapters"), params, config=config, base=path)
     merged = transformers.AutoModel.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         found = merged(input_ids=torch.tensor(tokens)[None]).last_hidden_state[0].mean(0)
@@ -230,7 +230,7 @@ def test_microbatches_do_not_change_vectors_or_gradients(pair, pack, draw_items)
 
 def test_transformers_loads_a_saved_tower(pair, tmp_path):
     _, model, config, params, path = pair
-    hf_checkpoints.save_hf_tower(str(tmp_path), params, config=config, like=path)
+    hf_export.save_hf_tower(str(tmp_path), params, config=config, like=path)
     loaded = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert type(loaded) is type(model)
     tokens = torch.randint(1, 60, (1, 40))

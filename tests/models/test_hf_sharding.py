@@ -11,7 +11,7 @@ import transformers
 from safetensors import torch as safetensors
 
 from vixml_jax.errors import InputError
-from vixml_jax.models import hf_checkpoints
+from vixml_jax.models import hf_checkpoints, hf_files
 from vixml_jax.models.siglip import VisionTower
 from vixml_jax.models.tower import Tower
 from vixml_jax.parallel import sharding
@@ -108,6 +108,9 @@ class LoggedTensor:
     def get_shape(self):
         return self.tensor.get_shape()
 
+    def get_dtype(self):
+        return self.tensor.get_dtype()
+
     def __getitem__(self, index):
         self.log.append(self.name, found := self.tensor[index])
         return found
@@ -133,10 +136,10 @@ class Log:
 
 @pytest.fixture
 def log(monkeypatch):
-    log, tensors = Log(), hf_checkpoints._tensors
+    log, tensors = Log(), hf_files.tensors
     monkeypatch.setattr(
-        hf_checkpoints,
-        "_tensors",
+        hf_files,
+        "tensors",
         lambda path: ((n, LoggedTensor(n, t, log)) for n, t in tensors(path)),
     )
     return log

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vixml_jax.benchmarks.support import towers
 from vixml_jax.errors import InputError
+from vixml_jax.models import published_towers as towers
 from vixml_jax.models.tower import Tower
 from vixml_jax.structs import PackedItems
 
@@ -19,6 +19,11 @@ PUBLISHED = {
     "sentence-transformers/all-MiniLM-L6-v2": 22_713_216 - (384 * 384 + 384),
     "distilbert/distilbert-base-uncased": 66_362_880,
     "intfloat/e5-base-v2": 109_482_240 - (768 * 768 + 768),
+    "intfloat/multilingual-e5-base": 278_043_648 - (768 * 768 + 768),
+    # Published with the pooler and 514 position ids.
+    "sentence-transformers/all-mpnet-base-v2": 109_486_978 - (768 * 768 + 768) - 514,
+    # Published with the head of its pretraining; the first block has a norm that is not used.
+    "answerdotai/ModernBERT-base": 149_655_232 - (768 * 768 + 768 + 50368) + 768,
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512 - 152064 * 3584,
@@ -56,6 +61,16 @@ def test_rope_of_llama_and_gemma():
     assert (gemma.rope.theta, gemma.rope.factor, gemma.local_rope.theta) == (1e6, 8.0, 1e4)
     assert (gemma.window, gemma.slides.sum(), gemma.slides[5]) == (1024, 29, False)
     assert gemma.attention_scale == 256**-0.5 and gemma.embedding_scale == 2560**0.5
+
+
+def test_positions_of_xlm_roberta_mpnet_and_modernbert():
+    multilingual = towers.config_of("multilingual-e5")
+    assert (multilingual.max_positions, multilingual.first_position) == (512, 2)
+    mpnet = towers.config_of("all-mpnet")
+    assert (mpnet.max_positions, mpnet.distance_buckets, mpnet.type_vocab_size) == (512, 32, 0)
+    modern = towers.config_of("modernbert")
+    assert (modern.rope.theta, modern.local_rope.theta, modern.window) == (160000.0, 10000.0, 65)
+    assert [i for i in range(22) if not modern.slides[i]] == [0, 3, 6, 9, 12, 15, 18, 21]
 
 
 def test_unknown_names_are_refused():

@@ -186,6 +186,43 @@ def test_the_last_position_of_each_segment():
     np.testing.assert_array_equal(layers.last_of_segments(segments), expected)
 
 
+@pytest.mark.parametrize("kind", layers.POOLINGS)
+def test_pooled_states_match_numpy(kind):
+    rng = np.random.default_rng()
+    states = rng.normal(size=(3, 12, 5)).astype(np.float32)
+    segments, positions = np.full((3, 12), -1), np.zeros((3, 12), int)
+    image_at, expected = np.full((3, 12), -1), np.zeros((6, 5))
+    for item in range(6):
+        row, first, length = item // 2, 6 * (item % 2), rng.integers(2, 7)
+        at = slice(first, first + length)
+        num_images = rng.integers(0, length)  # In front of the text, as in an encoder.
+        segments[row, at] = item
+        # Positions of the text leave space for missing images.
+        positions[row, at] = np.r_[:num_images, 6 : 6 + length - num_images]
+        image_at[row, first : first + num_images] = 1
+        x = states[row, at].astype(np.float64)
+        ranks = np.arange(1, length + 1)
+        expected[item] = {
+            "mean": x.mean(0),
+            "cls": x[num_images],
+            "last": x[-1],
+            "weighted_mean": ranks @ x / ranks.sum(),
+        }[kind]
+    order = np.arange(12) if kind == "last" else rng.permutation(12)
+    states, segments, positions, image_at = (
+        jnp.asarray(x[:, order]) for x in (states, segments, positions, image_at)
+    )
+    weights = layers.pooling_weights(kind, segments, positions, image_at)
+    total, count = layers.sum_by_segment(states, segments, 6, weights)
+    np.testing.assert_allclose(total / count[:, None], expected, atol=1e-5)
+
+
+def test_an_unknown_pooling_is_refused():
+    row = jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(ValueError, match="'max': expected one of mean, cls"):
+        layers.pooling_weights("max", row, row, row)
+
+
 def test_unsupported_einsum_equations_are_refused():
     layer = layers.Einsum("psd,dm->pms", {"d": 2, "m": 3}, nn.initializers.zeros)
     with pytest.raises(ValueError, match="psd,dm->pms"):

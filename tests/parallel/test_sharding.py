@@ -18,7 +18,7 @@ from vixml_jax import train, workdir
 from vixml_jax.config import LoraConfig
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
-from vixml_jax.models import hf_checkpoints
+from vixml_jax.models import hf_export
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.parallel import sharding
@@ -261,7 +261,7 @@ def test_a_run_is_restored_on_another_mesh(run, tmp_path):
         params, labels, _ = workdir.restore_model(run.workdir, model)
         vectors.append(model.encode_labels(params, labels, dataset.labels, block=32).values)
         directories.append(str(tmp_path / str(len(directories))))
-        hf_checkpoints.save_hf_tower(
+        hf_export.save_hf_tower(
             directories[-1], params["tower"], config=model.tower.config, like=run.model.pretrained
         )
     np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-6)

@@ -60,6 +60,12 @@ def test_describe():
     assert with_images.true_labels == [("label 4", 1), ("label 0", 3), ("label 2", None)]
     assert (without.num_images, without.value, len(without.predictions)) == (0, 0.0, 3)
     assert without.true_labels == [("label 0", None)]
+    # Ranks 1 and 3 are among the three predictions; the label that was not found is not.
+    assert [with_images.predicts(label) for label in with_images.true_labels] == [True, True, False]
+    (shorter,) = examples.describe(
+        np.array([1]), queries, labels, relevance, result, np.array([0.0, 0.5]), shown=2
+    )
+    assert [shorter.predicts(label) for label in shorter.true_labels] == [True, False]
 
 
 @pytest.mark.parametrize("block", [3, 1000])

@@ -1,7 +1,5 @@
 """The report in a browser: light and dark, phone and desktop, distinguishable without colours."""
 
-import base64
-import contextlib
 import io
 import itertools
 import re
@@ -9,141 +7,11 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import sparse
 
-from tests.report import chromium
-from tests.report.test_markdown import read
-from vixml_jax.evaluation import metrics, sliced_metrics, slices
-from vixml_jax.evaluation.per_query import PerQuery
-from vixml_jax.report import examples, page, render
-from vixml_jax.report.examples import Neighbours
+from tests.report.pages import HOSTILE, SCHEMES, make_page, opened
+from vixml_jax.report import examples
 
-HOSTILE = '<script>window.hacked = 1</script><img src="http://127.0.0.1:9/x" onerror=alert(1)>"\'&'
-LONG = "a_very_long_word_without_any_space_in_it_" * 8
-SCHEMES, WIDTHS = ("light", "dark"), (360, 1280)
-SERIES = ("s0", "s1", "s2")
-CARD = (
-    "# icons\n\n| | items |\n| --- | --: |\n| train | 9 |\n\n![In images](dataset.png)\n\n"
-    "- “\\<script\\>window.hacked = 1\\</script\\>”\n  → " + LONG + "\n"
-)
-
-
-def evaluated(seed):
-    """Sliced and overall metrics of random results."""
-    rng, num, num_labels = np.random.default_rng(9), 300, 400
-    ids = np.random.default_rng(seed).random((num, num_labels)).argsort(axis=1)[:, :100]
-    frequency = np.sort(rng.zipf(1.4, num_labels).clip(max=3000) - 1)[::-1]
-    truth = rng.random((num, num_labels)) < 0.01 + 0.02 * (frequency > 50)
-    relevance = sparse.csr_matrix(truth.astype(np.float32))
-    weights = np.ones(num_labels)
-    lengths = rng.integers(3, 40, num)
-    sliced = sliced_metrics.compute(
-        ids,
-        relevance,
-        weights,
-        label_groups={
-            "label frequency": slices.by_frequency(frequency),
-            "frequency decile": slices.by_decile(frequency, truth.sum(axis=0)),
-        },
-        query_groups={
-            "images": slices.Groups(("with images", "without"), lengths % 2),
-            "text length": slices.by_length(lengths),
-        },
-    )
-    return sliced, metrics.compute_metrics(ids, relevance, weights)
-
-
-def item_image():
-    """Returns a red image with a transparent corner, as a `data:` URL."""
-    image = Image.new("RGBA", (400, 200), (200, 0, 0, 255))
-    image.putpixel((0, 0), (0, 0, 0, 0))
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-IMAGE = item_image()
-
-
-def make_page(**changes):
-    """Returns a report with every section, and texts that try to break it."""
-    run, other = "this run, text and images", "this run, text and images, with neighbours"
-    (one, one_row), (two, two_row) = evaluated(0), evaluated(1)
-    assert isinstance(one.queries, PerQuery)
-    bounds = {name: (one_row[name] - 1, one_row[name] + 1) for name in one.queries.names}
-    true_labels = [examples.TrueLabel(HOSTILE, 1), examples.TrueLabel(LONG, None)]
-    predictions = [
-        examples.Prediction(HOSTILE, 0.9, True),
-        examples.Prediction(LONG, 0.5, False),
-        examples.Prediction("plain", -0.1, False),
-    ]
-    example = examples.Example("7", HOSTILE, 2, 61.5, predictions, true_labels, 9)
-    bare = examples.Example("8", "", 0, 0.0, [], true_labels[1:], 1)
-    content = {
-        "dataset": f"icons {HOSTILE}",
-        "split": "test",
-        "search": "scann",
-        "queries": 300,
-        "labels": 400,
-        "run": run,
-        "rows": {
-            "kNN baseline, text": dict.fromkeys(("P@1", "R@100"), 3.0),
-            run: one_row,
-            other: two_row,
-        },
-        "intervals": {run: bounds},
-        "groups": {run: one.groups, other: two.groups},
-        "losses": [(step, 1.0 / (1 + step)) for step in range(0, 1000)],
-        "curves": {"P@1": [(10, 5.0), (20, 40.0), (30, 52.5)], "R@100": [(10, 50.0), (30, 90.0)]},
-        "curves_split": "valid",
-        "recall_curve": [
-            dict(leaves_searched=n, reordered=9 * n, recall=1 - 0.5 / n, queries_per_s=9e4 / n)
-            for n in (1, 4, 16, 64)
-        ],
-        "thumbnails": {"7": [IMAGE, ""]},
-        "worst": [bare, example, example],
-        "best": [example, example._replace(text=LONG)],
-        "chosen_by": "nDCG@5",
-        "neighbours": [Neighbours(HOSTILE, 7, [(LONG, 0.91), (HOSTILE, 0.5)])],
-        "card": CARD,
-        "card_image": b"\x89PNG\r\n\x1a\n",
-        "command": f"python -m vixml_jax.evaluate --report --workdir='{LONG}{HOSTILE}'",
-        "versions": {"jax": "0.10", "device": "1 x cpu"},
-        "settings": '{"seed": 0, "name": "</pre>"}',
-        "facts": {"run": LONG, "peak memory": "1.0 GB"},
-    }  # fmt: skip
-    return render.render(page.Page(**content | changes))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium.launch() as browser:
-        yield browser
-
-
-@contextlib.contextmanager
-def opened(browser, path, scheme="light", width=1280, media="screen"):
-    """Yields the page with all details open, its requests, and its console messages."""
-    context = browser.new_context(
-        color_scheme=scheme, viewport={"width": width, "height": 800}, offline=False
-    )
-    tab, requests, messages = context.new_page(), [], []
-    tab.on("request", lambda request: requests.append(request.url))
-    tab.on("console", lambda message: messages.append(message.text))
-    tab.on("pageerror", lambda error: messages.append(str(error)))
-    tab.emulate_media(media=media, color_scheme=scheme)
-    tab.goto(path.as_uri())
-    tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
-    yield tab, requests, messages
-    context.close()
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("page") / "test-scann.report.html"
-    path.write_text(make_page(), encoding="utf-8")
-    return path
-
+WIDTHS = (360, 1280)
 
 CONTRASTS = """() => {
   const channel = c => { c /= 255; return c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4 };
@@ -192,7 +60,7 @@ def test_chart_text_is_large_enough_on_a_phone(browser, path):
             "c.getBoundingClientRect().width / c.viewBox.baseVal.width * "
             "parseFloat(getComputedStyle(c).fontSize))"
         )
-        assert len(sizes) == 11 and min(sizes) >= 10
+        assert len(sizes) == 15 and min(sizes) >= 10
 
 
 def test_chart_text_is_not_clipped(browser, path):
@@ -225,13 +93,64 @@ def test_wide_tables_scroll_inside_their_box(browser, path):
         assert len(wide) >= 3 and all(box == ["auto", 0] for box in wide)
 
 
+def edges(tab, box):
+    """How much of the left and right edge of a box is shaded, from 0 to 1."""
+    box.scroll_into_view_if_needed()
+    place = box.bounding_box()
+    with Image.open(io.BytesIO(tab.screenshot(clip=place))) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    page = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    page = [int(channel) for channel in re.findall(r"\d+", page)]
+    different = (np.abs(pixels - page) > 12).any(axis=-1)
+    return different[:, 1].mean(), different[:, -3].mean()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_shadow_says_that_a_table_goes_on(browser, path, scheme):
+    with opened(browser, path, scheme, width=390) as (tab, *_):
+        boxes = [tab.locator(".scroll").nth(i) for i in range(tab.locator(".scroll").count())]
+        wide = [box for box in boxes if box.evaluate("b => b.scrollWidth > b.clientWidth")]
+        narrow = [box for box in boxes if box not in wide]
+        assert len(wide) >= 3 and narrow
+        for box in wide[:3]:
+            assert edges(tab, box)[1] > 0.95
+            box.evaluate("b => b.scrollLeft = b.scrollWidth")
+            assert edges(tab, box)[1] < 0.5  # Some text and lines may be there.
+        for box in narrow[:2]:
+            assert max(edges(tab, box)) < 0.5
+
+
+def test_texts_of_labels_fit_a_phone(browser, path):
+    with opened(browser, path, width=390) as (tab, *_):
+        box = tab.locator(".texts .scroll")
+        assert box.evaluate("b => b.scrollWidth <= b.clientWidth")
+        assert box.locator("bdi").count() == 3
+
+
+def test_charts_of_the_data_have_the_colours_of_the_page(browser, path):
+    """No image of fixed colours and sizes is left, so that dark mode and a phone are served."""
+    fills = []
+    for scheme in SCHEMES:
+        with opened(browser, path, scheme, width=390) as (tab, *_):
+            assert tab.locator(".card img").count() == 0
+            assert tab.locator(".card .chart").count() == 4
+            widths = tab.locator(".card .chart").evaluate_all(
+                "charts => charts.map(c => c.getBoundingClientRect().width)"
+            )
+            assert min(widths) > 320
+            fills.append(
+                tab.evaluate("getComputedStyle(document.querySelector('.card text')).fill")
+            )
+    assert fills[0] != fills[1]
+
+
 def test_charts_tables_and_headings_are_accessible(browser, path):
     with opened(browser, path) as (tab, *_):
         charts = tab.evaluate(
             "[...document.querySelectorAll('svg[role=img]')].map(c => c.getAttribute("
             "'aria-labelledby').split(' ').map(id => document.getElementById(id).textContent))"
         )
-        assert len(charts) == 11 and all(title and description for title, description in charts)
+        assert len(charts) == 15 and all(title and description for title, description in charts)
         ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
         assert len(ids) == len(set(ids))
         assert tab.evaluate("document.querySelectorAll('th:not([scope])').length") == 0
@@ -256,17 +175,48 @@ def test_hits_and_series_differ_without_colour(browser, path):
             "[l.classList.contains('hit'), l.firstChild.textContent.includes('✓')])"
         )
         assert {tuple(hit) for hit in hits} == {(True, True), (False, False)}
+        missed = tab.evaluate(
+            "[...document.querySelectorAll('article li.miss')].map(l => l.innerText)"
+        )
+        assert missed and all("✗" in text and "missed" in text for text in missed)
         filled = tab.evaluate(
             "[...document.querySelectorAll('.legend .key rect:not([class^=m])')].map(r => "
             "[r.getAttribute('class'), getComputedStyle(r).fill])"
         )
         assert {kind for kind, _ in filled} == {"s0", "s1"}
         assert all(("pattern" in fill) == (kind == "s1") for kind, fill in filled)
-        dashes = tab.evaluate(
-            "[...document.querySelectorAll('.legend .key path')].filter(p => "
-            "p.getAttribute('class')[0] === 'l').map(p => getComputedStyle(p).strokeDasharray)"
+        legends = tab.evaluate(
+            "[...document.querySelectorAll('.legend')].map(l => [...l.querySelectorAll('path')]"
+            ".filter(p => p.getAttribute('class')[0] === 'l')"
+            ".map(p => getComputedStyle(p).strokeDasharray))"
         )
-        assert len(dashes) == len(set(dashes)) == 2
+        assert max(map(len, legends)) == 3
+        assert all(len(dashes) == len(set(dashes)) for dashes in legends)
+
+
+@pytest.mark.parametrize(
+    "rank,found", [(1, True), (3, True), (4, False), (72, False), (None, False)]
+)
+def test_true_labels_that_are_not_predicted_look_missed(browser, tmp_path, rank, found):
+    """Predictions have three labels; a label of a later rank is not among them."""
+    predictions = [examples.Prediction(f"label {i}", 0.5, False) for i in range(3)]
+    true_labels = [examples.TrueLabel("its label", rank)]
+    example = examples.Example("7", "query", 0, 0.0, predictions, true_labels, 1)
+    file = tmp_path / "page.html"
+    file.write_text(make_page(worst=[example], best=[]), encoding="utf-8")
+    with opened(browser, file) as (tab, *_):
+        item = tab.locator("article ul li")
+        shown = item.inner_text().split("\n")
+        place = "beyond rank 100" if rank is None else f"rank {rank}"
+        assert shown == (
+            ["✓", "its label", place] if found else ["✗", "its label", f"missed, {place}"]
+        )
+        colour = item.evaluate("i => getComputedStyle(i).color")
+        names = {name: tab.evaluate(
+            "name => { const e = document.createElement('i'); e.style.color = `var(${name})`;"
+            "document.body.append(e); return getComputedStyle(e).color }", f"--{name}",
+        ) for name in ("hit", "miss")}  # fmt: skip
+        assert names["hit"] != names["miss"] and colour == names["hit" if found else "miss"]
 
 
 def test_content_security_policy_blocks_the_network(browser, path):
@@ -310,98 +260,3 @@ def test_images_of_queries_are_shown(browser, path):
         assert images == [["image 1", 400, 200, True]] * 4
         text = tab.evaluate("document.querySelector('.examples').innerText")
         assert "image 2: not readable" in text
-
-
-def test_html_is_well_formed_and_refers_to_no_other_file():
-    text = make_page()
-    reader = read(text.removeprefix("<!doctype html>"))
-    assert not {"script", "link", "iframe", "object", "base"} & set(reader.tags)
-    for tag, attributes in reader.attributes:
-        for name, value in attributes.items():
-            assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href"):
-                assert value.startswith(("data:image/png;base64,", "#")), (tag, value)
-    assert "url(http" not in text and "@import" not in text
-
-
-def test_sections_without_content_are_left_out():
-    full, reduced = make_page(), make_page(
-        recall_curve=[], losses=[], curves={}, neighbours=[], worst=[], best=[], card=None
-    )  # fmt: skip
-    for title in ("Recall and speed of the index", "Learning curves", "Label neighbours"):
-        assert full.count(title) == 2 and title not in reduced
-    assert "have no card (dataset.md)" in reduced
-    read(reduced.removeprefix("<!doctype html>"))
-
-
-def test_page_shows_the_given_numbers():
-    text = make_page()
-    row = evaluated(0)[1]
-    for name in ("P@1", "nDCG@5", "R@100"):
-        assert f"<dt>{name}</dt><dd>{row[name]:.2f}<small>[{row[name] - 1:.2f}" in text
-    unseen = evaluated(0)[0].groups["label frequency"]["unseen"]
-    shown = re.search(r"Labels never seen in training: ([\d,]+), in ([\d,]+) of", text)
-    assert (int(shown[1]), int(shown[2])) == (unseen["labels"], unseen["pairs"]) and unseen["pairs"]
-    assert f"R@100 within the group: {unseen['metrics']['R@100']:.2f}" in text
-
-
-# Linear RGB as seen by people who lack one kind of cones (Machado, Oliveira & Fernandes, A
-# Physiologically-based Model for Simulation of Color Vision Deficiency, 2009, severity 1).
-DEFICIENCIES = {
-    "none": np.eye(3),
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
-                   [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-                     [-0.011820, 0.042940, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
-                   [0.004733, 0.691367, 0.303900]],
-}  # fmt: skip
-
-
-def colours(scheme):
-    """Returns the colours of the style sheet, by name of the variable."""
-    light, dark = re.findall(r":root \{(.*?)\}", render.stylesheet(), re.DOTALL)
-    return dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", light if scheme == "light" else dark))
-
-
-def linear(colour):
-    values = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-
-
-def lab(rgb):
-    """Returns CIELAB of linear sRGB, with white point D65."""
-    xyz = np.array(
-        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-    ) @ np.clip(rgb, 0, 1)
-    x, y, z = np.cbrt(np.maximum(xyz / [0.9505, 1.0, 1.089], 1e-9))
-    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("deficiency", DEFICIENCIES)
-def test_series_differ_for_the_colour_blind(scheme, deficiency):
-    series = [colours(scheme)[name] for name in SERIES]
-    seen = [lab(np.array(DEFICIENCIES[deficiency]) @ linear(colour)) for colour in series]
-    least = min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(seen, 2))
-    assert least > 20  # The just noticeable difference is 2.3.
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_shapes_contrast_with_the_page(scheme):
-    """WCAG 2.2, criterion 1.4.11, asks for a contrast of 3 to 1."""
-
-    def luminance(name):
-        return linear(colours(scheme)[name]) @ [0.2126, 0.7152, 0.0722]
-
-    for name in SERIES:
-        a, b = sorted((luminance(name), luminance("page")))
-        assert (b + 0.05) / (a + 0.05) >= 3, name
-
-
-def test_a_run_with_a_label_head_shows_probabilities_and_its_loss():
-    losses = [(step, 1.0 / step) for step in range(1000, 1010)]
-    text = make_page(score="probability", head_losses=losses)
-    assert "Predictions, with probabilities" in text and "Loss of the label head" in text
-    plain = make_page()
-    assert "Predictions, with cosines" in plain and "Loss of the label head" not in plain

@@ -60,6 +60,31 @@ def test_columns_are_proportional_to_values_and_may_be_missing():
     assert min(b - a for a, b in itertools.pairwise(lefts)) > 10  # Columns do not overlap.
 
 
+@pytest.mark.parametrize("log_y", [False, True])
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_heights_of_lines_follow_the_axis(log_y, from_zero):
+    if log_y and from_zero:
+        return  # There is no 0 on a logarithmic axis.
+    points = [(0.0, 10.0), (1.0, 100.0), (2.0, 1000.0)]
+    _, chart = parse(
+        svg.lines("t", "d", {"a": points}, xlabel="x", ylabel="y", log_y=log_y, from_zero=from_zero)
+    )  # fmt: skip
+    ticks = {float(t.text): float(t.get("y")) - 4 for t in shapes(chart, "end")}
+    heights = [float(mark.get("cy")) for mark in shapes(chart, "m0")]
+    assert (0.0 in ticks) == from_zero
+    if log_y:
+        assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.1)
+        assert ticks[100.0] == pytest.approx(heights[1], abs=0.1)
+    else:
+        least = 0.0 if from_zero else 10.0
+        height = (heights[0] - heights[1]) / (heights[0] - heights[2])
+        assert height == pytest.approx(90 / 990, abs=0.01)
+        bottom = heights[2] + 160.0  # Of the axis.
+        assert (bottom - heights[1]) / 160 == pytest.approx(
+            (100 - least) / (1000 - least), abs=0.01
+        )
+
+
 @pytest.mark.parametrize("log_x", [False, True])
 def test_lines_pass_through_their_points(log_x):
     points = [(10.0, 0.5), (100.0, 0.75), (1000.0, 1.0)]

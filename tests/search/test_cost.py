@@ -85,15 +85,15 @@ def test_more_leaves_or_candidates_cost_more():
 
 
 def test_check_memory_reports_needed_and_available_memory(monkeypatch):
-    monkeypatch.setattr(cost_lib.host_memory, "available", lambda: 2 * 2**30)
-    cost_lib.check_memory(2 * 2**30, "nine labels", "use fewer labels")
+    monkeypatch.setattr(cost_lib.host_memory, "available", lambda: 2 * 10**9)
+    cost_lib.check_memory(2 * 10**9, "nine labels", "use fewer labels")
     with pytest.raises(InputError) as error:
-        cost_lib.check_memory(3 * 2**30, "nine labels", "use fewer labels")
+        cost_lib.check_memory(3 * 10**9, "nine labels", "use fewer labels")
     assert str(error.value) == (
         "nine labels need about 3.00 GB of memory, but 2.00 GB are free on this machine: use fewer "
         "labels"
     )
     with pytest.raises(InputError, match=r"1.00 GB are allowed by --search.memory_gb: use fewer"):
-        cost_lib.check_memory(2 * 2**30, "nine labels", "use fewer labels", limit=2**30)
+        cost_lib.check_memory(2 * 10**9, "nine labels", "use fewer labels", limit=10**9)
     monkeypatch.setattr(cost_lib.host_memory, "available", lambda: None)
     cost_lib.check_memory(2**60, "nine labels", "use fewer labels")

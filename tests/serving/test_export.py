@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import scipy.special
+import sentence_transformers
 import torch
 import transformers
 
@@ -17,10 +18,11 @@ from tests import tiny
 from vixml_jax import train
 from vixml_jax.config import LoraConfig, PromptConfig
 from vixml_jax.data.store import PreparedDataset
+from vixml_jax.models import hf_checkpoints
 from vixml_jax.serving import label_updates
 from vixml_jax.serving.predictor import Predictor
 
-KINDS = ["encoder", "adapted", "decoder", "head"]
+KINDS = ["encoder", "roberta", "adapted", "decoder", "head"]
 READ_BACK = """
 import sys, jax, numpy as np
 program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
@@ -28,6 +30,18 @@ given = np.load(sys.argv[2])
 np.save(sys.argv[3], program.call(given["ids"], given["mask"]))
 assert not any(name.startswith(("vixml", "flax")) for name in sys.modules)
 """
+
+
+def make_roberta(path, data):
+    """Writes a random RoBERTa, whose positions begin at 1; returns its path."""
+    torch.manual_seed(0)
+    vocab_size = PreparedDataset.open(data).vocab_size
+    config = transformers.RobertaConfig(
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, type_vocab_size=1, pad_token_id=0,
+    )  # fmt: skip
+    transformers.RobertaModel(config).save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -40,9 +54,11 @@ def exported(request, run, head_run, tmp_path_factory):
     else:
         config = tiny.configuration(run.data, workdir)
         model, more = {"family": "decoder"}, {}
+        if request.param == "roberta":
+            model = {"pretrained": make_roberta(root / "roberta", run.data), "pooling": "cls"}
         if request.param == "adapted":
             model = {
-                "pooling": "last",
+                "pooling": "weighted_mean",
                 "pretrained": tiny.make_qwen(
                     root / "qwen",
                     vocab_size=PreparedDataset.open(run.data).vocab_size,
@@ -91,7 +107,9 @@ def test_transformers_computes_the_same_vectors(exported):
         ids = about["before"] + ids[first : len(ids) - last] + about["after"]
         with torch.no_grad():
             states = tower(torch.tensor([ids])).last_hidden_state[0].numpy()
-        pooled = states.mean(axis=0) if about["pooling"] == "mean" else states[-1]
+        ranks = np.arange(1, len(ids) + 1)
+        weights = {"mean": ranks * 0 + 1, "cls": ranks == 1, "weighted_mean": ranks}
+        pooled = weights[about["pooling"]] @ states
         np.testing.assert_allclose(pooled / np.linalg.norm(pooled), expected, atol=1e-4)
 
 
@@ -150,6 +168,18 @@ def test_the_code_of_the_readme_computes_the_scores_of_the_run(exported, tmp_pat
     for label in predictor(["a query"], k=20)[0]:
         assert label.score == pytest.approx(found[label.id], abs=1e-4)
     assert has_head == (out / "head.npz").exists()
+
+
+def test_sentence_transformers_reads_the_pooling(exported):
+    predictor, out = exported
+    if not (out / "tower" / "modules.json").exists():
+        assert not hasattr(predictor.model.tower.config, "type_vocab_size")  # A decoder.
+        return
+    model = sentence_transformers.SentenceTransformer(str(out / "tower"), device="cpu")
+    texts = random_texts(np.random.default_rng(), 5)
+    np.testing.assert_allclose(model.encode(texts), predictor.encode(texts), atol=1e-4)
+    kind = predictor.model.tower.config.pooling
+    assert hf_checkpoints.read_pooling(str(out / "tower")).kind == kind
 
 
 def test_the_image_projection_is_exported(exported):

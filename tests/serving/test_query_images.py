@@ -1,5 +1,6 @@
 """Image files of queries: embedded like those of the run's data; broken files are reported."""
 
+import base64
 import csv
 import dataclasses
 import json
@@ -48,10 +49,13 @@ def test_image_files_are_embedded_like_those_of_the_data(shop, tmp_path):
     for row, name in enumerate(dataset.test.ids):
         has_image = int(name) % 3
         rows.append({"id": name, "title": dataset.test.texts[row]})
-        rows[-1] |= {"image": f"png/{name}.png"} if has_image else {}
+        if has_image:  # Some as files, some as their contents.
+            content = base64.b64encode((root / f"png/{name}.png").read_bytes()).decode()
+            rows[-1]["image"] = f"png/{name}.png" if int(name) % 2 else {"bytes": content}
         expected.append(dataset.test.images.values[offsets[row]] if has_image else None)
     rows += [{"id": f"x{i}", "title": "red", "image": f"png/{x}.png"} for i, x in
              enumerate(("broken", "missing"))]  # fmt: skip
+    rows.append({"id": "x2", "title": "red", "image": "data:image/png;base64,QUJD"})
     queries, out = root / "queries.jsonl", tmp_path / "out.jsonl"
     queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
     printed = tiny.run_command(
@@ -61,16 +65,16 @@ def test_image_files_are_embedded_like_those_of_the_data(shop, tmp_path):
     found = [json.loads(line) for line in out.read_text().splitlines()]
     predictor = Predictor.load(config.workdir, warm=False)
     texts = [row["title"] for row in rows]
-    with_images = predictor(texts, [*expected, None, None], k=3)
+    with_images = predictor(texts, [*expected, None, None, None], k=3)
     without_images = predictor(texts, k=3)
     for row, predictions in zip(found, with_images, strict=True):
         scores = [label["score"] for label in row["labels"]]
         np.testing.assert_allclose(scores, [x.score for x in predictions], rtol=1e-3)
     # Images make a difference.
     assert any(a != b for a, b in zip(with_images, without_images, strict=True))
-    for row, name in zip(found[-2:], ("broken.png", "missing.png"), strict=True):
+    for row, name in zip(found[-3:], ("broken.png", "missing.png", "of 3 bytes"), strict=True):
         assert row["note"].startswith("image ") and name in row["note"]
-    assert not any("note" in row for row in found[:-2])
+    assert not any("note" in row for row in found[:-3])
 
 
 def test_the_report_shows_image_files(shop):

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from vixml_jax.data.sources.columns import Columns
+from vixml_jax.data.sources.delimited import Dialect
+from vixml_jax.data.sources.reading import Reading
 from vixml_jax.errors import InputError
 from vixml_jax.serving import requests
 
 
-def read(path, **names):
-    return list(requests.read(str(path), Columns(**names), list_column="filter"))
+def read(path, reading=None, dialect=None, **names):
+    options = requests.Options(Columns(**names), dialect or {}, reading)
+    return list(requests.read_queries(str(path), options))
 
 
 def random_rows(rng, count):
@@ -36,10 +39,11 @@ def test_rows_are_read_as_they_were_written(kind, tmp_path):
         if kind == "jsonl":
             file.writelines(json.dumps(row) + "\n" for row in rows)
         else:
-            if kind == "tsv":  # A cell of a tsv file has no line breaks.
+            form = {}
+            if kind == "tsv":  # A cell has no line breaks, and quotes are characters.
                 rows = [{**row, "text": row["text"].replace("\n", " ")} for row in rows]
-            delimiter = "," if kind == "csv" else "\t"
-            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+                form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+            writer = csv.DictWriter(file, list(rows[0]), **form)
             writer.writeheader()
             for row in rows:
                 lists = {name: "|".join(row[name]) for name in ("image", "filter")}
@@ -47,7 +51,7 @@ def test_rows_are_read_as_they_were_written(kind, tmp_path):
     found = read(path)
     assert [x.error for x in found] == [""] * len(rows)
     assert [(x.id, x.images, x.listed) for x in found] == [
-        (row["id"], row["image"], row["filter"]) for row in rows
+        (row["id"], [str(tmp_path / name) for name in row["image"]], row["filter"]) for row in rows
     ]
     assert [" ".join(x.text.split()) for x in found] == [" ".join(r["text"].split()) for r in rows]
 
@@ -125,3 +129,90 @@ def test_an_unreadable_row_gets_no_id_if_the_table_has_ids(tmp_path):
     assert [(x.line, x.id, bool(x.error)) for x in read(path)] == [
         (2, "3", False), (3, None, True), (4, "4", False)
     ]  # fmt: skip
+
+
+def shop_reading(**columns):
+    columns = {"text": "{title} by {brand}", "id": "sku", "label_separator": ";"} | columns
+    dialect = Dialect(encoding="cp1252", delimiter=";")
+    return Reading(kind="csv", columns=Columns(**columns), dialect=dialect)
+
+
+def test_queries_are_read_as_the_data_of_the_run(tmp_path, capsys):
+    """Template, id column, encoding, delimiter and separator come from prepare; flags win."""
+    path = tmp_path / "rows.csv"
+    path.write_bytes("id;sku;title;brand;filter\n1;s1;Käse;Ömer;'a|b\n".encode("cp1252"))
+    (found,) = read(path, shop_reading())
+    assert (found.id, found.text, found.listed) == ("s1", "Käse by Ömer", ["'a|b"])
+    printed = capsys.readouterr().out
+    assert "text '{title} by {brand}', id 'sku', encoding cp1252, delimiter ';'" in printed
+    (found,) = read(path, shop_reading(), id="id", text="{brand}: {title}")
+    assert (found.id, found.text) == ("1", "Ömer: Käse")
+    path.write_bytes(path.read_bytes().decode("cp1252").encode("utf-8"))
+    (found,) = read(path, shop_reading(), {"encoding": "utf-8"})
+    assert found.text == "Käse by Ömer"
+    path.write_text(path.read_text("utf-8").replace(";", "^"), "utf-8")
+    (found,) = read(path, shop_reading(), {"encoding": "utf-8", "delimiter": "^"})
+    assert (found.text, found.listed) == ("Käse by Ömer", ["'a|b"])
+
+
+def test_a_list_of_labels_is_separated_as_in_the_data_of_the_run(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text('title\tbrand\tfilter\nCup\tAcme\ta; b\nCup\tAcme\t["x; y", "z"]\n')
+    assert [x.listed for x in read(path, shop_reading())] == [["a", "b"], ["x; y", "z"]]
+    for unknown in ("", "none"):
+        path.write_text("title\tbrand\tfilter\nCup\tAcme\ta|b\n")
+        assert read(path, shop_reading(label_separator=unknown))[0].listed == ["a", "b"]
+
+
+def test_a_file_of_another_format_has_its_own_dialect(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        json.dumps({"title": "Käse", "brand": "Ömer"}, ensure_ascii=False) + "\n", "utf-8"
+    )
+    assert read(path, shop_reading())[0].text == "Käse by Ömer"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_template_needs_all_its_columns(kind, tmp_path):
+    path = tmp_path / f"rows.{kind}"
+    path.write_text("title;price\nCup;3\n" if kind == "csv" else '{"title": "Cup", "price": 3}\n')
+    with pytest.raises(InputError, match=r"no column 'brand', of which .*\(\{title\} by") as error:
+        read(path, shop_reading())
+    assert "'title', 'price'; pass --text" in str(error.value) and "\n" not in str(error.value)
+    assert read(path, shop_reading(), text="title")[0].text == "Cup"
+
+
+@pytest.mark.parametrize("column", ["title", "price: eur", "a!b", "x[0]"])
+def test_a_single_column_may_have_another_name_in_queries(column, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"text,{column}\nother,Cup\n")
+    reading = Reading(kind="csv", columns=Columns(text=f"{{{column}}}"), dialect=Dialect())
+    assert read(path, reading)[0].text == "Cup"
+    path.write_text("id,text\n1,Cup\n")
+    assert read(path, reading)[0].text == "Cup"
+    assert "text '{text}'" in capsys.readouterr().out
+
+
+def test_labels_to_be_added_have_the_columns_of_the_table_of_labels(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text('id,code,title,name,examples\n1,c1,no,Scarves,"wool, red|silk"\n')
+    columns = Columns(text="{title}", id="id", label_text="{name}", label_id="code")
+    options = requests.Options(reading=Reading(kind="csv", columns=columns, dialect=Dialect()))
+    (label,) = requests.read_labels(str(path), options)
+    assert (label.id, label.text, label.listed) == ("c1", "Scarves", ["wool, red", "silk"])
+
+
+def test_all_rows_are_given_or_told(tmp_path):
+    """A quote that is not closed swallows no rows: each is a query or an error."""
+    for kind, mark in (("tsv", "\t"), ("csv", ",")):
+        path = tmp_path / f"rows.{kind}"
+        titles = ["lamp", '"Best of jazz', "cup", "tv stand 42", "mug"]
+        path.write_text(
+            f"id{mark}title\n" + "".join(f"{i}{mark}{t}\n" for i, t in enumerate(titles))
+        )
+        found = read(path)
+        assert [x.line for x in found] == [2, 3, 4, 5, 6]
+        wrong = [] if kind == "tsv" else [3]
+        assert [x.line for x in found if x.error] == wrong
+        good = [x.text for x in found if not x.error]
+        assert good == [t for i, t in enumerate(titles) if i + 2 not in wrong]

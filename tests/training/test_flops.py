@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vixml_jax.benchmarks.support import towers
 from vixml_jax.labels.prototypes import Combiner
+from vixml_jax.models import published_towers as towers
 from vixml_jax.models.bert import BertConfig
-from vixml_jax.models.decoder import DecoderConfig
+from vixml_jax.models.decoder import DecoderConfig, Rope
+from vixml_jax.models.modernbert import ModernBertConfig
 from vixml_jax.models.tower import Tower
 from vixml_jax.structs import Batch, PackedItems
 from vixml_jax.training import flops, losses
@@ -24,6 +25,11 @@ BERT = BertConfig(
 DECODER = DecoderConfig(
     vocab_size=50, num_layers=2, width=24, num_heads=6, num_kv_heads=2, head_width=8, mlp_width=40,
     causal=False, scan=False, remat=False, image_width=10,
+)  # fmt: skip
+
+MODERN = ModernBertConfig(
+    vocab_size=50, num_layers=3, width=24, num_heads=4, mlp_width=40, max_positions=32,
+    global_every=1, rope=Rope(), local_rope=Rope(), image_width=10,
 )  # fmt: skip
 
 
@@ -89,10 +95,18 @@ def trained_of(params, config):
         BERT,
         dataclasses.replace(BERT, scan=True),
         DECODER,
+        MODERN,
         dataclasses.replace(DECODER, lora_rank=4),
         dataclasses.replace(DECODER, lora_rank=3, lora_maps=("query", "down")),
     ],
-    ids=["bert", "scanned bert", "decoder", "adapters on all maps", "adapters on some maps"],
+    ids=[
+        "bert",
+        "scanned bert",
+        "decoder",
+        "modernbert",
+        "adapters on all maps",
+        "adapters on some maps",
+    ],
 )
 def test_tower_flops_match_traced_products(config):
     rng = np.random.default_rng()

@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec as P
 from tests.tiny import configuration, make_data
 from vixml_jax import workdir
 from vixml_jax.benchmarks import memory
-from vixml_jax.benchmarks.support import towers
 from vixml_jax.data import input_pipeline
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
+from vixml_jax.models import published_towers as towers
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.parallel import accelerators, sharding
 from vixml_jax.runtime import host_memory

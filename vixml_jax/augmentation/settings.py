@@ -97,6 +97,15 @@ def as_trained(config: Config) -> Scoring:
     return Scoring(fusion, mixing if mixing.weight else None)
 
 
+def is_tuned(workdir: str, step: int) -> bool:
+    """Whether a scoring was tuned for the model of this step.
+
+    Raises:
+      InputError: If the file is damaged.
+    """
+    return _read_tuned(workdir, step) is not None
+
+
 def as_tuned(config: Config, workdir: str, step: int) -> Scoring:
     """Returns the scoring that was tuned for the model of this step, else that of training."""
     return _tuned(config, workdir, step) or as_trained(config)
@@ -153,6 +162,11 @@ def from_flags(config: Config, values: flags.FlagValues, workdir: str, step: int
         overridden = ", overridden by the given flags" if given_mixing or given_fusion else ""
         what = "scores" if tuned.fusion else "training neighbours"
         console.status(f"{what} as tuned: {described}{overridden}")
+    elif tuned and not given_mixing and (trained := as_trained(config).mixing):
+        console.status(
+            "training neighbours are off: they did not help on the validation split; "
+            f"--knn.weight={trained.weight:g} turns them on"
+        )
     return scoring
 
 
@@ -227,17 +241,22 @@ def save_tuned(workdir: str, step: int, names: Sequence[str], tried: list[dict[s
     return path
 
 
+def _read_tuned(workdir: str, step: int) -> _Tuned | None:
+    path = epath.Path(workdir) / TUNED
+    if not path.exists():
+        return None
+    about = json_files.read(path, _Tuned, "remove it, or run evaluate --tune again")
+    return about if about.step == step else None
+
+
 def _tuned(config: Config, workdir: str, step: int) -> Scoring | None:
     """Returns the scoring tuned for the model of this step; None: there is none.
 
     Raises:
       InputError: If the file is damaged.
     """
-    path = epath.Path(workdir) / TUNED
-    if not path.exists():
-        return None
-    about = json_files.read(path, _Tuned, "remove it, or run evaluate --tune again")
-    if about.step != step:
+    about = _read_tuned(workdir, step)
+    if about is None:
         return None
     mixing = Mixing(**about.mixing)
     fusion, alone = (x and Fusion(**x) for x in (about.fusion, about.fusion_alone))

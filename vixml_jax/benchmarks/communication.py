@@ -27,11 +27,11 @@ from absl import flags
 from vixml_jax import command_line, workdir
 from vixml_jax import config as config_lib
 from vixml_jax.benchmarks import train_step
-from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LoraConfig, ModelConfig
 from vixml_jax.flag_groups import HeadConfig
 from vixml_jax.labels import head_update
 from vixml_jax.labels.head import LabelHead
+from vixml_jax.models import published_towers as towers
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.parallel import accelerators as device_kinds
 from vixml_jax.parallel import collectives, sharding

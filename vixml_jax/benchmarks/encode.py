@@ -17,9 +17,10 @@ from absl import flags
 
 from vixml_jax import command_line
 from vixml_jax.benchmarks import train_step
-from vixml_jax.benchmarks.support import towers, workers
+from vixml_jax.benchmarks.support import workers
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, Ragged
+from vixml_jax.models import published_towers as towers
 
 TOWER = "all-minilm-l6"
 PROGRAMS = ("ours", "torch, padded to 32", "torch, sorted by length")

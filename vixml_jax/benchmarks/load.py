@@ -43,11 +43,11 @@ def write_checkpoint(directory: str, gigabytes: float) -> list[int]:
     import ml_dtypes
     import safetensors.numpy
 
-    from vixml_jax.models import hf_checkpoints, hf_configs, hf_names
+    from vixml_jax.models import hf_checkpoints, hf_configs, hf_files, hf_names
 
     def shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
         about = {**QWEN, "num_hidden_layers": num_layers}
-        _, config = hf_configs.read_config(hf_checkpoints.CONFIG, about, hf_names.TOWERS)
+        _, config = hf_configs.read_config(hf_files.CONFIG, about, hf_names.TOWERS)
         sizes, expected = (
             hf_checkpoints.sizes_of(config),
             hf_names.TENSORS["qwen2"].expected(config),
@@ -69,8 +69,8 @@ def write_checkpoint(directory: str, gigabytes: float) -> list[int]:
         safetensors.numpy.save_file(part, os.path.join(directory, file), metadata={"format": "pt"})
         files |= dict.fromkeys(part, file)
     for name, content in (
-        (hf_checkpoints.CONFIG, {**QWEN, "num_hidden_layers": num_layers}),
-        (hf_checkpoints.INDEX, {"metadata": {}, "weight_map": files}),
+        (hf_files.CONFIG, {**QWEN, "num_hidden_layers": num_layers}),
+        (hf_files.INDEX, {"metadata": {}, "weight_map": files}),
     ):
         with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
             json.dump(content, file)

@@ -25,8 +25,8 @@ from flax import linen as nn
 
 from vixml_jax import command_line, workdir
 from vixml_jax.benchmarks import train_step
-from vixml_jax.benchmarks.support import towers
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
+from vixml_jax.models import published_towers as towers
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.parallel import sharding
 from vixml_jax.structs import Batch, PackedItems

@@ -18,7 +18,8 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import command_line
-from vixml_jax.benchmarks.support import inputs, towers, workers
+from vixml_jax.benchmarks.support import inputs, workers
+from vixml_jax.models import published_towers as towers
 
 K = 10
 PROGRAMS = ("ours, alone", "ours, many", "torch, alone", "torch, many")

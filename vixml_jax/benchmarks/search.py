@@ -126,14 +126,14 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     """One line per baseline: build, memory, queries per second at each recall of each k."""
     columns = [(k, wanted) for k in search_indexes.KS for wanted in search_indexes.TARGETS]
     heads = "".join(f"{f'@{k} {wanted}':>12}" for k, wanted in columns)
-    lines = [f"  {'':10} {'build s':>8} {'peak GB':>8} {'held GB':>8}{heads}   queries/s"]
+    lines = [f"  {'':10} {'build s':>8} {'peak GiB':>8} {'held GiB':>8}{heads}   queries/s"]
     for one in found:
         if "rows" not in one:
             lines.append(f"  {one['baseline']:10} {'':26}{one['queries_per_s']:12,.0f}")
             continue
         speeds = {(row["k"], row["wanted"]): row for row in one["rows"]}
         cells = "".join(_cell(speeds[column]) for column in columns)
-        numbers = f"{one['build_s']:8.0f} {one['build_gb']:8.2f} {one['search_gb']:8.2f}"
+        numbers = f"{one['build_s']:8.0f} {one['build_gib']:8.2f} {one['search_gib']:8.2f}"
         lines.append(f"  {one['baseline']:10} {numbers}{cells}   {one['about']}")
     return "\n".join(lines)
 

@@ -22,9 +22,10 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import command_line
-from vixml_jax.benchmarks.support import inputs, towers, workers
+from vixml_jax.benchmarks.support import inputs, workers
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, PreparedDataset, Ragged
+from vixml_jax.models import published_towers as towers
 from vixml_jax.parallel import accelerators
 
 PROGRAMS = (

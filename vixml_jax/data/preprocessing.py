@@ -3,27 +3,29 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from vixml_jax.data import filters, splitting, store
 from vixml_jax.data.card import card
-from vixml_jax.data.images import image_embeddings
+from vixml_jax.data.images import image_embeddings, named_images
 from vixml_jax.data.sources import catalog, glyphs, tabular, xml_repository
-from vixml_jax.data.sources.raw import RawDataset, RawItems
+from vixml_jax.data.sources.delimited import USUAL, Dialect
+from vixml_jax.data.sources.raw import SPLITS, RawDataset, RawItems, RawQueries
 from vixml_jax.data.store import PreparedDataset, Writer
 from vixml_jax.data.text import batch_tokenizer
 from vixml_jax.data.text import tokenizer as tokenizer_lib
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console, progress
+from vixml_jax.storage import text_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 GLYPHS = "glyphs"
-ENCODINGS = ("utf-8", "latin-1")
 MIN_VOCAB_SIZE = 64
 _CHUNK_ROWS = 1 << 14  # Ids written at a time.
 _SHOWN_LABELS = 6  # Labels per query in a preview.
@@ -39,7 +41,7 @@ class Settings:
       tokenizer: A directory, a model on the Hugging Face hub, or 'train' to train a tokenizer on
         the texts of the training queries and the labels.
       max_tokens: Maximum number of tokens per item, including special tokens.
-      encoding: Text encoding of the source, 'utf-8' or 'latin-1'.
+      encoding: Text encoding of the source.
       vocab_size: Maximum vocabulary size of a trained tokenizer.
       propensity_a, propensity_b: Constants A and B of the inverse propensities, for sampling and
         for PSP@k.
@@ -68,8 +70,8 @@ class Settings:
             if not is_valid:
                 raise InputError(f"--{name}={getattr(self, name)}: expected {expected}")
 
-        for name, choices in (("encoding", ENCODINGS), ("filters", FILTERS)):
-            require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        text_files.check_encoding(self.encoding)
+        require("filters", self.filters in FILTERS, f"one of {', '.join(FILTERS)}")
         for name, minimum in (("vocab_size", MIN_VOCAB_SIZE), ("max_tokens", 1), ("seed", 0)):
             require(name, getattr(self, name) >= minimum, f"at least {minimum}")
         for name in ("propensity_a", "propensity_b"):
@@ -85,6 +87,8 @@ def prepare(
     settings: Settings,
     *,
     image_source: str = "",
+    embed_images: Callable[[RawDataset], RawDataset] = named_images.drop,
+    arguments: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> PreparedDataset:
     """Prepares a data set and opens it; an existing one with the same settings is kept.
@@ -94,6 +98,9 @@ def prepare(
       out: Directory to create.
       settings: The settings.
       image_source: Description of how images are embedded, stored in `dataset.json`.
+      embed_images: Embeds the images that the source names. This may take hours, and is the last
+        step that reads the source: all checks are made before.
+      arguments: Flags of the command, stored in `dataset.json` for `prepare_line.again`.
       overwrite: Whether to replace a prepared data set in `out`.
 
     Raises:
@@ -112,6 +119,7 @@ def prepare(
         return _reuse(out, stored_settings)
     store.check_free(out, overwrite)
     raw, notes = split_and_filter(raw, settings)
+    raw = embed_images(raw)
     with store.write(out, overwrite=overwrite) as writer:
         tokenizer = _make_tokenizer(settings, raw)
         parts = {split: queries.items for split, queries in raw.splits.items()}
@@ -134,6 +142,7 @@ def prepare(
             "propensity_a": settings.propensity_a,
             "propensity_b": settings.propensity_b,
             "settings": stored_settings,
+            **({} if arguments is None else {"arguments": list(arguments)}),
         }
         writer.finish(info, tokenizer.to_str())
         card.write(PreparedDataset.open(writer.directory), writer.directory)
@@ -152,6 +161,14 @@ def check(out: str, settings: Settings, *, overwrite: bool) -> None:
         tokenizer_lib.load(settings.tokenizer, settings.max_tokens)
 
 
+def sizes_of(raw: RawDataset) -> dict[str, int]:
+    """Numbers of items of each split that the source has, and of the labels."""
+    return {
+        **{split: queries.items.count for split, queries in raw.splits.items() if split != "valid"},
+        "labels": raw.labels.count,
+    }
+
+
 def split_and_filter(raw: RawDataset, settings: Settings) -> tuple[RawDataset, dict[str, Any]]:
     """The data set with all splits and filter pairs, without training queries that have no label.
 
@@ -162,6 +179,13 @@ def split_and_filter(raw: RawDataset, settings: Settings) -> tuple[RawDataset, d
     Raises:
       InputError: If no training query has a label, or a split cannot be made.
     """
+    num_read = sum(queries.items.count for queries in raw.splits.values())
+    has_labels = _labelled(raw.train)
+    if not has_labels.any():
+        raise InputError(f"{raw.name}: no training query has a label; expected at least one")
+    # Before queries are held out: one without a label can be neither trained on nor measured.
+    raw = dataclasses.replace(raw, train=raw.train.select(np.flatnonzero(has_labels)))
+    held_out = [split for split in ("test", "valid") if getattr(raw, split) is None]
     for split, fraction in (("test", settings.test), ("valid", settings.valid)):
         if split == "test" and raw.test is None and not fraction:
             raise InputError("--test=0: the source has no test split; expected a fraction above 0")
@@ -177,20 +201,33 @@ def split_and_filter(raw: RawDataset, settings: Settings) -> tuple[RawDataset, d
         raw, filter_report = filters.make_filters(raw)
     else:
         raw, filter_report = filters.given_filters(raw)
-    has_labels = np.diff(raw.train.relevance.indptr) > 0
-    if not has_labels.any():
-        raise InputError(f"{raw.name}: no training query has a label; expected at least one")
     notes: dict[str, Any] = {
+        "rows_read": num_read,
         "train_without_labels_dropped": int(np.count_nonzero(~has_labels)),
-        **{
-            f"{split}_without_labels_kept": int(np.sum(np.diff(queries.relevance.indptr) == 0))
-            for split, queries in raw.splits.items()
-            if split != "train"
-        },
         "filters": filter_report,
     }
-    raw = dataclasses.replace(raw, train=raw.train.select(np.flatnonzero(has_labels)))
+    for split in ("test", "valid"):
+        queries = getattr(raw, split)
+        if queries is None:
+            continue
+        has_labels = _labelled(queries)
+        num_without = int(np.count_nonzero(~has_labels))
+        if split in held_out:  # Their only labels were the queries themselves.
+            notes[f"{split}_without_labels_dropped"] = num_without
+            queries = queries.select(np.flatnonzero(has_labels))
+            if not queries.items.count:
+                raise InputError(
+                    f"{raw.name}: no label of a query held out for {split} is another item than "
+                    "the query; pass --filters=none, or a larger fraction"
+                )
+            raw = dataclasses.replace(raw, **{split: queries})
+        notes[f"{split}_without_labels_kept"] = 0 if split in held_out else num_without
     return raw, notes
+
+
+def _labelled(queries: RawQueries) -> Bool[np.ndarray, " n"]:
+    """Whether each query has a label."""
+    return np.diff(queries.relevance.indptr) > 0
 
 
 def _describe_content(raw: RawDataset, counts: dict[str, dict[str, int]]) -> dict[str, Any]:
@@ -204,6 +241,8 @@ def _describe_content(raw: RawDataset, counts: dict[str, dict[str, int]]) -> dic
         "counts": counts,
         "relevant_pairs": {split: queries.relevance.nnz for split, queries in raw.splits.items()},
         "filter_pairs": {split: len(queries.filter) for split, queries in raw.splits.items()},
+        **({} if raw.reading is None else {"reading": dataclasses.asdict(raw.reading)}),
+        "notes": list(raw.notes),
         "warnings": list(raw.warnings),
     }
 
@@ -212,7 +251,7 @@ def read_source(
     source: str,
     spool: str = "",
     *,
-    encoding: str = "utf-8",
+    dialect: Dialect = USUAL,
     seed: int = 0,
     find_images: xml_repository.FindImages = image_embeddings.read_images,
     data_dir: str | None = None,
@@ -225,7 +264,7 @@ def read_source(
       source: Tables (see `tabular_files.find_tables`), a directory in the XML repository's layout,
         the name of a data set of the catalogue, or 'glyphs'.
       spool: A directory for temporary files of tables, which must outlive the result.
-      encoding: Text encoding.
+      dialect: Text encoding; delimiter and quotes of csv and tsv.
       seed: Random seed of the split of 'glyphs'.
       find_images: Finds the images of files with the prefixes trn, val, tst and lbl; by default
         embeddings beside the texts.
@@ -243,10 +282,10 @@ def read_source(
         )
     if xml_repository.is_xml_repository(source):
         return xml_repository.read_xml_repository(
-            source, encoding=encoding, find_images=find_images
+            source, encoding=dialect.encoding, find_images=find_images
         )
     return tabular.read_tables(
-        source, spool, encoding=encoding, find_images=find_images, **table_options
+        source, spool, dialect=dialect, find_images=find_images, **table_options
     )
 
 
@@ -337,10 +376,12 @@ def preview(raw: RawDataset, notes: dict[str, Any], *, rows: int = 10) -> str:
         table.append((split, f"{count:,}", f"{num_relevant:,}", per_query, f"{images:,}"))
     label_counts = np.bincount(raw.train.relevance.indices, minlength=raw.labels.count)
     num_unused = np.count_nonzero(label_counts == 0)
-    lines = [*raw.summary, "", *_align(table)]
+    lines = [*raw.summary, *raw.notes, "", *_align(table)]
     lines.append(f"{raw.labels.count:,} labels, {num_unused:,} of them without a training query")
     lines += filters.describe(notes["filters"])
-    lines += _describe_unlabelled(notes)
+    lines += _describe_rows(
+        notes, {split: queries.items.count for split, queries in raw.splits.items()}
+    )
     lines += _sample_rows(raw, rows)
     lines += [f"warning: {warning}" for warning in raw.warnings]
     return "\n".join(lines).lstrip("\n")
@@ -390,13 +431,24 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _describe_unlabelled(notes: dict[str, Any]) -> list[str]:
-    """A line for each split that has or had queries without labels."""
-    return [
-        f"{split}: {outcome} {count:,} {'query' if count == 1 else 'queries'} without labels"
-        for split, outcome in (("train", "dropped"), ("valid", "kept"), ("test", "kept"))
-        if (count := notes.get(f"{split}_without_labels_{outcome}"))
-    ]
+def _describe_rows(notes: dict[str, Any], counts: dict[str, int]) -> list[str]:
+    """Lines on the rows of the source: how many there are, and where they went.
+
+    Args:
+      notes: From `split_and_filter`.
+      counts: Number of queries of each split.
+    """
+    lines, left_out = [], 0
+    for split, outcome in itertools.product(("train", "valid", "test"), ("dropped", "kept")):
+        if count := notes.get(f"{split}_without_labels_{outcome}"):
+            left_out += count if outcome == "dropped" else 0
+            noun = "query" if count == 1 else "queries"
+            lines.append(f"{split}: {outcome} {count:,} {noun} without labels")
+    if "rows_read" in notes:  # Not in data sets of version 0.3 and before.
+        facts = [f"{count:,} {split}" for split, count in counts.items()]
+        facts += [f"{left_out:,} left out"] if left_out else []
+        lines.insert(0, f"{notes['rows_read']:,} queries read: {', '.join(facts)}")
+    return lines
 
 
 def describe(dataset: PreparedDataset) -> str:
@@ -415,7 +467,10 @@ def describe(dataset: PreparedDataset) -> str:
         facts.append(f"image embeddings of {info['image_width']:,} dimensions")
     lines.append("; ".join(facts))
     lines += filters.describe(info["filters"])
-    lines += _describe_unlabelled(info)
+    lines += _describe_rows(
+        info, {split: info[f"num_{split}"] for split in SPLITS if f"num_{split}" in info}
+    )
+    lines += info.get("notes", [])
     lines += [f"warning: {warning}" for warning in info["warnings"]]
     path = os.path.abspath(dataset.path)
     lines.append(f"{dataset.name}: prepared in {path}")

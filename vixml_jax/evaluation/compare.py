@@ -1,7 +1,9 @@
 """Compares two evaluated runs query by query, with confidence intervals and p-values."""
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -21,7 +23,10 @@ _NAMES_0_1 = {
     "-knn_image": "-vote_picture",
     "-knn_both": "-vote_both",
 }
-COMMON_FLAGS = ("runs", "split", "search", "out", "resamples", "permutations", "seed")
+_PLACES = ("workdir", "data", "mesh")  # Flags that say where a run is, not what it is.
+COMMON_FLAGS = (
+    "runs", "split", "search", "out", "other_data", "resamples", "permutations", "seed",
+)  # fmt: skip
 
 
 def find(run: str, name: str) -> str:
@@ -41,21 +46,113 @@ def find(run: str, name: str) -> str:
     return path
 
 
-def read_both(paths: Sequence[str]) -> list[tuple[PerQuery, About]]:
+def run_of(path: str) -> str | None:
+    """Returns the run directory of a file of metrics per query; None: it lies elsewhere."""
+    run = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    return run if (epath.Path(run) / "config.json").exists() else None
+
+
+def read_both(paths: Sequence[str], *, other_data: bool = False) -> list[tuple[PerQuery, About]]:
     """Reads the metrics per query of two evaluations.
 
+    Args:
+      paths: Of the files.
+      other_data: Whether they may be of different prepared data, such as the same queries with
+        another tokenizer. Number and true labels of the queries must be the same even so.
+
     Raises:
-      InputError: If they are of different data or splits.
+      InputError: If they are of different data or splits, or of data that the run was not trained
+        on.
     """
     one, other = evaluations = [per_query.load(path) for path in paths]
-    for field in ("content_hash", "split"):
+    for field in ("split",) if other_data else ("content_hash", "split"):
         values = getattr(one[1], field), getattr(other[1], field)
         if values[0] != values[1]:
+            hint = "; --other_data compares the same queries of different data"
             raise InputError(
                 f"{paths[0]} has {field} {values[0]}, {paths[1]} has {values[1]}: runs can be "
                 "compared only on the same split of the same prepared data"
+                + (hint if field == "content_hash" else "")
+            )
+    ids = {about.queries for _, about in evaluations} - {""}
+    if len(ids) > 1:
+        raise InputError(
+            f"{paths[0]} and {paths[1]}: of different queries, or in another order; runs can be "
+            "compared only on the same queries"
+        )
+    for path, (_, about) in zip(paths, evaluations, strict=True):
+        trained_on = _content_hash(path)
+        if trained_on not in (None, about.content_hash) and not other_data:
+            raise InputError(
+                f"{path}: evaluated on other data (content hash {about.content_hash[:12]}) than "
+                f"the run was trained on ({trained_on[:12]}); evaluate it again, or add "
+                "--other_data"
             )
     return evaluations
+
+
+def _content_hash(path: str) -> str | None:
+    """Content hash of the data that the run of a file was trained on; None: there is no run."""
+    run = run_of(path)
+    return run and _read(os.path.join(run, "tower.json")).get("content_hash")
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The JSON object in a file of a run directory.
+
+    Raises:
+      InputError: If it cannot be read.
+    """
+    try:
+        return dict(json.loads(epath.Path(path).read_bytes()))  # msgspec would refuse Infinity.
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: {error}; expected a file that train wrote") from None
+
+
+def different_flags(paths: Sequence[str]) -> list[str]:
+    """Returns a line for each flag in which the runs of two files differ, with both values.
+
+    Args:
+      paths: Of files of metrics per query. There are no lines if one of them is in no run.
+    """
+    runs = [run_of(path) for path in paths]
+    if None in runs:
+        return []
+    one, other = (dict(_flags(_read(os.path.join(run, "config.json")))) for run in runs)
+    names = [name for name in dict.fromkeys([*one, *other]) if name not in _PLACES]
+    return [
+        f"--{name}: A {_show(one, name)}, B {_show(other, name)}"
+        for name in names
+        if one.get(name) != other.get(name)
+    ]
+
+
+def _flags(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields names and values of the flags in a configuration, as `group.field`."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flags(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _show(values: Mapping[str, Any], name: str) -> str:
+    """The value of a flag as it is given; one that an older version did not have is 'none'."""
+    value = values.get(name)
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "''"
+    return "none" if value is None else f"{value}" or "''"
+
+
+def default_out(paths: Sequence[str]) -> str:
+    """Returns the file in which a comparison is written: in the directory of the first evaluation.
+
+    Args:
+      paths: Of the files of metrics per query.
+    """
+    first, second = (os.path.basename(path).removesuffix(SUFFIX) for path in paths)
+    other = os.path.basename(run_of(paths[1]) or "") or second
+    return os.path.join(os.path.dirname(paths[0]), f"{first}-compared_with-{other}.json")
 
 
 def format_comparison(comparisons: Mapping[str, Comparison]) -> str:
@@ -82,19 +179,24 @@ def main(argv: Sequence[str]) -> None:
             f"--runs: found {len(values.runs)}, expected two run directories separated by a comma"
         )
     paths = [find(run, f"{values.split}-{values.search}") for run in values.runs]
-    (one, about), (other, _) = read_both(paths)
+    (one, about), (other, _) = read_both(paths, other_data=values.other_data)
+    differing = different_flags(paths)
     comparisons = bootstrap.compare(
         one, other, resamples=values.resamples, permutations=values.permutations, seed=values.seed
     )
     print(f"{about.dataset}, {about.split}, {len(one.values):,} queries, percent")
     print(f"A: {paths[0]}\nB: {paths[1]}\n")
+    if all(map(run_of, paths)):
+        print("flags that differ:" if differing else "the runs have the same flags")
+        print("\n".join([*(f"  {line}" for line in differing), ""]))
     print(format_comparison(comparisons))
     console.status(
         f"\n95 % interval: of A - B, bootstrap with {values.resamples} resamples of the queries\n"
         f"p: two-sided paired randomisation test with {values.permutations} permutations, not "
         "corrected for the number of metrics\n"
     )
-    if values.out:
+    out = default_out(paths) if values.out is None else values.out
+    if out:
         results = {
             "runs": paths,
             "about": about._asdict(),
@@ -102,11 +204,12 @@ def main(argv: Sequence[str]) -> None:
             "resamples": values.resamples,
             "permutations": values.permutations,
             "seed": values.seed,
+            "different_flags": differing,
             "metrics": {name: c._asdict() for name, c in comparisons.items()},
         }
-        with errors.writing(f"--out={values.out}"):
-            json_files.write(values.out, results)
-        console.status(f"written to {values.out}")
+        with errors.writing(f"--out={out}"):
+            json_files.write(out, results)
+        console.status(f"written to {out}")
 
 
 def define_flags() -> None:
@@ -137,7 +240,18 @@ def define_flags() -> None:
         lower_bound=99,
     )
     flags.DEFINE_integer("seed", 0, "Seed of the resamples and permutations.")
-    flags.DEFINE_string("out", "comparison.json", "JSON file to write; empty: none.")
+    flags.DEFINE_string(
+        "out",
+        None,
+        "JSON file to write; empty: none. Default: SPLIT-SEARCH-compared_with-OTHER.json in "
+        "evaluation/ of the first run.",
+    )
+    flags.DEFINE_boolean(
+        "other_data",
+        False,
+        "Compare evaluations on different prepared data. For example the same queries with another "
+        "tokenizer; their number and true labels must be the same.",
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from scipy import sparse
 
 from vixml_jax.errors import InputError
 
+KS, RECALL_KS = (1, 3, 5), (10, 100)  # Cut-offs of all metrics but R and MRR, and those of R.
 _BLOCK = 4096  # Queries evaluated at a time.
 NEVER = np.iinfo(np.int32).max  # Best rank of a label without a hit.
 
@@ -49,13 +50,24 @@ class BlockHits(NamedTuple):
     possible: dict[str, Float[np.ndarray, " b"]]
 
 
+def cuts(num_results: int) -> dict[str, tuple[int, ...]]:
+    """Returns the arguments `ks` and `recall_ks` for so many results per query.
+
+    With fewer than 5 labels there is no P@5: it would count predictions that cannot exist.
+    """
+    return {
+        name: tuple(k for k in all_cuts if k <= num_results)
+        for name, all_cuts in (("ks", KS), ("recall_ks", RECALL_KS))
+    }
+
+
 def compute_metrics(
     ids: Int[np.ndarray, "q k"],
     relevance: sparse.csr_matrix,
     inverse_propensity: Float[np.ndarray, " l"],
     *,
-    ks: Sequence[int] = (1, 3, 5),
-    recall_ks: Sequence[int] = (10, 100),
+    ks: Sequence[int] = KS,
+    recall_ks: Sequence[int] = RECALL_KS,
 ) -> dict[str, float]:
     """Returns every metric in percent, by name.
 

@@ -58,12 +58,20 @@ class PerQuery(NamedTuple):
 
 
 class About(NamedTuple):
-    """What was evaluated; only results of the same queries of the same data can be compared."""
+    """What was evaluated; only results of the same queries can be compared.
+
+    Attributes:
+      dataset, content_hash: Name and content hash of the prepared data.
+      split: 'train', 'valid' or 'test'.
+      search: 'exact' or 'scann'.
+      queries: Checksum of the ids of the queries; empty in files of version 0.3 and before.
+    """
 
     dataset: str
     content_hash: str
     split: str
     search: str
+    queries: str = ""
 
 
 def save(path: str | os.PathLike, queries: PerQuery, about: About) -> None:

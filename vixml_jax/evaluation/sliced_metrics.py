@@ -35,8 +35,8 @@ def compute(
     *,
     label_groups: Mapping[str, Groups],
     query_groups: Mapping[str, Groups],
-    ks: Sequence[int] = (1, 3, 5),
-    recall_ks: Sequence[int] = (10, 100),
+    ks: Sequence[int] = metrics.KS,
+    recall_ks: Sequence[int] = metrics.RECALL_KS,
 ) -> SlicedMetrics:
     """Returns the metrics of each query and of each group, defined as in `metrics.compute_metrics`.
 

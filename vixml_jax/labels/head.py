@@ -190,7 +190,8 @@ class LabelHead:
         - softmax: mean over the positives of -log softmax(s).
         - decoupled_softmax: the same, but in the denominator of a positive the other positives of
           its query are left out (DEXML, arXiv 2310.10636).
-        - bce: sum over all labels of the binary cross-entropy.
+        - bce: sum over all labels of the binary cross-entropy, divided by the mean number of
+          positives of a query, so that its size is that of the others.
 
         A query without positives has the loss 0 in the first two.
 
@@ -256,7 +257,8 @@ class LabelHead:
         def loss_of(statistic: Array, s_positive: Array) -> Array:
             if self.loss == "bce":
                 total = jnp.sum(statistic, where=row_mask) - jnp.sum(s_positive, where=held)
-                return jax.lax.psum(total, ROWS) / jnp.maximum(num_real, 1)
+                num_pairs = jnp.sum(held)
+                return jax.lax.psum(total, ROWS) / jnp.maximum(jax.lax.psum(num_pairs, ROWS), 1)
             # Each device has the sum over its own labels.
             largest = jax.lax.pmax(jax.lax.stop_gradient(statistic), ROWS)
             log_sum = largest + jnp.log(jax.lax.psum(jnp.exp(statistic - largest), ROWS))

@@ -1,8 +1,15 @@
-"""Post-norm encoder of the BERT family: BERT, MiniLM, E5 and DistilBERT differ in sizes only."""
+"""Post-norm encoder of the BERT family.
+
+BERT, MiniLM, E5 and DistilBERT differ in sizes only. RoBERTa and XLM-R begin to count positions
+later, and MPNet (arXiv 2004.09297) adds a bias to attention scores that depends on the distance.
+"""
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -20,13 +27,17 @@ class BertConfig:
       width: Width of the hidden states and of the output vector.
       num_heads: Number of attention heads; must divide `width`.
       mlp_width: Width of the feed-forward layer.
-      max_positions: Number of position embeddings.
+      max_positions: Number of position embeddings that items can use.
+      first_position: Row of the first of them in the table; the rows before are not used
+        (RoBERTa, MPNet: 2).
       type_vocab_size: Number of token type embeddings, of which only type 0 is used; 0 if the
-        model has none (DistilBERT).
+        model has none (DistilBERT, MPNet).
+      distance_buckets: Number of attention biases by distance, which all layers share; 0: none.
       dropout: Dropout rate of the embeddings and of both branches of each block, in training.
       attention_dropout: Dropout rate of the attention weights, in training.
       layer_norm_eps: Added to variances.
       initializer_range: Standard deviation of freshly initialised weights.
+      pooling: How the states of an item become its vector; see `layers.pooling_weights`.
       image_width: Width of an image embedding; 0 if the tower reads no images.
       dtype: Computation dtype, "float32" or "bfloat16". Parameters, norms, softmax and pooling are
         always float32.
@@ -42,11 +53,14 @@ class BertConfig:
     num_heads: int = 12
     mlp_width: int = 3072
     max_positions: int = 512
+    first_position: int = 0
     type_vocab_size: int = 2
+    distance_buckets: int = 0
     dropout: float = 0.1
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
+    pooling: str = "mean"
     image_width: int = 0
     dtype: str = "float32"
     scan: bool = False
@@ -57,7 +71,6 @@ class BertConfig:
             raise ValueError(f"width {self.width} is not a multiple of {self.num_heads} heads")
 
     embedding_scale = 1.0  # Factor applied to token embeddings.
-    pooling = "mean"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -76,6 +89,26 @@ class BertConfig:
         return layers.LayerNorm("d", self.layer_norm_eps, name=name)
 
 
+def distance_buckets(ahead: Int[np.ndarray, " n"], num_buckets: int) -> Int[np.ndarray, " n"]:
+    """The bucket of each distance: its own for short ones, then on a log scale up to 128.
+
+    The formula is that of `MPNetEncoder.relative_position_bucket` in transformers, in float32 too.
+
+    Args:
+      ahead: Position of the key less that of the query; positive distances have their own half.
+      num_buckets: Number of buckets.
+    """
+    half = num_buckets // 2
+    alone = half // 2
+    distance = np.abs(ahead)
+    far = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(alone))
+    far = far / np.float32(math.log(128 / alone)) * np.float32(half - alone)
+    bucket = np.where(
+        distance < alone, distance, np.minimum(alone + far.astype(np.int64), half - 1)
+    )
+    return bucket + np.where(ahead > 0, half, 0)
+
+
 class Block(nn.Module):
     """Self-attention and a feed-forward layer, each normalised after its residual sum."""
 
@@ -86,6 +119,7 @@ class Block(nn.Module):
         self,
         x: Float[Array, "p s d"],
         mask: Bool[Array, "p s s"],
+        bias: Float[Array, "p h s s"] | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "p s d"], None]:
         c = self.config
@@ -93,7 +127,7 @@ class Block(nn.Module):
         q = c.einsum("psd,dha->psha", "query")(x)
         k = c.einsum("psd,dha->psha", "key")(x)
         v = c.einsum("psd,dha->psha", "value")(x)
-        y = layers.attend(q, k, v, mask, rate=c.attention_dropout, key=keys[0])
+        y = layers.attend(q, k, v, mask, bias=bias, rate=c.attention_dropout, key=keys[0])
         y = c.einsum("psha,had->psd", "out")(y)
         x = c.norm("attention_norm")(x + layers.dropout(y, c.dropout, keys[1]))
         y = layers.gelu(c.einsum("psd,dm->psm", "up")(x))
@@ -124,12 +158,13 @@ class Encoder(nn.Module):
 
         Args:
           x: Token embeddings or projected image embeddings.
-          positions: Index into the position embeddings.
+          positions: Position within the item.
           segments: Item at each position; attention stays within an item. -1 for empty positions.
           deterministic: Whether dropout is off; otherwise the rng "dropout" is needed.
         """
         c = self.config
-        x = x + layers.look_up_small(self._table("position_embeddings", c.max_positions), positions)
+        table = self._table("position_embeddings", c.max_positions + c.first_position)
+        x = x + layers.look_up_small(table, positions + c.first_position)
         if c.type_vocab_size:
             x = x + self._table("type_embeddings", c.type_vocab_size)[0]
         x = c.norm("embeddings_norm")(x)
@@ -140,7 +175,20 @@ class Encoder(nn.Module):
             keys = jax.random.split(rest, c.num_layers)
         x = layers.constrain(x.astype(c.dtype), "psd")
         mask = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, None, :]
-        return layers.run_blocks(self, Block, c, x, (mask,), keys)
+        bias = self._distance_bias(positions) if c.distance_buckets else None
+        return layers.run_blocks(self, Block, c, x, (mask, bias), keys)
+
+    def _distance_bias(self, positions: Int[Array, "p s"]) -> Float[Array, "p h s s"]:
+        """What is added to the attention scores of each pair of positions, by their distance."""
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        boxed = nn.with_logical_partitioning(init, axis_names.logical("lh"))
+        table = self.param("distance_bias", boxed, (c.distance_buckets, c.num_heads))
+        farthest = c.max_positions - 1
+        buckets = distance_buckets(np.arange(-farthest, farthest + 1), c.distance_buckets)
+        ahead = positions[:, None, :] - positions[:, :, None]  # From each query to each key.
+        biases = layers.look_up_small(table, jnp.asarray(buckets))  # [distances, h]
+        return biases.at[ahead + farthest].get(mode="promise_in_bounds").transpose(0, 3, 1, 2)
 
     def _table(self, name: str, rows: int) -> Float[Array, "w d"]:
         init = nn.initializers.normal(self.config.initializer_range)

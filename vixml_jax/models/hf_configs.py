@@ -8,6 +8,7 @@ from typing import Any
 from vixml_jax.errors import InputError
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig, Rope
+from vixml_jax.models.modernbert import ModernBertConfig
 from vixml_jax.models.siglip import SiglipConfig
 
 # model_type of a multimodal model -> the field with the config of the half that is supported here,
@@ -16,6 +17,7 @@ _NESTED = {
     "gemma3": ("text_config", "gemma3_text"),
     "siglip": ("vision_config", "siglip_vision_model"),
 }
+MPNET_BUCKETS = 32  # transformers computes with this number, whatever the file says.
 
 
 class _Fields:
@@ -48,7 +50,7 @@ class _Fields:
 
 def read_config(
     path: str, values: Mapping[str, Any], families: Collection[str]
-) -> tuple[str, BertConfig | DecoderConfig | SiglipConfig]:
+) -> tuple[str, BertConfig | ModernBertConfig | DecoderConfig | SiglipConfig]:
     """The family and the sizes given by a config.json.
 
     Args:
@@ -157,6 +159,55 @@ def _bert(fields: _Fields) -> BertConfig:
     )
 
 
+def _roberta(fields: _Fields) -> BertConfig:
+    """RoBERTa and XLM-R: a BERT whose positions are counted from the padding token's id + 1."""
+    config, first = _bert(fields), fields.get("pad_token_id", 1) + 1
+    return dataclasses.replace(
+        config, first_position=first, max_positions=config.max_positions - first
+    )
+
+
+def _mpnet(fields: _Fields) -> BertConfig:
+    """MPNet: a RoBERTa without token types, with an attention bias by distance."""
+    fields.require(relative_attention_num_buckets=MPNET_BUCKETS, pad_token_id=1)
+    return dataclasses.replace(_roberta(fields), type_vocab_size=0, distance_buckets=MPNET_BUCKETS)
+
+
+def _modernbert(fields: _Fields) -> ModernBertConfig:
+    fields.require(hidden_activation="gelu", norm_bias=False, attention_bias=False, mlp_bias=False)
+    num_layers, every = fields.get("num_hidden_layers"), fields.get("global_attn_every_n_layers", 3)
+    types = ["sliding_attention" if i % every else "full_attention" for i in range(num_layers)]
+    fields.require(layer_types=types)
+    dropout = fields.get("mlp_dropout", 0.0)
+    fields.require(embedding_dropout=dropout)
+    ropes = fields.nested("rope_parameters")
+    return ModernBertConfig(
+        vocab_size=fields.get("vocab_size"),
+        num_layers=num_layers,
+        width=fields.get("hidden_size"),
+        num_heads=fields.get("num_attention_heads"),
+        mlp_width=fields.get("intermediate_size"),
+        max_positions=fields.get("max_position_embeddings"),
+        dropout=dropout,
+        attention_dropout=fields.get("attention_dropout", 0.0),
+        norm_eps=fields.get("norm_eps", 1e-5),
+        initializer_range=fields.get("initializer_range", 0.02),
+        window=fields.get("local_attention", 128) // 2 + 1,  # Both ends included.
+        global_every=every,
+        rope=_modern_rope(
+            ropes.nested("full_attention"), fields.get("global_rope_theta", 160_000.0)
+        ),
+        local_rope=_modern_rope(
+            ropes.nested("sliding_attention"), fields.get("local_rope_theta", 10_000.0)
+        ),
+    )
+
+
+def _modern_rope(rope: _Fields, theta: float) -> Rope:
+    rope.require(rope_type="default")
+    return Rope(theta=rope.get("rope_theta", theta))
+
+
 def _distilbert(fields: _Fields) -> BertConfig:
     fields.require(activation="gelu")
     return BertConfig(
@@ -190,6 +241,7 @@ def _pre_norm(fields: _Fields, family: str) -> DecoderConfig:
         mlp_width=fields.get("intermediate_size"),
         max_positions=fields.get("max_position_embeddings"),
         qkv_bias=family == "qwen2",
+        causal=fields.get("is_causal", True),
         qk_norm=family == "qwen3",
         norm_eps=fields.get("rms_norm_eps", 1e-6),
         initializer_range=fields.get("initializer_range", 0.02),
@@ -208,6 +260,7 @@ def _gemma(fields: _Fields) -> DecoderConfig:
         attention_bias=False,
         attn_logit_softcapping=None,
         use_bidirectional_attention=False,
+        is_causal=True,
     )
     width, num_layers = fields.get("hidden_size", 2304), fields.get("num_hidden_layers", 26)
     every = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
@@ -268,6 +321,11 @@ def _rope(fields: _Fields, scaling: Mapping[str, Any] | None, theta: float) -> R
 
 _READ = {
     "bert": _bert,
+    "roberta": _roberta,
+    "xlm-roberta": _roberta,
+    "camembert": _roberta,
+    "mpnet": _mpnet,
+    "modernbert": _modernbert,
     "distilbert": _distilbert,
     "gemma3_text": _gemma,
     "siglip_vision_model": _siglip,

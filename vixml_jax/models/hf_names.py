@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vixml_jax.models.bert import BertConfig
+from vixml_jax.models.modernbert import ModernBertConfig
 from vixml_jax.models.siglip import SiglipConfig
 
 BLOCKS = "encoder/blocks"
@@ -14,7 +15,7 @@ class Place(NamedTuple):
     """The parameter that a tensor of a checkpoint becomes.
 
     Dimensions are spelled with the letters of `axis_names.LETTERS`; here s counts position
-    embeddings and t counts token types.
+    embeddings, t token types and l buckets of distances.
 
     Attributes:
       path: Path of the parameter in the tower, with slashes.
@@ -39,11 +40,13 @@ class Tensors(NamedTuple):
       unstacked: Tensors outside the layers.
       layer: Prefix of the tensors of a layer, with {} for its number.
       in_layer: Tensors of a layer, by the name after the prefix.
+      not_in_first: Those of them that the first layer lacks.
     """
 
     unstacked: dict[str, Place]
     layer: str
     in_layer: dict[str, Place]
+    not_in_first: tuple[str, ...] = ()
 
     def expected(self, config: Any) -> dict[str, tuple[Place, int | None]]:
         """Name -> (place, layer or None) of all tensors of a tower with this config."""
@@ -55,17 +58,21 @@ class Tensors(NamedTuple):
         }
         for i in range(config.num_layers):
             for name, place in self.in_layer.items():
-                if place.path not in absent:
+                if place.path not in absent and (i or name not in self.not_in_first):
                     tensors[self.layer.format(i) + name] = place, i
         return tensors
 
 
 def _absent(config: Any) -> set[str]:
     """Paths of the family's parameters that a tower with this config lacks."""
-    if isinstance(config, SiglipConfig):
+    if isinstance(config, (SiglipConfig, ModernBertConfig)):
         return set()
     if isinstance(config, BertConfig):
-        return set() if config.type_vocab_size else {"encoder/type_embeddings"}
+        optional = {
+            "encoder/type_embeddings": config.type_vocab_size,
+            "encoder/distance_bias": config.distance_buckets,
+        }
+        return {path for path, size in optional.items() if not size}
     absent = set()
     if not config.qkv_bias:
         absent |= {f"{BLOCKS}/{name}/bias" for name in ("query", "key", "value")}
@@ -106,6 +113,9 @@ def _encoder(layer: str, names: tuple[str, ...]) -> Tensors:
             **_table("embeddings.position_embeddings", "encoder/position_embeddings", "s"),
             **_table("embeddings.token_type_embeddings", "encoder/type_embeddings", "t"),
             **_norm("embeddings.LayerNorm", "encoder/embeddings_norm"),
+            "encoder.relative_attention_bias.weight": Place(
+                "encoder/distance_bias", ("l", "h"), "lh"
+            ),
         },
         layer=layer,
         in_layer={
@@ -177,23 +187,57 @@ _VISION = Tensors(
     },
 )
 
+_MODERN = Tensors(
+    unstacked={
+        **_table("embeddings.tok_embeddings", "word_embeddings", "w"),
+        **_rms_norm("embeddings.norm", "encoder/embeddings_norm"),
+        **_rms_norm("final_norm", "encoder/final_norm"),
+    },
+    layer="layers.{}.",
+    in_layer={
+        **_rms_norm("attn_norm", f"{BLOCKS}/attention_norm"),
+        "attn.Wqkv.weight": Place(f"{BLOCKS}/query_key_value/kernel", ("jha", "d"), "djha"),
+        **_linear("attn.Wo", f"{BLOCKS}/out", "d", "ha", bias=False),
+        **_rms_norm("mlp_norm", f"{BLOCKS}/mlp_norm"),
+        "mlp.Wi.weight": Place(f"{BLOCKS}/up/kernel", ("um", "d"), "dum"),
+        **_linear("mlp.Wo", f"{BLOCKS}/down", "d", "m", bias=False),
+    },
+    not_in_first=("attn_norm.weight",),
+)
+
+_BERT_NAMES = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "attention.output.LayerNorm",
+    "intermediate.dense",
+    "output.dense",
+    "output.LayerNorm",
+)
+
 _PRE_NORM = _decoder({"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"})
 
 # model_type -> its tensors.
 TENSORS = {
-    "bert": _encoder(
+    **{
+        family: _encoder("encoder.layer.{}.", _BERT_NAMES)
+        for family in ("bert", "roberta", "xlm-roberta", "camembert")
+    },
+    "mpnet": _encoder(
         "encoder.layer.{}.",
         (
-            "attention.self.query",
-            "attention.self.key",
-            "attention.self.value",
-            "attention.output.dense",
-            "attention.output.LayerNorm",
+            "attention.attn.q",
+            "attention.attn.k",
+            "attention.attn.v",
+            "attention.attn.o",
+            "attention.LayerNorm",
             "intermediate.dense",
             "output.dense",
             "output.LayerNorm",
         ),
     ),
+    "modernbert": _MODERN,
     "distilbert": _encoder(
         "transformer.layer.{}.",
         (
@@ -226,6 +270,11 @@ TOWERS = tuple(family for family in TENSORS if family not in VISION)
 
 BARE_MODELS = {
     "bert": "BertModel",
+    "roberta": "RobertaModel",
+    "xlm-roberta": "XLMRobertaModel",
+    "camembert": "CamembertModel",
+    "mpnet": "MPNetModel",
+    "modernbert": "ModernBertModel",
     "distilbert": "DistilBertModel",
     "qwen2": "Qwen2Model",
     "qwen3": "Qwen3Model",
@@ -233,19 +282,27 @@ BARE_MODELS = {
     "gemma3_text": "Gemma3TextModel",
 }
 
-# Possible prefixes of tensor names, in models with a head and in multimodal models (Gemma 3).
-PREFIXES = r"^((bert|distilbert|model|language_model|vision_model)\.)+"
+# The first tensor of each family. What its name begins with in a checkpoint, all others do as well.
+ANCHORS = (
+    "embeddings.word_embeddings.weight",
+    "embeddings.tok_embeddings.weight",
+    "embeddings.patch_embedding.weight",
+    "embed_tokens.weight",
+)
 
-# Tensors that a checkpoint may hold besides the tower, and that the tower does not need.
+# Tensors that a checkpoint may hold besides the tower, and that the tower does not need, with or
+# without anything before.
 IGNORED = (
-    r"embeddings\.position_ids",
+    r"embeddings\.(position|token_type)_ids",
     r"pooler\.dense\.(weight|bias)",
     r"cls\..*",
     r"vocab_(transform|layer_norm|projector)\..*",
     r"(pre_)?classifier\..*",
     r"qa_outputs\..*",
-    r"lm_head\.weight",
-    r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    r"lm_head\..*",
+    r"head\.(dense|norm)\.(weight|bias)",
+    r"decoder\.(weight|bias)",
+    r"rotary_emb\.inv_freq",
     r"vision_tower\..*",
     r"text_model\..*",
     r"logit_(scale|bias)",

@@ -1,6 +1,7 @@
 """Layers shared by the towers: contractions, norms, dropout, attention, lookup, pooling."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -98,10 +99,12 @@ class LayerNorm(nn.Module):
     Attributes:
       letter: Letter of the normalised dimension, for its logical axis.
       epsilon: Added to the variance.
+      use_bias: Whether there is a bias.
     """
 
     letter: str
     epsilon: float
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
@@ -109,11 +112,14 @@ class LayerNorm(nn.Module):
         scale = self.param(
             "scale", nn.with_logical_partitioning(nn.initializers.ones, names), shape
         )
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, names), shape)
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * scale + bias).astype(x.dtype)
+        y = y * scale
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, names)
+            y = y + self.param("bias", zeros, shape)
+        return y.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -149,6 +155,7 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x, approximate=True)
 
 
+POOLINGS = ("mean", "cls", "last", "weighted_mean")
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": jax.nn.silu}
 
 
@@ -190,6 +197,7 @@ def attend(
     v: Float[Array, "p t h a"],
     mask: Bool[Array, "p s t"] | None,
     *,
+    bias: Float[Array, "p h s t"] | None = None,
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "p s h a"]:
@@ -202,11 +210,14 @@ def attend(
       k: Keys.
       v: Values.
       mask: Which keys each position may attend to; None for all.
+      bias: Added to the scaled scores; None for nothing.
       rate: Dropout rate of the attention weights.
       key: Random key of the dropout; None for no dropout.
     """
     scores = jnp.einsum("psha,ptha->phst", q, k, preferred_element_type=jnp.float32)
     scores = scores * (q.shape[-1] ** -0.5)
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, -1e30)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
@@ -270,20 +281,62 @@ def place_rows(
     return flat.reshape(shape)
 
 
+def pooling_weights(
+    kind: str,
+    segments: Int[Array, "p s"],
+    positions: Int[Array, "p s"],
+    image_at: Int[Array, "p s"],
+) -> Float[Array, "p s"] | None:
+    """The weight of each state in the vector of its item, which is their weighted mean.
+
+    Args:
+      kind: "mean" of all states; "cls": the state of the first token; "last": the last state;
+        "weighted_mean": the n-th state of an item weighs n (arXiv 2202.08904).
+      segments: Item at each position; -1 for none.
+      positions: Position within the item.
+      image_at: Image at each position; -1 for a token.
+
+    Returns:
+      The weights, or None if all are one.
+    """
+    if kind == "mean":
+        return None
+    if kind == "last":
+        return (last_of_segments(segments) >= 0).astype(jnp.float32)
+    same = segments[:, :, None] == segments[:, None, :]
+    until = same & (positions[:, None, :] <= positions[:, :, None])  # Position t is not after s.
+    if kind == "weighted_mean":
+        return jnp.sum(until, axis=-1, dtype=jnp.float32)
+    if kind != "cls":
+        raise ValueError(f"unknown pooling {kind!r}: expected one of {', '.join(POOLINGS)}")
+    token = (image_at < 0) & (segments >= 0)
+    rank = jnp.sum(until & token[:, None, :], axis=-1)
+    return (token & (rank == 1)).astype(jnp.float32)
+
+
 def sum_by_segment(
-    x: Float[Array, "p s d"], segments: Int[Array, "p s"], num_segments: int
+    x: Float[Array, "p s d"],
+    segments: Int[Array, "p s"],
+    num_segments: int,
+    weights: Float[Array, "p s"] | None = None,
 ) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
-    """Sum of the hidden states of each segment, and its number of positions, both float32.
+    """Sum of the hidden states of each segment, and of their weights, both float32.
 
     Args:
       x: Hidden states.
       segments: Segment of each position; -1 for none.
       num_segments: Number of segments.
+      weights: Weight of each state; None: one.
     """
     flat = jnp.where(segments >= 0, segments, num_segments).reshape(-1)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if weights is None:
+        flat_weights = jnp.ones(flat.shape, jnp.float32)
+    else:
+        flat_weights = weights.reshape(-1)
+        rows = rows * flat_weights[:, None]
     total = jax.ops.segment_sum(rows, flat, num_segments)
-    return total, jax.ops.segment_sum(jnp.ones(flat.shape, jnp.float32), flat, num_segments)
+    return total, jax.ops.segment_sum(flat_weights, flat, num_segments)
 
 
 def last_of_segments(segments: Int[Array, "p s"]) -> Int[Array, "p s"]:
@@ -311,7 +364,7 @@ def run_blocks(
       config: Has `num_layers`, `scan` and `remat`.
       x: Input of the first block.
       shared: Arguments passed to every block.
-      each: Argument that differs by block, an array of leading size `num_layers`; None for none.
+      each: Argument that differs by block: arrays of leading size `num_layers`; None for none.
     """
     if config.scan or module.is_initializing():
         stack = nn.scan(
@@ -337,7 +390,7 @@ def run_blocks(
     parts = [jax.lax.split(w, [1] * config.num_layers) for w in stacked]
     for i in range(config.num_layers):
         weights = jax.tree.unflatten(tree, [part[i].squeeze(0) for part in parts])
-        x = run(weights, x, None if each is None else each[i])
+        x = run(weights, x, jax.tree.map(operator.itemgetter(i), each))
     return x
 
 

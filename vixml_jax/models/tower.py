@@ -12,11 +12,13 @@ from jaxtyping import Array, Float, Int
 from vixml_jax.models import layers
 from vixml_jax.models.bert import BertConfig, Encoder
 from vixml_jax.models.decoder import Decoder, DecoderConfig
+from vixml_jax.models.modernbert import ModernBertConfig, ModernEncoder
 from vixml_jax.parallel import axis_names
 from vixml_jax.structs import PackedItems
 
-TowerConfig = BertConfig | DecoderConfig
-ENCODERS = {BertConfig: Encoder, DecoderConfig: Decoder}
+EncoderConfig = BertConfig | ModernBertConfig
+TowerConfig = EncoderConfig | DecoderConfig
+ENCODERS = {BertConfig: Encoder, ModernBertConfig: ModernEncoder, DecoderConfig: Decoder}
 
 
 class ShardLayout(NamedTuple):
@@ -61,7 +63,7 @@ class Tower(nn.Module):
         shards: ShardLayout = UNSHARDED,
         num_microbatches: int = 0,
     ) -> Float[Array, "b d"]:
-        """Pooled vectors of the items (mean or last state), float32, not normalised.
+        """Pooled vectors of the items, float32, not normalised.
 
         Args:
           packed: Items in rows; items that share a row do not affect each other. `packed.images`
@@ -96,7 +98,7 @@ class Tower(nn.Module):
             projected = projected.reshape(devices, -1, c.width)
 
         def pooled(rows: _Rows, encode: Callable[..., Array]) -> tuple[Array, Array]:
-            """Sums of the states of each device's items [x b d], and their counts [x b]."""
+            """Sums of the states of each device's items [x b d], and of their weights [x b]."""
             flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
             x = layers.look_up(embeddings, flat.tokens)
             if c.embedding_scale != 1.0:  # In the computation dtype, as the model was trained.
@@ -107,11 +109,15 @@ class Tower(nn.Module):
                 )
                 x = placed.reshape(x.shape)
             x = encode(x, flat.positions, flat.segments, deterministic=deterministic)
-            segments = rows.segments
-            if c.pooling == "last":
-                segments = layers.last_of_segments(flat.segments).reshape(segments.shape)
+            shape = rows.segments.shape
+            weights = layers.pooling_weights(
+                c.pooling, flat.segments, flat.positions, flat.image_at
+            )
+            weights = None if weights is None else weights.reshape(shape)
             sums = functools.partial(layers.sum_by_segment, num_segments=num_items // devices)
-            return jax.vmap(sums)(x.reshape(*segments.shape, -1), segments)
+            return jax.vmap(lambda x, segments, weights: sums(x, segments, weights=weights))(
+                x.reshape(*shape, -1), rows.segments, weights
+            )
 
         rows = _Rows(*(x.reshape(devices, -1, x.shape[1]) for x in packed[:4]))
         rows = rows._replace(

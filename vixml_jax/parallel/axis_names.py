@@ -13,6 +13,8 @@ LETTERS = {
     "x": ("columns of a patch", None),
     "z": ("colours of a pixel", None),
     "j": ("query, key and value together", None),
+    "l": ("buckets of the distance between positions", None),
+    "u": ("activated and gating half of a feed-forward layer", None),
     "v": ("width of an image embedding", None),
     "n": ("rows of the label table or of the query bank", "label"),
     "f": ("free vectors", "label"),

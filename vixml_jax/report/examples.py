@@ -10,6 +10,7 @@ from vixml_jax.data.store import Items
 from vixml_jax.evaluation.per_query import PerQuery
 from vixml_jax.structs import SearchResult
 
+SHOWN = 5  # Predictions of an example, as many as the largest cut-off of nDCG counts.
 _BLOCK = 1 << 16  # Labels compared at a time.
 
 
@@ -32,7 +33,7 @@ class TrueLabel(NamedTuple):
 
     Attributes:
       text: Text of the label.
-      rank: Its rank among the predictions, from 1; None: not among them.
+      rank: Its rank among the labels found, from 1; None: not among them.
     """
 
     text: str
@@ -48,7 +49,7 @@ class Example(NamedTuple):
       num_images: Number of its images.
       value: The metric by which the example was chosen, in percent.
       predictions: The first predictions, best first.
-      true_labels: The first true labels, predicted ones first.
+      true_labels: The first true labels, those of the best rank first.
       num_true_labels: Number of all true labels.
     """
 
@@ -59,6 +60,10 @@ class Example(NamedTuple):
     predictions: list[Prediction]
     true_labels: list[TrueLabel]
     num_true_labels: int
+
+    def predicts(self, label: TrueLabel) -> bool:
+        """Whether a true label is among the predictions shown."""
+        return label.rank is not None and label.rank <= len(self.predictions)
 
 
 class Neighbours(NamedTuple):
@@ -104,7 +109,7 @@ def describe(
     result: SearchResult,
     values: Float[np.ndarray, " q"],
     *,
-    shown: int = 6,
+    shown: int = SHOWN,
 ) -> list[Example]:
     """Returns the examples of some queries.
 

@@ -1,7 +1,7 @@
 """The data card's Markdown as HTML for the report.
 
-CommonMark with tables. Raw HTML and links are shown as text; images come from the caller, so that
-the HTML loads nothing.
+CommonMark with tables. Raw HTML and links are shown as text. In place of an image stands the HTML
+that the caller has for it, so that the page loads nothing.
 """
 
 import html
@@ -15,25 +15,39 @@ from markdown_it.token import Token
 _DISABLED = ["autolink", "html_block", "html_inline", "link", "reference"]
 
 
-def to_html(text: str, *, images: Mapping[str, str], level: int = 3) -> str:
+def to_html(text: str, *, figures: Mapping[str, str], level: int = 3) -> str:
     """Returns the HTML of a Markdown text.
 
     Args:
       text: CommonMark, with tables.
-      images: `data:` URLs by file name. Images with other names are left out.
+      figures: HTML by file name of an image. It takes the place of a paragraph with that image
+        alone; other images are left out.
       level: Level of top headings in the HTML, 1 to 6.
     """
     parser = markdown_it.MarkdownIt("commonmark", {"html": False, "xhtmlOut": False})
     parser.enable("table").disable(_DISABLED)
-    parser.add_render_rule("image", _render_image)
+    parser.add_render_rule("image", lambda *_: "")
+    parser.add_render_rule("figure", _render_figure)
     parser.add_render_rule("softbreak", lambda *_: " ")
     parser.add_render_rule("table_open", _render_table_open)
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    tokens = parser.parse(text)
+    tokens = _with_figures(parser.parse(text))
     _shift_headings(tokens, level - 1)
     _keep_lines_of_lists(tokens)
     _mark_table_headings(tokens)
-    return parser.renderer.render(tokens, parser.options, {"images": images})
+    return parser.renderer.render(tokens, parser.options, {"figures": figures})
+
+
+def _with_figures(tokens: Sequence[Token]) -> list[Token]:
+    """Returns the tokens with a figure for each paragraph that has only an image."""
+    result: list[Token] = []
+    for token in tokens:
+        children = token.children or []
+        if [child.type for child in children] == ["image"] and result[-1].type == "paragraph_open":
+            result[-1] = Token("figure", "", 0, content=str(children[0].attrs["src"]))
+        elif not (token.type == "paragraph_close" and result[-1].type == "figure"):
+            result.append(token)
+    return result
 
 
 def _shift_headings(tokens: Sequence[Token], by: int) -> None:
@@ -72,12 +86,10 @@ def _mark_table_headings(tokens: Sequence[Token]) -> None:
             first = False
 
 
-def _render_image(
+def _render_figure(
     renderer: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any
 ) -> str:
-    url = env["images"].get(tokens[index].attrs["src"])
-    alt = html.escape(renderer.renderInlineAsText(tokens[index].children, options, env))
-    return f'<img src="{html.escape(url)}" alt="{alt}">' if url else ""
+    return env["figures"].get(tokens[index].content, "")
 
 
 def _render_table_open(

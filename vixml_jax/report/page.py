@@ -2,14 +2,16 @@
 
 import dataclasses
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
-from vixml_jax.data.card import card
+from vixml_jax import run_data
+from vixml_jax.data.card import card, panels
+from vixml_jax.data.card.panels import Panels
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.evaluation.sliced_metrics import SlicedMetrics
 from vixml_jax.report import curves, examples, thumbnails
@@ -17,7 +19,6 @@ from vixml_jax.report.examples import Example, Neighbours
 from vixml_jax.structs import SearchResult
 
 NUM_EXAMPLES = 8  # Worst queries, best queries, and labels with their nearest labels.
-CHOSEN_BY = "nDCG@5"  # Metric that chooses the worst and best queries.
 
 Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -29,7 +30,9 @@ class Page:
     Attributes:
       dataset, split, search: What was evaluated, and the kind of search.
       queries, labels: Numbers of queries and labels.
-      run: Name of this run's row.
+      unlabelled: Number of queries without labels.
+      propensity: The constants A and B of PSP and PSnDCG.
+      run: Name of the row that predict serves: tiles, groups and examples are of it.
       rows: Metrics in percent, by name of the row.
       intervals: 95 % interval of each metric, by name of the row; some rows may have none.
       groups: Metrics of groups as in `SlicedMetrics.groups`, by name of the row.
@@ -40,10 +43,13 @@ class Page:
       recall_curve: Index settings tried, each with its recall and queries per second.
       thumbnails: Images of queries as `data:` URLs, by id of the query; "" = unreadable.
       worst, best: Example queries, chosen by the metric `chosen_by`.
-      score: What the score of a prediction is: 'probability' or 'cosine'.
+      retrieved: Number of labels found for each query.
+      score: What the score of a prediction is: 'probability', 'cosine', or 'mixed' for a weighted
+        sum of softmax values of labels and training neighbours.
       chosen_by: Name of that metric.
       neighbours: Labels with their nearest labels.
-      card, card_image: The data card as Markdown, and its PNG image; None: the data have none.
+      card: The data card as Markdown; None: the data have none.
+      panels: What the figure of the data card shows.
       command: Command line of the evaluation.
       versions: Versions of libraries, and the devices.
       settings: Configuration of the run, as JSON.
@@ -55,6 +61,8 @@ class Page:
     search: str
     queries: int
     labels: int
+    unlabelled: int
+    propensity: tuple[float, float]
     run: str
     rows: Mapping[str, Mapping[str, float]]
     intervals: Mapping[str, Mapping[str, tuple[float, float]]]
@@ -67,15 +75,22 @@ class Page:
     thumbnails: Mapping[str, Sequence[str]]
     worst: Sequence[Example]
     best: Sequence[Example]
+    retrieved: int
     score: str = "cosine"
     chosen_by: str
     neighbours: Sequence[Neighbours]
     card: str | None
-    card_image: bytes | None
+    panels: Panels
     command: str
     versions: Mapping[str, str]
     settings: str
     facts: Mapping[str, str]
+
+
+def largest_cutoff(metric: str, names: Iterable[str]) -> str | None:
+    """Returns a metric at its largest cut-off, such as 'P@5' for 'P'; None: no name is of it."""
+    cuts = [int(cut) for kind, _, cut in (name.partition("@") for name in names) if kind == metric]
+    return f"{metric}@{max(cuts)}" if cuts else None
 
 
 def assemble(
@@ -83,6 +98,7 @@ def assemble(
     dataset: PreparedDataset,
     split: str,
     *,
+    run: str,
     results: Mapping[str, Any],
     result: SearchResult,
     label_vectors: Float[np.ndarray, "l e"],
@@ -99,33 +115,33 @@ def assemble(
 
     Args:
       workdir, dataset, split: The run directory, its data, and the evaluated split.
+      run: Name of the row that predict serves.
       results: Contents of the evaluation's JSON file.
-      result: Labels found for each query, filter pairs removed.
+      result: Labels found for each query in that row, filter pairs removed.
       label_vectors: Unit vectors of all labels.
       frequency: Number of training queries of each label.
-      sliced: Metrics per query and per group, by name of the row. The first row is this run, whose
-        queries serve as examples.
+      sliced: Metrics per query and per group, by name of the row, `run` among them.
       intervals, rows, command, versions, settings: As in `Page`.
       images: Table with the image files of the queries (see `thumbnails.find`); empty: none.
     """
-    run = next(iter(sliced))
     queries, relevance, _ = dataset.split(split)
     per_query = sliced[run].queries
+    labels_per_query = np.diff(relevance.indptr)
+    chosen_by = largest_cutoff("nDCG", per_query.names)
     worst, best = (
         examples.describe(
-            chosen, queries, dataset.labels, relevance, result, per_query.column(CHOSEN_BY)
+            chosen, queries, dataset.labels, relevance, result, per_query.column(chosen_by)
         )
-        for chosen in examples.choose(
-            per_query, np.diff(relevance.indptr), by=CHOSEN_BY, count=NUM_EXAMPLES
-        )
+        for chosen in examples.choose(per_query, labels_per_query, by=chosen_by, count=NUM_EXAMPLES)
     )
     drawn = {}
     if images:
-        files = thumbnails.find(images, [example.id for example in [*worst, *best]])
+        ids = [example.id for example in [*worst, *best]]
+        files = thumbnails.find(images, ids, run_data.read_reading(workdir))
         drawn = {id: [thumbnails.draw(path) for path in paths] for id, paths in files.items()}
     lines = curves.read_lines(workdir)
     read = {n: curves.read_curve(workdir, n) for n in curves.METRICS if n in rows[run]}
-    text, image = (epath.Path(dataset.path) / name for name in (card.TEXT, card.IMAGE))
+    text = epath.Path(dataset.path) / card.TEXT
     losses: tuple[list[tuple[float, float]], ...] = ([], [])
     for line in lines:
         if "loss" in line:
@@ -137,6 +153,8 @@ def assemble(
         search=results["search"]["kind"],
         queries=len(queries),
         labels=dataset.num_labels,
+        unlabelled=int(np.count_nonzero(labels_per_query == 0)),
+        propensity=(dataset.propensity_a, dataset.propensity_b),
         run=run,
         rows=rows,
         intervals=intervals,
@@ -151,13 +169,14 @@ def assemble(
         thumbnails=drawn,
         worst=worst,
         best=best,
-        score="probability" if "fusion" in results else "cosine",
-        chosen_by=CHOSEN_BY,
+        retrieved=result.ids.shape[1],
+        score=_score(results),
+        chosen_by=chosen_by,
         neighbours=examples.nearest(
             examples.spread(frequency, NUM_EXAMPLES), label_vectors, dataset.labels, frequency
         ),
         card=text.read_text() if text.exists() else None,
-        card_image=image.read_bytes() if image.exists() else None,
+        panels=panels.measure(dataset),
         command=command,
         versions=versions,
         settings=settings,
@@ -176,10 +195,17 @@ def assemble(
                 if key in results
             },
             "seconds": _join(results["seconds"]),
-            "peak memory": f"{results['peak_memory_gb']} GB",
+            "peak memory": f"{results['peak_memory_gib']:.2f} GiB",
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         },
     )
+
+
+def _score(results: Mapping[str, Any]) -> str:
+    """What the scores of the labels that predict serves are; see `Page.score`."""
+    if "fusion" in results:
+        return "probability"
+    return "mixed" if "mixing" in results else "cosine"
 
 
 def _is_of_head(line: Mapping[str, Any]) -> bool:
@@ -189,4 +215,5 @@ def _is_of_head(line: Mapping[str, Any]) -> bool:
 
 
 def _join(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    shown = {name: ("no", "yes")[x] if isinstance(x, bool) else x for name, x in values.items()}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())

@@ -1,12 +1,12 @@
 """The sections of the report: for each a title, a template and the data that the template shows."""
 
-import base64
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vixml_jax.data.card import card, stats
-from vixml_jax.report import markdown, svg, tables
-from vixml_jax.report.page import Page
+from vixml_jax.data.card.panels import Histogram, Panels
+from vixml_jax.report import examples, markdown, svg, tables
+from vixml_jax.report.page import Page, largest_cutoff
 
 _TILES = ("P@1", "P@5", "nDCG@5", "PSP@5", "R@100", "coverage@5")
 _GROUP_COLUMNS = ("P@1", "P@5", "nDCG@5", "PSP@5", "R@10", "R@100", "coverage@5")
@@ -52,6 +52,7 @@ def _metrics(page: Page) -> Mapping[str, Any]:
 
     return {
         "run": page.run,
+        "propensity": page.propensity,
         "tiles": [(m, run[m], interval(page.run, m)) for m in _TILES if m in run],
         "columns": columns,
         "rows": [[name, *map(values.get, columns)] for name, values in page.rows.items()],
@@ -72,7 +73,7 @@ def _metrics(page: Page) -> Mapping[str, Any]:
 def _by_frequency(page: Page) -> Mapping[str, Any]:
     groups = page.groups[page.run]
     by_frequency, by_decile = groups["label frequency"], groups["frequency decile"]
-    recall = _largest_recall(page)
+    recall, precision = _largest_recall(page), largest_cutoff("P", page.rows[page.run])
     evaluated = [name for name, group in by_frequency.items() if group["metrics"]]
     charts = [
         svg.bars(
@@ -81,10 +82,16 @@ def _by_frequency(page: Page) -> Mapping[str, Any]:
             _series(page, "label frequency", metric, evaluated),
             unit=" %",
         )
-        for metric, what in ((recall, " within the group"), ("P@5", ", contribution of the group"))
+        for metric, what in (
+            (recall, " within the group"),
+            (precision, ", contribution of the group"),
+        )
     ]
     deciles = list(map(str, range(1, 11)))
-    for metric, what in ((recall, " within the decile"), ("P@5", ", contribution of the decile")):
+    for metric, what in (
+        (recall, " within the decile"),
+        (precision, ", contribution of the decile"),
+    ):
         series = _series(page, "frequency decile", metric, by_decile)
         charts.append(
             svg.columns(
@@ -108,7 +115,7 @@ def _by_frequency(page: Page) -> Mapping[str, Any]:
         "pairs": sum(group["pairs"] for group in by_frequency.values()),
         "recall": recall,
         "charts": charts,
-        "groups": _group_table("labels", by_frequency, counts),
+        "groups": _group_table("group", by_frequency, counts),
         "deciles": _group_table("decile", by_decile, counts),
     }
 
@@ -159,9 +166,9 @@ def _series(
 
 
 def _largest_recall(page: Page) -> str:
-    """Returns the name of R at its largest cut-off; coverage@5 if there is no R."""
-    cuts = [name for name in page.rows[page.run] if name.startswith("R@")]
-    return max(cuts, key=lambda name: int(name[2:]), default="coverage@5")
+    """Returns the name of R at its largest cut-off; that of coverage if there is no R."""
+    names = page.rows[page.run]
+    return largest_cutoff("R", names) or largest_cutoff("coverage", names)
 
 
 def _learning_curves(page: Page) -> Mapping[str, Any] | None:
@@ -234,6 +241,9 @@ def _queries(page: Page) -> Mapping[str, Any] | None:
         return None
     return {
         "parts": parts,
+        "run": page.run,
+        "retrieved": page.retrieved,
+        "shown": examples.SHOWN,
         "chosen_by": page.chosen_by,
         "score": page.score,
         "thumbnails": page.thumbnails,
@@ -246,13 +256,60 @@ def _label_neighbours(page: Page) -> Mapping[str, Any] | None:
 
 
 def _data_card(page: Page) -> Mapping[str, Any]:
+    charts = _data_charts(page.panels)
     if page.card is None:
-        return {"html": None, "file": card.TEXT}
-    images = {}
-    if page.card_image is not None:
-        encoded = base64.b64encode(page.card_image).decode()
-        images[card.IMAGE] = f"data:image/png;base64,{encoded}"
-    return {"html": markdown.to_html(page.card, images=images), "file": card.TEXT}
+        return {"html": None, "file": card.TEXT, "charts": charts}
+    figure = f'<div class="charts">{"".join(charts)}</div>'
+    return {"html": markdown.to_html(page.card, figures={card.IMAGE: figure})}
+
+
+def _data_charts(panels: Panels) -> list[str]:
+    """Returns the panels of the data card's figure as charts, in the colours of the page."""
+    charts = [_histogram(panels.tokens), _histogram(panels.labels)]
+    if panels.images is not None:
+        shown = panels.images.distributions
+        with_images = {
+            name: 100.0 * images.between(1, None).items / max(images.items, 1)
+            for name, images in shown.items()
+        }
+        charts.append(
+            svg.bars(
+                "Items with images",
+                "Percent of the items of each part with at least one image.",
+                {"items": with_images},
+                unit=" %",
+            )
+        )
+    ranking = panels.frequencies
+    if len(ranking.ranks):
+        charts.append(
+            svg.lines(
+                ranking.title,
+                f"{ranking.ylabel.capitalize()}, by rank; a table below has groups of labels.",
+                {"labels": list(zip(ranking.ranks, ranking.queries, strict=True))},
+                xlabel=ranking.xlabel,
+                ylabel=ranking.ylabel,
+                log_x=True,
+                log_y=True,
+            )
+        )
+    return charts
+
+
+def _histogram(panel: Histogram) -> str:
+    """Returns a line for each part of the data, through the middles of the bars."""
+    middles = {
+        name: [(i * panel.width + (panel.width - 1) / 2, y) for i, y in enumerate(heights)]
+        for name, heights in panel.heights.items()
+    }
+    return svg.lines(
+        panel.title,
+        f"{panel.ylabel.capitalize()} by {panel.xlabel}.",
+        middles,
+        xlabel=panel.xlabel,
+        ylabel=panel.ylabel,
+        from_zero=True,
+    )
 
 
 def _provenance(page: Page) -> Mapping[str, Any]:

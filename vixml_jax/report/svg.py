@@ -68,7 +68,8 @@ def columns(
     values = [value for row in series.values() for value in row if value is not None]
     height, largest = 150, _top(values)
     bottom = _TOP + 20 + height
-    parts = _y_axis(0.0, largest, bottom, height, ylabel)
+    ticks = [(tick, bottom - height * tick / largest) for tick in _ticks(0.0, largest, 4)]
+    parts = _y_axis(ticks, ylabel)
     group_width = (WIDTH - _LEFT - _RIGHT) / len(names)
     bar_width = 0.8 * group_width / len(series)
     for j, name in enumerate(names):
@@ -95,6 +96,8 @@ def lines(
     xlabel: str,
     ylabel: str,
     log_x: bool = False,
+    log_y: bool = False,
+    from_zero: bool = False,
 ) -> str:
     """Returns lines through the points of each series, with marks if the points are few.
 
@@ -103,26 +106,30 @@ def lines(
       description: Description for screen readers.
       series: By name of the series, its points (x, y) in the order of x.
       xlabel, ylabel: Labels of the axes.
-      log_x: Whether the x axis is logarithmic.
+      log_x, log_y: Whether the axis is logarithmic.
+      from_zero: Whether the y axis starts at 0, if no value is below it; not with `log_y`.
     """
     _check(title, series)
     points = [point for row in series.values() for point in row]
-    scale = math.log10 if log_x else float
-    xs, ys = [scale(x) for x, _ in points], [y for _, y in points]
+    scale_x, scale_y = (math.log10 if log else float for log in (log_x, log_y))
+    xs, ys = [scale_x(x) for x, _ in points], [scale_y(y) for _, y in points]
+    if from_zero:
+        ys.append(0.0)
     (left, right), (low, high) = _widened(min(xs), max(xs)), _widened(min(ys), max(ys))
     height = 160
     bottom = _TOP + 20 + height
-    parts = _y_axis(low, high, bottom, height, ylabel)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (scale(x) - left) / (right - left)
-        up = (y - low) / (high - low)
+        across = (scale_x(x) - left) / (right - left)
+        up = (scale_y(y) - low) / (high - low)
         return _LEFT + 6 + across * (WIDTH - _LEFT - _RIGHT - 12), bottom - up * height
 
+    first_x, first_y = points[0]
+    ticks = _log_ticks(low, high) if log_y else _ticks(low, high, 4)
+    parts = _y_axis([(tick, at(first_x, tick)[1]) for tick in ticks], ylabel)
     ticks = _log_ticks(left, right) if log_x else _ticks(left, right, 4)
     for tick in ticks:
-        x, _ = at(tick, low)
-        parts.append(_text(x, bottom + 15, _number(tick), "middle"))
+        parts.append(_text(at(tick, first_y)[0], bottom + 15, _number(tick), "middle"))
     for i, row in enumerate(series.values()):
         positions = [at(*point) for point in row]
         path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in positions)
@@ -198,10 +205,10 @@ def _mark(series: int, x: float, y: float) -> str:
             return f'<path {name} d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
 
 
-def _y_axis(low: float, high: float, bottom: float, height: float, label: str) -> list[str]:
+def _y_axis(ticks: Sequence[tuple[float, float]], label: str) -> list[str]:
+    """Returns the label of the axis, and for each tick, its value and height, a line and a text."""
     parts = [_text(0, _TOP + 4, label, "muted")]
-    for tick in _ticks(low, high, 4):
-        y = bottom - height * (tick - low) / (high - low)
+    for tick, y in ticks:
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f} H{WIDTH - _RIGHT}"/>')
         parts.append(_text(_LEFT - 5, y + 4, _number(tick), "end"))
     return parts

@@ -2,55 +2,72 @@
 
 import base64
 import io
-import os
 from collections.abc import Collection
 
-from vixml_jax.data.images import download
+from vixml_jax.data.images import image_reader, named_images
+from vixml_jax.data.images.image_reader import ImageSource
 from vixml_jax.data.sources import columns, readers, values
 from vixml_jax.data.sources.columns import Columns
+from vixml_jax.data.sources.delimited import USUAL
 from vixml_jax.data.sources.readers import Chunk
+from vixml_jax.data.sources.reading import Reading
 from vixml_jax.errors import InputError
 
 MAX_SIDE = 144  # Pixels.
 
 
-def find(path: str, ids: Collection[str]) -> dict[str, list[str]]:
-    """Returns the image files that a table lists for some ids. The table is read once.
+def find(
+    path: str, ids: Collection[str], reading: Reading | None = None
+) -> dict[str, list[ImageSource]]:
+    """Returns the images that a table gives for some ids. The table is read once.
 
     Args:
-      path: A table whose id and image columns are recognised by their names, such as the source
-        that the data were prepared from. Image paths are relative to its directory.
-      ids: Ids to look up. A row without an id has its line number as id.
+      path: A table, such as the source that the data were prepared from. In a table without ids,
+        the id of a row is its number from 0, as in data prepared from it.
+      ids: Ids to look up.
+      reading: How the tables of the data were read. Columns that it does not know are recognised by
+        their names.
 
     Raises:
-      InputError: If the file cannot be read, or has no image column.
+      InputError: If the file cannot be read, has no image column or none of the ids.
     """
-    names = readers.column_names(path, encoding="utf-8")
-    roles = columns.assign(path, Columns(), "utf-8", names=names, labelled=False)
+    dialect = USUAL if reading is None else reading.dialect_for(path)
+    names = readers.column_names(path, dialect=dialect)
+    kept = Columns() if reading is None else reading.columns_for(names)
+    image = "" if kept.image == columns.NONE else kept.image
+    given = Columns(id=kept.id, image=image)
+    roles = columns.assign(path, given, dialect, names=names, labelled=False)
     if roles.image is None:
         raise InputError(f"--report_images={path}: no image column among {', '.join(names)}")
-    ids, paths = set(ids), {}
-    directory = os.path.dirname(os.path.abspath(path))
-    for line, row in readers.read_rows(path):
+    if roles.id is None and any(name.strip().lower() in columns.SPLIT_NAMES for name in names):
+        # Rows are numbered within each split.
+        raise InputError(
+            f"--report_images={path}: no id column among {', '.join(names)}; expected one, because "
+            "the table has several splits"
+        )
+    ids, found = set(ids), {}
+    for number, (line, row) in enumerate(readers.read_rows(path, dialect=dialect)):
         if isinstance(row, InputError):
             raise row
-        id = str(row.get(roles.id, line)) if roles.id else str(line)
+        chunk = Chunk(path, [line], {name: [row.get(name)] for name in roles.used})
+        id = str(number)
+        if roles.id:
+            id = values.text(row.get(roles.id), chunk, 0, roles.id)
         if id in ids:
-            chunk = Chunk(path, [line], {roles.image: [row.get(roles.image)]})
-            parts = values.list_items(row.get(roles.image), "|", chunk, 0, roles.image)
-            files = [values.text(part, chunk, 0, roles.image) for part in parts]
-            paths[id] = [f if download.is_url(f) else os.path.join(directory, f) for f in files]
-    return paths
+            found[id] = named_images.read_cell(chunk, 0, roles.image)
+    if ids and not found:
+        raise InputError(
+            f"--report_images={path}: has none of the queries that the report shows, such as "
+            f"{min(ids)!r}; expected the table that the data were prepared from"
+        )
+    return found
 
 
-def draw(path: str) -> str:
-    """Returns an image file as a `data:` URL of at most MAX_SIDE pixels; "" if it is unreadable."""
-    from PIL import Image, ImageOps
-
+def draw(source: ImageSource) -> str:
+    """Returns an image as a `data:` URL of at most MAX_SIDE pixels; "" if it is unreadable."""
     try:
-        with Image.open(path) as image:
-            small = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        small = image_reader.read(source)
+    except (OSError, ValueError):
         return ""
     small.thumbnail((MAX_SIDE, MAX_SIDE))
     out = io.BytesIO()

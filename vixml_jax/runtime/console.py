@@ -27,6 +27,11 @@ def status(text: str) -> None:
         print(text, flush=True)
 
 
+def warning(text: str) -> None:
+    """Prints a warning, also with `--quiet`."""
+    print(f"warning: {text}", flush=True)
+
+
 def detail(text: str) -> None:
     """Prints a line that only `--verbose` shows."""
     if _level >= Level.VERBOSE:

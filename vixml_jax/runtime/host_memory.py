@@ -101,9 +101,11 @@ def peak_device_memory() -> int:
     import jax
 
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peak = max(stat.get("peak_bytes_in_use", 0) for stat in stats)
-    if peak:
-        return peak
+    return max(stat.get("peak_bytes_in_use", 0) for stat in stats) or peak_host_memory()
+
+
+def peak_host_memory() -> int:
+    """Peak bytes of memory of this process so far."""
     # https://man7.org/linux/man-pages/man2/getrusage.2.html
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -82,6 +82,6 @@ def check_memory(needed: int, what: str, remedy: str, *, limit: int | None = Non
     if available is not None and needed > available:
         source = "free on this machine" if limit is None else "allowed by --search.memory_gb"
         raise InputError(
-            f"{what} need about {needed / 2**30:.2f} GB of memory, but {available / 2**30:.2f} GB "
+            f"{what} need about {needed / 1e9:.2f} GB of memory, but {available / 1e9:.2f} GB "
             f"are {source}: {remedy}"
         )

@@ -60,13 +60,13 @@ def open_index(
       recall: Fraction of the exact k best labels to find, in (0, 1].
       sample: Maximum number of queries used for tuning.
       query_block, label_block, mesh, num_labels: See `ExactIndex`.
-      memory_gb: Host memory that may be used; 0: what is free on the machine.
+      memory_gb: Host memory that may be used, in GB (10^9 bytes); 0: all that is free.
 
     Raises:
       InputError: If the memory does not suffice, or the index cannot be written.
     """
     values = vectors.values if isinstance(vectors, Shard) else vectors
-    limit = round(memory_gb * 2**30) or None
+    limit = round(memory_gb * 1e9) or None
     blocks = {"query_block": query_block, "label_block": label_block}
     devices = jax.local_devices() if mesh is None else mesh.local_devices
     num_devices = len(devices) if mesh is not None else 1
@@ -145,7 +145,7 @@ def _build(
     """Builds an index and saves it to the directory, unless that is empty."""
     count, width = vectors.shape
     seconds = cost_lib.build_seconds(count, width, settings["leaves"])
-    gigabytes = cost_lib.build_bytes(count, width) / 2**30
+    gigabytes = cost_lib.build_bytes(count, width) / 1e9
     what = f"building an index of {count:,} labels x {width}, {settings['leaves']:,} leaves"
     with _timed(what, seconds, f"up to {gigabytes:.1f} GB"):
         tree = ScannIndex.build(vectors, settings)

@@ -1,6 +1,7 @@
 """Serving artifacts of a run: label ids, texts and vectors, tokenizer, training neighbours."""
 
 import dataclasses
+import filecmp
 import hashlib
 import json
 import os
@@ -131,6 +132,22 @@ def read_about(path: str) -> About:
     """
     name = workdir_lib.path_of(path, ABOUT, _ABOUT_0_1)
     return json_files.read(name, About, _remedy(path))
+
+
+def has_labels_of(path: str, dataset: PreparedDataset) -> bool:
+    """Whether artifacts have the labels of a data set, in its order, and its tokenizer.
+
+    Args:
+      path: Directory of the artifacts, which need not exist.
+      dataset: Prepared data.
+    """
+    tokenizer = os.path.join(path, store.TOKENIZER)
+    if not os.path.isfile(tokenizer):
+        return False
+    own, other = read_about(path).arrays, dataset.info["arrays"]
+    return filecmp.cmp(tokenizer, dataset.tokenizer, shallow=False) and all(
+        own[name]["sha256"] == other[f"labels_{name}"]["sha256"] for name in ("ids", "ids_offsets")
+    )
 
 
 def _remedy(path: str) -> str:

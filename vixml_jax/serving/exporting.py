@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 from vixml_jax.data import store
 from vixml_jax.errors import InputError
 from vixml_jax.modeling import Model
-from vixml_jax.models import hf_checkpoints
+from vixml_jax.models import hf_export, sentence_modules
 from vixml_jax.models.bert import BertConfig
+from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.layers import unit
-from vixml_jax.models.tower import TowerConfig
+from vixml_jax.models.tower import EncoderConfig, TowerConfig
 from vixml_jax.parallel import sharding
 from vixml_jax.runtime import progress
 from vixml_jax.search import fusion as fusion_lib
@@ -78,12 +79,12 @@ def write_tower(
     config, layout = model.tower.config, model.layout
     if isinstance(config, BertConfig):
         if layout.reserve_images and layout.num_images:
-            encoder = dict(tower["encoder"])
-            encoder["position_embeddings"] = np.roll(
-                encoder["position_embeddings"], -layout.num_images, axis=0
-            )
+            encoder, first = dict(tower["encoder"]), config.first_position
+            table = encoder["position_embeddings"]
+            rolled = np.roll(table[first:], -layout.num_images, axis=0)
+            encoder["position_embeddings"] = np.concatenate([table[:first], rolled])
             tower = {**tower, "encoder": encoder}
-    elif not config.causal:
+    elif isinstance(config, DecoderConfig) and not config.causal:
         raise InputError(
             "--model.causal=false: transformers has no decoder with bidirectional attention; "
             "leave the tower out by --notower"
@@ -91,18 +92,18 @@ def write_tower(
     if like is None and config.embedding_scale != 1.0:
         scaled = tower["word_embeddings"] * np.float32(config.embedding_scale)
         tower = {**tower, "word_embeddings": scaled}
-    hf_checkpoints.save_hf_tower(directory, tower, config=config, like=like)
+    hf_export.save_hf_tower(directory, tower, config=config, like=like)
     shutil.copyfile(tokenizer, os.path.join(directory, store.TOKENIZER))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_tokens}
     with open(tokenizer, encoding="utf-8") as file:
         tokens = {token["content"] for token in json.load(file)["added_tokens"]}
     pad = next((token for token in _PAD_TOKENS if token in tokens), None)
     _write_json(directory, "tokenizer_config.json", about | ({"pad_token": pad} if pad else {}))
-    if isinstance(config, BertConfig):
-        _write_modules(directory, config.width, max_tokens)
+    if isinstance(config, EncoderConfig):
+        _write_modules(directory, config, max_tokens)
 
 
-def _write_modules(directory: str, width: int, max_tokens: int) -> None:
+def _write_modules(directory: str, config: EncoderConfig, max_tokens: int) -> None:
     """Writes the files that `sentence_transformers.SentenceTransformer` reads."""
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -115,7 +116,7 @@ def _write_modules(directory: str, width: int, max_tokens: int) -> None:
     _write_json(
         os.path.join(directory, "1_Pooling"),
         "config.json",
-        {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True},
+        {"word_embedding_dimension": config.width} | sentence_modules.modes(config.pooling),
     )
 
 

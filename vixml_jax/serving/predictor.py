@@ -141,14 +141,16 @@ class Predictor:
           search_config: Settings of the search.
           values: Parsed flags of `augmentation.settings.define_flags`; None: scores as tuned or as
             trained.
-          data: Prepared data, if they have moved; needed only to write serving artifacts.
+          data: Prepared data of the run, if they have moved; needed only to write serving
+            artifacts.
           data_cache: Local directory for data that are copied from an object store.
           mesh: Another mesh than in training; empty: the same.
           with_neighbours: Off: training neighbours are not used, whatever was tuned or trained.
           warm: Whether to compile all programs now, instead of at the first queries.
 
         Raises:
-          InputError: If there is no such run, or serving artifacts cannot be written.
+          InputError: If there is no such run, `data` are not those that it was trained on, or
+            serving artifacts cannot be written.
         """
         object_store.check(workdir, "workdir")
         if not object_store.is_local(workdir):
@@ -157,6 +159,8 @@ class Predictor:
                 "indexes are written to it; copy the run to this machine first"
             )
         config = workdir_lib.read_config(workdir, data=data, mesh=mesh)
+        if data:  # Others are refused, even if nothing has to be read from them.
+            workdir_lib.open_run_dataset(config, data_cache)
         _, step = workdir_lib.find_model(workdir)
         if values is None:
             scoring = settings_lib.as_tuned(config, workdir, step)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from vixml_jax.data.images import image_reader
 from vixml_jax.serving.requests import Query
 
 
@@ -49,7 +50,8 @@ class QueryImages:
             embedded = self._finder.embed("--queries", [queries[i].images for i in named])
             for i, rows in zip(named, embedded.rows, strict=True):
                 vectors[i] = np.asarray(embedded.vectors[rows[rows >= 0]], np.float16)
-                broken = [name for name in queries[i].images if name in self._finder.broken]
+                names = map(image_reader.describe, queries[i].images)
+                broken = [name for name in names if name in self._finder.broken]
                 if broken:
                     notes[i] = f"image {broken[0]}: {self._finder.broken[broken[0]]}"
         return [x if x is not None and len(x) else None for x in vectors], notes

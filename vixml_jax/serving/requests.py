@@ -1,19 +1,25 @@
 """Reads queries, filters and labels to be added from files; an invalid query stops no other."""
 
+import dataclasses
 import itertools
-import os
-from collections.abc import Iterator, Sequence
+import string
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float16
 
-from vixml_jax.data.images import download
+from vixml_jax.data.images import named_images
+from vixml_jax.data.images.image_reader import ImageSource
 from vixml_jax.data.sources import columns, readers, values
 from vixml_jax.data.sources.columns import Columns, Roles
+from vixml_jax.data.sources.delimited import USUAL, Dialect
 from vixml_jax.data.sources.readers import Chunk
+from vixml_jax.data.sources.reading import Reading
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import console
 
+_SEPARATOR = "|"  # Of lists in a text cell.
 _ROWS_FOR_NAMES = 1000  # First rows, from which column names are collected: JSON rows may differ.
 
 
@@ -23,23 +29,96 @@ class Query(NamedTuple):
     line: int  # In the file, from 1.
     id: str | None  # The line number if the table has no ids; None: the id cannot be read.
     text: str
-    images: list[str]  # Paths or URLs.
+    images: Sequence[ImageSource]
     embeddings: Float16[np.ndarray, "k v"] | None  # Of the images, if the table has them.
     listed: list[str]  # The row's list: labels to filter out, or example queries of a label.
     error: str = ""  # Why the row cannot be used; empty: it can.
 
 
-def read_queries(path: str, names: Columns, encoding: str) -> Iterator[Query]:
-    """Yields the queries of a table; the list of a row holds labels never to be predicted for it.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How tables are read: as flags say, else as the tables of the run's data were read.
+
+    Attributes:
+      columns: Explicit names of columns; empty ones are not given.
+      dialect: Explicit settings of `Dialect`, by name.
+      reading: How the tables of the run's data were read; None: not known, or there were none.
+    """
+
+    columns: Columns = dataclasses.field(default_factory=Columns)
+    dialect: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    reading: Reading | None = None
+
+    def dialect_for(self, path: str) -> Dialect:
+        """The dialect of a file."""
+        usual = USUAL if self.reading is None else self.reading.dialect_for(path)
+        return dataclasses.replace(usual, **self.dialect)
+
+    @property
+    def label_separator(self) -> str:
+        """What separates the labels in a text cell."""
+        found = "" if self.reading is None else self.reading.columns.label_separator
+        return _SEPARATOR if found in ("", columns.NONE) else found
+
+    def columns_for(self, path: str, names: Sequence[str], *, is_labels: bool) -> Columns:
+        """The columns of a table; those that are empty are inferred.
+
+        A text of several columns is made of the same ones as in training. If it was a single
+        column, which the table lacks, it is inferred.
+
+        Args:
+          path: Of the table.
+          names: Names of its columns.
+          is_labels: Whether it has labels rather than queries.
+
+        Raises:
+          InputError: If the table lacks columns of the text.
+        """
+        if self.reading is None:
+            return self.columns
+        kept = self.reading.columns_for(names, label_table=is_labels)
+        given = {name: value for name, value in vars(self.columns).items() if value}
+        if "text" not in given:
+            given["text"] = _text_column(
+                f"{path} ({self.dialect_for(path).describe()})", kept.text, names
+            )
+        return dataclasses.replace(kept, **given)
+
+
+def _text_column(path: str, template: str, names: Sequence[str]) -> str:
+    """The column or template of the text of later queries; empty: to be inferred.
+
+    Args:
+      path: Of their table, with its dialect, for the message.
+      template: Of the run's data; empty: there was none.
+      names: Columns of the table.
+    """
+    column = template.removeprefix("{").removesuffix("}")
+    if column in names:
+        return column
+    if "{" not in column:  # A single one, which the table calls otherwise.
+        return ""
+    wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    absent = next((name for name in wanted if name not in names), None)
+    if absent is not None:
+        raise InputError(
+            f"{path}: no column {absent!r}, of which the texts of the run's data were made "
+            f"({template}); its columns are {columns.listed(names)}; pass --text=TEMPLATE to read "
+            "other texts"
+        )
+    return template
+
+
+def read_queries(path: str, options: Options) -> Iterator[Query]:
+    """Returns the queries of a table; the list of a row holds labels never predicted for it.
 
     Raises:
       InputError: If the file cannot be read at all, or lacks a column of texts.
     """
-    rows = read(path, names, list_column="filter", encoding=encoding)
-    return (_with_full_paths(row, path) for row in rows)
+    return read(path, options, list_column="filter", separator=options.label_separator)
 
 
-def read_labels(path: str, names: Columns, encoding: str) -> list[Query]:
+def read_labels(path: str, options: Options) -> list[Query]:
     """Returns the labels of a table; the list of a row holds example queries.
 
     Raises:
@@ -47,7 +126,7 @@ def read_labels(path: str, names: Columns, encoding: str) -> list[Query]:
     """
     labels: list[Query] = []
     first_line: dict[str, int] = {}
-    rows = read(path, names, list_column="examples", encoding=encoding, require_ids=True)
+    rows = read(path, options, list_column="examples", is_labels=True)
     for row in rows:
         if row.error:
             raise InputError(row.error)
@@ -59,15 +138,8 @@ def read_labels(path: str, names: Columns, encoding: str) -> list[Query]:
                 f"{first_line[row.id]}; expected each id once"
             )
         first_line[row.id] = row.line
-        labels.append(_with_full_paths(row, path))
+        labels.append(row)
     return labels
-
-
-def _with_full_paths(query: Query, table: str) -> Query:
-    """Returns the query with its image paths, which are relative to the table, made absolute."""
-    directory = os.path.dirname(os.path.abspath(table))
-    images = [x if download.is_url(x) else os.path.join(directory, x) for x in query.images]
-    return query._replace(images=images)
 
 
 def read_filters(path: str) -> dict[str, list[str]]:
@@ -97,42 +169,60 @@ def read_filters(path: str) -> dict[str, list[str]]:
 
 def read(
     path: str,
-    names: Columns,
+    options: Options,
     *,
     list_column: str,
-    encoding: str = "utf-8",
-    require_ids: bool = False,
+    separator: str = _SEPARATOR,
+    is_labels: bool = False,
 ) -> Iterator[Query]:
-    """Yields the rows of a csv, tsv, jsonl or parquet file in order; bad ones with an error.
+    """Returns the rows of a csv, tsv, jsonl or parquet file in order; bad ones have an error.
+
+    Prints which columns are read. Further rows are read when they are needed.
 
     Args:
       path: Of the file.
-      names: Names of columns; those that are empty are inferred.
+      options: How it is read.
       list_column: Column of the row's list; the table need not have it.
-      encoding: Of texts.
-      require_ids: Whether the table must have a column of ids. The id of a row without one is then
-        empty, instead of its line number.
+      separator: Of this list in a text cell.
+      is_labels: Whether the table has labels, which must have ids. The id of a row without one is
+        then empty, instead of its line number.
 
     Raises:
       InputError: If the file cannot be read at all, or lacks a required column.
     """
-    rows = readers.read_rows(path, encoding=encoding)
+    dialect = options.dialect_for(path)
+    rows = readers.read_rows(path, dialect=dialect)
     first = list(itertools.islice(rows, _ROWS_FOR_NAMES))
     found = list(dict.fromkeys(name for _, row in first if isinstance(row, dict) for name in row))
     if not found:
         error = next((str(row) for _, row in first), f"{path}: no rows; expected at least one")
         raise InputError(error)
-    roles = columns.assign(path, names, encoding, names=found, labelled=False)
-    if require_ids and roles.id is None:
+    names = options.columns_for(path, found, is_labels=is_labels)
+    roles = columns.assign(path, names, dialect, names=found, labelled=False)
+    if is_labels and roles.id is None:
         raise InputError(
             f"{path}: no id column found among {', '.join(map(repr, found))}; pass "
             "--id_column=COLUMN"
         )
-    for line, row in itertools.chain(first, rows):
-        if isinstance(row, InputError):
-            yield _invalid(line, str(row), None if roles.id else str(line))
-        else:
-            yield _parse(path, line, row, roles, list_column, "" if require_ids else str(line))
+    console.status(f"{path}: {_describe(roles, dialect)}")
+
+    def queries() -> Iterator[Query]:
+        for line, row in itertools.chain(first, rows):
+            if isinstance(row, InputError):
+                yield _invalid(line, str(row), None if roles.id else str(line))
+            else:
+                default_id = "" if is_labels else str(line)
+                yield _parse(path, line, row, roles, list_column, separator, default_id)
+
+    return queries()
+
+
+def _describe(roles: Roles, dialect: Dialect) -> str:
+    """What is read: the columns of the roles, and the dialect."""
+    used = {"text": columns.template(roles.text), "id": roles.id}
+    used |= {"image": roles.image, "embedding": roles.embedding}
+    parts = [f"{role} {column!r}" for role, column in used.items() if column]
+    return ", ".join([*parts, dialect.describe()])
 
 
 def _invalid(line: int, error: str, name: str | None) -> Query:
@@ -140,7 +230,13 @@ def _invalid(line: int, error: str, name: str | None) -> Query:
 
 
 def _parse(
-    path: str, line: int, row: dict[str, Any], roles: Roles, list_column: str, default_id: str
+    path: str,
+    line: int,
+    row: dict[str, Any],
+    roles: Roles,
+    list_column: str,
+    separator: str,
+    default_id: str,
 ) -> Query:
     chunk = Chunk(path, [line], {name: [row.get(name)] for name in (*roles.used, list_column)})
 
@@ -154,17 +250,17 @@ def _parse(
             line,
             name,
             columns.texts(chunk, roles.text, [0])[0],
-            _strings(cell(roles.image), chunk, roles.image),
+            named_images.read_cell(chunk, 0, roles.image) if roles.image else [],
             values.vectors(cell(roles.embedding), chunk, 0, roles.embedding),
-            _strings(cell(list_column), chunk, list_column),
+            _strings(cell(list_column), separator, chunk, list_column),
         )
     except InputError as error:
         return _invalid(line, str(error), name)
 
 
-def _strings(value: Any, chunk: Chunk, column: str | None) -> list[str]:
-    """Returns the strings of a list cell, or of one that separates them with '|'."""
-    parts = values.list_items(value, "|", chunk, 0, column) if column else []
+def _strings(value: Any, separator: str, chunk: Chunk, column: str) -> list[str]:
+    """Returns the strings of a list cell, or of one with separators."""
+    parts = values.list_items(value, separator, chunk, 0, column)
     return [values.text(part, chunk, 0, column) for part in parts]
 
 

@@ -26,7 +26,8 @@ def define_flag(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string(
         "data_cache",
         CACHE,
-        "Local directory for copies of prepared data from --data=gs://...; each is copied once.",
+        "Local directory for data that --data names elsewhere. Data of gs://... are copied "
+        "there once; a source such as shop.csv is prepared there once.",
         flag_values=values,
     )
 
@@ -87,7 +88,7 @@ def local_copy(path: str, name: str, cache: str) -> str:
     cache = os.path.abspath(os.path.expanduser(cache))
     copy = os.path.join(cache, name)
     os.makedirs(cache, exist_ok=True)
-    with _locked(copy + ".lock"):
+    with locked(copy + ".lock"):
         if os.path.isdir(copy):
             return copy
         files = {file.relative_to(path): file.stat().length for file in _files(path)}
@@ -127,7 +128,7 @@ def _download(path: str, file: os.PathLike, to: str) -> int:
 
 
 @contextlib.contextmanager
-def _locked(lock: str) -> Iterator[None]:
+def locked(lock: str) -> Iterator[None]:
     """Holds a lock file, so that one process of the machine at a time runs the block."""
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

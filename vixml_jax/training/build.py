@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from vixml_jax import workdir
 from vixml_jax.config import Config
+from vixml_jax.data import prepare_line
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.data.text import tokenizer
@@ -22,9 +23,9 @@ from vixml_jax.modeling import Model
 from vixml_jax.models import hf_checkpoints
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
-from vixml_jax.models.tower import TowerConfig
+from vixml_jax.models.tower import EncoderConfig, TowerConfig
 from vixml_jax.parallel import sharding
-from vixml_jax.runtime import tree_utils
+from vixml_jax.runtime import console, tree_utils
 from vixml_jax.structs import TrainState
 from vixml_jax.training import head_trainer, image_warm_start, losses, optimizer, train_step
 from vixml_jax.training import train_state as state_lib
@@ -74,7 +75,10 @@ def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, L
     """
     options, end_token = config.model, None
     if options.pretrained:
-        tower = hf_checkpoints.read_hf_config(options.pretrained)
+        tower = hf_checkpoints.read_hf_config(options.pretrained, pooling=options.pooling)
+        if options.pooling == hf_checkpoints.AUTO:
+            for note in hf_checkpoints.read_pooling(options.pretrained).notes:
+                console.status(note)
         end_token = hf_checkpoints.end_token(options.pretrained)
     else:
         tower = _tower_from_scratch(config, dataset)
@@ -85,15 +89,27 @@ def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, L
         "remat": options.remat,
     }
     num_images = options.num_images if dataset.image_width else 0
-    if isinstance(tower, BertConfig):
-        if options.pooling != "mean" or config.lora.rank:
-            flag = f"lora.rank={config.lora.rank}" if config.lora.rank else "model.pooling=last"
-            raise InputError(f"--{flag}: works with decoders only, and this tower is an encoder")
+    if isinstance(tower, EncoderConfig):
+        if config.lora.rank:
+            raise InputError(
+                f"--lora.rank={config.lora.rank}: works with decoders only, and this tower is an "
+                "encoder"
+            )
         if options.dropout >= 0:
             changes |= {"dropout": options.dropout, "attention_dropout": options.dropout}
         layout = Layout(num_images)
     else:
-        changes |= {"causal": options.causal, "pooling": options.pooling}
+        if options.causal and not tower.causal:
+            raise InputError(
+                f"--model.pretrained={options.pretrained}: its positions attend in both directions "
+                "(is_causal in config.json); add --model.causal=false"
+            )
+        if options.causal and tower.pooling == "cls":
+            raise InputError(
+                "--model.pooling=cls: the first token of a causal decoder sees no text; expected "
+                "mean, last or weighted_mean, or --model.causal=false"
+            )
+        changes["causal"] = options.causal
         if config.lora.rank:
             changes |= {
                 "lora_rank": config.lora.rank,
@@ -123,6 +139,7 @@ def _tower_from_scratch(config: Config, dataset: PreparedDataset) -> TowerConfig
         "num_heads": options.num_heads,
         "mlp_width": options.mlp_width,
         "max_positions": max(512, options.num_images + dataset.max_tokens),
+        "pooling": "mean" if options.pooling == hf_checkpoints.AUTO else options.pooling,
     }
     if options.family == "encoder":
         return BertConfig(**sizes)
@@ -146,7 +163,8 @@ def _check_data_fit(
         raise InputError(
             f"--data={config.data} was tokenized with a vocabulary of {dataset.vocab_size} tokens, "
             f"but --model.pretrained={config.model.pretrained} has {tower.vocab_size}: prepare the "
-            "data again with --tokenizer set to the model"
+            "data with the tokenizer of the model: "
+            + prepare_line.again(dataset.info, dataset.path, tokenizer=config.model.pretrained)
         )
     longest = longest_item(layout, dataset)
     need = (
@@ -181,19 +199,43 @@ def sizes_of(dataset: PreparedDataset) -> DataSizes:
     return DataSizes(queries, dataset.num_labels, dataset.train_relevance.nnz / max(1, queries))
 
 
+def fit_batch(config: Config, sizes: DataSizes) -> Config:
+    """Returns the flags with a batch size for these data, and says so if it is another one.
+
+    A batch of more queries than there are becomes a quarter of them, so that an epoch still has
+    some steps.
+
+    Raises:
+      InputError: If there is a single training query, which has nothing to be compared with.
+    """
+    size = config.batch.size
+    if size <= sizes.queries or config.head.only:
+        return config
+    if sizes.queries < 2:
+        raise InputError(
+            f"--data={config.data}: found {sizes.queries} training query; expected at least 2, "
+            "because a query is compared with the others of its batch"
+        )
+    fitting = max(2, sizes.queries // 4)
+    negatives = min(config.loss.num_negatives, fitting - 1)
+    also = ""
+    if negatives != config.loss.num_negatives:
+        also = f", --loss.num_negatives={negatives} in place of {config.loss.num_negatives}"
+    console.status(
+        f"note: --batch.size={size} is more than the {sizes.queries:,} training queries: using "
+        f"--batch.size={fitting}{also}"
+    )
+    return dataclasses.replace(
+        config,
+        batch=dataclasses.replace(config.batch, size=fitting),
+        loss=dataclasses.replace(config.loss, num_negatives=negatives),
+    )
+
+
 def assemble(
     config: Config, tower: TowerConfig, layout: Layout, sizes: DataSizes, mesh: Mesh
 ) -> Parts:
-    """Returns the parts of a run on data of these sizes.
-
-    Raises:
-      InputError: If a batch is larger than the data.
-    """
-    if config.batch.size > sizes.queries and not config.head.only:
-        raise InputError(
-            f"--batch.size={config.batch.size} is more than the {sizes.queries} training "
-            f"queries of {config.data}; use a smaller one"
-        )
+    """Returns the parts of a run on data of these sizes, for flags that `fit_batch` returned."""
     model = workdir.build_model(config, tower, layout, sizes.labels, mesh)
     head_parts = None
     if config.head.only or config.head.refit:
@@ -277,7 +319,10 @@ def initial_params(config: Config, model: Model, dataset: PreparedDataset) -> An
     pretrained = {}
     if config.model.pretrained:
         _, weights = hf_checkpoints.load_hf_tower(
-            config.model.pretrained, dtype=workdir.frozen_dtype(config), mesh=model.mesh
+            config.model.pretrained,
+            dtype=workdir.frozen_dtype(config),
+            mesh=model.mesh,
+            pooling=config.model.pooling,
         )
         pretrained = {"tower": weights}
     pretrained_paths = tree_utils.paths(pretrained)

@@ -10,16 +10,27 @@ The gradient of a product's input costs as much as the product, and so does that
 Frozen weights need no gradient, and neither do images, which are inputs.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from vixml_jax.config import Config
+from vixml_jax.errors import InputError
 from vixml_jax.labels.head import LabelHead
 from vixml_jax.labels.prototypes import Combiner
+from vixml_jax.models import published_towers
 from vixml_jax.models.bert import BertConfig
+from vixml_jax.models.decoder import DecoderConfig
+from vixml_jax.models.modernbert import ModernBertConfig
 from vixml_jax.models.tower import TowerConfig
+from vixml_jax.parallel import accelerators
 from vixml_jax.structs import Batch, PackedItems
+
+DEVICE = "NVIDIA H100 80GB HBM3"  # Of `describe_hours`.
+EFFICIENCY = 0.4  # Fraction of a device's peak that a run is assumed to reach.
+PROMPT = 8  # Positions of a decoder's prompt, about.
 
 
 class Flops(NamedTuple):
@@ -99,6 +110,9 @@ def _maps(config: TowerConfig) -> tuple[dict[str, tuple[int, int]], tuple[str, .
     if isinstance(config, BertConfig):
         maps = dict.fromkeys(("query", "key", "value", "out"), (d, d))
         return maps | {"up": (d, m), "down": (m, d)}, ()
+    if isinstance(config, ModernBertConfig):
+        maps = {"query_key_value": (d, 3 * d), "out": (d, d)}
+        return maps | {"up": (d, 2 * m), "down": (m, d)}, ()
     q, kv = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
     maps = {
         "query": (d, q), "key": (d, kv), "value": (d, kv), "out": (q, d),
@@ -112,9 +126,10 @@ def _attention(config: TowerConfig, lengths: Int[np.ndarray, " n"]) -> float:
     if isinstance(config, BertConfig):
         return 4.0 * config.num_layers * config.width * attended_pairs(lengths, causal=False)
     sliding = int(np.count_nonzero(config.slides))
-    pairs = (config.num_layers - sliding) * attended_pairs(lengths, causal=config.causal)
+    causal = isinstance(config, DecoderConfig) and config.causal
+    pairs = (config.num_layers - sliding) * attended_pairs(lengths, causal=causal)
     if sliding:
-        pairs += sliding * attended_pairs(lengths, causal=config.causal, window=config.window)
+        pairs += sliding * attended_pairs(lengths, causal=causal, window=config.window)
     return 4.0 * config.num_heads * config.head_width * pairs
 
 
@@ -171,3 +186,63 @@ def similarity_flops(num_queries: int, num_labels: int, width: int, matrices: in
     """
     forward = 2.0 * matrices * num_queries * num_labels * width
     return Flops(forward, 3 * forward)
+
+
+class Estimate(NamedTuple):
+    """Operations of a run.
+
+    Attributes:
+      steps: Training steps.
+      step: Floating-point operations of a step over all devices.
+    """
+
+    steps: int
+    step: float
+
+    def hours(self, flops_per_s: float) -> float:
+        """Hours at a given number of operations per second."""
+        return self.steps * self.step / flops_per_s / 3600
+
+
+def estimate(config: Config, num_queries: int, length: int) -> Estimate:
+    """Operations of a run on a published tower, without data, weights or devices.
+
+    All texts are counted at their maximum length and all items with all their images, so they are
+    an upper bound. Communication, evaluation and clustering are not counted.
+
+    Args:
+      config: Of the run.
+      num_queries: Training queries.
+      length: Maximum number of tokens of a text.
+
+    Raises:
+      InputError: If the tower is none of `published_towers`.
+    """
+    tower = published_towers.config_of(config.model.pretrained.rsplit("/", 1)[-1])
+    num_images, size = config.model.num_images, config.batch.size
+    changes = {"image_width": 1152 if num_images else 0}
+    if isinstance(tower, DecoderConfig):
+        changes["lora_rank"] = config.lora.rank
+        length += PROMPT
+    tower = dataclasses.replace(tower, **changes)
+    lengths = np.full(2 * size, length + num_images)
+    total = tower_flops(tower, lengths, 2 * size * num_images)
+    total += similarity_flops(size, size, tower.width, 2 if config.labels.prototypes else 1)
+    if config.labels.prototypes:
+        labels = config.labels
+        combiner = Combiner(labels.num_heads, labels.mlp_width, labels.dropout)
+        total += combiner_flops(combiner, size, tower.width)
+    return Estimate(config.loop.epochs * -(-num_queries // size), total.step)
+
+
+def describe_hours(config: Config, num_queries: int, length: int) -> str:
+    """A sentence about the training time on one H100; empty if the tower is not a published one."""
+    try:
+        found = estimate(config, num_queries, length)
+    except InputError:
+        return ""
+    hours = found.hours(EFFICIENCY * accelerators.KNOWN[DEVICE].peak_flops)
+    return (
+        f"training takes about {hours:.1f} h on one {DEVICE} (estimated from counted operations "
+        f"at {100 * EFFICIENCY:.0f} % of its peak)"
+    )

@@ -197,6 +197,11 @@ class DataSizes(NamedTuple):
     labels: int
     labels_per_query: float = 1.0
 
+    @property
+    def density(self) -> tuple[float, float]:
+        """Mean number of labels of a training query, and of training queries of a label."""
+        return self.labels_per_query, self.queries * self.labels_per_query / self.labels
+
     @staticmethod
     def parse(text: str, default: "DataSizes") -> "DataSizes":
         """The sizes given by the flag `--plan_size`.

@@ -241,6 +241,7 @@ def table(page, first):
 
 def test_page_has_the_statistics(tmp_path):
     raw = make_raw(3, name="a_b|c", warnings=("12 rows | of <x> are `odd`",))
+    raw = dataclasses.replace(raw, notes=("2 rows | had no text",))
     dataset = prepare(raw, tmp_path / "set")
     measured = stats.measure(dataset)
     page = card.describe(dataset, measured)
@@ -260,6 +261,11 @@ def test_page_has_the_statistics(tmp_path):
     assert histogram[0][0] == "none" and histogram[0][1] == "0 %" != histogram[0][3]
     assert "6 to 10" in [row[0] for row in histogram]
     assert f"{dataset.info['train_without_labels_dropped']} training queries without" in page
+    dropped = dataset.info["train_without_labels_dropped"]
+    assert dropped and (
+        f"- {153 + 33 + 63} queries read: {153 - dropped} train, 33 valid, 63 test, "
+        f"{dropped} left out, because no label is left for them\n- 2 rows \\| had no text" in page
+    )
     assert "- 12 rows \\| of \\<x\\> are \\`odd\\`" in page
     assert "## Filter pairs\n\nNone." in page
     assert "- source: /where/it/was\n" in page and "- max_tokens: 8\n" in page
@@ -328,7 +334,7 @@ def test_prepare_writes_the_card_and_the_hash_does_not_depend_on_it(tmp_path, mo
     assert page == card.describe(dataset, stats.measure(dataset))
     assert str(tmp_path) not in page
     with PIL.Image.open(out / "dataset.png") as image:
-        assert image.size == (1500, 900)
+        assert image.size == (plots.WIDTH, 4 * plots.PANEL_HEIGHT)
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert len(np.unique(pixels, axis=0)) > 50
     assert f"data card: {out / 'dataset.md'}" in preprocessing.describe(dataset)
@@ -351,6 +357,31 @@ def test_error_while_the_card_is_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="disk full"):
         prepare(make_raw(6), tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_of_the_figure_are_legible_on_a_phone_and_do_not_overlap(tmp_path, monkeypatch):
+    """At a width of 390 pixels the smallest text is 9 pixels high, and none is cut off."""
+    from matplotlib import figure, text
+
+    drawn = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, path: (save(self, path), drawn.append(self))
+    )
+    name = "a name of a data set that is not short"
+    prepare(make_raw(0, name=name), tmp_path / "set")
+    (made,) = drawn
+    assert made.get_facecolor() == (1, 1, 1, 1)  # Legible on a dark page too.
+    shown = [x for x in made.findobj(text.Text) if x.get_visible() and x.get_text().strip()]
+    assert any(name in " ".join(x.get_text().split()) for x in shown)
+    for one in shown:
+        assert one.get_fontsize() * made.dpi / 72 * 390 / plots.WIDTH >= 9, one
+    width, height = made.canvas.get_width_height()
+    titles = [made._suptitle, *(axes._left_title for axes in made.axes)]
+    for one in titles:
+        assert one in shown
+        box = one.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height, one
 
 
 @pytest.mark.filterwarnings("error")
@@ -379,7 +410,7 @@ def test_figure_of_unusual_data_sets(tmp_path, name, change):
         raw = dataclasses.replace(raw, test=RawQueries(RawItems(0, lambda: [[]]), nothing))
     prepare(raw, tmp_path / "set")
     with PIL.Image.open(tmp_path / "set" / "dataset.png") as image:
-        assert image.size == (1500, 900)
+        assert image.size == (plots.WIDTH, 3 * plots.PANEL_HEIGHT)
     page = (tmp_path / "set" / "dataset.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {card.escape(name)}\n") and "nan" not in page
 

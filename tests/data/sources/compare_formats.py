@@ -17,6 +17,7 @@ import numpy as np
 
 from tests.data.sources import random_tables
 from vixml_jax.data import preprocessing
+from vixml_jax.data.sources.delimited import USUAL
 
 NAME_THE_SOURCE = {"dataset.json", "dataset.md"}
 
@@ -56,13 +57,13 @@ def compare(source, directory, kinds=random_tables.KINDS):
     """Yields each format, its preparation time in seconds, and the files that differ."""
     held = read_xml(source)
     for kind in ("repository", *kinds):
-        tables = source
+        tables, dialect = source, random_tables.DIALECTS.get(kind, USUAL)
         if kind != "repository":
             tables = directory / kind / source.name
             random_tables.write_tables(held, tables, kind)
         start, out = time.perf_counter(), directory / f"{kind}.prepared"
         with tempfile.TemporaryDirectory(dir=directory) as spool:
-            raw = preprocessing.read_source(str(tables), spool)
+            raw = preprocessing.read_source(str(tables), spool, dialect=dialect)
             preprocessing.prepare(raw, str(out), preprocessing.Settings())
         seconds = time.perf_counter() - start
         yield kind, seconds, differing(directory / "repository.prepared", out)

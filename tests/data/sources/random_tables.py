@@ -9,7 +9,11 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
+from vixml_jax.data.sources.delimited import Dialect
+
 WORDS = np.array('red green "blue" car, house; tree Straße naïve 漢字 x|1 \t'.split(" "))
+# Tables are written by the csv module, whose quotes a tsv file has only if a flag says so.
+DIALECTS = {"tsv": Dialect(quotechar='"')}
 KINDS = ("csv", "csv.gz", "csv.zst", "tsv", "jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 
 

@@ -1,6 +1,8 @@
 """Invalid input to the prepare command: one clear line, exit status 2, no partial output."""
 
+import csv
 import errno
+import gzip
 import json
 import os
 import pathlib
@@ -10,9 +12,11 @@ import subprocess
 import sys
 
 import hypothesis
+import pyarrow
 import pytest
 from absl import flags
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from tests.data.sources import random_tables
 from vixml_jax import prepare
@@ -55,6 +59,32 @@ def corrupt(data, draw):
     return data[:start] + junk + data[start + (length if fault == "replace" else 0) :]
 
 
+def num_rows(path, kind):
+    """Number of rows of a table, counted by the csv module, by lines, or by pyarrow."""
+    if kind == "parquet":
+        return parquet.read_metadata(path).num_rows
+    data = path.read_bytes()
+    if kind.endswith(".gz"):
+        data = gzip.decompress(data)
+    elif kind.endswith(".zst"):
+        data = pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
+    lines = [line + "\n" for line in data.decode("utf-8-sig").split("\n")]
+    if kind.startswith("jsonl"):
+        return sum(not line.isspace() for line in lines)
+    rows = csv.reader(lines, delimiter="\t" if kind == "tsv" else ",")
+    return sum(any(row) or len(row) > 1 for row in rows) - 1
+
+
+def check_rows(source, kind, info):
+    """Checks that every row of the source is in the data set, or told as left out."""
+    if kind == "xml":
+        return
+    num_read = sum(num_rows(source / f"{split}.{kind}", kind) for split in ("train", "test"))
+    assert info["rows_read"] == num_read
+    left_out = info["train_without_labels_dropped"]
+    assert info["num_train"] + info["num_test"] + left_out == num_read
+
+
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "csv.gz", "jsonl.zst", "xml"])
 def test_corrupted_files_are_refused_or_prepared_completely(tmp_path_factory, kind):
     root = tmp_path_factory.mktemp("fuzz")
@@ -75,13 +105,15 @@ def test_corrupted_files_are_refused_or_prepared_completely(tmp_path_factory, ki
         (root / "parent").mkdir()
         path = root / "source" / data.draw(st.sampled_from(names))
         path.write_bytes(corrupt(path.read_bytes(), data.draw))
-        message = run(root / "source", root / "parent" / "out")
+        quotes = {"quotechar": '"'} if kind == "tsv" else {}  # As the csv module writes them.
+        message = run(root / "source", root / "parent" / "out", **quotes)
         remaining = sorted(os.listdir(root / "parent"))
         if message is None:
             outcomes["prepared"] += 1
             assert remaining == ["out"]
             dataset = store.PreparedDataset.open(str(root / "parent" / "out"))
             assert all("\ufffd" not in text for text in dataset.labels.texts)
+            check_rows(root / "source", kind, dataset.info)
         else:
             outcomes["refused"] += 1
             assert remaining == []

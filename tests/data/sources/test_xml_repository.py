@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from vixml_jax.data.sources import readers, xml_repository
+from vixml_jax.data.sources import xml_repository
 from vixml_jax.errors import InputError
+from vixml_jax.storage import text_files
 
 LINES = {
     "trn.raw.txt": ["red car", "blue car", "a green house"],
@@ -250,7 +251,7 @@ def test_npz_relevance_with_indices_out_of_range_is_refused(tmp_path, changed, e
 @pytest.mark.parametrize("name", ["trn.raw.txt", "trn_X_Y.txt"])
 def test_too_long_lines_are_refused(tmp_path, monkeypatch, name, block):
     monkeypatch.setattr(xml_repository, "_BLOCK", block)
-    longest = "a" * readers.MAX_LINE
+    longest = "a" * text_files.MAX_LINE
     (tmp_path / name).write_text(f"1 1\n{longest}\nb\n")
     texts = [text for chunk in xml_repository.read_texts(str(tmp_path / name)) for text in chunk]
     assert texts == ["1 1", longest, "b"]

@@ -202,13 +202,13 @@ def run(name: str, *, n: int, width: int, queries: int, truth: str) -> dict[str,
         "baseline": name,
         "about": baseline.about,
         "build_s": built,
-        "build_gb": (kilobytes("VmHWM") - before) / 2**20,
-        "index_gb": (kilobytes("VmRSS") - before) / 2**20,
+        "build_gib": (kilobytes("VmHWM") - before) / 2**20,
+        "index_gib": (kilobytes("VmRSS") - before) / 2**20,
     }
     true = np.load(truth)
     forget_peak()
     rows = [row for k in KS for row in sweep(baseline, asked, true, k)]
-    return {**said, "search_gb": (kilobytes("VmHWM") - before) / 2**20, "rows": rows}
+    return {**said, "search_gib": (kilobytes("VmHWM") - before) / 2**20, "rows": rows}
 
 
 if __name__ == "__main__":

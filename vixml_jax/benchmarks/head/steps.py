@@ -114,7 +114,7 @@ def pytorch(settings: dict[str, Any]) -> Program:
         targets = torch.zeros(len(queries), settings["labels"]).scatter_(1, labels, 1.0)
         logits = functional.linear(scaled, *params)
         total = functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-        return total / len(queries)
+        return total / labels.numel()
 
     cost = {"softmax": softmax, "bce": bce}[settings["loss"]]
 

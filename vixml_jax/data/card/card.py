@@ -27,7 +27,7 @@ def write(dataset: PreparedDataset, directory: str) -> None:
     measured = stats.measure(dataset)
     with open(os.path.join(directory, TEXT), "w", encoding="utf-8") as file:
         file.write(describe(dataset, measured))
-    plots.draw(dataset, measured, os.path.join(directory, IMAGE))
+    plots.draw(dataset, os.path.join(directory, IMAGE))
 
 
 def describe(dataset: PreparedDataset, measured: DatasetStats) -> str:
@@ -42,6 +42,7 @@ def describe(dataset: PreparedDataset, measured: DatasetStats) -> str:
                 *_describe_queries_per_label(dataset, measured),
                 *_describe_images(dataset, measured),
                 *_describe_repeats(measured),
+                *_describe_source(dataset, measured),
                 "## Filter pairs",
                 _list(filters.describe(dataset.info["filters"])),
                 "## Warnings",
@@ -230,6 +231,19 @@ def _describe_repeats(measured: DatasetStats) -> list[str]:
             rows,
         ),
     ]
+
+
+def _describe_source(dataset: PreparedDataset, measured: DatasetStats) -> list[str]:
+    """Where the rows of the source went, and what was noted while they were read."""
+    notes = list(dataset.info.get("notes", []))
+    if "rows_read" in dataset.info:  # Not in data sets of version 0.3 and before.
+        read = dataset.info["rows_read"]
+        queries = {name: split.labels.items for name, split in measured.splits.items()}
+        facts = [f"{count:,} {name}" for name, count in queries.items()]
+        if left_out := read - sum(queries.values()):
+            facts.append(f"{left_out:,} left out, because no label is left for them")
+        notes.insert(0, f"{read:,} queries read: {', '.join(facts)}")
+    return ["## Rows of the source", _list(notes)] if notes else []
 
 
 def _examples(dataset: PreparedDataset) -> str:

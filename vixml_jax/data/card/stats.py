@@ -122,7 +122,7 @@ class DatasetStats:
 def measure(dataset: PreparedDataset) -> DatasetStats:
     """Measures a data set. Texts are read once, a chunk at a time."""
     parts, splits = {}, {}
-    frequency = _label_counts(dataset.train_relevance)
+    frequency = label_counts(dataset.train_relevance)
     train_keys = np.zeros(0, np.uint64)
     for name in PARTS:
         items = getattr(dataset, name)
@@ -167,7 +167,7 @@ def _measure_part(items: Items, keys: UInt64[np.ndarray, " n"]) -> Part:
 def _measure_split(
     relevance: sparse.csr_matrix, frequency: Int[np.ndarray, " l"], in_train: int
 ) -> Split:
-    pairs = _label_counts(relevance)
+    pairs = label_counts(relevance)
     labels = np.diff(relevance.indptr)
     seen = relevance @ (frequency > 0).astype(np.float32)
     return Split(
@@ -181,7 +181,7 @@ def _measure_split(
     )
 
 
-def _label_counts(relevance: sparse.csr_matrix) -> Int[np.ndarray, " l"]:
+def label_counts(relevance: sparse.csr_matrix) -> Int[np.ndarray, " l"]:
     """Number of queries of each label."""
     counts = np.zeros(relevance.shape[1], np.int64)
     for start in range(0, relevance.nnz, _BLOCK):

@@ -1,5 +1,6 @@
 """Image embeddings of items: found beside the texts of a source, or made from image files."""
 
+import contextlib
 import fnmatch
 import itertools
 import json
@@ -15,6 +16,7 @@ from vixml_jax.data.images import safe_pickle
 from vixml_jax.data.sources.raw import ItemImages
 from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import console
 from vixml_jax.storage import json_files
 
 _BLOCK = 1 << 22  # Values read at a time.
@@ -129,7 +131,7 @@ def read_images(directory: str, prefix: str, count: int) -> "RawImages | FileIma
 
 
 def check_widths(images: Mapping[str, ItemImages | None], directory: str) -> None:
-    """Checks that all embeddings have the same width.
+    """Checks that all embeddings have the same width; named images have none yet.
 
     Args:
       images: The images of each split and of the labels.
@@ -138,7 +140,7 @@ def check_widths(images: Mapping[str, ItemImages | None], directory: str) -> Non
     Raises:
       InputError: If two widths differ.
     """
-    widths = {os.path.basename(raw.path): raw.width for raw in images.values() if raw is not None}
+    widths = {os.path.basename(raw.path): raw.width for raw in images.values() if raw and raw.width}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise InputError(f"{directory}: embeddings of unequal width ({listed}); expected one width")
@@ -306,7 +308,8 @@ class EmbeddingStore:
         Args:
           directory: Where the files are.
           width: Width of an embedding.
-          about: The model and its settings, as JSON.
+          about: The model and its settings, as JSON. Embeddings for which only `reader` differs,
+            the version of `image_reader`, are removed.
 
         Raises:
           InputError: If the directory has embeddings of another model.
@@ -319,15 +322,19 @@ class EmbeddingStore:
         if os.path.exists(path):
             remedy = f"remove {directory} to embed the images again"
             stored = json_files.read(path, dict[str, Any], remedy)
-            if stored != dict(about):
+            if stored != dict(about) and stored | {"reader": about.get("reader")} == dict(about):
+                console.status(
+                    f"{directory}: the images are embedded again, because they are read in another "
+                    "way now: upright, on white, and with more than 8 bits"
+                )
+                self._start(path, about)
+            elif stored != dict(about):
                 raise InputError(
                     f"{path}: embeddings of another model or with other settings (found {stored}, "
                     f"expected {dict(about)}); {remedy}"
                 )
         else:
-            with open(path + ".tmp", "w", encoding="utf-8") as file:
-                json.dump(dict(about), file, indent=2)
-            os.replace(path + ".tmp", path)
+            self._start(path, about)
         for name in (self._vectors, self._digests):
             open(name, "ab").close()
         with open(self._digests, encoding="ascii") as file:
@@ -336,6 +343,15 @@ class EmbeddingStore:
         os.truncate(self._vectors, len(digests) * 2 * width)
         os.truncate(self._digests, len(digests) * 65)
         self.row_of = {digest: row for row, digest in enumerate(digests)}
+
+    def _start(self, path: str, about: Mapping[str, Any]) -> None:
+        """Writes `about.json` for an empty store, and removes embeddings of before."""
+        for name in (self._digests, self._vectors):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(name)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(dict(about), file, indent=2)
+        os.replace(path + ".tmp", path)
 
     def add(self, digests: Sequence[str], vectors: Float[np.ndarray, "k v"]) -> None:
         """Appends the vectors of new files."""

@@ -1,6 +1,5 @@
-"""Image files named by a source: their paths, checksums, and pixels for a vision model."""
+"""Image files named by a source: their paths, and their pixels for a vision model."""
 
-import hashlib
 import os
 from typing import NamedTuple
 
@@ -8,6 +7,8 @@ import msgspec
 import numpy as np
 from jaxtyping import Float32
 
+from vixml_jax.data.images import image_reader
+from vixml_jax.data.images.image_reader import ImageSource
 from vixml_jax.errors import InputError
 from vixml_jax.storage import json_files
 
@@ -111,12 +112,12 @@ def read_processor(path: str) -> ImageProcessor:
 
 
 def load_pixels(
-    path: str, processor: ImageProcessor, *, keep_aspect: bool = False
+    source: ImageSource, processor: ImageProcessor, *, keep_aspect: bool = False
 ) -> Float32[np.ndarray, "height width 3"]:
-    """The normalised pixels of an image file, at the size that the vision model expects.
+    """The normalised pixels of an image, at the size that the vision model expects.
 
     Args:
-      path: An image file in any format that Pillow reads.
+      source: An image file or its content; see `image_reader.read`.
       processor: Size and normalisation.
       keep_aspect: Shrink the image to fit and pad it with white, as the paper does, instead of
         stretching it.
@@ -126,13 +127,7 @@ def load_pixels(
     """
     from PIL import Image
 
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except OSError:
-        raise
-    except Exception as error:  # Pillow raises anything for broken files and decompression bombs.
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+    image = image_reader.read(source)
     frame = (processor.width, processor.height)
     if keep_aspect:
         factor = min(frame[0] / image.width, frame[1] / image.height)
@@ -144,14 +139,3 @@ def load_pixels(
         image = image.resize(frame, processor.resample)
     pixels = np.asarray(image, np.float32) * np.float32(processor.scale)
     return (pixels - np.float32(processor.mean)) / np.float32(processor.std)
-
-
-def digest(path: str) -> str | None:
-    """SHA-256 of the content of a file; None if it is not a regular file or cannot be read."""
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None

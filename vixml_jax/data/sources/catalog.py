@@ -7,8 +7,11 @@ MM-AmazonTitles-300K, and from PECOS for EURLex-4K. The propensity constants are
 """
 
 import os
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from vixml_jax.data import prepare_line
 from vixml_jax.data.images import image_embeddings
 from vixml_jax.data.sources import published, tfds_records, xml_repository
 from vixml_jax.data.sources.published import LABELS, PublicDataset
@@ -67,6 +70,7 @@ def _of_repository(
     propensity: tuple[float, float],
     *,
     more: str = "",
+    max_tokens: int = 128,
     layouts: tuple[published.Layout, ...] = (published.JSON,),
 ) -> PublicDataset:
     """A data set of the XML repository.
@@ -76,15 +80,18 @@ def _of_repository(
       sizes: Numbers of training queries, labels and test queries.
       propensity: Constants A and B.
       more: Further citations.
+      max_tokens: Tokens of a text with content; titles are cut to 32.
       layouts: File names of its releases.
     """
+    titles = "Titles" in name
     return PublicDataset(
         key=name.lower().replace("-", "_"),
         name=name,
         train=sizes[0],
         labels=sizes[1],
         test=sizes[2],
-        fields=_TITLE if "Titles" in name else _BOTH,
+        fields=_TITLE if titles else _BOTH,
+        max_tokens=32 if titles else max_tokens,
         propensity_a=propensity[0],
         propensity_b=propensity[1],
         citation="\n".join(part for part in (_BHATIA, more) if part),
@@ -111,7 +118,7 @@ _DATASETS = (
     _of_repository("LF-AmazonTitles-1.3M", (2_248_619, 1_305_265, 970_237), _AMAZON, more=_VIXML),
     _of_repository("LF-WikiSeeAlso-320K", _SEE_ALSO_320K, _OTHER),
     _of_repository("LF-WikiSeeAlsoTitles-320K", _SEE_ALSO_320K, _OTHER),
-    _of_repository("LF-Wikipedia-500K", _WIKI_500K, _WIKIPEDIA),
+    _of_repository("LF-Wikipedia-500K", _WIKI_500K, _WIKIPEDIA, max_tokens=256),
     _of_repository("LF-WikiTitles-500K", _WIKI_500K, _WIKIPEDIA),
     PublicDataset(
         key="eurlex_4k",
@@ -120,6 +127,7 @@ _DATASETS = (
         labels=3_956,
         test=3_865,
         fields=_TITLE,
+        max_tokens=128,
         propensity_a=_OTHER[0],
         propensity_b=_OTHER[1],
         citation=f"{_EURLEX}\n{_PECOS}",
@@ -137,11 +145,86 @@ def is_named(source: str) -> bool:
     return source in CATALOG and not os.path.exists(source)
 
 
-def propensity(source: str) -> tuple[float, float]:
-    """The default constants A and B of the inverse propensities of a source."""
-    if not is_named(source):
-        return DEFAULT_PROPENSITY
-    return CATALOG[source].propensity_a, CATALOG[source].propensity_b
+class Recognised(NamedTuple):
+    """A data set of the catalogue that a source is, under whatever path.
+
+    Attributes:
+      dataset: The data set.
+      by: What it was recognised by, for messages.
+    """
+
+    dataset: PublicDataset
+    by: str
+
+
+def recognise(source: str, sizes: Mapping[str, int] | None = None) -> Recognised | None:
+    """The data set of the catalogue that a source is; None: it is none of them.
+
+    Args:
+      source: Name or path. The name of the file or directory, or of the one that it is in, may have
+        other separators and a longer end than that of the data set: `LF_WikiSeeAlso-320K.raw`.
+      sizes: Numbers of items of 'train', 'labels' and, if the source has it, 'test'. Data with the
+        published sizes are recognised under any name.
+    """
+    if is_named(source):
+        return Recognised(CATALOG[source], "name")
+    path = os.path.abspath(source)
+    for name in (os.path.basename(path), os.path.basename(os.path.dirname(path))):
+        for dataset in CATALOG.values():
+            if _plain(name).startswith(_plain(dataset.key)):
+                differ = ", although its sizes differ" if _sizes_differ(dataset, sizes) else ""
+                return Recognised(dataset, f"the name {name}{differ}")
+    for dataset in CATALOG.values():
+        if sizes and not _sizes_differ(dataset, sizes):
+            return Recognised(dataset, f"its sizes, such as {dataset.labels:,} labels")
+    return None
+
+
+def _sizes_differ(dataset: PublicDataset, sizes: Mapping[str, int] | None) -> bool:
+    """Whether sizes are not those of a data set; of a split that is not given, nothing is known."""
+    given = {} if sizes is None else sizes
+    return any(count != getattr(dataset, part) for part, count in given.items())
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "", name.lower())
+
+
+class Propensity(NamedTuple):
+    """Constants of the inverse propensities of a data set.
+
+    Attributes:
+      a, b: The constants A and B.
+      origin: Where they are from, for messages.
+    """
+
+    a: float
+    b: float
+    origin: str
+
+    def __str__(self) -> str:
+        return f"A {self.a:g}, B {self.b:g} ({self.origin})"
+
+
+def propensity(source: str, sizes: Mapping[str, int] | None = None) -> Propensity:
+    """The constants A and B of a source: see `recognise`; the usual ones if it is not public."""
+    found = recognise(source, sizes)
+    if found is None:
+        return Propensity(*DEFAULT_PROPENSITY, "the default; no data set of the catalogue")
+    dataset = found.dataset
+    origin = f"{dataset.name}, recognised by {found.by}"
+    return Propensity(dataset.propensity_a, dataset.propensity_b, origin)
+
+
+def how_to_get(dataset: PublicDataset, path: str, tokenizer: str) -> str:
+    """What to do to have a data set prepared in `path`, for messages."""
+    raw = f"RAW/{dataset.name}"
+    settings: dict[str, Any] = {"max_tokens": dataset.max_tokens}
+    line = prepare_line.first(raw, path, **settings, tokenizer=tokenizer)
+    return (
+        f"this is {dataset.name} ({dataset.key} in prepare --catalog): download {dataset.download} "
+        f"from {dataset.homepage}, unpack it to {raw} and run: {line}"
+    )
 
 
 def builder(name: str, *, data_dir: str | None = None, manual_dir: str | None = None) -> Any:

@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 from vixml_jax.data.sources import readers
 from vixml_jax.data.sources import values as values_lib
+from vixml_jax.data.sources.delimited import Dialect
 from vixml_jax.data.sources.readers import Chunk
 from vixml_jax.data.sources.values import LABELS
 from vixml_jax.errors import InputError
 
 AUTO, IDS, TEXTS, ROWS = "auto", "ids", "texts", "rows"
+SPLIT_NAMES = ("split", "fold", "partition")
 # Column names from which a role is inferred, in order of preference.
 _COMMON_NAMES = {
     "id": ("id", "uid", "query_id", "item_id", "product_id", "doc_id", "asin", "sku"),
@@ -25,10 +27,10 @@ _COMMON_NAMES = {
     "weights": ("label_weights", "target_rel"),
     "image": ("images", "image", "image_paths", "image_path", "image_urls", "image_url"),
     "embedding": ("image_embeddings", "image_embedding", "embeddings", "embedding"),
-    "split": ("split", "fold", "partition"),
+    "split": SPLIT_NAMES,
 }  # fmt: skip
 _TITLES, _BODIES = ("title",), ("content", "description", "body", "abstract")
-_NONE = "none"  # Value of a flag: there is no such column, and none is inferred.
+NONE = "none"  # Value of a flag: there is no such column, and none is inferred.
 _MAX_SHOWN = 12  # Column names in a message.
 
 
@@ -40,7 +42,7 @@ class Columns:
       id: Column of the query ids; without one, row numbers are used.
       text: Column of the query texts, or a template of several columns: '{title}. {brand}'.
       labels: Column of the labels of a query: a list, a JSON list, or a string.
-      label_separator: Separator of the labels in such a string.
+      label_separator: Separator of the labels in such a string; 'none': there is none.
       labels_are: How queries refer to the rows of a label table: by 'ids', by 'texts' or by 'rows'
         (numbers from 0); 'auto' infers it.
       weights: Column of the sampling weights of the labels as positives, one per label.
@@ -85,7 +87,7 @@ class Roles(NamedTuple):
 def assign(
     path: str,
     columns: Columns,
-    encoding: str,
+    dialect: Dialect,
     *,
     label_table: bool = False,
     key: str = "",
@@ -97,7 +99,7 @@ def assign(
     Args:
       path: Path of the table.
       columns: Explicit column names.
-      encoding: Text encoding of the table.
+      dialect: Encoding, delimiter and quotes of the table.
       label_table: Whether this is a table of labels rather than queries.
       key: Column by which the rows are split, if any.
       names: Column names of the table; read from the file if empty.
@@ -106,11 +108,11 @@ def assign(
     Raises:
       InputError: If an explicit column does not exist, or a required one cannot be inferred.
     """
-    names = list(names) or readers.column_names(path, encoding=encoding)
+    names = list(names) or readers.column_names(path, dialect=dialect)
     by_lower_name = {name.lower().strip(): name for name in reversed(names)}
 
     def find(role: str, explicit: str, flag: str) -> str | None:
-        if explicit == _NONE:
+        if explicit == NONE:
             return None
         if explicit and explicit in names:  # The name of a column may be empty.
             return explicit
@@ -118,7 +120,7 @@ def assign(
             return None  # Only the query tables have it.
         if explicit:
             raise InputError(
-                f"--{flag}={explicit}: no such column in {path}; its columns are {_list(names)}"
+                f"--{flag}={explicit}: no such column in {path}; its columns are {listed(names)}"
             )
         common = (by_lower_name[name] for name in _COMMON_NAMES[role] if name in by_lower_name)
         return next(common, None)
@@ -137,15 +139,18 @@ def assign(
         "embedding": find("embedding", columns.embedding, "embedding_column"),
     }
     images_suffice = not labelled and (shared["image"] or shared["embedding"])
-    if not text and not images_suffice:
-        raise InputError(f"{path}: no text column found among {_list(names)}; pass --{flag}=COLUMN")
-    if label_table or not labelled:
-        return Roles(**shared, text=text, labels=None, weights=None, split=None, key=None)
-    labels = find(LABELS, columns.labels, "labels_column")
-    if labels is None:
+    missing = {} if text or images_suffice else {"text": flag}
+    labels = None
+    if labelled and not label_table:
+        labels = find(LABELS, columns.labels, "labels_column")
+        missing |= {"labels": "labels_column"} if labels is None else {}
+    if missing:
         raise InputError(
-            f"{path}: no labels column found among {_list(names)}; pass --labels_column=COLUMN"
+            f"{path}: {' and '.join(f'no {role} column' for role in missing)} found among "
+            f"{listed(names)}; pass {' and '.join(f'--{flag}=COLUMN' for flag in missing.values())}"
         )
+    if labels is None:
+        return Roles(**shared, text=text, labels=None, weights=None, split=None, key=None)
     return Roles(
         **shared,
         text=text,
@@ -156,7 +161,20 @@ def assign(
     )
 
 
-def _list(names: Sequence[str]) -> str:
+def template(parts: tuple[tuple[str, str | None], ...]) -> str:
+    """The value of `--text` that gives a text, from `Roles.text`."""
+    if len(parts) > 1 and not any(literal for literal, _ in parts):
+        return " ".join(f"{{{name}}}" for _, name in parts)
+    return "".join(
+        _escape(literal) + ("" if name is None else f"{{{name}}}") for literal, name in parts
+    )
+
+
+def _escape(literal: str) -> str:
+    return literal.replace("{", "{{").replace("}", "}}")
+
+
+def listed(names: Sequence[str]) -> str:
     """Quoted column names for a message, shortened if there are many."""
     shown = ", ".join(map(repr, names[:_MAX_SHOWN]))
     return f"{shown} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else shown
@@ -184,7 +202,10 @@ def _parse_template(
     if template in names:
         return (("", template),)
     try:
-        parts = [(literal, column) for literal, column, _, _ in string.Formatter().parse(template)]
+        parts = [
+            (literal, _field(column, spec, conversion))
+            for literal, column, spec, conversion in string.Formatter().parse(template)
+        ]
     except ValueError as error:
         raise InputError(f"--{flag}={template}: not a valid template ({error})") from None
     wanted = [column for _, column in parts if column is not None]
@@ -192,14 +213,21 @@ def _parse_template(
     if absent:
         raise InputError(
             f"--{flag}={template}: no column {absent[0]!r} in {path}; its columns are "
-            f"{_list(names)}"
+            f"{listed(names)}"
         )
     if not wanted:
         raise InputError(
             f"--{flag}={template}: neither a column of {path} nor a template with columns in "
-            f"braces; its columns are {_list(names)}"
+            f"braces; its columns are {listed(names)}"
         )
     return tuple(parts)
+
+
+def _field(column: str | None, spec: str | None, conversion: str | None) -> str | None:
+    """The name of a column in braces, which may have the marks of a format ('dc:title')."""
+    if column is None:
+        return None
+    return column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
 
 
 def _query_template(template: str, names: list[str]) -> tuple[tuple[str, str | None], ...] | None:
@@ -246,16 +274,20 @@ def describe(
     paths: list[str],
     roles: Roles,
     columns: Columns,
-    encoding: str,
+    names: Sequence[str],
     *,
     label_table: bool = False,
 ) -> str:
-    """Returns the files of a part and the column of each role, one per line."""
-    template = "".join(
-        literal + ("" if name is None else f"{{{name}}}") for literal, name in roles.text
-    )
-    if len(roles.text) > 1 and not any(literal for literal, _ in roles.text):
-        template = " ".join(f"{{{name}}}" for _, name in roles.text)
+    """Returns the files of a part and the column of each role, one per line.
+
+    Args:
+      part: Name of the part.
+      paths: Its files.
+      roles: Roles of the columns.
+      columns: Explicit column names.
+      names: All column names.
+      label_table: Whether this is a table of labels rather than queries.
+    """
     explicit = {
         "id": columns.label_id if label_table else columns.id,
         "text": columns.label_text if label_table else columns.text,
@@ -265,12 +297,11 @@ def describe(
     }
     files = paths[0] if len(paths) == 1 else f"{len(paths)} files, the first is {paths[0]}"
     lines = [f"{part}: {files}"]
-    for role, value in roles._replace(text=template)._asdict().items():
+    for role, value in roles._replace(text=template(roles.text))._asdict().items():
         if value:
             role_name = "split by" if role == "key" else role
             lines.append(f"  {role_name:9} {value!r}{'' if explicit[role] else ' (inferred)'}")
-    names = readers.column_names(paths[0], encoding=encoding)
     unused = [name for name in names if name not in roles.used]
     if unused:
-        lines.append(f"  {'unused':9} {_list(unused)}")
+        lines.append(f"  {'unused':9} {listed(unused)}")
     return "\n".join(lines)

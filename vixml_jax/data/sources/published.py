@@ -70,6 +70,7 @@ class PublicDataset:
       name: Its name in the literature.
       train, labels, test: Numbers of training queries, labels and test queries.
       fields: Fields that make up a text, in order: 'title', 'content'.
+      max_tokens: Tokens of a text that the experiments keep, special tokens included.
       propensity_a, propensity_b: Constants A and B of the inverse propensities.
       citation: BibTeX entries.
       homepage: URL of the description, from where the files are downloaded by hand.
@@ -85,6 +86,7 @@ class PublicDataset:
     labels: int
     test: int
     fields: tuple[str, ...]
+    max_tokens: int
     propensity_a: float
     propensity_b: float
     citation: str

@@ -3,11 +3,13 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Float16, Int, Num
 from scipy import sparse
+
+from vixml_jax.storage import text_files
 
 SPLITS = ("train", "valid", "test")
 
@@ -177,6 +179,8 @@ class RawDataset:
       test, valid: The queries of these splits, from the source or held out of training.
       summary: How the source was read, for the preview; an entry may have several lines.
       warnings: Possible faults of the source, one line each.
+      notes: How labels were read, in one line each, which are stored and always printed.
+      reading: How tables were read, a `reading.Reading`; None for other sources.
     """
 
     name: str
@@ -187,6 +191,8 @@ class RawDataset:
     valid: RawQueries | None = None
     summary: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    reading: Any | None = None
 
     @property
     def splits(self) -> dict[str, RawQueries]:
@@ -203,6 +209,7 @@ def file_stats(paths: Iterable[str], directory: str = "") -> dict[str, list[int]
     """
     stats = {}
     for path in sorted(paths):
+        text_files.check_path(path)
         stat = os.stat(path)
         name = os.path.relpath(path, directory) if directory else os.path.basename(path)
         stats[name] = [stat.st_size, stat.st_mtime_ns]

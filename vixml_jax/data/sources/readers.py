@@ -1,28 +1,26 @@
-"""Readers of csv, tsv, jsonl (plain, gz or zst) and parquet files, as chunks of columns."""
+"""Readers of csv, tsv, jsonl (plain, gz or zst), parquet and arrow files, as chunks of columns."""
 
-import codecs
 import contextlib
-import csv
 import dataclasses
-import gzip
-import io
+import functools
 import itertools
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
+from vixml_jax.data.sources import delimited, json_rows
+from vixml_jax.data.sources.delimited import USUAL, DelimitedRows, Dialect
 from vixml_jax.errors import InputError
+from vixml_jax.storage import text_files
 
 KINDS = {
     ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
-    ".parquet": "parquet", ".pq": "parquet",
+    ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
-_COMPRESSED = (".gz", ".zst")
+_BINARY = ("parquet", "arrow")
 _CHUNK_ROWS = 1 << 13
-# Longest line in bytes. Longer lines occur in broken files only, and would exhaust memory.
-MAX_LINE = 4 << 20
+_CHUNK_BYTES = 1 << 26  # Of rows with images, of which fewer are read at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,52 +29,94 @@ class Chunk:
 
     Attributes:
       path: Path of the file.
-      lines: Line where each row begins, from 1; for parquet, the number of the row.
+      lines: Line where each row begins, from 1; for parquet and arrow, the number of the row.
       columns: Values by column name, one per row, of the types that the file has (csv: strings);
         None where a row has no value.
+      errors: One error for each row among these that cannot be read, which names its line.
     """
 
     path: str
     lines: Sequence[int]
     columns: dict[str, Sequence[Any]]
+    errors: Sequence[InputError] = ()
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def where(self, row: int) -> str:
         """File and line of a row of this chunk, for error messages."""
-        word = "row" if kind_of(self.path) == "parquet" else "line"
+        word = "row" if kind_of(self.path) in _BINARY else "line"
         return f"{self.path}, {word} {self.lines[row]}"
 
 
 def kind_of(path: str) -> str | None:
-    """'csv', 'tsv', 'jsonl' or 'parquet', from the file name; None if it is not a table."""
+    """'csv', 'tsv', 'jsonl', 'parquet' or 'arrow', from the file name; None if it is no table."""
     stem, extension = os.path.splitext(path.lower())
-    compressed = extension in _COMPRESSED
+    compressed = extension in text_files.COMPRESSED
     kind = KINDS.get(os.path.splitext(stem)[1] if compressed else extension)
-    return None if compressed and kind == "parquet" else kind
+    return None if compressed and kind in _BINARY else kind
 
 
 def stem_of(path: str) -> str:
     """The path without extensions: equal for 'a.csv', 'a.csv.gz' and 'a.parquet'."""
     stem, extension = os.path.splitext(path)
-    return os.path.splitext(stem)[0] if extension.lower() in _COMPRESSED else stem
+    return os.path.splitext(stem)[0] if extension.lower() in text_files.COMPRESSED else stem
 
 
-def column_names(path: str, *, encoding: str = "utf-8") -> list[str]:
-    """The column names in the first chunk of a file, in order.
+def print_warning(text: str) -> None:
+    """Prints a warning: the usual `warn` of the readers."""
+    print(f"warning: {text}", flush=True)
+
+
+def column_names(path: str, *, dialect: Dialect = USUAL) -> list[str]:
+    """The column names of a file, in order of their first occurrence in any row.
 
     Raises:
       InputError: If the file cannot be read, or has no rows.
     """
-    if kind_of(path) == "parquet":
-        with _file_errors(path), _open_parquet(path) as file:
-            if file.metadata.num_rows:
-                return list(file.schema_arrow.names)
-    else:
-        for chunk in read(path, encoding=encoding):
-            return list(chunk.columns)
+    with _file_errors(path):
+        if kind_of(path) == "parquet":
+            with _open_parquet(path) as file:
+                if file.metadata.num_rows:
+                    return list(file.schema_arrow.names)
+        elif kind_of(path) == "jsonl":
+            stat = os.stat(path)
+            names = _json_names(path, dialect, stat.st_size, stat.st_mtime_ns)
+            if names:
+                return list(names)
+        else:
+            for chunk in read(path, dialect=dialect, strict=False, warn=lambda text: None):
+                return list(chunk.columns)
     raise no_rows_error(path)
+
+
+def describe_format(path: str, dialect: Dialect) -> str:
+    """Encoding, delimiter and quotes of a file, as far as they are not the usual ones."""
+    kind = _required_kind(path)
+    if kind in _BINARY:
+        return ""
+    with _file_errors(path):
+        encoding = text_files.encoding_of(path, dialect.encoding)
+        parts = [] if encoding == USUAL.encoding else [f"encoding {encoding}"]
+        if kind != "jsonl":
+            parts += DelimitedRows(path, kind, dialect, lambda text: None).describe_unusual()
+    return ", ".join(parts)
+
+
+@functools.lru_cache(maxsize=64)
+def _json_names(path: str, dialect: Dialect, size: int, mtime: int) -> tuple[str, ...]:
+    """All names in the objects of a JSON file, which is read to its end: rows may differ.
+
+    The size and time of the file tell whether it has changed since the names were read.
+    """
+    del size, mtime
+    names: dict[str, None] = {}
+    for _, row in json_rows.read_objects(path, dialect.encoding):
+        if not isinstance(row, InputError):
+            names.update(dict.fromkeys(row))
+        elif not names:
+            raise row
+    return tuple(names)
 
 
 def no_rows_error(path: str) -> InputError:
@@ -85,64 +125,89 @@ def no_rows_error(path: str) -> InputError:
 
 
 def read(
-    path: str, columns: Sequence[str] | None = None, *, encoding: str = "utf-8"
+    path: str,
+    columns: Sequence[str] | None = None,
+    *,
+    dialect: Dialect = USUAL,
+    strict: bool = True,
+    warn: Callable[[str], None] = print_warning,
 ) -> Iterator[Chunk]:
     """The rows of a file in order, in chunks.
 
     Args:
       path: The file; its extension determines the format.
       columns: The columns to read; None reads all. In jsonl, rows may lack some of them.
-      encoding: Text encoding of csv, tsv and jsonl.
+      dialect: Encoding of csv, tsv and jsonl; delimiter and quotes of csv and tsv.
+      strict: Whether a row that cannot be read is raised. If not, its error is in the chunk, and
+        reading continues; a chunk then may have no rows.
+      warn: Is called with a sentence on lines that may have been misunderstood.
 
     Raises:
-      InputError: If the file cannot be read; names the line.
+      InputError: If the file, or with `strict` a row, cannot be read; names the line.
     """
     kind = _required_kind(path)
     with _file_errors(path):
-        if kind == "parquet":
-            yield from _read_parquet(path, columns)
-        elif kind == "jsonl":
-            yield from _read_jsonl(path, columns, encoding)
+        if kind in _BINARY:
+            yield from _read_binary(path, kind, columns)
+            return
+        if kind == "jsonl":
+            header, rows = None, json_rows.read_objects(path, dialect.encoding)
         else:
-            yield from _read_csv(path, columns, encoding, "," if kind == "csv" else "\t")
+            rows = DelimitedRows(path, kind, dialect, warn)
+            header = rows.header
+        for block in _blocks(rows):
+            errors = [row for _, row in block if isinstance(row, InputError)]
+            if strict and errors:
+                raise errors[0]
+            good = [(line, row) for line, row in block if not isinstance(row, InputError)]
+            if header is None:
+                names = dict.fromkeys(name for _, row in good for name in row)
+                wanted = names if columns is None else columns
+                values = {name: [row.get(name) for _, row in good] for name in wanted}
+            else:
+                index_of = {
+                    name: index
+                    for index, name in enumerate(header)
+                    if columns is None or name in columns
+                }
+                values = {name: [row[index] for _, row in good] for name, index in index_of.items()}
+            yield Chunk(path, [line for line, _ in good], values, errors)
+
+
+def _blocks(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    """Rows in lists of `_CHUNK_ROWS`."""
+    rows = iter(rows)
+    while block := list(itertools.islice(rows, _CHUNK_ROWS)):
+        yield block
 
 
 def read_rows(
-    path: str, *, encoding: str = "utf-8"
+    path: str, *, dialect: Dialect = USUAL, warn: Callable[[str], None] = print_warning
 ) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
     """Line and values of each row in order, or the error of a row that cannot be read.
 
     Reading continues after a row with an error.
+
+    Args:
+      path, dialect, warn: See `read`.
 
     Raises:
       InputError: If the file, or the rest of it, cannot be read.
     """
     kind = _required_kind(path)
     with _file_errors(path):
-        if kind == "parquet":
-            for chunk in _read_parquet(path, None):
+        if kind in _BINARY:
+            for chunk in _read_binary(path, kind, None):
                 for row, line in enumerate(chunk.lines):
                     yield line, {name: values[row] for name, values in chunk.columns.items()}
         elif kind == "jsonl":
-            for number, text in _lines(path, encoding):
-                if isinstance(text, InputError):
-                    yield number, text
-                elif not text.isspace():
-                    yield number, _result_or_error(_parse_json, path, number, text)
+            yield from json_rows.read_objects(path, dialect.encoding)
         else:
-            rows = _CsvRows(path, encoding, "," if kind == "csv" else "\t")
+            rows = DelimitedRows(path, kind, dialect, warn)
             for line, row in rows:
                 if not isinstance(row, InputError):
                     row = dict(zip(rows.header, row, strict=True))
                 yield line, row
-
-
-def _result_or_error(parse: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of `parse`, or the InputError that it raises."""
-    try:
-        return parse(*arguments)
-    except InputError as error:
-        return error
 
 
 def _required_kind(path: str) -> str:
@@ -151,7 +216,7 @@ def _required_kind(path: str) -> str:
     if kind is None:
         raise InputError(
             f"{path}: expected a file name that ends in {', '.join(KINDS)}, optionally followed by "
-            ".gz or .zst (not for parquet)"
+            f".gz or .zst (not for {' and '.join(_BINARY)})"
         )
     return kind
 
@@ -159,187 +224,41 @@ def _required_kind(path: str) -> str:
 @contextlib.contextmanager
 def _file_errors(path: str) -> Iterator[None]:
     """Turns errors of reading a file into an InputError that names the file."""
-    try:
+    with text_files.errors_of(path):
         if not os.path.getsize(path):
             raise InputError(f"{path}: the file is empty (0 bytes); expected a table")
         yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: truncated or damaged ({error})") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[BinaryIO]:
-    """The uncompressed bytes of a file."""
-    if path.lower().endswith(".gz"):
-        with gzip.open(path, "rb") as file:
-            yield file
-    elif path.lower().endswith(".zst"):
-        import pyarrow
-
-        with pyarrow.OSFile(path) as compressed:
-            yield io.BufferedReader(pyarrow.CompressedInputStream(compressed, "zstd"))
-    else:
-        with open(path, "rb") as file:
-            yield file
-
-
-def read_lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line, including its line end.
-
-    Raises:
-      InputError: If a line is too long, or is not in the encoding.
-    """
-    for number, text in _lines(path, encoding):
-        if isinstance(text, InputError):
-            raise text
-        yield number, text
-
-
-def _lines(path: str, encoding: str) -> Iterator[tuple[int, str | InputError]]:
-    """Number and text of each line, including its line end, or the error of a bad line."""
-    with _open(path) as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) > MAX_LINE:
-                yield number, long_line_error(path, number)
-                while not line.endswith(b"\n") and (line := file.readline(MAX_LINE + 1)):
-                    pass
-                continue
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            try:
-                text = line.decode(encoding)
-            except UnicodeDecodeError as error:
-                yield number, encoding_error(path, number, error, encoding)
-                continue
-            yield number, text
-
-
-def long_line_error(path: str, line: int) -> InputError:
-    """The error for a line of more than `MAX_LINE` bytes."""
-    return InputError(
-        f"{path}, line {line}: longer than {MAX_LINE >> 20} MiB; expected one item per line"
-    )
-
-
-def encoding_error(path: str, line: int, error: UnicodeDecodeError, encoding: str) -> InputError:
-    """The error for a line that is not in the encoding."""
-    hint = "" if encoding == "latin-1" else "; if the file is Latin-1, pass --encoding=latin-1"
-    return InputError(
-        f"{path}, line {line}: byte 0x{error.object[error.start]:02x} at column "
-        f"{error.start + 1} is not {encoding}{hint}"
-    )
-
-
-class _CsvRows:
-    """Iterator over the rows of a csv or tsv file and the lines where they begin.
-
-    A row with a wrong number of fields, wrong quotes or a bad line yields an InputError instead.
-    """
-
-    def __init__(self, path: str, encoding: str, delimiter: str):
-        csv.field_size_limit(MAX_LINE)
-        self._path, self._delimiter = path, delimiter
-        self._line_error: InputError | None = None  # Of the row that is being parsed.
-        self._rows = csv.reader(self._texts(encoding), delimiter=delimiter, strict=True)
-        header = self._next()
-        if isinstance(header, InputError):
-            raise header
-        if not header or not any(header):
-            raise InputError(f"{path}, line 1: no column names; expected a header line")
-        _check_names(f"{path}, line 1", header)
-        self.header = header
-
-    def _texts(self, encoding: str) -> Iterator[str]:
-        for _, text in _lines(self._path, encoding):
-            if isinstance(text, InputError):
-                self._line_error, text = text, "\n"
-            yield text
-
-    def _next(self) -> list[str] | InputError | None:
-        """The next row or its error; None at the end."""
-        try:
-            row = next(self._rows, None)
-        except csv.Error as error:
-            row = InputError(
-                f"{self._path}, line {self._rows.line_num}: not {self._delimiter!r}-separated text "
-                f"({error}); check the quotes"
-            )
-        line_error, self._line_error = self._line_error, None
-        return line_error or row
-
-    def __iter__(self) -> Iterator[tuple[int, list[str] | InputError]]:
-        while True:
-            line = self._rows.line_num + 1
-            row = self._next()
-            if row is None:
-                return
-            if not isinstance(row, InputError) and row and len(row) != len(self.header):
-                row = InputError(
-                    f"{self._path}, line {line}: {len(row)} fields, expected {len(self.header)} as "
-                    "in the header"
-                )
-            if isinstance(row, InputError) or row:  # Blank lines are skipped.
-                yield line, row
-
-
-def _read_csv(
-    path: str, wanted: Sequence[str] | None, encoding: str, delimiter: str
-) -> Iterator[Chunk]:
-    rows = _CsvRows(path, encoding, delimiter)
-    index_of = {
-        name: index for index, name in enumerate(rows.header) if wanted is None or name in wanted
-    }
-    numbered = iter(rows)
-    while block := list(itertools.islice(numbered, _CHUNK_ROWS)):
-        for _, row in block:
-            if isinstance(row, InputError):
-                raise row
-        lines = [line for line, _ in block]
-        yield Chunk(
-            path,
-            lines,
-            {name: [row[index] for _, row in block] for name, index in index_of.items()},
+def _read_binary(path: str, kind: str, wanted: Sequence[str] | None) -> Iterator[Chunk]:
+    """The rows of a parquet or arrow file."""
+    first = 1
+    with _open_parquet(path) if kind == "parquet" else _open_arrow(path) as file:
+        schema = file.schema_arrow if kind == "parquet" else file.schema
+        names = [name for name in schema.names if wanted is None or name in wanted]
+        class_names = _class_names(schema)
+        batches = (
+            file.iter_batches(batch_size=_rows_at_a_time(file.metadata), columns=names)
+            if kind == "parquet"
+            else _slices(file)
         )
-
-
-def _read_jsonl(path: str, wanted: Sequence[str] | None, encoding: str) -> Iterator[Chunk]:
-    rows, lines = [], []
-
-    def chunk() -> Chunk:
-        names = dict.fromkeys(name for row in rows for name in row) if wanted is None else wanted
-        return Chunk(path, list(lines), {name: [row.get(name) for row in rows] for name in names})
-
-    for number, text in read_lines(path, encoding):
-        if text.isspace():
-            continue
-        rows.append(_parse_json(path, number, text))
-        lines.append(number)
-        if len(rows) == _CHUNK_ROWS:
-            yield chunk()
-            rows, lines = [], []
-    if rows:
-        yield chunk()
-
-
-def _parse_json(path: str, number: int, text: str) -> dict[str, Any]:
-    """The JSON object of a line."""
-    try:
-        row = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise InputError(
-            f"{path}, line {number}: found {text.strip()[:40]!r}, expected one JSON object per line"
-        )
-    return row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not allowed")
+        for batch in batches:
+            lines = range(first, first + batch.num_rows)
+            columns = {}
+            for name in names:
+                try:
+                    values = _values(batch.column(name))
+                except (ValueError, OverflowError) as error:  # Not UTF-8, or a date out of range.
+                    raise InputError(
+                        f"{path}, rows {lines.start} to {lines.stop - 1}: {name!r} cannot be read "
+                        f"as {batch.column(name).type} ({error})"
+                    ) from None
+                if name in class_names:
+                    values = [_named(value, class_names[name]) for value in values]
+                columns[name] = values
+            first = lines.stop
+            if lines:
+                yield Chunk(path, lines, columns)
 
 
 @contextlib.contextmanager
@@ -350,38 +269,79 @@ def _open_parquet(path: str) -> Iterator[Any]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            _check_names(path, file.schema_arrow.names)
+            delimited.check_names(path, file.schema_arrow.names)
             yield file
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a complete parquet file ({reason})") from None
 
 
-def _check_names(where: str, names: Sequence[str]) -> None:
-    """Raises an error if two columns have the same name."""
-    if len(set(names)) < len(names):
-        duplicate = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{where}: column {duplicate!r} occurs twice; expected unique names")
+@contextlib.contextmanager
+def _open_arrow(path: str) -> Iterator[Any]:
+    """An open arrow file, in the format of streams (as of `datasets`) or of files (as feather)."""
+    import pyarrow
+
+    with pyarrow.memory_map(path) as file:
+        try:
+            try:
+                reader = pyarrow.ipc.open_stream(file)
+            except pyarrow.ArrowInvalid:
+                file.seek(0)
+                reader = pyarrow.ipc.open_file(file)
+            delimited.check_names(path, reader.schema.names)
+            yield reader
+        except pyarrow.ArrowException as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path}: not a complete arrow file ({reason})") from None
 
 
-def _read_parquet(path: str, wanted: Sequence[str] | None) -> Iterator[Chunk]:
-    with _open_parquet(path) as file:
-        names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
-        first = 1
-        for batch in file.iter_batches(batch_size=_CHUNK_ROWS, columns=names):
-            lines = range(first, first + batch.num_rows)
-            columns = {}
-            for name in names:
-                try:
-                    columns[name] = _values(batch.column(name))
-                except (ValueError, OverflowError) as error:  # Not UTF-8, or a date out of range.
-                    raise InputError(
-                        f"{path}, rows {lines.start} to {lines.stop - 1}: {name!r} cannot be read "
-                        f"as {batch.column(name).type} ({error})"
-                    ) from None
-            first = lines.stop
-            if lines:
-                yield Chunk(path, lines, columns)
+def _rows_at_a_time(metadata: Any) -> int:
+    """Rows of a parquet file to read at a time, so that they take about `_CHUNK_BYTES`."""
+    groups = range(metadata.num_row_groups)
+    num_bytes = sum(metadata.row_group(group).total_byte_size for group in groups)
+    return max(1, min(_CHUNK_ROWS, _CHUNK_BYTES * metadata.num_rows // max(1, num_bytes)))
+
+
+def _slices(reader: Any) -> Iterator[Any]:
+    """The batches of an arrow file, in parts of about `_CHUNK_BYTES`."""
+    if hasattr(reader, "get_batch"):
+        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+    else:
+        batches = iter(reader)
+    for batch in batches:
+        rows = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES * batch.num_rows // max(1, batch.nbytes)))
+        for start in range(0, batch.num_rows, rows):
+            yield batch.slice(start, rows)
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """Names of the classes of columns whose numbers stand for them, as `datasets` stores them.
+
+    The schema of such a file says in its metadata that a column, or the items of its lists, have
+    the feature `ClassLabel`: https://huggingface.co/docs/datasets/about_dataset_features.
+    """
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = info.get("info", {}).get("features", {})
+    except (ValueError, AttributeError):
+        return {}
+    found = {}
+    for name, feature in features.items():
+        while not isinstance(feature, dict) or "feature" in feature:
+            inner = feature["feature"] if isinstance(feature, dict) else feature
+            feature = inner[0] if isinstance(inner, list) and len(inner) == 1 else inner
+            if not isinstance(feature, dict):
+                break
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            found[name] = feature["names"]
+    return found
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """The names of the classes of a cell: a number or a list; -1 stands for no class."""
+    if isinstance(value, list):
+        return [name for item in value if (name := _named(item, names)) is not None]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _values(column: Any) -> Sequence[Any]:
@@ -402,4 +362,9 @@ def _values(column: Any) -> Sequence[Any]:
         inner = inner.value_type
     if inner is not column.type and types.is_floating(inner):
         return column.to_numpy(zero_copy_only=False)
-    return column.to_pylist()
+    cells = column.to_pylist()
+    if types.is_float32(inner) or types.is_float16(inner):
+        # Python's float would not tell from which integer on several are equal.
+        as_stored = inner.to_pandas_dtype()
+        return [None if cell is None else as_stored(cell) for cell in cells]
+    return cells

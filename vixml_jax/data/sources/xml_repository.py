@@ -1,15 +1,16 @@
 """Reader of the XML repository's text layout: raw texts, sparse relevance and filter pairs."""
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from scipy import sparse
 
 from vixml_jax.data.images import image_embeddings
-from vixml_jax.data.sources import readers
 from vixml_jax.data.sources.raw import (
     ItemImages,
     RawDataset,
@@ -19,6 +20,7 @@ from vixml_jax.data.sources.raw import (
     file_stats,
 )
 from vixml_jax.errors import InputError
+from vixml_jax.storage import text_files
 
 _BLOCK = 1 << 22  # Bytes read at a time.
 _CHUNK = 1 << 14  # Texts yielded at a time.
@@ -97,7 +99,7 @@ def read_xml_repository(
 
     def items(part: str, count: int, relevance_path: str) -> RawItems:
         path = find(_TEXTS[part])
-        num_lines = count_lines(path)
+        num_lines = count_lines(path, encoding=encoding)
         if num_lines != count:
             kind = "columns (labels)" if part == "labels" else "rows"
             raise InputError(
@@ -150,66 +152,85 @@ def read_xml_repository(
     )
 
 
-def _read_blocks(path: str) -> Iterator[bytes]:
-    """The contents of a file in blocks of whole lines."""
+@contextlib.contextmanager
+def _open(path: str, encoding: str = "utf-8") -> Iterator[tuple[BinaryIO, str]]:
+    """An open text file and the encoding of its lines; see `text_files.open_text`."""
     try:
-        file = open(path, "rb")
+        with text_files.open_text(path, encoding) as opened:
+            yield opened
     except FileNotFoundError:
         raise InputError(
             f"{path}: not found; expected the XML repository's layout (trn.raw.txt, tst.raw.txt, "
             "lbl.raw.txt, trn_X_Y.txt, tst_X_Y.txt)"
         ) from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    with file:
-        rest, line = b"", 1
-        while block := file.read(_BLOCK):
-            end = block.find(b"\n")
-            if len(rest) + (len(block) if end < 0 else end) > readers.MAX_LINE:
-                raise readers.long_line_error(path, line)
-            line += block.count(b"\n")
-            cut = block.rfind(b"\n") + 1
-            if cut:
-                yield rest + block[:cut]
-                rest = block[cut:]
-            else:
-                rest += block
-        if rest:
-            yield rest
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def count_lines(path: str) -> int:
+def _blocks_of(path: str, file: BinaryIO) -> Iterator[bytes]:
+    """The contents of an open file in blocks of whole lines."""
+    rest, line = b"", 1
+    while block := text_files.read_bytes(file, _BLOCK, path, line):
+        end = block.find(b"\n")
+        if len(rest) + (len(block) if end < 0 else end) > text_files.MAX_LINE:
+            raise text_files.long_line_error(path, line)
+        line += block.count(b"\n")
+        cut = block.rfind(b"\n") + 1
+        if cut:
+            yield rest + block[:cut]
+            rest = block[cut:]
+        else:
+            rest += block
+    if rest:
+        yield rest
+
+
+def _read_blocks(path: str) -> Iterator[bytes]:
+    """The contents of a file of numbers in blocks of whole lines."""
+    with _open(path) as (file, _):
+        yield from _blocks_of(path, file)
+
+
+def count_lines(path: str, *, encoding: str = "utf-8") -> int:
     """Number of lines of a file; the last one may lack its newline."""
     count = 0
-    for block in _read_blocks(path):
-        count += block.count(b"\n") + (not block.endswith(b"\n"))
+    with _open(path, encoding) as (file, _):
+        for block in _blocks_of(path, file):
+            count += block.count(b"\n") + (not block.endswith(b"\n"))
     return count
 
 
 def read_texts(path: str, *, encoding: str = "utf-8") -> Iterator[list[str]]:
     """Texts of a file, one per line, in chunks. Only newlines end a line.
 
+    Args:
+      path: The file.
+      encoding: Its encoding; a byte order mark takes precedence.
+
     Raises:
-      InputError: If a line is not in the encoding.
+      InputError: If a line is not in the encoding; or, at the end, if the file is UTF-8 and the
+        encoding has a character for every byte.
     """
     line = 1
-    for block in _read_blocks(path):
-        if line == 1:
-            block = block.removeprefix(b"\xef\xbb\xbf")  # The byte order mark of some editors.
-        rows = block.split(b"\n")
-        if not rows[-1]:
-            rows.pop()
-        for start in range(0, len(rows), _CHUNK):
-            chunk = rows[start : start + _CHUNK]
-            texts = []
-            try:
-                for row in chunk:
-                    texts.append(row.decode(encoding).removesuffix("\r"))
-            except UnicodeDecodeError as error:
-                number = line + start + len(texts)
-                raise readers.encoding_error(path, number, error, encoding) from None
-            yield texts
-        line += len(rows)
+    with _open(path, encoding) as (file, text_encoding):
+        check = text_files.Utf8Check(path, text_encoding)
+        for block in _blocks_of(path, file):
+            check.add(block)
+            rows = block.split(b"\n")
+            if not rows[-1]:
+                rows.pop()
+            for start in range(0, len(rows), _CHUNK):
+                chunk = rows[start : start + _CHUNK]
+                texts = []
+                try:
+                    for row in chunk:
+                        texts.append(row.decode(text_encoding).removesuffix("\r"))
+                except UnicodeDecodeError as error:
+                    number = line + start + len(texts)
+                    raise text_files.encoding_error(path, number, error, text_encoding) from None
+                yield texts
+            line += len(rows)
+        check.finish()
 
 
 def read_relevance(path: str) -> sparse.csr_matrix:

@@ -1,5 +1,6 @@
 """Loads fast tokenizers of Hugging Face, trains new ones, and tokenizes the prompt of a decoder."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,11 @@ NO_FRAME = (
 _LONG_WORD = re.compile(r"\S{100}(?=\S)")  # WordPiece replaces longer words by [UNK].
 _LONG_TEXT = 1000  # Characters; only longer texts are searched for long words.
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_MODULES = "modules.json"  # Of sentence-transformers: the directory of each part of a model.
+
+
+class NoTokenizerError(InputError):
+    """There is no tokenizer under a name."""
 
 
 def load(name: str, max_tokens: int) -> "Tokenizer":
@@ -31,10 +37,12 @@ def load(name: str, max_tokens: int) -> "Tokenizer":
       max_tokens: Maximum number of tokens of a text, special tokens included; these are kept.
 
     Raises:
-      InputError: If there is no such tokenizer, or `max_tokens` leaves no space for text.
+      NoTokenizerError: If there is no such tokenizer.
+      InputError: If it cannot be read, or `max_tokens` leaves no space for text.
     """
     from tokenizers import Tokenizer
 
+    name = _directory(name)
     path = os.path.join(name, _FILE)
     if os.path.isfile(path):
         try:
@@ -48,6 +56,19 @@ def load(name: str, max_tokens: int) -> "Tokenizer":
     return _fit(tokenizer, max_tokens)
 
 
+def _directory(name: str) -> str:
+    """Where the tokenizer of a model is: early sentence-transformers have it a directory below."""
+    modules = os.path.join(name, _MODULES)
+    if os.path.isfile(os.path.join(name, _FILE)) or not os.path.isfile(modules):
+        return name
+    try:
+        with open(modules, encoding="utf-8") as file:
+            below = os.path.join(name, json.load(file)[0]["path"])
+    except (ValueError, LookupError, TypeError):
+        return name  # What is wrong with the model is told where its weights are read.
+    return below if os.path.isfile(os.path.join(below, _FILE)) else name
+
+
 def _resolve(name: str) -> "Tokenizer":
     """The tokenizer that transformers finds under a name; importing transformers is slow."""
     import transformers
@@ -56,12 +77,17 @@ def _resolve(name: str) -> "Tokenizer":
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, use_fast=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(
+        raise NoTokenizerError(
             f"--tokenizer={name}: neither a directory with {_FILE} nor a model on the Hugging Face "
             f"hub ({reason})"
         ) from None
     if not tokenizer.is_fast:
         raise InputError(f"--tokenizer={name}: expected a model with a fast tokenizer ({_FILE})")
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # Of a model without the files of a tokenizer, transformers makes one without words.
+        raise NoTokenizerError(
+            f"--tokenizer={name}: found a model without a tokenizer; expected {_FILE} in it"
+        )
     return tokenizer.backend_tokenizer
 
 

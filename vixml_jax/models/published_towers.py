@@ -40,6 +40,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_dim": 3072, "max_position_embeddings": 512, "sinusoidal_pos_embds": False,
     },
     "intfloat/e5-base-v2": _bert(768, 12, 12),
+    "intfloat/multilingual-e5-base": {
+        **_bert(768, 12, 12), "model_type": "xlm-roberta", "vocab_size": 250002,
+        "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+        "pad_token_id": 1,
+    },
+    "sentence-transformers/all-mpnet-base-v2": {
+        **_bert(768, 12, 12), "model_type": "mpnet", "vocab_size": 30527,
+        "max_position_embeddings": 514, "layer_norm_eps": 1e-5, "pad_token_id": 1,
+        "relative_attention_num_buckets": 32,
+    },
+    "answerdotai/ModernBERT-base": {
+        "model_type": "modernbert", "vocab_size": 50368, "hidden_size": 768,
+        "num_hidden_layers": 22, "num_attention_heads": 12, "intermediate_size": 1152,
+        "max_position_embeddings": 8192, "norm_eps": 1e-5, "local_attention": 128,
+        "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0,
+        "local_rope_theta": 10000.0,
+    },
     "Qwen/Qwen2.5-0.5B-Instruct": {**_QWEN2, **_decoder(896, 24, 14, 2, 4864, 151936)},
     "Qwen/Qwen2.5-3B-Instruct": {**_QWEN2, **_decoder(2048, 36, 16, 2, 11008, 151936)},
     "Qwen/Qwen2.5-7B-Instruct": {**_QWEN2, **_decoder(3584, 28, 28, 4, 18944, 152064)},

@@ -1,0 +1,206 @@
+"""Reads an image file as a person sees it: upright, in colour, on white where it is transparent."""
+
+import base64
+import functools
+import hashlib
+import io
+import os
+import urllib.parse
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# An image as a source gives it: the path or URL of a file, or the content of a file.
+ImageSource = str | bytes
+
+# Formats of pixels, by their names in Pillow. Those that need another program (EPS needs
+# Ghostscript) or a plug-in to be decoded are left out.
+FORMATS = (
+    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG",
+    "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
+# Increased when images are read differently: embeddings of other versions are not used.
+VERSION = 2  # 1 ignored orientation and transparency, and clipped images of more than 8 bits.
+MAX_PIXELS = 178_956_970  # Larger images are refused before they are decoded, as Pillow does.
+_SIXTEEN_BITS = 65535
+# Formats whose integers, which Pillow reads with 32 bits, have 16.
+_FORMATS_OF_16_BITS = ("JPEG2000", "PNG", "PPM")
+# First bytes of files that are often taken for images, or cannot be read here, and what to do.
+_OTHER_FILES = (
+    (b"version https://git-lfs", "a pointer of git-lfs; git lfs pull downloads the image"),
+    (b"<svg", "SVG, a drawing without pixels; convert it to PNG"),
+    (b"%!PS", "PostScript; convert it to PNG"),
+    (b"%PDF", "PDF; convert it to PNG"),
+    (b"<!doctype html", "an HTML page"),
+    (b"<html", "an HTML page"),
+)
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+_SHOWN_URL = 80  # Characters of a data: URL in a message.
+
+
+def read(source: ImageSource) -> "Image.Image":
+    """The image as RGB with 8 bits, of a file or of its content.
+
+    The image is turned upright as its EXIF orientation says, like `transformers.image_utils` does.
+    Transparent pixels are blended with white. Images of 16 bits are scaled to 8. Integers of 32
+    bits and floating-point numbers have no defined range: see `_to_8_bits`. Of several images or
+    frames in a file, the first is read.
+
+    Args:
+      source: Path of a file, or its content.
+
+    Raises:
+      OSError, ValueError: If the file is missing, broken, too large or not an image. The message
+        is one line.
+    """
+    from PIL import Image, ImageOps
+
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with Image.open(file, formats=_formats()) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{image.width:,} x {image.height:,} pixels, expected at most {MAX_PIXELS:,} "
+                    "in all; scale it down"
+                )
+            image.load()
+            try:
+                upright = ImageOps.exif_transpose(image)
+            except Exception:  # Damaged EXIF data raise anything, and say nothing about rotation.
+                upright = image
+            return _to_rgb(upright, image.format or "")
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"cannot identify the image: {_kind_of(source)}") from None
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Pillow raises anything for broken files.
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats of `FORMATS` that this build of Pillow has."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _to_rgb(image: "Image.Image", file_format: str) -> "Image.Image":
+    """The image in RGB with 8 bits, on white."""
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float32)
+        key = image.info.get("transparency")  # The grey value that is transparent.
+        grey = _to_8_bits(values, image.mode, file_format)
+        if isinstance(key, int):
+            grey[values == key] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray, mode: str, file_format: str) -> np.ndarray:
+    """Grey values of more than 8 bits, scaled to 0 to 255.
+
+    Values of 16 bits are divided by 257. Other numbers are scaled from the smallest of the ranges
+    0 to 1 (floating point only), 0 to 255 and 0 to 65535 that has all of them; where none has, from
+    their minimum to their maximum. A value that is not a number counts as the minimum.
+
+    Args:
+      values: Grey values, float32.
+      mode: Mode of the image in Pillow: I;16 and its byte orders, I or F.
+      file_format: Format of the file, by its name in Pillow.
+    """
+    finite = np.isfinite(values)
+    low = float(values.min(where=finite, initial=np.inf))
+    high = float(values.max(where=finite, initial=-np.inf))
+    if low > high:  # No finite value.
+        low = high = 0.0
+    if mode.startswith("I;16") or (mode == "I" and file_format in _FORMATS_OF_16_BITS):
+        ranges = (_SIXTEEN_BITS,)
+    else:
+        ranges = (*((1,) if mode == "F" else ()), 255, _SIXTEEN_BITS)
+    top = next((top for top in ranges if 0 <= low and high <= top), None)
+    bottom, width = (low, high - low) if top is None else (0.0, float(top))
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    return np.rint((values - bottom) * (255 / max(width, 1e-30))).astype(np.uint8)
+
+
+def _kind_of(source: ImageSource) -> str:
+    """What a file that is not an image is, from its first bytes."""
+    try:
+        if isinstance(source, bytes):
+            head = source[:1024]
+        else:
+            with open(source, "rb") as file:
+                head = file.read(1024)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not head:
+        return "the file is empty"
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+        return "HEIC, which phones write; convert it to JPEG"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(b"<?xml") and b"<svg" in text:
+        text = b"<svg"
+    kinds = (kind for start, kind in _OTHER_FILES if text.startswith(start.lower()))
+    return next(kinds, f"it begins with {head[:8]!r}; expected JPEG, PNG, WebP or the like")
+
+
+def digest(source: ImageSource) -> str:
+    """SHA-256 of the content of a file.
+
+    Raises:
+      OSError: If it is not a regular file, or cannot be read; the message is one line.
+    """
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    if "://" in source:
+        raise OSError("cannot be read: expected a path, or an http or https URL")
+    if not os.path.exists(source):
+        raise OSError("cannot be read: no such file")
+    if not os.path.isfile(source):  # Reading a pipe could wait for ever.
+        raise OSError("cannot be read: not a regular file")
+    try:
+        with open(source, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise OSError(f"cannot be read: {error.strerror or error}") from None
+
+
+def describe(source: ImageSource) -> str:
+    """A short name of an image, for messages."""
+    if isinstance(source, str):
+        return source
+    return f"of {len(source):,} bytes, SHA-256 {digest(source)[:12]}"
+
+
+def decode_base64(text: str) -> bytes:
+    """The content of base64 text, which may have line ends.
+
+    Raises:
+      ValueError: If it is not base64.
+    """
+    return base64.b64decode("".join(text.split()), validate=True)
+
+
+def decode_data_url(url: str) -> bytes:
+    """The content of a data: URL (RFC 2397).
+
+    Raises:
+      ValueError: If it is not one, or its content is not base64 although it says so.
+    """
+    header, comma, data = url.partition(",")
+    if not comma:
+        raise ValueError(f"{url[:_SHOWN_URL]!r} has no comma, expected data:image/png;base64,...")
+    if header.lower().endswith(";base64"):
+        return decode_base64(urllib.parse.unquote(data))
+    return urllib.parse.unquote_to_bytes(data)

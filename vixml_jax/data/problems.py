@@ -1,0 +1,53 @@
+"""Collects all errors of a source, for a dry run, instead of stopping at the first."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+from vixml_jax.errors import InputError
+
+_SHOWN = 20
+
+
+class Problems:
+    """The errors that were found so far.
+
+    Args:
+      collect: Whether to collect errors. If not, the first one is raised at once.
+
+    Attributes:
+      found: The messages, each once.
+    """
+
+    def __init__(self, *, collect: bool = False):
+        self.collect = collect
+        self.found: dict[str, None] = {}
+
+    def add(self, error: InputError) -> None:
+        """Notes an error, or raises it."""
+        if not self.collect:
+            raise error
+        self.found.setdefault(str(error))
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Notes the error that ends the block, or lets it pass."""
+        try:
+            yield
+        except InputError as error:
+            self.add(error)
+
+    def stop(self) -> None:
+        """Raises the last error again, if there is any, where going on makes no sense."""
+        if self.found:
+            raise InputError(next(reversed(self.found)))
+
+    def report(self) -> None:
+        """Prints the errors, if there are several, and ends the command if there are any."""
+        if len(self.found) > 1:
+            for error in itertools.islice(self.found, _SHOWN):
+                print(f"problem: {error}")
+            if len(self.found) > _SHOWN:
+                print(f"and {len(self.found) - _SHOWN:,} more problems")
+            raise InputError(f"{len(self.found):,} problems, listed above; expected none")
+        self.stop()
