@@ -110,6 +110,15 @@ def test_a_file_without_rows_is_refused(content, tmp_path):
         read(path)
 
 
+def test_a_column_may_occur_first_in_a_late_row_and_after_a_bad_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = ["{bad", *['{"text": "a"}'] * 1200, '{"text": "b", "embedding": [1.0, 2.0]}']
+    path.write_text("\n".join(rows))
+    bad, *rest, last = read(path)
+    assert "line 1" in bad.error and len(rest) == 1200 and not any(x.error for x in rest)
+    np.testing.assert_array_equal(last.embeddings, [[1.0, 2.0]])
+
+
 def test_blocks_are_read_when_needed():
     read_rows = []
 

@@ -20,7 +20,6 @@ from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
 
 _SEPARATOR = "|"  # Of lists in a text cell.
-_ROWS_FOR_NAMES = 1000  # First rows, from which column names are collected: JSON rows may differ.
 
 
 class Query(NamedTuple):
@@ -191,12 +190,8 @@ def read(
       InputError: If the file cannot be read at all, or lacks a required column.
     """
     dialect = options.dialect_for(path)
+    found = readers.column_names(path, dialect=dialect)
     rows = readers.read_rows(path, dialect=dialect)
-    first = list(itertools.islice(rows, _ROWS_FOR_NAMES))
-    found = list(dict.fromkeys(name for _, row in first if isinstance(row, dict) for name in row))
-    if not found:
-        error = next((str(row) for _, row in first), f"{path}: no rows; expected at least one")
-        raise InputError(error)
     names = options.columns_for(path, found, is_labels=is_labels)
     roles = columns.assign(path, names, dialect, names=found, labelled=False)
     if is_labels and roles.id is None:
@@ -207,7 +202,7 @@ def read(
     console.status(f"{path}: {_describe(roles, dialect)}")
 
     def queries() -> Iterator[Query]:
-        for line, row in itertools.chain(first, rows):
+        for line, row in rows:
             if isinstance(row, InputError):
                 yield _invalid(line, str(row), None if roles.id else str(line))
             else:

@@ -111,11 +111,14 @@ def _json_names(path: str, dialect: Dialect, size: int, mtime: int) -> tuple[str
     """
     del size, mtime
     names: dict[str, None] = {}
+    first_error: InputError | None = None
     for _, row in json_rows.read_objects(path, dialect.encoding):
-        if not isinstance(row, InputError):
+        if isinstance(row, InputError):
+            first_error = first_error or row
+        else:
             names.update(dict.fromkeys(row))
-        elif not names:
-            raise row
+    if first_error and not names:
+        raise first_error
     return tuple(names)
 
 
