@@ -110,7 +110,7 @@ def test_warnings_of_the_source_are_printed(tmp_path, capsys):
     )
     on_demand.open_source(str(source), "", str(tmp_path / "cache"))
     printed = capsys.readouterr().out
-    assert "named, not read" in printed and "'title'" in printed
+    assert "named, not read" in printed and "'{title}' (inferred)" in printed
     assert f"prepare --source={source} --out=data/shop --tokenizer=train --valid=0.1" in printed
     assert "inverse propensity: A 0.6, B 2.6 (the default; no data set of the catalogue)" in printed
 
