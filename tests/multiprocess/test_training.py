@@ -72,6 +72,7 @@ def test_several_processes_train_the_same_run(data, one_process, tmp_path, num_p
     assert_same_state(final_state(one_process), final_state(config), **tolerance)
 
 
+@pytest.mark.slow
 def test_several_processes_train_the_same_head(data, tmp_path):
     """Jointly with the tower, and then alone."""
     head = HeadConfig(weight=0.5, refit=True, epochs=2, batch_size=32, mlp_width=8)

@@ -146,7 +146,7 @@ def assert_trains_as_on_one_device(name, sizes, chunk=0):
     "name,sizes,chunk",
     [
         ("encoder", (1, 2, 4), 0),
-        ("adapters", (1, 2, 4), 1),
+        pytest.param("adapters", (1, 2, 4), 1, marks=pytest.mark.slow),
     ],
 )
 def test_uneven_sizes_train_as_on_one_device(name, sizes, chunk):
