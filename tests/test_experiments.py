@@ -12,7 +12,7 @@ import tokenizers
 from absl import flags
 from flax import linen as nn
 
-from vixml_jax import command_line, train, workdir
+from vixml_jax import command_line, frozen_weights, train, workdir
 from vixml_jax import config as config_lib
 from vixml_jax.data.sources import catalog
 from vixml_jax.errors import InputError
@@ -134,7 +134,7 @@ def test_it_builds_the_published_model(path, tokenizer):
     num_labels, length = DATA[data]
     tower, layout = build.make_tower(config, dataset_of(length, tokenizer))
     model = workdir.build_model(config, tower, layout, num_labels, workdir.make_mesh(config))
-    trained, frozen = workdir.split_params(model.abstract_params, tower)
+    trained, frozen = frozen_weights.split(model.abstract_params, tower)
     images = 1153 * tower.width if config.model.num_images else 0
     d = tower.width
     # Four d x d products and two of 1,024 with biases, two norms; one free vector a cluster.

@@ -20,7 +20,7 @@ LAYERS = (
     ("evaluator",),
     ("augmentation",),
     ("workdir", "image_encoding"),
-    ("modeling", "run_data"),
+    ("frozen_weights", "modeling", "run_data"),
     ("search",),
     ("labels",),
     ("models",),

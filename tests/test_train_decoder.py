@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiny import assert_same_state, configuration, final_state, make_data, make_qwen
 from vixml_jax import config as config_lib
-from vixml_jax import evaluate, train
+from vixml_jax import evaluate, frozen_weights, train
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.config import LoraConfig, PromptConfig
@@ -69,7 +69,7 @@ def test_base_is_frozen_and_saved_once(finished_run, checkpoint):
     )
     params, _, _ = workdir_lib.restore_model(finished_run.workdir, model)
     _, base = hf_checkpoints.load_hf_tower(checkpoint, dtype="bfloat16")
-    trained, frozen = workdir_lib.split_params(params, tower)
+    trained, frozen = frozen_weights.split(params, tower)
     jax.tree.map(np.testing.assert_array_equal, frozen, {"tower": base})
     adapters = [path for path in tree_utils.paths(trained["tower"]) if path[-1].startswith("lora")]
     assert {path[-2] for path in adapters} == {"query", "value", "down"}
@@ -90,9 +90,9 @@ def test_weights_that_were_read_are_never_copied(data, checkpoint, tmp_path, mon
         hf_checkpoints, "load_hf_tower", lambda *a, **k: read.append(load(*a, **k)) or read[0]
     )
     params = build.initial_params(config, model, dataset)
-    params, frozen = workdir_lib.split_params(params, tower)
+    params, frozen = frozen_weights.split(params, tower)
     tx = optimizer.make_optimizer(total_steps=1, **dataclasses.asdict(config.optimizer))
-    split = workdir_lib.split_params(model.abstract_params, tower)
+    split = frozen_weights.split(model.abstract_params, tower)
     like = state_lib.abstract_state(model, *split, tx, len(dataset.train))
     labels = model.table.init_state(np.zeros(dataset.num_labels, np.int32))
     bank = state_lib.empty_bank(model, len(dataset.train))

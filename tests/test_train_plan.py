@@ -82,7 +82,9 @@ def test_plan_is_that_of_train(data, tmp_path, capsys, monkeypatch):
     table = of_plan[: of_plan.index("\nmemory per device")]
     assert of_train.startswith(table)  # The same arrays with the same shardings.
     by_plan, by_train = planned
-    assert by_plan.held == by_train.held and by_plan.device == by_train.device
+    assert by_plan.held == by_train.held
+    # What is available changes while others use the machine.
+    assert by_plan.device == pytest.approx(by_train.device, rel=0.2)
     # One is for a batch of the expected size, the other for the first batch.
     assert 0.5 < by_plan.step / by_train.step < 2
 

@@ -5,12 +5,17 @@ predictor = Predictor.load("runs/mine")
 predictor(["a query"], k=5)
 """
 
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"]:  # A command is about to be imported: Ctrl-C ends it without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:
     from vixml_jax.serving.predictor import Predictor
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = ["Predictor", "__version__"]
 

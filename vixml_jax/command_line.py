@@ -1,5 +1,6 @@
 """What all commands share: help, presets and flag files, renamed flags, version, exit statuses."""
 
+import contextlib
 import difflib
 import importlib.metadata
 import importlib.resources
@@ -10,6 +11,7 @@ import shlex
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -19,7 +21,7 @@ from absl import app, flags, logging
 import vixml_jax
 from vixml_jax import config, errors
 from vixml_jax.errors import InputError, NotFiniteError, Preempted
-from vixml_jax.runtime import console
+from vixml_jax.runtime import console, signals
 
 WIDTH = 98  # Columns of help.
 # Flags of version 0.1 that commands other than train had, and what they are called now.
@@ -61,13 +63,17 @@ def launch(
     """Parses the flags and runs a command; errors other than bugs are reported in one line.
 
     The process exits with 0 (done), 1 (a bug, or a loss that is not finite), 2 (bad input), 75
-    (stopped by a signal, everything saved) or 130 (interrupted from the keyboard).
+    (stopped by a signal, everything saved), 130 or 143 (ended by SIGINT or SIGTERM) or 141 (the
+    reader of standard output has ended).
 
     Args:
       main: Of the command; the docstring of its module is the first line of `--help`.
       define_flags: Defines the command's own flags.
       common: Names of the flags that `--help` explains; it lists the others with their defaults.
     """
+    if sys.stdout is None:
+        _exit("error: standard output is closed: redirect it, to /dev/null for example", 2)
+    console.guard_output()
     before = set(flags.FLAGS)
     define_flags()
     own = [name for name in flags.FLAGS if name not in before]
@@ -91,14 +97,26 @@ def launch(
         try:
             if len(argv) > 1:
                 raise InputError(f"unexpected argument {argv[1]!r}: flags start with --")
-            main(argv)
+            with signals.handling(_end, _end_late):
+                main(argv)
+                sys.stdout.flush()
+        except errors.OutputError as error:
+            console.discard_output()
+            _exit(f"error: {error}", error.status)
         except (InputError, NotFiniteError) as error:
             _exit(f"error: {error}", 2 if isinstance(error, InputError) else 1)
         except Preempted as stop:
-            _exit(f"{stop}; to resume: {shlex.join(sys.orig_argv)}", errors.PREEMPTED)
+            _exit(errors.last_line(stop), errors.PREEMPTED)
+        except errors.Terminated:
+            _exit(_ended_by(signal.SIGTERM), 128 + signal.SIGTERM)
         except KeyboardInterrupt:
-            _exit("interrupted", 128 + signal.SIGINT)
+            _exit(_ended_by(signal.SIGINT), 128 + signal.SIGINT)
         except Exception as error:
+            fault = errors.disk_fault(error)
+            if fault is not None:  # Where a command has no better message.
+                path = getattr(error, "filename", None)
+                where = f"{path}: " if path else ""
+                _exit(f"error: {where}{fault}; free disk space, or choose another path", 2)
             traceback.print_exc()
             errors.report_failure(f"{type(error).__name__}: {error}", 1)
             sys.exit(1)
@@ -118,9 +136,28 @@ def launch(
 def _print_and_exit(text: str) -> NoReturn:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # The reader of a pipe, such as `head`, has ended.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except errors.OutputError as error:
+        console.discard_output()
+        if error.status == 2:  # Else the reader of a pipe, such as `head`, has ended.
+            _exit(f"error: {error}", 2)
     sys.exit(0)
+
+
+def _ended_by(number: int) -> str:
+    return "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
+
+
+def _end(number: int) -> None:
+    """Ends a command from its main thread, so that it removes what is half written."""
+    for other in signals.NUMBERS:  # The clean-up is not interrupted; `_end_late` bounds it.
+        signal.signal(other, lambda number, frame: None)
+    raise KeyboardInterrupt if number == signal.SIGINT else errors.Terminated
+
+
+def _end_late(number: int, over: threading.Event) -> None:
+    """Ends a command whose main thread has not ended it, since it compiles a program, say."""
+    if not over.wait(signals.GRACE_S):
+        signals.leave(_ended_by(number), 128 + number)
 
 
 def _renamed(name: str) -> str | None:
@@ -309,8 +346,11 @@ def _all_but_echoes(unraisable: Any) -> None:
 
 
 def _exit(line: str, status: int) -> None:
-    line = " ".join(line.split())
-    print(line, file=sys.stderr)
+    line = console.printable(" ".join(line.split()))
+    if status in (errors.PREEMPTED, 130, 143) and errors.is_alone():
+        signals.leave(line, status)  # Other threads may still compile or write.
+    with contextlib.suppress(OSError, ValueError):  # Standard error may be closed or full.
+        print(line, file=sys.stderr, flush=True)
     if status != errors.PREEMPTED:  # All processes reach that status by themselves.
         errors.report_failure(line, status)
     sys.exit(status)

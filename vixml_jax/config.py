@@ -27,8 +27,13 @@ from vixml_jax.flag_groups import (
 )
 from vixml_jax.runtime import flag_fields
 from vixml_jax.runtime.flag_fields import flag
+from vixml_jax.storage import atomic, sealed
 
 SEARCH = SearchConfig()
+_RESTORE = (
+    "put the file back from a copy of the run; if it was changed on purpose, remove the line of "
+    f'"{sealed.FIELD}"'
+)
 
 # Flags of version 0.1 and their new names. Commands refuse an old name with an error that gives the
 # new one; saved configurations with old names are still read.
@@ -224,8 +229,14 @@ def from_dict(tree: dict[str, Any]) -> Config:
         raise InputError(problem) from None
 
 
+def save(path: str, config: Config) -> None:
+    """Writes a configuration with a checksum of its values; `to_json` gives the same without."""
+    tree = sealed.stamped(dataclasses.asdict(config))
+    atomic.write_text(path, json.dumps(tree, indent=2, sort_keys=True) + "\n")
+
+
 def load(path: str) -> Config:
-    """Reads a configuration that `to_json` wrote, in this version or version 0.1.
+    """Reads a configuration that `save` or `to_json` wrote, in this version or version 0.1.
 
     Raises:
       InputError: If there is no such file, or it is not a configuration.
@@ -234,9 +245,14 @@ def load(path: str) -> Config:
         raise InputError(f"{path}: not found; expected a run directory written by train")
     try:
         tree = json.loads(epath.Path(path).read_bytes())  # Not by msgspec, which refuses Infinity.
-        return from_dict(_with_new_names(msgspec.convert(tree, dict[str, Any])))
+        tree = msgspec.convert(tree, dict[str, Any])
+        config = from_dict(_with_new_names({k: v for k, v in tree.items() if k != sealed.FIELD}))
+        if not tree:  # Flags that are missing get their defaults, but no version leaves all out.
+            raise ValueError("no settings; put the file back from a copy of the run")
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a valid configuration: {error}") from None
+    sealed.opened(tree, path, _RESTORE)
+    return config
 
 
 def _with_new_names(tree: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 0: done. 1: a bug, or a loss that is not finite. 2: bad input, which the user can fix. 75
 (`EX_TEMPFAIL`): stopped by a signal with everything saved; the same command resumes, so launchers
-start it again. 130: interrupted from the keyboard where there is nothing to resume.
+start it again. 130 and 143: ended by Ctrl-C or SIGTERM where there is nothing to resume. 141: the
+reader of standard output has ended.
 """
 
 import contextlib
 import errno
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 
 PREEMPTED = 75
@@ -32,6 +35,34 @@ class Preempted(BaseException):
     """
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM asked a command to end; libraries treat it as they treat Ctrl-C."""
+
+
+class OutputError(InputError):
+    """Standard output cannot be written to.
+
+    Attributes:
+      status: Exit status of the command.
+    """
+
+    def __init__(self, error: OSError):
+        closed = error.errno == errno.EPIPE
+        self.status = 141 if closed else 2  # 141: as a program that SIGPIPE ends.
+        reason = "its reader has ended" if closed else error.strerror
+        super().__init__(f"standard output: {reason}; redirect it to a file on a disk with space")
+
+
+def last_line(stop: Preempted) -> str:
+    """What a run that was stopped says last: the reason, and the command that resumes it."""
+    return " ".join(f"{stop}; to resume: {shlex.join(sys.orig_argv)}".split())
+
+
+def is_alone() -> bool:
+    """Whether this process is the only one of its run."""
+    return report_failure is _no_report
+
+
 @contextlib.contextmanager
 def writing(where: str) -> Iterator[None]:
     """Turns a full disk or an unwritable path into an InputError.
@@ -41,22 +72,26 @@ def writing(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (*_DISK_ERRORS, *_PATH_ERRORS):
+    except Exception as error:
+        fault = disk_fault(error)
+        if isinstance(error, OSError) and error.errno in _PATH_ERRORS:
+            fault = error.strerror
+        if fault is None:
             raise
         raise InputError(
-            f"{where}: {error.strerror} while writing; nothing was kept: free disk space, or "
-            "choose another path"
+            f"{where}: {fault} while writing; nothing was kept: free disk space, or choose another "
+            "path"
         ) from None
 
 
 def disk_fault(error: BaseException) -> str | None:
     """The system's message if an error is about the disk (full, read-only); None otherwise.
 
-    Array stores raise errors of their own, which carry the system's error number in their text.
+    Array stores and safetensors raise errors of their own, which carry the system's error number
+    in their text.
     """
     numbers = [error.errno] if isinstance(error, OSError) else []
-    numbers += map(int, re.findall(r"os_error_code='(\d+)'", str(error)))
+    numbers += map(int, re.findall(r"(?:os_error_code='|\(os error )(\d+)", str(error)))
     disk_errors = [number for number in numbers if number in _DISK_ERRORS]
     return os.strerror(disk_errors[0]) if disk_errors else None
 

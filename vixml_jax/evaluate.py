@@ -208,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if not values.workdir:
         raise InputError("--workdir: missing; expected a run directory written by train")
-    host_memory.keep_freed_pages()
+    host_memory.bound_freed_pages()
     distributed.start(values.coordinator, values.num_processes, values.process_index)
     group = distributed.world()
     _check_flags(values, group)

@@ -257,7 +257,8 @@ def search_model(
         if scoring.fusion != alone.fusion:
             found = scored.search(index, query_vectors, pairs, k, scoring.fusion)
         itself = np.arange(len(query_vectors)) if split == "train" else None
-        nearest = neighbours.nearest(train_index, query_vectors, max(mixing.k, k), itself)
+        num_near = min(max(mixing.k, k), len(train_vectors))
+        nearest = neighbours.nearest(train_index, query_vectors, num_near, itself)
         searches[NEIGHBOURS] = mixing_lib.mix_neighbours(
             found,
             nearest,

@@ -199,7 +199,7 @@ def main(argv: Sequence[str]) -> None:
     if not values.workdir:
         raise InputError("--workdir: missing; expected a run directory that train wrote")
     _check_out(values.out)
-    host_memory.keep_freed_pages()
+    host_memory.bound_freed_pages()
     compilation_cache.enable(values.compile_cache)
     like: Any = values.like or workdir.read_config(values.workdir).model.pretrained or None
     if like and values.tower:

@@ -29,7 +29,7 @@ from vixml_jax.serving import cold_start, label_updates, requests
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.serving.query_images import QueryImages
 from vixml_jax.serving.requests import Query
-from vixml_jax.storage import atomic, object_store
+from vixml_jax.storage import atomic, object_store, regular_files
 
 COMMON_FLAGS = (
     "workdir", "queries", "out", "k", "min_score", "filters", "text", "add_labels",
@@ -208,7 +208,7 @@ def _count_lines(path: str) -> int | None:
     """Approximate number of rows of a plain text table; None: not known without parsing it."""
     if not path.endswith((".jsonl", ".ndjson", ".json", ".csv", ".tsv")):
         return None
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    with contextlib.suppress(InputError), regular_files.open_binary(path) as file:
         blocks = iter(functools.partial(file.read, 1 << 20), b"")
         return sum(block.count(b"\n") for block in blocks)
     return None
@@ -259,29 +259,28 @@ def add_labels(
 
 def remove_labels(predictor: Predictor, path: str) -> None:
     """Removes labels from the run; a file holds their ids, one per line."""
-    rows: dict[str, int] = {}
+    names: dict[str, None] = {}
+    regular_files.check(path)
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 name = line.rstrip("\r\n")
-                row = predictor.row_of(name)
-                if name and row is None:
+                is_label = predictor.row_of(name) is not None
+                if name and not is_label:
                     raise InputError(f"{path}, line {number}: the run has no label {name[:60]!r}")
-                if row is not None:
-                    rows[name] = row
+                if is_label:
+                    names[name] = None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--remove_labels={path}: {error}") from None
-    if not rows:
+    if not names:
         raise InputError(f"--remove_labels={path}: empty; expected ids of labels, one per line")
-    if len(rows) == predictor.num_labels:
+    if len(names) == predictor.num_labels:
         raise InputError(f"--remove_labels={path}: lists all labels; expected to keep at least one")
     with errors.writing(f"--workdir={predictor.workdir}"):
-        step = label_updates.remove(
-            predictor.workdir, predictor.artifacts, [*rows], [*rows.values()]
-        )
+        step = label_updates.remove(predictor.workdir, predictor.artifacts, [*names])
     predictor.refresh()
     print(
-        f"{_labels(len(rows))} removed; the run has {_labels(predictor.num_labels)} now: {step}; "
+        f"{_labels(len(names))} removed; the run has {_labels(predictor.num_labels)} now: {step}; "
         "--undo takes this back"
     )
 
@@ -318,7 +317,7 @@ def main(argv: Sequence[str]) -> None:
             about = label_updates.undo(values.workdir)
         print(f"undone: {_describe(about)}")
         return
-    host_memory.keep_freed_pages()
+    host_memory.bound_freed_pages()
     compilation_cache.enable(values.compile_cache)
     options = _options(values)
     # Files are opened before the model, so that a wrong one costs no time.

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -22,7 +22,7 @@ from vixml_jax.data.sources.delimited import Dialect
 from vixml_jax.data.sources.raw import RawDataset
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
-from vixml_jax.storage import object_store, text_files
+from vixml_jax.storage import atomic, locks, object_store, text_files
 
 if TYPE_CHECKING:
     from vixml_jax import image_encoding
@@ -72,6 +72,8 @@ def run(values: flags.FlagValues) -> None:
         raise InputError("--out: missing; expected a directory to write")
     for name in ("source", "labels_source", "out"):
         text_files.check_path(os.path.abspath(values[name].value), name)
+    if values.source == preprocessing.GLYPHS:
+        preprocessing.note_glyphs("source")
     settings = _settings(values)
     if not object_store.is_local(values.out):
         raise InputError(
@@ -206,12 +208,17 @@ def _image_finder(values: flags.FlagValues) -> "image_encoding.ImageFinder | Non
     )
 
 
-def _spool(values: flags.FlagValues) -> contextlib.AbstractContextManager[str]:
-    """A temporary directory for the contents of tables, on the disk of --out."""
+@contextlib.contextmanager
+def _spool(values: flags.FlagValues) -> Iterator[str]:
+    """A temporary directory for the contents of tables, on the disk of --out, which is locked."""
     parent, name = os.path.split(os.path.abspath(values.out))
     while not os.path.isdir(parent):  # Parents of --out are created only after all is read.
         parent = os.path.dirname(parent)
-    return tempfile.TemporaryDirectory(dir=parent, prefix=f"{name}.tmp-")
+    with (
+        locks.exclusive(parent, doing=f"preparing --out={values.out}", name=f".{name}.lock"),
+        atomic.scratch(os.path.join(parent, name)) as spool,
+    ):
+        yield spool
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:

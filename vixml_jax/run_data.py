@@ -9,7 +9,7 @@ from etils import epath
 from vixml_jax.data import store
 from vixml_jax.data.sources.reading import Reading
 from vixml_jax.errors import InputError
-from vixml_jax.storage import json_files, object_store
+from vixml_jax.storage import object_store, sealed
 
 READING = "reading.json"  # In a run directory: how the tables of its data were read.
 
@@ -22,7 +22,7 @@ def save_reading(workdir: str, reading: dict[str, Any] | None) -> None:
       reading: `reading` of the data's `dataset.json`; None: they came from no tables.
     """
     if reading is not None:
-        json_files.write(os.path.join(workdir, READING), reading)
+        sealed.write(os.path.join(workdir, READING), reading)
 
 
 def read_reading(workdir: str) -> Reading | None:
@@ -34,7 +34,7 @@ def read_reading(workdir: str) -> Reading | None:
     path = os.path.join(workdir, READING)
     if not epath.Path(path).exists():
         return None
-    return json_files.read(path, Reading, "remove it, and give the columns by flags")
+    return sealed.read(path, Reading, "remove it, and give the columns by flags")
 
 
 def is_missing(data: str) -> bool:

@@ -4,14 +4,16 @@ The first lines of a run show its data, model, devices, planned memory and run d
 prints the memory of large arrays and stops.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 
 from vixml_jax import command_line, errors, evaluate, evaluator, workdir
@@ -25,7 +27,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.parallel import accelerators, distributed
 from vixml_jax.runtime import compilation_cache, console, flag_fields, host_memory, tree_utils
 from vixml_jax.serving import artifacts
-from vixml_jax.storage import object_store
+from vixml_jax.storage import locks, object_store
 from vixml_jax.storage.vector_store import VectorStore
 from vixml_jax.training import (
     build,
@@ -108,14 +110,14 @@ def plan(
         config = workdir.with_head_loss(config, *planned_sizes.density)
         config = build.fit_batch(config, planned_sizes)
         parts = build.assemble(config, tower, layout, planned_sizes, mesh)
-        length = 2.0 * build.longest_item(layout, dataset)
+        lengths = [float(build.longest_item(layout, dataset))] * 2
         if not sizes:
-            length = sum(map(parts.model.mean_length, (dataset.train, dataset.labels)))
+            lengths = [parts.model.mean_length(side) for side in (dataset.train, dataset.labels)]
         has_images = [side.images is not None for side in (dataset.train, dataset.labels)]
         batch, key = memory_planner.abstract_batch(
             parts.model,
             config.batch.size,
-            length,
+            sum(lengths),
             has_images=has_images,
             width=dataset.image_width,
             labels_per_query=planned_sizes.labels_per_query if config.head.weight else 0.0,
@@ -149,7 +151,13 @@ def plan(
                 head_trainer.own_state(parts.head.like),
             )
         )
-    planned = memory_planner.largest(plans)
+    planned = memory_planner.with_process(
+        memory_planner.largest(plans),
+        parts.like,
+        memory_planner.evaluation_bytes(
+            parts.model, max(lengths), block=config.eval.block, labels=planned_sizes.labels
+        ),
+    )
     planned.check()
     print(planned)
     print(f"compiled in {time.perf_counter() - start:.0f} s; the run fits")
@@ -242,9 +250,9 @@ def train(
       profile: Window of steps to profile; see `step_timer.Profiler`.
       data_cache: Local directory for copies of data from an object store.
     """
-    started_at = time.monotonic()
+    started_at, stop = time.monotonic(), stop or StopSignal()
     group = distributed.world()
-    with distributed.first_process_first("data"):
+    with stop.unwinding(), distributed.first_process_first("data"):
         dataset = _open_data(config, data_cache)
     if config.data != preprocessing.GLYPHS and object_store.is_local(config.data):
         config = dataclasses.replace(config, data=dataset.path)  # Of a source: in the cache.
@@ -286,7 +294,7 @@ def train(
         "seed": config.seed,
         "shards": shards,
         "checkpoints": checkpoints,
-        "stop": stop or StopSignal(),
+        "stop": stop,
         "vectors": store if group.count == 1 else None,
     }
     trainer = _tower_trainer(config, parts, dataset, split, group, common)
@@ -299,7 +307,16 @@ def train(
     describe.show_arrays(parts, sizes, console.detail)
     plans = [] if in_head else [trainer.plan(parts.like)]
     plans += [head.plan()] if head else []
-    planned = memory_planner.largest(plans)
+    planned = memory_planner.with_process(
+        memory_planner.largest(plans),
+        parts.like,
+        memory_planner.evaluation_bytes(
+            model,
+            max(map(model.mean_length, (dataset.train, dataset.labels))),
+            block=config.eval.block,
+            labels=dataset.num_labels,
+        ),
+    )
     planned.check()
     console.status(describe.memory(planned))
     console.detail(str(planned))
@@ -348,6 +365,7 @@ def train(
                         config, model, step, position, common["vectors"]
                     )
             state, position = head.run(state, position, logger)
+        stop.raise_if_requested()  # By a signal that came after the last step.
     except OSError as error:
         fault = errors.disk_fault(error)
         if fault is None:
@@ -376,22 +394,23 @@ def train(
     # In other cases `predict` computes the serving artifacts when it first needs them.
     serves = group.count == 1 and object_store.is_local(config.workdir)
     serving = os.path.join(config.workdir, artifacts.DIRECTORY)
-    evaluate.show(
-        config,
-        model,
-        params,
-        labels,
-        dataset,
-        split=split,
-        search="exact",
-        step=last_step,
-        scoring=settings_lib.as_trained(config),
-        tune=config.eval.tune if dataset.valid else (),
-        vectors=store(vectors_step),
-        save=functools.partial(artifacts.save, serving, dataset, last_step) if serves else None,
-        group=group,
-        decide_neighbours=split == "valid",
-    )
+    with stop.unwinding():
+        evaluate.show(
+            config,
+            model,
+            params,
+            labels,
+            dataset,
+            split=split,
+            search="exact",
+            step=last_step,
+            scoring=settings_lib.as_trained(config),
+            tune=config.eval.tune if dataset.valid else (),
+            vectors=store(vectors_step),
+            save=functools.partial(artifacts.save, serving, dataset, last_step) if serves else None,
+            group=group,
+            decide_neighbours=split == "valid",
+        )
     if split == "valid":
         console.status(
             "to evaluate on the test split: python -m vixml_jax.evaluate "
@@ -404,6 +423,22 @@ def train(
     console.status(f"written to {object_store.absolute(config.workdir)}: {', '.join(written)}")
 
 
+@contextlib.contextmanager
+def _sole_writer(workdir: str) -> Iterator[None]:
+    """Holds the lock of the run directory; an object store has no locks, and nothing is held."""
+    if jax.process_index() or not object_store.is_local(workdir):
+        yield
+        return
+    with errors.writing(f"--workdir={workdir}"):
+        os.makedirs(workdir, exist_ok=True)
+    try:
+        with locks.exclusive(workdir, doing="training"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # There is something in it.
+            os.rmdir(workdir)
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
@@ -412,7 +447,7 @@ def main(argv: Sequence[str]) -> None:
     if not values.plan and (values.plan_devices or values.plan_size):
         raise InputError("--plan_devices and --plan_size have no effect without --plan: add --plan")
     profile = step_timer.parse_window(values.profile_steps)
-    host_memory.keep_freed_pages()
+    host_memory.bound_freed_pages()
     distributed.start(values.coordinator, values.num_processes, values.process_index)
     # JAX can write programs for absent devices to the cache, but cannot read them back.
     compilation_cache.enable("" if values.plan_devices else values.compile_cache)
@@ -424,7 +459,7 @@ def main(argv: Sequence[str]) -> None:
             data_cache=values.data_cache,
         )
     else:
-        with StopSignal().installed() as stop:
+        with StopSignal().installed() as stop, stop.leaving(), _sole_writer(config.workdir):
             train(config, stop, profile=profile, data_cache=values.data_cache)
 
 

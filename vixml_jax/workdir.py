@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, get_type_hints
 
 import jax
-import jax.numpy as jnp
 import msgspec
 from etils import epath
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import run_data
+from vixml_jax import frozen_weights, run_data
 from vixml_jax.config import Config
 from vixml_jax.data import on_demand, preprocessing, store
 from vixml_jax.data.packing import Layout
@@ -23,20 +22,20 @@ from vixml_jax.labels.head import LabelHead
 from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.labels.table import LabelTable
 from vixml_jax.modeling import Model
+from vixml_jax.models import hf_configs
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.modernbert import ModernBertConfig
 from vixml_jax.models.tower import Tower, TowerConfig
 from vixml_jax.parallel import distributed, sharding
 from vixml_jax.runtime import console, tree_utils
-from vixml_jax.storage import atomic, digests, json_files, object_store
+from vixml_jax.storage import digests, held, object_store, sealed
 from vixml_jax.structs import LabelState
 
 CONFIG = "config.json"
 TOWER = "tower.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
-FROZEN = "frozen"
 # Flags whose values may change when a run is resumed. The data may move; their content may not
 # change, which their content hash says.
 FREE_FLAGS = ("data", "workdir", "mesh", "loop.save_every", "loop.save_minutes", "loop.max_to_keep")
@@ -46,6 +45,7 @@ BCE_FROM = 5.5
 BCE_FROM_PER_LABEL = 25
 FAMILIES = {"encoder": BertConfig, "modernbert": ModernBertConfig, "decoder": DecoderConfig}
 _NOT_A_RUN = "expected a run directory written by train"
+_RESTORE = f"{_NOT_A_RUN}; put the file back from a copy of the run"
 
 _LayoutFields = TypedDict("_LayoutFields", get_type_hints(Layout), total=False)
 
@@ -127,10 +127,10 @@ def open_run(
         if jax.process_index() == 0:
             if recorded.head_loss != head_loss:
                 tower_path = os.path.join(config.workdir, TOWER)
-                updated = {**json_files.read(tower_path, dict, _NOT_A_RUN), "head_loss": head_loss}
-                json_files.write(tower_path, updated)
+                updated = {**sealed.read(tower_path, dict, _NOT_A_RUN), "head_loss": head_loss}
+                sealed.write(tower_path, updated)
             if differences:
-                atomic.write_text(path, config.to_json())
+                config_lib.save(path, config)
         shards = sharding.num_shards(mesh, recorded.shards)
         if shards != recorded.shards:
             print(
@@ -144,9 +144,9 @@ def open_run(
             f"{path}: not found, although the directory holds checkpoints; use another --workdir"
         )
     epath.Path(config.workdir).mkdir(parents=True, exist_ok=True)
-    json_files.write(os.path.join(config.workdir, TOWER), contents)
+    sealed.write(os.path.join(config.workdir, TOWER), contents)
     run_data.save_reading(config.workdir, reading)
-    atomic.write_text(path, config.to_json())
+    config_lib.save(path, config)
     return contents["shards"]
 
 
@@ -165,7 +165,7 @@ def _free_flags(before: Config, now: Config) -> list[str]:
 
 
 def _read_tower(workdir: str) -> _TowerFile:
-    contents = json_files.read(os.path.join(workdir, TOWER), _TowerFile, _NOT_A_RUN)
+    contents = sealed.read(os.path.join(workdir, TOWER), _TowerFile, _RESTORE)
     contents.shards = contents.shards or contents.shares
     if "word_scale" in contents.tower:  # Its name in version 0.1.
         contents.tower["embedding_scale"] = contents.tower.pop("word_scale")
@@ -239,6 +239,7 @@ def read_tower(workdir: str) -> tuple[TowerConfig, Layout]:
     except msgspec.ValidationError as error:
         path = os.path.join(workdir, TOWER)
         raise InputError(f"{path}: tower: {error}; {_NOT_A_RUN}") from None
+    hf_configs.check_sizes(os.path.join(workdir, TOWER), tower)
     return tower, Layout(**contents.layout)
 
 
@@ -350,54 +351,6 @@ def build_model(
     )
 
 
-def split_params(
-    params: Any, tower: TowerConfig, *, head_only: bool = False
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits parameters into trained and frozen ones.
-
-    If the tower has adapters, all its parameters are frozen except for the adapters and the image
-    projection. Otherwise nothing is frozen.
-
-    Args:
-      params: All parameters.
-      tower: Sizes of the tower.
-      head_only: Whether everything but the label head is frozen (`--head.only`).
-    """
-
-    def trained(path: tree_utils.Path) -> bool:
-        if head_only:
-            return path[0] == "head"
-        adapted = getattr(tower, "lora_rank", 0) and path[0] == "tower"
-        return not adapted or path[-1] in ("lora_a", "lora_b") or "image_projection" in path
-
-    return tree_utils.partition(params, trained)
-
-
-def as_frozen(frozen: Any, dtype: str) -> Any:
-    """Abstract frozen parameters with the dtype in which they are stored."""
-    return jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), frozen)
-
-
-def frozen_dtype(config: Config) -> str:
-    """Data type of the frozen weights: that of the flag under adapters, else float32."""
-    return config.lora.base_dtype if config.lora.rank else "float32"
-
-
-def save_frozen(workdir: str, frozen: Any) -> None:
-    """Writes the frozen parameters to the run directory, unless an intact copy is there.
-
-    With them the run directory does not depend on the pretrained checkpoint.
-    """
-    import orbax.checkpoint as ocp
-
-    path = object_store.absolute(os.path.join(workdir, FROZEN, "0"))
-    if not frozen or distributed.broadcast_from_first(digests.damage(path) is None):
-        return
-    options = digests.async_options(os.path.dirname(path))
-    with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options) as saver:
-        saver.save(path, args=ocp.args.StandardSave(frozen), force=True)
-
-
 def find_model(workdir: str) -> tuple[str, int]:
     """Directory and step of the model to evaluate: the best so far, or else the newest.
 
@@ -406,7 +359,17 @@ def find_model(workdir: str) -> tuple[str, int]:
     Raises:
       InputError: If there is no intact checkpoint, or the best model is damaged.
     """
-    directory, best = (object_store.absolute(os.path.join(workdir, d)) for d in (CHECKPOINTS, BEST))
+    directory = object_store.absolute(os.path.join(workdir, CHECKPOINTS))
+    while True:  # A run that trains may delete what was just found; then there is a newer one.
+        before = digests.steps(directory)
+        try:
+            return _find_model(directory, object_store.absolute(os.path.join(workdir, BEST)))
+        except (InputError, OSError, ValueError):
+            if jax.process_count() > 1 or digests.steps(directory) == before:
+                raise
+
+
+def _find_model(directory: str, best: str) -> tuple[str, int]:
     if not epath.Path(directory).is_dir():
         raise InputError(f"{directory}: not found; {_NOT_A_RUN}")
     step, damaged = newest_checkpoint(directory)
@@ -461,13 +424,22 @@ def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
     Raises:
       InputError: If there is no intact checkpoint.
     """
-    config = config_lib.load(os.path.join(workdir, CONFIG))
-    directory, step = find_model(workdir)
-    path = os.path.join(directory, str(step))
+    config = dataclasses.replace(config_lib.load(os.path.join(workdir, CONFIG)), workdir=workdir)
+    while True:
+        directory, step = find_model(workdir)
+        path = os.path.join(directory, str(step))
+        if not object_store.is_local(path):
+            return *_restore(config, path, model), step
+        with held.reading(path) as is_there:
+            if is_there:
+                return *_restore(config, path, model), step
+
+
+def _restore(config: Config, path: str, model: Model) -> tuple[Any, LabelState]:
     params = model.abstract_params
     if model.head is not None and _has_head(config, path):
         params = {**params, "head": model.abstract_head}
-    trained, frozen = split_params(params, model.tower.config, head_only=config.head.only)
+    trained, frozen = frozen_weights.split(params, model.tower.config, head_only=config.head.only)
     abstract = {
         "params": sharding.stored_tree(trained, model.mesh),
         "labels": sharding.stored_tree(model.table.abstract_state, model.mesh),
@@ -475,13 +447,15 @@ def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
     restored = digests.read(path, model=abstract)["model"]
     params = restored["params"]
     if frozen:
-        abstract_frozen = sharding.stored_tree(as_frozen(frozen, frozen_dtype(config)), model.mesh)
-        path = object_store.absolute(os.path.join(workdir, FROZEN))
+        abstract_frozen = sharding.stored_tree(
+            frozen_weights.as_stored(frozen, frozen_weights.dtype(config)), model.mesh
+        )
+        path = object_store.absolute(os.path.join(config.workdir, frozen_weights.DIRECTORY))
         damage = digests.damage(os.path.join(path, "0"))
         if damage:
             raise InputError(f"{path}: damaged ({damage}); resume training to write it again")
         params = tree_utils.merge(params, digests.read(path, **{"0": abstract_frozen})["0"])
-    return params, LabelState(*restored["labels"]), step
+    return params, LabelState(*restored["labels"])
 
 
 def _has_head(config: Config, checkpoint: str) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vixml_jax.benchmarks import fault_injection
+from vixml_jax.benchmarks.support import killed_commands
 
 
 class Runs:
@@ -71,8 +72,9 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(make):
 
 @pytest.mark.slow
 def test_no_fault_loses_a_run(tmp_path):
-    rows = fault_injection.inject_all(str(tmp_path), num_kills=25, num_stops=10, seed=0)
-    assert sum(row.count for row in rows[:2]) == 25
+    rows = fault_injection.inject_all(str(tmp_path), num_kills=100, num_stops=10, seed=0)
+    killed = [row for row in rows if "kill" in row.fault or "by a signal" in row.fault]
+    assert sum(row.count for row in killed) == 100
     assert [row for row in rows if row.recovered < row.count] == []
 
 
@@ -82,3 +84,12 @@ def test_states_are_compared_bit_for_bit():
     assert not fault_injection.same(one, {"a": np.array([-0.0, np.nan]), "b": np.array([1])})
     assert not fault_injection.same(one, {"a": one["a"]})
     assert not fault_injection.same(one, {"a": one["a"], "b": np.array([1], np.int32)})
+
+
+def test_a_command_that_is_killed_is_repeated_and_leaves_nothing(tmp_path):
+    """One kill of each kind: at any time and while it writes, by each of the signals."""
+    seed = int(np.random.default_rng().integers(2**31))
+    jobs = fault_injection.make_jobs(str(tmp_path / "jobs"))
+    prepare = next(job for job in jobs if job.name == "prepare")
+    row = killed_commands.kills(prepare, str(tmp_path / "jobs"), 6, seed)
+    assert (row.count, row.recovered) == (6, 6), (seed, row.note)

@@ -206,8 +206,8 @@ def test_truncated_embeddings_are_refused(tmp_path):
         ({"encoding": "utf-61"}, "--encoding=utf-61: expected a text encoding"),
         ({"vocab_size": 10}, "--vocab_size=10: expected at least 64"),
         ({"max_tokens": 2}, "--max_tokens=2: the tokenizer adds 2 special tokens"),
-        ({"propensity_a": float("nan")}, "--propensity_a=nan: expected a finite number"),
-        ({"propensity_b": -1.0}, "--propensity_b=-1.0: expected a finite number"),
+        ({"propensity_a": float("nan")}, "--propensity_a=nan: expected a number from 0 to 4.0"),
+        ({"propensity_b": -1.0}, "--propensity_b=-1.0: expected a number from 0 to 10000.0"),
     ],
 )
 def test_invalid_settings_are_refused(tmp_path, options, message):

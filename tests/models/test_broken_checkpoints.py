@@ -107,7 +107,7 @@ def test_a_lost_file_of_several(model, tmp_path):
 def test_an_index_without_files(content, model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    assert "weight_map is missing" in refusal(tmp_path)
+    assert "weight_map" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", [

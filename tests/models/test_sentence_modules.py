@@ -194,9 +194,10 @@ def test_what_else_a_user_should_know_is_noted(plain, tmp_path):
 
 
 @pytest.mark.parametrize("content,message", [
-    ("{}", "expected a JSON list, found dict"),
-    ("[1]", "expected a list of modules with path and type"),
-    ('[{"path": 1, "type": "a"}]', "expected a list of modules with path and type"),
+    ("{}", "Expected `array`, got `object`"),
+    ("[1]", r"Expected `object`, got `int` - at `\$\[0\]`"),
+    ('[{"path": 1, "type": "a"}]', r"Expected `str`, got `int` - at `\$\[0\].path`"),
+    ('[{"path": "/x", "type": "a"}]', "is outside of the directory"),
     ('[{"path": "../x", "type": "a"}]', "is outside of the directory"),
     ("[", "not JSON"),
 ])  # fmt: skip

@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors
 
 from tests.tiny import configuration, make_data, make_qwen
 from vixml_jax import config as config_lib
-from vixml_jax import train, workdir
+from vixml_jax import frozen_weights, train, workdir
 from vixml_jax.config import LoraConfig
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
@@ -96,7 +96,7 @@ def trained(tower, sizes, chunk=0, steps=2):
     mesh = sharding.create_mesh(*sizes, devices=jax.devices()[:count])
     config = settings(chunk)
     parts = build.assemble(config, tower, Layout(1), SIZES, mesh)
-    params, frozen = workdir.split_params(build.initial_params(config, parts.model, None), tower)
+    params, frozen = frozen_weights.split(build.initial_params(config, parts.model, None), tower)
     labels = parts.model.table.init_state(np.arange(SIZES.labels) % 13)
     rng = np.random.default_rng(1)
     centroids = rng.normal(size=(SIZES.labels, 21)).astype(np.float32)

@@ -10,6 +10,7 @@ import pytest
 from vixml_jax.errors import InputError
 from vixml_jax.search import index, scann
 from vixml_jax.search.scann import ScannIndex
+from vixml_jax.storage import atomic, sealed
 from vixml_jax.structs import SearchResult
 
 
@@ -128,18 +129,14 @@ def test_save_replaces_an_older_index(vectors, tmp_path):
 def test_a_failed_save_keeps_the_older_index(step, vectors, tmp_path, monkeypatch):
     old, new = ScannIndex.build(vectors[:50]), ScannIndex.build(vectors[50:90])
     old.save(tmp_path / "scann")
-    rename = os.rename
 
     def fail(*_, **__):
         raise OSError("disk full")
 
-    def fail_on_new(source, target):
-        return fail() if ".tmp-" in source else rename(source, target)
-
     if step == "writing":
-        monkeypatch.setattr(json, "dump", fail)
+        monkeypatch.setattr(sealed, "write", fail)
     else:
-        monkeypatch.setattr(os, "rename", fail_on_new)
+        monkeypatch.setattr(atomic, "_replace", fail)
     with pytest.raises(OSError, match="disk full"):
         new.save(tmp_path / "scann")
     assert os.listdir(tmp_path) == ["scann"]

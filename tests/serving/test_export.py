@@ -82,7 +82,7 @@ def exported(request, run, head_run, tmp_path_factory):
     predictor = Predictor.load(str(workdir), warm=False)
     artifacts = predictor.artifacts
     new = np.eye(1, predictor.label_width, dtype=np.float32)
-    label_updates.remove(str(workdir), artifacts, [artifacts.ids[4]], [4])
+    label_updates.remove(str(workdir), artifacts, [artifacts.ids[4]])
     label_updates.add(str(workdir), artifacts, ["new"], ["a new one"], new)
     predictor.refresh()
     printed = tiny.run_command("export", f"--workdir={workdir}", f"--out={root / 'out'}")

@@ -134,8 +134,7 @@ def test_added_labels_count_and_removed_ones_do_not(workdir, head_run, dense, wi
     for turn in range(3):
         if turn == 1:
             gone = [str(x) for x in rng.choice(list(live), 4, replace=False)]
-            rows = [predictor.row_of(name) for name in gone]
-            label_updates.remove(workdir, predictor.artifacts, gone, rows)
+            label_updates.remove(workdir, predictor.artifacts, gone)
             for name in gone:
                 del live[name]
         else:

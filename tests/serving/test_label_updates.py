@@ -1,5 +1,6 @@
 """Labels added to and removed from a run: what is found then, saved steps, and undo."""
 
+import json
 import os
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 from vixml_jax.errors import InputError
 from vixml_jax.serving import label_updates
 from vixml_jax.serving.predictor import Predictor
+from vixml_jax.storage import sealed
 
 
 @pytest.fixture
@@ -38,8 +40,7 @@ def test_search_equals_that_over_the_current_labels(workdir):
     for turn in range(5):
         if turn % 2:
             removed = rng.choice(list(live), 3, replace=False).tolist()
-            rows = [predictor.row_of(name) for name in removed]
-            label_updates.remove(str(workdir), predictor.artifacts, removed, rows)
+            label_updates.remove(str(workdir), predictor.artifacts, removed)
             for name in removed:
                 del live[name]
         else:
@@ -66,7 +67,7 @@ def test_a_removed_label_can_be_added_again(workdir):
     predictor = opened(workdir)
     name = predictor.artifacts.ids[3]
     vector = np.array(predictor.artifacts.vectors[3:4])
-    label_updates.remove(str(workdir), predictor.artifacts, [name], [3])
+    label_updates.remove(str(workdir), predictor.artifacts, [name])
     predictor.refresh()
     assert predictor.row_of(name) is None
     label_updates.add(str(workdir), predictor.artifacts, [name], ["another text"], vector)
@@ -78,15 +79,15 @@ def test_a_removed_label_can_be_added_again(workdir):
 def test_undo_takes_back_the_last_step_first(workdir):
     predictor = opened(workdir)
     before = predictor(["a1 b2"], k=9)
-    ids, rows = [predictor.artifacts.ids[i] for i in (2, 5)], [2, 5]
+    ids = [predictor.artifacts.ids[i] for i in (2, 5)]
     new = random_vectors(np.random.default_rng(), 1, predictor.artifacts.vectors.shape[1])
-    label_updates.remove(str(workdir), predictor.artifacts, ids, rows)
+    label_updates.remove(str(workdir), predictor.artifacts, ids)
     label_updates.add(str(workdir), predictor.artifacts, ["x"], ["x"], new)
     assert label_updates.undo(str(workdir)).kind == label_updates.ADD
     assert label_updates.undo(str(workdir)).ids == ids
     predictor.refresh()
     assert predictor(["a1 b2"], k=9) == before
-    retired = label_updates.remove(str(workdir), predictor.artifacts, ids, rows) + ".undone"
+    retired = label_updates.remove(str(workdir), predictor.artifacts, ids) + ".undone"
     os.makedirs(os.path.join(retired, "left by a killed process"))
     label_updates.undo(str(workdir))
     with pytest.raises(InputError, match="--undo: no labels were added"):
@@ -95,30 +96,32 @@ def test_undo_takes_back_the_last_step_first(workdir):
 
 def test_steps_of_another_model_and_damaged_ones_are_refused(workdir):
     predictor = opened(workdir)
-    path = label_updates.remove(
-        str(workdir), predictor.artifacts, [predictor.artifacts.ids[0]], [0]
-    )
+    path = label_updates.remove(str(workdir), predictor.artifacts, [predictor.artifacts.ids[0]])
     about = os.path.join(path, label_updates.ABOUT)
     with open(about, encoding="utf-8") as file:
         text = file.read()
-    with open(about, "w", encoding="utf-8") as file:
-        file.write(text.replace('"step": ', '"step": 9'))
+    fields = json.loads(text)
+    sealed.write(about, {**fields, "step": 9})
     with pytest.raises(InputError, match=r"000001: made for the model of step 9"):
         opened(workdir)
     with open(about, "w", encoding="utf-8") as file:
         file.write(text[:-9])
     with pytest.raises(InputError, match=r"change.json: .* remove"):
         opened(workdir)
-    for row in (-1, 20, 10**30):
-        with open(about, "w", encoding="utf-8") as file:
-            file.write(text.replace('"rows": [0]', f'"rows": [{row}]'))
+    for row in (-1, 1, 20, 10**30):
+        sealed.write(about, {**fields, "rows": [row]})
         with pytest.raises(InputError, match=r"change.json: .* remove"):
             opened(workdir)
+    with open(about, "w", encoding="utf-8") as file:
+        json.dump({**fields, "rows": [1]}, file)
+    with pytest.raises(InputError, match=r"change.json: damaged .* remove"):
+        opened(workdir)
 
 
 def test_vectors_of_another_shape_are_refused(workdir):
     artifacts = opened(workdir).artifacts
-    vectors = np.ones((1, artifacts.vectors.shape[1] + 1), np.float32)
+    vectors = np.zeros((1, artifacts.vectors.shape[1] + 1), np.float32)
+    vectors[:, 0] = 1.0
     label_updates.add(str(workdir), artifacts, ["x"], ["label x"], vectors)
     with pytest.raises(InputError, match=r"000001: damaged \(vectors \(1, 17\) .* remove"):
         opened(workdir)
@@ -128,7 +131,7 @@ def test_an_unfinished_step_is_ignored(workdir, monkeypatch):
     predictor = opened(workdir)
     monkeypatch.setattr(np, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        label_updates.add(str(workdir), predictor.artifacts, ["x"], ["x"], np.zeros((1, 16)))
+        label_updates.add(str(workdir), predictor.artifacts, ["x"], ["x"], np.eye(16)[:1])
     assert label_updates.steps(str(workdir)) == []
 
 
@@ -145,8 +148,7 @@ def test_training_neighbours_do_not_bring_removed_labels_back(workdir):
     predictor = Predictor.load(str(workdir), warm=False)
     before = predictor(["a1 b2"], k=20)[0]
     removed = {label.id for label in before[:3]}
-    rows = [predictor.row_of(name) for name in removed]
-    label_updates.remove(str(workdir), predictor.artifacts, list(removed), rows)
+    label_updates.remove(str(workdir), predictor.artifacts, list(removed))
     predictor.refresh()
     after = predictor(["a1 b2"], k=20)[0]
     assert {label.id for label in after} == {label.id for label in before} - removed

@@ -18,6 +18,7 @@ from vixml_jax.search.exact import ExactIndex
 from vixml_jax.serving import artifacts
 from vixml_jax.serving.batching import SIZES
 from vixml_jax.serving.predictor import Predictor
+from vixml_jax.storage import sealed
 
 
 def opened(config):
@@ -165,7 +166,7 @@ def test_long_texts_are_cut(predictor):
 def test_a_run_directory_is_loaded_without_its_data(run, tmp_path):
     shutil.copytree(run.workdir, tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
-    (tmp_path / "run/config.json").write_text(json.dumps({**config, "data": "/nowhere"}))
+    sealed.write(tmp_path / "run/config.json", {**config, "data": "/nowhere"})
     moved = Predictor.load(str(tmp_path / "run"), warm=False)
     assert moved(["a1 b2"]) == Predictor.load(run.workdir, warm=False)(["a1 b2"])
     shutil.rmtree(tmp_path / "run/serving")
@@ -180,7 +181,7 @@ def test_artifacts_of_another_step_or_damaged_ones_are_not_used(run, tmp_path, c
     shutil.copytree(run.workdir, workdir)
     about = workdir / "serving" / artifacts.ABOUT
     content = json.loads(about.read_text())
-    about.write_text(json.dumps({**content, "step": 3}))
+    sealed.write(about, {**content, "step": 3})
     Predictor.load(str(workdir), warm=False)
     assert "of step 3; written again for the model of step 8" in capsys.readouterr().out
     assert json.loads(about.read_text())["step"] == 8

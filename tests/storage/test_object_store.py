@@ -89,7 +89,7 @@ def test_a_failed_copy_leaves_no_files(store, tmp_path, monkeypatch):
     monkeypatch.setattr(object_store, "_download", fail)
     with pytest.raises(OSError, match="connection lost"):
         local_copy(store, str(tmp_path))
-    assert os.listdir(tmp_path) == ["some-data.lock"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_without_disk_space_nothing_is_copied(store, tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_without_disk_space_nothing_is_copied(store, tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match=r"--data_cache=.* only 7 are free"):
         local_copy(store, str(tmp_path))
-    assert os.listdir(tmp_path) == ["some-data.lock"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_missing_data_and_runs_are_reported(store, tmp_path):

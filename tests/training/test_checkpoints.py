@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vixml_jax import errors, workdir
+from vixml_jax import errors, frozen_weights, workdir
 from vixml_jax.errors import InputError
 from vixml_jax.parallel import sharding
 from vixml_jax.storage import digests
@@ -348,15 +348,15 @@ def test_later_steps_do_not_change_a_checkpoint_being_written(tmp_path):
 
 def test_damaged_frozen_parameters_are_written_again(tmp_path):
     frozen = {"tower": {"kernel": jax.numpy.arange(12.0).reshape(3, 4)}}
-    directory = tmp_path / workdir.FROZEN / "0"
-    workdir.save_frozen(str(tmp_path), frozen)
+    directory = tmp_path / frozen_weights.DIRECTORY / "0"
+    frozen_weights.save(str(tmp_path), frozen)
     assert digests.damage(str(directory)) is None
     before = (directory / digests.NAME).stat().st_mtime_ns
-    workdir.save_frozen(str(tmp_path), frozen)
+    frozen_weights.save(str(tmp_path), frozen)
     assert (directory / digests.NAME).stat().st_mtime_ns == before  # Written once.
     damage_file(directory / "manifest.ocdbt", "truncated", None)
     assert "manifest.ocdbt" in digests.damage(str(directory))
-    workdir.save_frozen(str(tmp_path), frozen)
-    restored = digests.read(str(tmp_path / workdir.FROZEN), **{"0": frozen})["0"]
+    frozen_weights.save(str(tmp_path), frozen)
+    restored = digests.read(str(tmp_path / frozen_weights.DIRECTORY), **{"0": frozen})["0"]
     assert digests.damage(str(directory)) is None
     np.testing.assert_array_equal(restored["tower"]["kernel"], frozen["tower"]["kernel"])

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.tiny import configuration, make_data
 from vixml_jax import workdir
-from vixml_jax.benchmarks import memory
+from vixml_jax.benchmarks.memory import __main__ as memory
 from vixml_jax.data import input_pipeline
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset

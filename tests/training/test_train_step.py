@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from vixml_jax import workdir
+from vixml_jax import frozen_weights, workdir
 from vixml_jax.config import Config, LabelsConfig, LossConfig
 from vixml_jax.data.packing import Layout
 from vixml_jax.models.bert import BertConfig
@@ -41,7 +41,7 @@ def make_step(mesh, *, num_free=NUM_FREE, sparse=False, dropout=0.0, clip_norm=0
         learning_rate=1e-2, label_learning_rate=1e-2, image_learning_rate=1e-2, weight_decay=0.1,
         warmup_steps=1, clip_norm=clip_norm, total_steps=100,
     )  # fmt: skip
-    trained, frozen = workdir.split_params(model.abstract_params, tower)
+    trained, frozen = frozen_weights.split(model.abstract_params, tower)
     like = state_lib.abstract_state(model, trained, frozen, tx, NUM_QUERIES)
     loss = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig(num_negatives=4)))
     train = train_step.make_train_step(

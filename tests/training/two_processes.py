@@ -24,7 +24,7 @@ directory = root / workdir.CHECKPOINTS
 assert jax.process_count() == 2 and len(jax.devices()) == 4
 
 # The second process gets a signal in its fourth step; the first process runs ahead of it.
-with preemption.StopSignal().installed() as stop:
+with preemption.StopSignal().installed() as stop, stop.deferred():
     agree, actions = preemption.Agreement(sharding.create_mesh()), []
     for step in range(1, 20):
         time.sleep(0.02 * process)
@@ -44,8 +44,9 @@ with preemption.StopSignal().installed() as stop:
 
 test_checkpoints.write(root, [2, 4, 6], num_devices=4)
 test_checkpoints.write(root, [8], num_devices=4)
-assert digests.steps(str(directory)) == [4, 6, 8]
 distributed.barrier("written")
+assert digests.steps(str(directory)) == [4, 6, 8]
+distributed.barrier("looked at")
 if process == 0:
     (directory / "8" / "model" / "manifest.ocdbt").write_bytes(b"")
 distributed.barrier("newest damaged")

@@ -6,7 +6,7 @@ else the one of training.
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 from absl import flags
@@ -17,11 +17,27 @@ from vixml_jax.config import Config
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
 from vixml_jax.search.fusion import Fusion
-from vixml_jax.storage import json_files
+from vixml_jax.storage import sealed
 
 TUNED = "evaluation/mixing.json"  # In a run directory: the tuned settings.
-_MixingDict = TypedDict("_MixingDict", Mixing.__annotations__)
-_FusionDict = TypedDict("_FusionDict", Fusion.__annotations__)
+LEAST_TEMPERATURE = 1e-4
+_Weight = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
+
+
+class _MixingDict(TypedDict):
+    """`Mixing` in a file, with the ranges of its fields."""
+
+    weight: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+    k: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+    temperature: Annotated[float, msgspec.Meta(ge=LEAST_TEMPERATURE, le=1e6)]
+    joint: bool
+
+
+class _FusionDict(TypedDict):
+    """`Fusion` in a file, with the ranges of its fields."""
+
+    prototypes: _Weight
+    head: _Weight
 
 
 class Scoring(NamedTuple):
@@ -83,7 +99,7 @@ def define_flags() -> None:
         "knn.temperature",
         None,
         "Softmax temperature of labels and training neighbours.",
-        lower_bound=1e-4,
+        lower_bound=LEAST_TEMPERATURE,
     )
     flags.DEFINE_boolean(
         "knn.joint", None, "Search labels and training queries as one set. Off: separately."
@@ -237,7 +253,7 @@ def save_tuned(workdir: str, step: int, names: Sequence[str], tried: list[dict[s
     for name in ("fusion", "fusion_alone"):
         if getattr(best, name) is not None:
             about[name] = getattr(best, name)._asdict()
-    json_files.write(path, {**about, "tried": tried})
+    sealed.write(path, {**about, "tried": tried})
     return path
 
 
@@ -245,7 +261,11 @@ def _read_tuned(workdir: str, step: int) -> _Tuned | None:
     path = epath.Path(workdir) / TUNED
     if not path.exists():
         return None
-    about = json_files.read(path, _Tuned, "remove it, or run evaluate --tune again")
+    remedy = "remove it, or run evaluate --tune again"
+    about = sealed.read(path, _Tuned, remedy)
+    for fusion in about.fusion, about.fusion_alone:
+        if fusion is not None and not any(fusion.values()):
+            raise InputError(f"{path}: both weights of a fusion are 0; {remedy}")
     return about if about.step == step else None
 
 

@@ -4,9 +4,14 @@
 
 Trains a tiny run in a process of its own, injects a fault, starts the same command again until
 training is complete, and compares the last checkpoint bit for bit with that of an undisturbed run.
-Half of the kills and of the signals come at times drawn uniformly over the duration of a run, the
-other half while a checkpoint is being written. The disk that fills is a small tmpfs, which only
-root can mount; otherwise that row is skipped and says so.
+The commands that prepare data, evaluate, add labels and export are ended by SIGKILL, SIGTERM and
+SIGINT in turn and started again: what they write must be the earlier version or the new one, and
+in the end equal that of an undisturbed command, with no other file left. The kills are shared out
+equally among the commands.
+
+Half of the kills and of the signals come at times drawn uniformly over the duration of a command,
+the other half while it writes. The disk that fills is a small tmpfs, which only root can mount;
+otherwise that row is skipped and says so.
 """
 
 import json
@@ -18,33 +23,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from vixml_jax import command_line, errors
 from vixml_jax import workdir as workdir_lib
+from vixml_jax.benchmarks.support import killed_commands
+from vixml_jax.benchmarks.support.killed_commands import Job, Row, moment, wait_for
 from vixml_jax.data import preprocessing
 from vixml_jax.storage import digests
 
 DISK_BYTES = 6 << 20
-
-
-class Row(NamedTuple):
-    """One line of the table.
-
-    Attributes:
-      fault: The injected fault.
-      count: How often it was injected.
-      recovered: How often the run ended as it should.
-      note: Details.
-    """
-
-    fault: str
-    count: int
-    recovered: int
-    note: str
 
 
 def make_data(directory: str) -> str:
@@ -84,13 +75,13 @@ class Run:
         flagged |= {"data": data, "workdir": workdir} | changes
         self.workdir = workdir
         self.checkpoints = os.path.join(workdir, workdir_lib.CHECKPOINTS)
-        self._command = [sys.executable, "-m", "vixml_jax.train"]
-        self._command += [f"--{name}={value}" for name, value in flagged.items()]
+        self.command = [sys.executable, "-m", "vixml_jax.train"]
+        self.command += [f"--{name}={value}" for name, value in flagged.items()]
 
     def start(self) -> subprocess.Popen:
         """Starts training and returns the process."""
         return subprocess.Popen(
-            self._command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            self.command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
     def finish(self) -> tuple[int, str]:
@@ -129,19 +120,6 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
         value.dtype == other[name].dtype and value.tobytes() == other[name].tobytes()
         for name, value in one.items()
     )
-
-
-def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> bool:
-    """Waits for a condition or the end of the process; returns whether the process still runs."""
-    while process.poll() is None and not happened():
-        time.sleep(0.001)
-    return process.poll() is None
-
-
-def moment(rng: np.random.Generator, seconds: float) -> Callable[[], bool]:
-    """A condition that becomes true at a time drawn uniformly over the next `seconds`."""
-    end = time.monotonic() + rng.uniform(0, seconds)
-    return lambda: time.monotonic() >= end
 
 
 def kills(
@@ -281,6 +259,35 @@ def full_disk(make: Callable[[str], Run], expected: dict[str, np.ndarray], direc
         subprocess.run(["umount", directory], check=True, capture_output=True)
 
 
+def make_jobs(directory: str) -> list[Job]:
+    """The commands besides training, with earlier outputs of `prepare` and `export`."""
+    os.makedirs(directory)
+    raw = os.path.dirname(make_data(directory)) + "/raw"
+    status, output = Run(f"{directory}/data", f"{directory}/run", **{"loop.epochs": 1}).finish()
+    if status:
+        raise RuntimeError(f"training ended with status {status}: {output}")
+    with open(os.path.join(directory, "new.csv"), "w", encoding="utf-8") as file:
+        file.write("id,text\nx1,label a0 b0\nx2,label b3\n")
+    prepare = (f"--source={raw}", "--out={}/prepared", "--overwrite")
+    export = ("--workdir={}/run", "--out={}/exported")
+    for earlier in (
+        Job("prepare", (*prepare, "--max_tokens=6"), "prepared"),
+        Job("export", (*export, "--notower", "--noprogram"), "exported"),
+    ):
+        killed_commands.undisturbed(earlier, directory)
+    return [
+        Job("prepare", (*prepare, "--max_tokens=8"), "prepared"),
+        Job("evaluate", ("--workdir={}/run", "--report"), "run/evaluation", at_once=False),
+        Job(
+            "predict",
+            ("--workdir={}/run", "--add_labels={}/new.csv"),
+            "run/label_updates",
+            done_before="'x1' exists already",
+        ),
+        Job("export", export, "exported"),
+    ]
+
+
 def inject_all(directory: str, *, num_kills: int, num_stops: int, seed: int) -> list[Row]:
     """Injects every fault, each into runs of its own below `directory`."""
     data = make_data(directory)
@@ -298,7 +305,13 @@ def inject_all(directory: str, *, num_kills: int, num_stops: int, seed: int) -> 
             raise RuntimeError(f"the undisturbed run ended with status {status}: {output}")
     expected = run.state()
     print(f"an undisturbed run: {seconds:.1f} s, {run.saved()[-1]} steps", flush=True)
-    rows = kills(make, expected, seconds, num_kills, seed)
+    template = os.path.join(directory, "jobs")
+    jobs = make_jobs(template)
+    each = num_kills // (len(jobs) + 1)
+    rows = kills(make, expected, seconds, num_kills - each * len(jobs), seed)
+    for job in jobs:
+        rows.append(killed_commands.kills(job, template, each, seed))
+        print(*rows[-1], flush=True)
     rows.append(stops(make, expected, seconds, num_stops, seed))
     rows.append(damage(make(), expected))
     rows.append(not_finite(make(**{"optimizer.learning_rate": 1e30})))

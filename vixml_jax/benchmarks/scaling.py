@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from vixml_jax import command_line
+from vixml_jax import command_line, frozen_weights
 from vixml_jax.benchmarks.support import workers
 
 
@@ -26,7 +26,6 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     import numpy as np
     from flax import linen as nn
 
-    from vixml_jax import workdir
     from vixml_jax.benchmarks import memory
     from vixml_jax.parallel import collectives, sharding
     from vixml_jax.training import train_state as state_lib
@@ -36,7 +35,7 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     model, tx, like, train = memory.build(settings)
 
     def fresh(key: jax.Array) -> Any:
-        params, frozen = workdir.split_params(nn.unbox(model.init_params(key)), model.tower.config)
+        params, frozen = frozen_weights.split(nn.unbox(model.init_params(key)), model.tower.config)
         return sharding.pad((params, frozen), (like.params, like.frozen))
 
     labels = model.table.init_state(np.zeros(memory.NUM_LABELS, np.int32))

@@ -65,7 +65,7 @@ def work() -> None:
     """In a child process: clusters and centroids of its shard; writes what they took."""
     values = flags.FLAGS
     distributed.start(values.coordinator, values.num_processes, values.process_index)
-    host_memory.keep_freed_pages()
+    host_memory.bound_freed_pages()
     group, num = distributed.world(), values.n
     blocks = -(-num // _BLOCK)
     edges = [min(num, blocks * at // group.count * _BLOCK) for at in range(group.count + 1)]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vixml_jax import command_line
+from vixml_jax import command_line, frozen_weights
 from vixml_jax.benchmarks.support import inputs, workers
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, PreparedDataset, Ragged
@@ -237,12 +237,12 @@ def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) ->
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
 
     def fresh(key: jax.Array) -> Any:
-        params, frozen = workdir.split_params(nn.unbox(model.init_params(key)), tower)
+        params, frozen = frozen_weights.split(nn.unbox(model.init_params(key)), tower)
         frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(tower.dtype)), frozen)
         return sharding.pad((params, frozen), (like.params, like.frozen))
 
-    trained, frozen = workdir.split_params(model.abstract_params, tower)
-    frozen = workdir.as_frozen(frozen, tower.dtype)
+    trained, frozen = frozen_weights.split(model.abstract_params, tower)
+    frozen = frozen_weights.as_stored(frozen, tower.dtype)
     like = state_lib.abstract_state(model, trained, frozen, tx, len(dataset.train))
     state = state_lib.place_state(
         like,

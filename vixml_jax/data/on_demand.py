@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
-import tempfile
 from typing import Any
 
 from vixml_jax.data import prepare_line, preprocessing, store
@@ -16,7 +16,7 @@ from vixml_jax.data.store import PreparedDataset
 from vixml_jax.data.text import tokenizer as tokenizer_lib
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
-from vixml_jax.storage import object_store
+from vixml_jax.storage import atomic, locks
 
 VALID = 0.1  # Fraction of the training queries for validation, if the source has no such split.
 _GLYPH_TOKENS = 16  # Maximum number of tokens of a text of the built-in data.
@@ -42,6 +42,7 @@ def open_glyphs(path: str, tokenizer: str) -> PreparedDataset:
       path: Directory of the data set.
       tokenizer: Directory or Hugging Face name of the model that reads it; empty: one is trained.
     """
+    preprocessing.note_glyphs("data")
     if os.path.exists(path):
         return PreparedDataset.open(path)
     settings = Settings(max_tokens=_GLYPH_TOKENS, tokenizer=tokenizer or tokenizer_lib.TRAIN)
@@ -76,7 +77,8 @@ def open_source(source: str, tokenizer: str, cache: str) -> PreparedDataset:
     cache = os.path.abspath(os.path.expanduser(cache))
     os.makedirs(cache, exist_ok=True)
     path = os.path.join(cache, f"{_stem(source)}-{_digest(source, settings)}")
-    with object_store.locked(path + ".lock"):
+    name = os.path.basename(path) + ".lock"
+    with locks.exclusive(cache, doing=f"preparing {source}", wait_s=math.inf, name=name):
         if os.path.isdir(path):
             console.status(f"{source}: prepared before, in {path}")
             return PreparedDataset.open(path)
@@ -101,7 +103,7 @@ def _check_exists(source: str, tokenizer: str) -> None:
 
 
 def _prepare(source: str, path: str, settings: Settings) -> PreparedDataset:
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as spool:
+    with atomic.scratch(path) as spool:
         try:
             contents = preprocessing.read_source(
                 source, spool, find_images=named_images.find_embeddings_or_names

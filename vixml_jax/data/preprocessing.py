@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 GLYPHS = "glyphs"
 MIN_VOCAB_SIZE = 64
+_LARGEST = {
+    "vocab_size": 1 << 20,
+    "max_tokens": 1 << 20,
+    "seed": (1 << 63) - 1,
+    "propensity_a": 4.0,
+    "propensity_b": 10_000.0,
+}
 _CHUNK_ROWS = 1 << 14  # Ids written at a time.
 _SHOWN_LABELS = 6  # Labels per query in a preview.
 _AUTO, _NONE = "auto", "none"
@@ -72,10 +79,12 @@ class Settings:
 
         text_files.check_encoding(self.encoding)
         require("filters", self.filters in FILTERS, f"one of {', '.join(FILTERS)}")
-        for name, minimum in (("vocab_size", MIN_VOCAB_SIZE), ("max_tokens", 1), ("seed", 0)):
-            require(name, getattr(self, name) >= minimum, f"at least {minimum}")
+        for name, least in (("vocab_size", MIN_VOCAB_SIZE), ("max_tokens", 1), ("seed", 0)):
+            require(name, getattr(self, name) >= least, f"at least {least}")
+            require(name, getattr(self, name) <= _LARGEST[name], f"at most {_LARGEST[name]:,}")
         for name in ("propensity_a", "propensity_b"):
-            require(name, 0.0 <= getattr(self, name) < np.inf, "a finite number of at least 0")
+            most = _LARGEST[name]
+            require(name, 0.0 <= getattr(self, name) <= most, f"a number from 0 to {most}")
         for name in ("valid", "test"):
             require(name, 0.0 <= getattr(self, name) < 1.0, "a fraction of at least 0 and below 1")
         splitting.parse(self.split_by)
@@ -147,6 +156,15 @@ def prepare(
         writer.finish(info, tokenizer.to_str())
         card.write(PreparedDataset.open(writer.directory), writer.directory)
     return PreparedDataset.open(out)
+
+
+def note_glyphs(flag: str) -> None:
+    """Says that the built-in data are meant, if there is a file or directory of their name."""
+    if os.path.lexists(GLYPHS):
+        console.status(
+            f"--{flag}={GLYPHS}: the built-in data; --{flag}=./{GLYPHS} names what is in this "
+            "directory"
+        )
 
 
 def check(out: str, settings: Settings, *, overwrite: bool) -> None:

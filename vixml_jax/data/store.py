@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int, Shaped, UInt8
 from scipy import sparse
 
 from vixml_jax.errors import InputError
-from vixml_jax.storage import atomic, json_files
+from vixml_jax.storage import atomic, json_files, npy_files
 
 FORMAT = 2  # Version of the files; raised when older data sets can no longer be read.
 INFO = "dataset.json"
@@ -227,6 +227,11 @@ class PreparedDataset:
             data, indices, indptr = (
                 array(f"{split}_relevance_{name}") for name in ("data", "indices", "indptr")
             )
+            if not npy_files.is_csr(data, indices, indptr, info["num_labels"]):
+                raise InputError(
+                    f"{os.path.join(path, split)}_relevance_*.npy: damaged (no matrix with "
+                    f"{info['num_labels']:,} columns); {_REMEDY}"
+                )
             matrix = sparse.csr_matrix(
                 (data, indices, indptr), shape=(len(indptr) - 1, info["num_labels"]), copy=False
             )
@@ -310,23 +315,17 @@ def open_array(
         raise InputError(f"{os.path.join(path, info_name)}: no array {name!r} is listed; {remedy}")
     try:
         dtype, shape = np.dtype(expected["dtype"]), tuple(expected["shape"])
-    except TypeError as error:
+    except (TypeError, ValueError, SyntaxError) as error:
         raise InputError(
             f"{os.path.join(path, info_name)}: array {name!r}: {error}; {remedy}"
         ) from None
-    mmap_mode = None if 0 in shape else "r"  # An empty file cannot be mapped.
-    try:
-        array = np.load(file_name, mmap_mode=mmap_mode, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{file_name}: not found; {remedy}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{file_name}: truncated or damaged ({error}); {remedy}") from None
+    array = np.asarray(npy_files.open_mapped(file_name, remedy))
     if (array.dtype, array.shape) != (dtype, shape):
         raise InputError(
             f"{file_name}: found {array.dtype} {array.shape}, expected {dtype} {shape} as in "
             f"{info_name}; {remedy}"
         )
-    return np.asarray(array)
+    return array
 
 
 class ArrayFile:

@@ -14,7 +14,7 @@ from vixml_jax.evaluation import bootstrap, per_query
 from vixml_jax.evaluation.bootstrap import Comparison
 from vixml_jax.evaluation.per_query import SUFFIX, About, PerQuery
 from vixml_jax.runtime import console
-from vixml_jax.storage import json_files
+from vixml_jax.storage import json_files, sealed
 
 # Rows of the table of metrics as files are named, and as version 0.1 named them.
 _NAMES_0_1 = {
@@ -104,9 +104,10 @@ def _read(path: str) -> dict[str, Any]:
       InputError: If it cannot be read.
     """
     try:
-        return dict(json.loads(epath.Path(path).read_bytes()))  # msgspec would refuse Infinity.
+        tree = dict(json.loads(epath.Path(path).read_bytes()))  # msgspec would refuse Infinity.
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: {error}; expected a file that train wrote") from None
+    return sealed.opened(tree, path, "expected a file that train wrote")
 
 
 def different_flags(paths: Sequence[str]) -> list[str]:

@@ -155,6 +155,8 @@ def _matched(
             if not any(re.fullmatch(rf"(.*\.)?({x})", short) for x in hf_names.IGNORED):
                 unexpected.append(f"{tensor.name} is unexpected")
             continue
+        if short in tensors:
+            malformed.append(f"{tensor.name} is there twice, also as {tensors[short].name}")
         tensors[short] = tensor
         shape, expected_shape = tensor.values.get_shape(), list(expected[short][0].shape(sizes))
         if shape != expected_shape:
@@ -291,11 +293,13 @@ def _set_layer(stack: jax.Array, values: jax.Array, layer: jax.Array) -> jax.Arr
 
 
 def end_token(directory_or_name: str) -> int | None:
-    """The end-of-text token id in the checkpoint's config.json; None if it has none."""
-    fields = hf_files.read_json(hf_files.config_path(directory_or_name))
-    fields = {**fields, **fields.get("text_config", {})}
-    end = fields.get("eos_token_id")
-    return end[0] if isinstance(end, list) else end
+    """The end-of-text token id in the checkpoint's config.json; None if it has none.
+
+    Raises:
+      InputError: If it is no token of the model.
+    """
+    path = hf_files.config_path(directory_or_name)
+    return hf_configs.end_token(path, hf_files.read_json(path))
 
 
 def sizes_of(config: TowerConfig | SiglipConfig) -> dict[str, int]:

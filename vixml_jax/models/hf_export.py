@@ -1,6 +1,5 @@
 """Writes towers as Hugging Face checkpoints, for `transformers`, and adapters for `peft`."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from vixml_jax.models import hf_configs, hf_files, hf_names
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.hf_checkpoints import sizes_of
 from vixml_jax.models.tower import TowerConfig
+from vixml_jax.storage import atomic, json_files
 
 
 def save_hf_tower(
@@ -61,10 +61,9 @@ def save_hf_tower(
     fields.pop("torch_dtype", None)
     os.makedirs(directory, exist_ok=True)
     weights = os.path.join(directory, hf_files.WEIGHTS)
-    safetensors.numpy.save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
-    os.replace(weights + ".tmp", weights)
-    with open(os.path.join(directory, hf_files.CONFIG), "w", encoding="utf-8") as file:
-        json.dump(fields, file, indent=2)
+    with atomic.file(weights) as temporary:
+        safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    json_files.write(os.path.join(directory, hf_files.CONFIG), fields)
 
 
 def save_hf_adapters(
@@ -105,25 +104,21 @@ def save_hf_adapters(
         tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(up.T)
     os.makedirs(directory, exist_ok=True)
     weights = os.path.join(directory, "adapter_model.safetensors")
-    safetensors.numpy.save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
-    os.replace(weights + ".tmp", weights)
-    with open(os.path.join(directory, "adapter_config.json"), "w", encoding="utf-8") as file:
-        json.dump(
-            {
-                "peft_type": "LORA",
-                "task_type": "FEATURE_EXTRACTION",
-                "base_model_name_or_path": base,
-                "r": config.lora_rank,
-                "lora_alpha": config.lora_alpha,
-                "use_rslora": True,
-                "lora_dropout": 0.0,
-                "bias": "none",
-                "target_modules": sorted(modules),
-                "inference_mode": True,
-            },
-            file,
-            indent=2,
-        )
+    with atomic.file(weights) as temporary:
+        safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    about = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": base,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": True,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "inference_mode": True,
+    }
+    json_files.write(os.path.join(directory, "adapter_config.json"), about)
 
 
 def _merged(

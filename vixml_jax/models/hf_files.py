@@ -1,12 +1,19 @@
-"""The files of a Hugging Face model: where they are, and whether they are whole."""
+"""The files of a Hugging Face model: where they are, and whether they are whole.
 
-import json
+A name that a file of a model gives stays in the directory of the model: neither absolute paths nor
+".." are followed. Symbolic links are, since the cache of the hub consists of them; whatever they
+lead to is opened only if it is a regular file, and only read as JSON or safetensors.
+"""
+
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import msgspec
 
 from vixml_jax.errors import InputError
+from vixml_jax.storage import hub, json_files, regular_files
 
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
@@ -20,7 +27,18 @@ _DESCRIPTIONS = [
     *(CONFIG, PROCESSOR, MODULES, PROMPTS, LENGTHS, ADAPTER),
     *(f"*/{name}" for name in (CONFIG, LENGTHS)),
 ]
+_MAX_JSON = 1 << 25  # Bytes of a JSON file; the largest are indices of many tensors.
+_MAX_HEADER = 1 << 23  # Bytes of the names and shapes in a safetensors file.
 _LFS = b"version https://git-lfs"  # How a file begins whose content git-lfs has not fetched.
+
+
+class _Index(msgspec.Struct):
+    """model.safetensors.index.json: the file of each tensor."""
+
+    weight_map: Annotated[
+        dict[str, Annotated[str, msgspec.Meta(pattern=r"^[\w.-]+\.safetensors$")]],
+        msgspec.Meta(min_length=1),
+    ]
 
 
 def resolve(directory_or_name: str, *, weights: bool = True) -> str:
@@ -35,32 +53,16 @@ def resolve(directory_or_name: str, *, weights: bool = True) -> str:
     """
     if os.path.isdir(directory_or_name):
         return directory_or_name
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", directory_or_name):
-        raise InputError(
-            f"{directory_or_name}: no such directory; expected a Hugging Face model directory or "
-            "the name of a model on the hub"
-        )
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    def download(patterns: list[str]) -> str:
-        return huggingface_hub.snapshot_download(directory_or_name, allow_patterns=patterns)
-
     try:
-        directory = download(_DESCRIPTIONS)
+        directory = hub.download(directory_or_name, _DESCRIPTIONS)
         if weights:
             # Early models of sentence-transformers have their weights in a directory below.
             part = transformer_path(directory)
-            directory = download([os.path.join(part, x) for x in (INDEX, "model*.safetensors")])
+            files = [os.path.join(part, x) for x in (INDEX, "model*.safetensors")]
+            directory = hub.download(directory_or_name, files)
         return directory
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{directory_or_name}: not a directory, and cannot be downloaded from the Hugging Face "
-            f"hub ({type(error).__name__}: {reason})"
-        ) from error
+    except hub.NotFoundError as error:
+        raise InputError(f"{directory_or_name}: {error}") from None
 
 
 def transformer_path(directory: str) -> str:
@@ -72,29 +74,17 @@ def transformer_path(directory: str) -> str:
       InputError: If modules.json is no list of modules.
     """
     modules = read_modules(directory)
-    return modules[0]["path"] if modules else ""
+    return modules[0].path if modules else ""
 
 
-def read_modules(directory: str) -> list[dict[str, str]]:
-    """The modules of a sentence-transformers directory, each with `path` and `type`; else none.
+def read_modules(directory: str) -> list[hub.Module]:
+    """The modules of a sentence-transformers directory; none if it is another kind of directory.
 
     Raises:
-      InputError: If modules.json is no list of modules.
+      InputError: If modules.json is no list of modules in this directory.
     """
     path = os.path.join(directory, MODULES)
-    if not os.path.exists(path):
-        return []
-    modules = read_json(path, list)
-    for module in modules:
-        names = module.keys() if isinstance(module, dict) else ()
-        if not {"path", "type"} <= set(names) or not all(
-            isinstance(module[name], str) for name in ("path", "type")
-        ):
-            raise InputError(f"{path}: expected a list of modules with path and type")
-        outside = os.path.isabs(module["path"]) or ".." in module["path"].split("/")
-        if outside:
-            raise InputError(f"{path}: path {module['path']!r} is outside of the directory")
-    return modules
+    return read_json(path, list[hub.Module]) if os.path.lexists(path) else []
 
 
 def config_path(directory_or_name: str) -> str:
@@ -103,30 +93,22 @@ def config_path(directory_or_name: str) -> str:
     return os.path.join(directory, transformer_path(directory), CONFIG)
 
 
-def read_json(path: str, kind: type = dict) -> Any:
+def read_json(path: str, kind: Any = dict[str, Any]) -> Any:
     """The content of a JSON file.
 
     Args:
       path: Of the file.
-      kind: Expected type of the content, `dict` or `list`.
+      kind: Expected type of the content; see `json_files.read`.
 
     Raises:
       InputError: If there is no such file, or it is not JSON of this type.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise InputError(
             f"{path}: not found; expected a Hugging Face model directory with this file"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        _refuse_pointer(path)
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, kind):
-        expected = "object" if kind is dict else "list"
-        raise InputError(f"{path}: expected a JSON {expected}, found {type(content).__name__}")
-    return content
+        )
+    _refuse_pointer(path)
+    return json_files.read(path, kind, "download the model again", max_bytes=_MAX_JSON)
 
 
 def tensors(directory: str) -> Iterator[tuple[str, Any]]:
@@ -139,13 +121,24 @@ def tensors(directory: str) -> Iterator[tuple[str, Any]]:
 
     for path in _weight_files(directory):
         _refuse_pointer(path)
+        _check_header(path)
         try:
-            with open(path, "rb"):  # safetensors does not say which file it cannot open.
-                file = safetensors.safe_open(path, framework="np")
+            file = safetensors.safe_open(path, framework="np")
             yield from ((name, file.get_slice(name)) for name in file.keys())
         except (safetensors.SafetensorError, OSError) as error:
-            reason = str(error).split("\n")[0]
-            raise InputError(f"{path}: truncated or not safetensors: {reason}") from None
+            raise _no_safetensors(path, str(error).split("\n")[0]) from None
+
+
+def _check_header(path: str) -> None:
+    """Checks the size of what safetensors reads into memory; it checks all else itself."""
+    with regular_files.open_binary(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > _MAX_HEADER:
+        raise _no_safetensors(path, f"a header of {size:,} bytes, expected at most {_MAX_HEADER:,}")
+
+
+def _no_safetensors(path: str, reason: str) -> InputError:
+    return InputError(f"{path}: truncated or not safetensors: {reason}")
 
 
 def _weight_files(directory: str) -> list[str]:
@@ -160,10 +153,7 @@ def _weight_files(directory: str) -> list[str]:
     if not os.path.exists(index):
         present = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
         raise InputError(f"{weights}: not found; {_remedy(directory, present)}")
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, Mapping) or not listed:
-        raise InputError(f"{index}: weight_map is missing; download the file again")
-    files = sorted({str(name) for name in listed.values()})
+    files = sorted(set(read_json(index, _Index).weight_map.values()))
     lost = [name for name in files if not os.path.exists(os.path.join(directory, name))]
     if lost:
         raise InputError(
@@ -190,11 +180,8 @@ def _remedy(directory: str, present: list[str]) -> str:
 
 def _refuse_pointer(path: str) -> None:
     """Raises an `InputError` if git-lfs has not fetched the content of a file."""
-    try:
-        with open(path, "rb") as file:
-            pointer = file.read(len(_LFS)) == _LFS
-    except OSError:
-        return  # The caller says what is wrong with it.
+    with regular_files.open_binary(path) as file:
+        pointer = file.read(len(_LFS)) == _LFS
     if pointer:
         raise InputError(
             f"{path}: a git-lfs pointer instead of the file itself; run `git lfs pull` in its "

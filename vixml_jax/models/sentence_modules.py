@@ -49,14 +49,14 @@ def read(directory: str) -> Pooling | None:
     if not modules:
         return None
     path = os.path.join(directory, hf_files.MODULES)
-    names = [_name(module["type"]) for module in modules]
+    names = [_name(module.type) for module in modules]
     other = [name for name in names if name not in _FOLLOWED]
     if other or names[:2] != ["Transformer", "Pooling"] or len(set(names)) < len(names):
         raise _refused(
             path, f"modules {', '.join(names)}", "Transformer, Pooling and perhaps Normalize"
         )
-    _check_transformer(os.path.join(directory, modules[0]["path"]))
-    kind = _pooling(os.path.join(directory, modules[1]["path"], hf_files.CONFIG))
+    _check_transformer(os.path.join(directory, modules[0].path))
+    kind = _pooling(os.path.join(directory, modules[1].path, hf_files.CONFIG))
     notes = [f"{path}: {kind} pooling"]
     if "Normalize" not in names:
         notes.append(f"{path}: no Normalize; vectors are scaled to unit length all the same")

@@ -10,6 +10,7 @@ import jinja2
 
 from vixml_jax.report import sections, svg
 from vixml_jax.report.page import Page
+from vixml_jax.runtime import console
 
 
 def render(page: Page) -> str:
@@ -41,12 +42,18 @@ def environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("vixml_jax.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     templates.filters["figure"] = _figure
     templates.filters["interval"] = "[{0[0]:.2f}, {0[1]:.2f}]".format
     return templates
+
+
+def _finalize(value: Any) -> Any:
+    """Returns a value without control characters, which HTML does not allow."""
+    return type(value)(console.printable(value)) if isinstance(value, str) else value
 
 
 def stylesheet() -> str:

@@ -1,7 +1,12 @@
 """What a command prints beside its results: status lines, and details with --verbose."""
 
 import enum
+import io
+import os
+import re
 import sys
+
+from vixml_jax.errors import OutputError
 
 
 class Level(enum.IntEnum):
@@ -13,6 +18,61 @@ class Level(enum.IntEnum):
 
 
 _level = Level.NORMAL
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output whose errors are told from those of other files."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(printable(text))
+        except OSError as error:
+            raise OutputError(error) from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise OutputError(error) from None
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters written as in Python, such as \x1b.
+
+    They could come from data: a terminal would obey them, and bidirectional ones would reorder what
+    a reader sees. Line ends and tabs stay.
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def guard_output() -> None:
+    """From here on, a standard output that cannot be written to raises `OutputError`.
+
+    Closed streams are opened on /dev/null, so that no other file gets their descriptors.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+    out = sys.stdout
+    if type(out) is io.TextIOWrapper:
+        sys.stdout = _Output(
+            out.detach(), out.encoding, out.errors, line_buffering=out.line_buffering
+        )
+
+
+def discard_output() -> None:
+    """Sends the rest of standard output nowhere, so that the interpreter's last flush succeeds."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def set_level(level: Level) -> None:

@@ -1,6 +1,7 @@
 """Fields of nested dataclasses as command-line flags: `--group.field`, typed, with bounds."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from absl import flags
 
 from vixml_jax.errors import InputError
 
+_MOST = 1e15  # Larger integers are mistakes, and some libraries abort on them.
 _DEFINE = {
     bool: flags.DEFINE_boolean,
     int: flags.DEFINE_integer,
@@ -54,7 +56,7 @@ def check_bounds(config: Any, prefix: str = "") -> None:
     """Checks the bounds and choices of all fields.
 
     Raises:
-      InputError: If a value is out of bounds or not one of the choices.
+      InputError: If a value is out of bounds, not a number, or not one of the choices.
     """
     for name, field, value in leaves(config, prefix):
         low, high, choices = (
@@ -62,9 +64,19 @@ def check_bounds(config: Any, prefix: str = "") -> None:
         )
         if choices and value not in choices:
             raise InputError(f"--{name}={value}: expected one of {', '.join(choices)}")
+        numbers = [x for x in (value if isinstance(value, list) else [value]) if _is_number(x)]
+        for number in numbers:
+            if math.isnan(number):
+                raise InputError(f"--{name}={number}: expected a number")
+            if isinstance(number, int) and abs(number) > _MOST:
+                raise InputError(f"--{name}={number}: expected at most {_MOST:.0e}")
         if (low is not None and value < low) or (high is not None and value > high):
             expected = f"at least {low}" if high is None else f"from {low} to {high}"
             raise InputError(f"--{name}={value}: expected {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def define(config: Any, values: flags.FlagValues, prefix: str = "") -> None:

@@ -11,22 +11,26 @@ if TYPE_CHECKING:
     import jax
 
 # https://man7.org/linux/man-pages/man3/mallopt.3.html
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_LARGE = 32 << 20  # Bytes; the largest threshold that glibc takes.
+_KEPT = 128 << 20  # Bytes of freed small blocks that stay with the process.
 
 
-def keep_freed_pages() -> None:
-    """Makes glibc keep freed memory instead of returning it to the system.
+def bound_freed_pages() -> None:
+    """Makes glibc return the pages of large freed blocks, and keep those of small ones.
 
-    On a CPU, XLA allocates the temporaries of each step with malloc and frees them afterwards.
-    Pages that were returned to the system come back one page fault at a time, which can take as
-    long as the step itself. Peak memory is unchanged. Does nothing with other C libraries.
+    On a CPU, XLA allocates the temporaries of each step with malloc, in one block, and frees it
+    afterwards. In the heap such a block leaves a hole that a batch or a program soon splits, and
+    the next step needs as much again: the process comes to twice the memory that it uses. Blocks
+    above the threshold are mapped on their own instead, so that peak memory is what is in use; that
+    costs a page fault per page and step. Does nothing with other C libraries.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # Never trim.
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)  # Otherwise glibc moves it.
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
         mallopt(_M_ARENA_MAX, 1)
 
 
@@ -82,14 +86,17 @@ def _left_in_groups(root: pathlib.Path) -> list[int]:
 def device_memory(device: "jax.Device | None" = None) -> int:
     """Bytes available for arrays on a device, by default a local one; 0 if unknown.
 
-    The devices of a CPU share the memory of the machine equally.
+    The devices of a CPU share equally what the process holds and what it can still allocate.
     """
     import jax
 
     device = device or jax.local_devices()[0]
     if device.platform == "cpu":
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return pages // jax.local_device_count()
+        left = available()
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if left is not None:
+            total = min(total, left + resident())
+        return total // jax.local_device_count()
     return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
@@ -102,6 +109,15 @@ def peak_device_memory() -> int:
 
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max(stat.get("peak_bytes_in_use", 0) for stat in stats) or peak_host_memory()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now; its peak where the system reports no other."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_host_memory()
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_host_memory() -> int:

@@ -7,6 +7,18 @@ from collections.abc import Callable, Iterator
 from vixml_jax.runtime import console
 
 _FIRST_S, _EVERY_S = 5.0, 60.0  # Seconds to the first plain line, and between later ones.
+_check: Callable[[], None] | None = None
+
+
+@contextlib.contextmanager
+def checking(check: Callable[[], None]) -> Iterator[None]:
+    """Calls `check` at each step of progress within the context; it may raise to end the work."""
+    global _check
+    before, _check = _check, check
+    try:
+        yield
+    finally:
+        _check = before
 
 
 @contextlib.contextmanager
@@ -25,16 +37,25 @@ def track(
       unit: Unit of the number of items, for the bar.
       shown: Whether to show anything.
     """
+
+    def checked(update: Callable[[int], object]) -> Callable[[int], None]:
+        def advance(count: int) -> None:
+            update(count)
+            if _check is not None:
+                _check()
+
+        return advance
+
     if not (shown and console.shows_status()):
-        yield lambda count: None
+        yield checked(lambda count: None)
     elif console.shows_bars():
         import tqdm
 
         unit = f" {unit}" if unit else ""
         with tqdm.tqdm(total=total, desc=title, unit=unit, delay=1, leave=False) as bar:
-            yield bar.update
+            yield checked(bar.update)
     else:
-        yield _Lines(title, total).update
+        yield checked(_Lines(title, total).update)
 
 
 class _Lines:

@@ -1,12 +1,11 @@
 """Approximate search with ScaNN: a tree over quantised vectors; candidates are scored exactly."""
 
 import hashlib
-import json
 import math
 import os
 import platform
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Required, TypedDict
 
 import msgspec
 import numpy as np
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from vixml_jax.errors import InputError
 from vixml_jax.search import index
 from vixml_jax.search.index import Normalised
-from vixml_jax.storage import atomic, json_files
+from vixml_jax.storage import atomic, regular_files, sealed
 from vixml_jax.structs import SearchResult
 
 ABOUT = "index.json"
@@ -30,14 +29,48 @@ _SUM_BLOCK = 256  # Queries whose scores of the sample are computed at a time.
 _REMEDY = "the index has to be built again"
 
 
-class _About(msgspec.Struct):
-    """Contents of `index.json`."""
+_Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
-    format: Literal[2]  # FORMAT.
-    num_labels: int
+
+class _Settings(TypedDict, total=False):
+    """The settings that a search reads, with the ranges of their values."""
+
+    leaves: Required[Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]]
+    dimensions_per_block: _Count
+    k: _Count
+    leaves_searched: _Count
+    reordered: _Count
+
+
+class _Point(TypedDict, total=False):
+    """The fields of a tuned point that are read, with the ranges of their values."""
+
+    k: Required[_Count]
+    recall_wanted: Required[_Share]
+    recall: Required[_Share]
+    leaves_searched: Required[_Count]
+    reordered: Required[_Count]
+    weights: list[float]
+
+
+class _About(msgspec.Struct):
+    """Contents of `index.json`.
+
+    Attributes:
+      format: FORMAT.
+      num_labels: Vectors of the index.
+      fingerprint: Of these vectors.
+      settings, points: See `ScannIndex`.
+      files: SHA-256 of each other file; empty in indexes of versions that did not record them.
+    """
+
+    format: Literal[2]
+    num_labels: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
     fingerprint: str
     settings: dict[str, Any]
     points: list[dict[str, Any]]
+    files: dict[str, str] = {}
 
 
 def settings_for(num_labels: int, *, fine: bool = False) -> dict[str, Any]:
@@ -89,6 +122,7 @@ class ScannIndex:
     ):
         """Not called directly: use `build` or `load`."""
         self.settings, self.points = settings, list(points)
+        self._files: dict[str, str] = {}  # As `index.json` lists them, once they are written.
         self._searcher, self._fingerprint, self._num_labels = searcher, fingerprint, len(vectors)
         self._sample = np.arange(len(vectors))
         if len(vectors) > SUM_SAMPLE:
@@ -212,17 +246,18 @@ class ScannIndex:
         """Writes the index atomically; replaces an older one."""
         with atomic.directory(directory) as temporary:
             self._searcher.serialize(temporary, relative_path=True)
+            self._files = _digests(temporary)
             self._write_about(os.path.join(temporary, ABOUT))
 
     def save_points(self, directory: str | os.PathLike) -> None:
         """Writes only settings and points, into a directory that already holds this index."""
-        with atomic.file(os.path.join(directory, ABOUT)) as temporary:
-            self._write_about(temporary)
+        self._write_about(os.path.join(directory, ABOUT))
 
     def _write_about(self, path: str) -> None:
-        about = _About(FORMAT, self._num_labels, self._fingerprint, self.settings, self.points)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(msgspec.structs.asdict(about), file, indent=2)
+        about = _About(
+            FORMAT, self._num_labels, self._fingerprint, self.settings, self.points, self._files
+        )
+        sealed.write(path, msgspec.structs.asdict(about))
 
     @staticmethod
     def load(directory: str | os.PathLike, vectors: Float[np.ndarray, "n e"]) -> "ScannIndex":
@@ -246,20 +281,51 @@ class ScannIndex:
         scann = _import_scann()
         try:
             searcher = scann.load_searcher(directory, assets_backcompat_shim=False)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Of many kinds, depending on what of the files is damaged.
             raise InputError(
                 f"{directory}: scann cannot read the index ({_one_line(error)}); {_REMEDY}"
             ) from None
-        return ScannIndex(searcher, about.settings, about.fingerprint, vectors, about.points)
+        index = ScannIndex(searcher, about.settings, about.fingerprint, vectors, about.points)
+        index._files = about.files
+        return index
+
+
+def _digests(directory: str) -> dict[str, str]:
+    """SHA-256 of the files of an index by name, without that of `index.json`."""
+    digests = {}
+    for name in sorted(os.listdir(directory)):
+        if name != ABOUT and not name.startswith(f"{ABOUT}."):  # Being written.
+            with regular_files.open_binary(os.path.join(directory, name)) as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _read_about(directory: str) -> _About:
-    """Reads `index.json`, and checks that ScaNN will not unpickle anything.
+    """Reads `index.json`, and checks that ScaNN will read what it wrote, and unpickle nothing.
 
     Raises:
-      InputError: If the file is missing or of another format, or the directory holds a pickle.
+      InputError: If the file is missing, damaged or of another format, if another file does not
+        match its checksum, or if the directory holds a pickle.
     """
-    about = json_files.read(os.path.join(directory, ABOUT), _About, _REMEDY)
+    path = os.path.join(directory, ABOUT)
+    about = sealed.read(path, _About, _REMEDY)
+    try:
+        settings = msgspec.convert(about.settings, _Settings)
+        for point in about.points:
+            msgspec.convert(point, _Point)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{path}: settings: {error}; {_REMEDY}") from None
+    if settings["leaves"] and len(settings) < len(_Settings.__annotations__):
+        missing = sorted({*_Settings.__annotations__} - {*settings})
+        raise InputError(f"{path}: settings: {', '.join(missing)} missing; {_REMEDY}")
+    if about.files:
+        found = _digests(directory)
+        for name in sorted({*about.files, *found}):
+            if found.get(name) != about.files.get(name):
+                raise InputError(
+                    f"{os.path.join(directory, name)}: does not match its checksum in {ABOUT}; "
+                    f"{_REMEDY}"
+                )
     # ScaNN unpickles names of rows from this file. We never write it, so it may be malicious.
     if os.path.exists(os.path.join(directory, "scann_docids.pkl")):
         raise InputError(f"{directory}: found scann_docids.pkl, expected no such file; {_REMEDY}")

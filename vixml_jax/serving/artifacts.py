@@ -2,11 +2,11 @@
 
 import dataclasses
 import filecmp
+import functools
 import hashlib
-import json
 import os
 import shutil
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ from vixml_jax import workdir as workdir_lib
 from vixml_jax.data import store
 from vixml_jax.data.store import PreparedDataset, Texts
 from vixml_jax.errors import InputError
-from vixml_jax.storage import atomic, json_files
+from vixml_jax.storage import atomic, regular_files, sealed
 
 DIRECTORY = "serving"  # In a run directory.
 ABOUT = "artifacts.json"
@@ -29,6 +29,8 @@ _ARRAYS_0_1 = {
     "train_indptr": "memory_indptr",
     "train_labels": "memory_labels",
 }
+
+_Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
 class About(msgspec.Struct):
@@ -46,18 +48,20 @@ class About(msgspec.Struct):
       images: Model that embedded the images, then ', aspect kept' or ', stretched'; empty: the data
         came with embeddings or has no images.
       arrays: Data type, shape and checksum of each array.
+      tokenizer: SHA-256 of `tokenizer.json`; empty in artifacts of versions that did not record it.
     """
 
     format: Literal[1]
     name: str
-    step: int
+    step: Annotated[int, msgspec.Meta(ge=0)]
     content_hash: str
     num_labels: store.NumLabels
-    max_tokens: int
-    mean_tokens: float
-    image_width: int
+    max_tokens: _Tokens
+    mean_tokens: Annotated[float, msgspec.Meta(ge=0, le=1 << 20)]
+    image_width: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
     images: str
     arrays: dict[str, store.ArrayInfo]
+    tokenizer: str = ""
 
     @property
     def has_train_vectors(self) -> bool:
@@ -87,36 +91,90 @@ class ServingArtifacts:
     train_vectors: Float32[np.ndarray, "t e"] | None = None
     train_relevance: sparse.csr_matrix | None = None
 
+    @functools.cached_property
+    def rows_by_id(self) -> dict[str, int]:
+        """Rows of the labels by their ids."""
+        ids = (name for chunk in self.ids.chunks() for name in chunk)
+        return {name: row for row, name in enumerate(ids)}
+
     @staticmethod
     def open(path: str) -> "ServingArtifacts":
-        """Opens artifacts that `save` wrote, and compares all arrays with their checksums.
+        """Opens artifacts that `save` wrote, and compares all files with their checksums.
 
         Raises:
-          InputError: If a file is missing or does not match its checksum in `artifacts.json`.
+          InputError: If a file is missing or does not match its checksum in `artifacts.json`, or if
+            the files do not fit each other.
         """
         about = read_about(path)
 
         def array(name: str) -> np.ndarray:
-            if name not in about.arrays:
-                name = _ARRAYS_0_1.get(name, name)
-            info = {"arrays": about.arrays}
-            values = store.open_array(path, name, info, ABOUT, _remedy(path))
-            data = memoryview(values).cast("B") if values.size else b""
-            if hashlib.sha256(data).hexdigest() != about.arrays[name]["sha256"]:
-                file_name = os.path.join(path, f"{name}.npy")
-                raise InputError(f"{file_name}: does not match its checksum; {_remedy(path)}")
-            return values
+            return _open_array(path, about, name)
 
-        texts = {name: Texts(array(name), array(f"{name}_offsets")) for name in ("ids", "texts")}
+        def ragged(name: str, values: np.ndarray, offsets: np.ndarray, rows: int) -> None:
+            if not _are_offsets(offsets, rows, len(values)):
+                raise InputError(f"{_file(path, name)}: no offsets of {rows} rows; {_remedy(path)}")
+
+        texts = {}
+        for name in ("ids", "texts"):
+            utf8, offsets = array(name), array(f"{name}_offsets")
+            ragged(f"{name}_offsets", utf8, offsets, about.num_labels)
+            texts[name] = Texts(utf8, offsets)
+        vectors = array("vectors")
         train = {}
         if about.has_train_vectors:
-            indptr, indices = array("train_indptr"), array("train_labels")
+            queries, indptr, indices = (
+                array(name) for name in ("train_vectors", "train_indptr", "train_labels")
+            )
+            ragged("train_indptr", indices, indptr, len(queries))
+            if len(indices) and not 0 <= indices.min() <= indices.max() < about.num_labels:
+                raise InputError(
+                    f"{_file(path, 'train_labels')}: rows of labels outside 0 to "
+                    f"{about.num_labels - 1}; {_remedy(path)}"
+                )
             relevance = sparse.csr_matrix(
                 (np.ones(len(indices), np.float32), indices, indptr),
-                shape=(len(indptr) - 1, about.num_labels),
+                shape=(len(queries), about.num_labels),
             )
-            train = {"train_vectors": array("train_vectors"), "train_relevance": relevance}
-        return ServingArtifacts(path, about, **texts, vectors=array("vectors"), **train)
+            train = {"train_vectors": queries, "train_relevance": relevance}
+        _check_tokenizer(path, about)
+        return ServingArtifacts(path, about, **texts, vectors=vectors, **train)
+
+
+def _file(path: str, name: str) -> str:
+    return os.path.join(path, f"{name}.npy")
+
+
+def _open_array(path: str, about: About, name: str) -> np.ndarray:
+    """Opens an array and compares it with its checksum."""
+    if name not in about.arrays:
+        name = _ARRAYS_0_1.get(name, name)
+    values = store.open_array(path, name, {"arrays": about.arrays}, ABOUT, _remedy(path))
+    data = memoryview(values).cast("B") if values.size else b""
+    if hashlib.sha256(data).hexdigest() != about.arrays[name]["sha256"]:
+        raise InputError(f"{_file(path, name)}: does not match its checksum; {_remedy(path)}")
+    return values
+
+
+def _are_offsets(offsets: np.ndarray, rows: int, total: int) -> bool:
+    """Whether offsets divide values into rows: ascending from 0 to their number."""
+    is_whole = offsets.shape == (rows + 1,) and (offsets[0], offsets[-1]) == (0, total)
+    return is_whole and bool((offsets[1:] >= offsets[:-1]).all())
+
+
+def _check_tokenizer(path: str, about: About) -> None:
+    """Compares the tokenizer with its checksum, if one was recorded."""
+    name = os.path.join(path, store.TOKENIZER)
+    if about.tokenizer and _digest(name, path) != about.tokenizer:
+        raise InputError(f"{name}: does not match its checksum; {_remedy(path)}")
+
+
+def _digest(name: str, path: str) -> str:
+    """SHA-256 of a file in the artifacts `path`."""
+    try:
+        with regular_files.open_binary(name) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror or error}; {_remedy(path)}") from None
 
 
 def locate(workdir: str) -> str:
@@ -128,10 +186,28 @@ def read_about(path: str) -> About:
     """Reads `artifacts.json` of a directory.
 
     Raises:
-      InputError: If it is missing, damaged or of another format.
+      InputError: If it is missing, damaged or of another format, or if its arrays do not fit each
+        other.
     """
     name = workdir_lib.path_of(path, ABOUT, _ABOUT_0_1)
-    return json_files.read(name, About, _remedy(path))
+    about = sealed.read(name, About, _remedy(path))
+    shapes = {array: info["shape"] for array, info in about.arrays.items()}
+    width = shapes.get("vectors", [0, 0])[-1]
+    expected = {"vectors": [about.num_labels, width]}
+    if about.has_train_vectors:
+        queries = "train_vectors" if "train_vectors" in shapes else _ARRAYS_0_1["train_vectors"]
+        expected[queries] = [shapes[queries][0] if shapes[queries] else 0, width]
+    for array in ("ids_offsets", "texts_offsets"):
+        expected[array] = [about.num_labels + 1]
+    for array in ("ids", "texts"):
+        expected[array] = shapes.get(array, [0])[:1]
+    for array, shape in expected.items():
+        if shapes.get(array) != shape:
+            raise InputError(
+                f"{name}: array {array!r} has shape {shapes.get(array)}, expected {shape}; "
+                f"{_remedy(path)}"
+            )
+    return about
 
 
 def has_labels_of(path: str, dataset: PreparedDataset) -> bool:
@@ -144,9 +220,11 @@ def has_labels_of(path: str, dataset: PreparedDataset) -> bool:
     tokenizer = os.path.join(path, store.TOKENIZER)
     if not os.path.isfile(tokenizer):
         return False
-    own, other = read_about(path).arrays, dataset.info["arrays"]
+    about, other = read_about(path), dataset.info["arrays"]
+    _check_tokenizer(path, about)
     return filecmp.cmp(tokenizer, dataset.tokenizer, shallow=False) and all(
-        own[name]["sha256"] == other[f"labels_{name}"]["sha256"] for name in ("ids", "ids_offsets")
+        about.arrays[name]["sha256"] == other[f"labels_{name}"]["sha256"]
+        for name in ("ids", "ids_offsets")
     )
 
 
@@ -196,9 +274,9 @@ def save(
             image_width=dataset.image_width,
             images=dataset.info["settings"]["images"],
             arrays=writer.arrays | linked,
+            tokenizer=_digest(os.path.join(temporary, store.TOKENIZER), path),
         )
-        with open(os.path.join(temporary, ABOUT), "w", encoding="utf-8") as file:
-            json.dump(msgspec.structs.asdict(about), file, indent=2, ensure_ascii=False)
+        sealed.write(os.path.join(temporary, ABOUT), msgspec.structs.asdict(about))
 
 
 def _link_or_write(

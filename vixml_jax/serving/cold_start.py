@@ -8,7 +8,8 @@ from jaxtyping import Float
 
 from vixml_jax.labels.head import SCALE
 from vixml_jax.search import fusion
-from vixml_jax.serving.predictor import HeadRows, Predictor
+from vixml_jax.serving.label_view import HeadRows
+from vixml_jax.serving.predictor import Predictor
 
 NUM_NEAREST = 10  # Labels of the run whose mean centroid is the prior of a new label's centroid.
 PRIOR_COUNT = 3.0  # Weight of what is known without examples, in example queries.

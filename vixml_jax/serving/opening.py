@@ -33,27 +33,35 @@ def open_run(
     Raises:
       InputError: If artifacts must be written, and the prepared data are missing or others.
     """
-    path, num_labels, dataset = _find(config, step, with_train, cache)
+    path, dataset = _find(config, step, with_train, cache)
+    # Opened first if they exist: the model takes memory for as many labels as they have.
+    opened = ServingArtifacts.open(path) if dataset is None else None
+    num_labels = opened.about.num_labels if dataset is None else dataset.num_labels
+    tower, layout = workdir_lib.read_tower(config.workdir)
+    if opened is not None and opened.vectors.shape[1] != tower.width:
+        raise InputError(
+            f"{path}: vectors of width {opened.vectors.shape[1]}, but the tower of the run has "
+            f"width {tower.width}; remove the directory {path}; it is then written again"
+        )
     model = workdir_lib.build_model(
-        config, *workdir_lib.read_tower(config.workdir), num_labels, workdir_lib.make_mesh(config)
+        config, tower, layout, num_labels, workdir_lib.make_mesh(config)
     )
     params, labels, _ = workdir_lib.restore_model(config.workdir, model)
     if dataset is not None:
         _write(path, config, model, params, labels, dataset, step, with_train)
-    return model, params, labels, ServingArtifacts.open(path)
+    return model, params, labels, opened or ServingArtifacts.open(path)
 
 
 def _find(
     config: Config, step: int, with_train: bool, cache: str
-) -> tuple[str, int, PreparedDataset | None]:
+) -> tuple[str, PreparedDataset | None]:
     """Returns where the artifacts of a run are, and the data to write them from if they must be.
 
     Args:
       config, step, with_train, cache: See `open_run`.
 
     Returns:
-      The directory; the number of labels; the prepared data, or None if the directory holds
-      artifacts of this step.
+      The directory; the prepared data, or None if the directory holds artifacts of this step.
     """
     path = artifacts.locate(config.workdir)
     if os.path.isdir(path):
@@ -63,9 +71,9 @@ def _find(
                 f"{path}: of step {about.step}; written again for the model of step {step}"
             )
         elif about.has_train_vectors or not with_train:
-            return path, about.num_labels, None
+            return path, None
     dataset = _open_data(config, path, cache)
-    return os.path.join(config.workdir, artifacts.DIRECTORY), dataset.num_labels, dataset
+    return os.path.join(config.workdir, artifacts.DIRECTORY), dataset
 
 
 def _open_data(config: Config, path: str, cache: str) -> PreparedDataset:

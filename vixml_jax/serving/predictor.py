@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,13 +22,14 @@ from vixml_jax.modeling import Model
 from vixml_jax.parallel import sharding
 from vixml_jax.search import fusion as fusion_lib
 from vixml_jax.search import index as index_lib
-from vixml_jax.search import updates as updates_lib
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.factory import open_index
 from vixml_jax.search.fusion import Fusion
 from vixml_jax.search.index import Index
-from vixml_jax.serving import batching, label_updates, opening
+from vixml_jax.serving import batching, label_updates, label_view, opening
 from vixml_jax.serving.artifacts import ServingArtifacts
+from vixml_jax.serving.label_updates import LabelUpdates
+from vixml_jax.serving.label_view import HeadRows, LabelView
 from vixml_jax.serving.query_items import ItemReader
 from vixml_jax.storage import object_store
 from vixml_jax.structs import LabelState, PackedItems, SearchResult
@@ -54,20 +56,15 @@ class Prediction(NamedTuple):
     score: float
 
 
-class HeadRows(NamedTuple):
-    """What the label head holds of each label."""
-
-    vectors: Float[np.ndarray, "n e"]
-    bias: Float[np.ndarray, " n"]
-
-
 class Predictor:
     """Returns the best labels of queries, by a run's model and labels. Create it with `load`.
+
+    Each call sees the labels of one moment, those of `view`, whatever is refreshed meanwhile.
 
     Attributes:
       workdir: The run directory.
       artifacts: Serving artifacts of the run.
-      updates: Labels added to and removed from the run since training.
+      view: The labels as `refresh` found them last: those of the run, with all label updates.
       model: The run's model.
       params: Its parameters. Of the label head, only the network of the queries.
       labels: Its label state.
@@ -117,7 +114,7 @@ class Predictor:
             mean_tokens=about.mean_tokens,
             max_tokens=about.max_tokens,
         )
-        self._rows_by_id: dict[str, int] | None = None
+        self._refreshing = threading.Lock()
         self.refresh()
 
     @staticmethod
@@ -214,31 +211,33 @@ class Predictor:
         return predictor
 
     def refresh(self) -> None:
-        """Reads label updates that were written since the run was opened."""
-        updates = label_updates.read(self.workdir, self.artifacts, self.label_width)
-        self.updates, self._index = updates, self._run_index
-        if len(updates.ids) or len(updates.removed):
+        """Reads label updates that were written since the run was opened.
 
-            def exact(vectors: Float[np.ndarray, "m w"]) -> ExactIndex | None:
-                return ExactIndex(vectors, mesh=self.model.mesh) if len(vectors) else None
+        Calls in progress end with the labels that they began with. Several threads may refresh.
 
-            self._index = updates_lib.UpdatedIndex(
+        Raises:
+          InputError: If an update is damaged, or was made for another model; the labels stay as
+            they were.
+        """
+        with self._refreshing:  # So that what was read last is what is seen last.
+            self.view = label_view.make(
+                self.artifacts,
+                self.head_rows,
                 self._run_index,
-                exact(updates.vectors),
-                len(self.artifacts.ids),
-                updates.removed,
-                None if self.fusion is None else exact(self.label_vectors(updates.removed)),
+                label_updates.read(self.workdir, self.artifacts, self.label_width),
+                lambda vectors: ExactIndex(vectors, mesh=self.model.mesh),
+                normalised=self.fusion is not None,
             )
-        if self.mixing is not None:
-            self._relevance = label_updates.apply_to_relevance(
-                self.artifacts.train_relevance, updates
-            )
-        self._rows_by_id = None
+
+    @property
+    def updates(self) -> LabelUpdates:
+        """Labels added to and removed from the run since training."""
+        return self.view.updates
 
     @property
     def num_labels(self) -> int:
         """Number of labels that can be found."""
-        return len(self.artifacts.ids) + len(self.updates.ids) - len(self.updates.removed)
+        return self.view.num_labels
 
     def __call__(
         self,
@@ -263,16 +262,17 @@ class Predictor:
         """
         if k < 1:
             raise InputError(f"k={k}: expected at least 1")
+        view = self.view
         items = self.items(texts, images)
-        pairs = self._filter_pairs(never, len(texts))
-        found = self.search(self._encode_items(items), k, pairs)
+        pairs = _filter_pairs(view, never, len(texts))
+        found = self._search(view, self._encode_items(items), min(k, view.num_labels), pairs)
         empty = np.array([not text.strip() for text in texts], bool)
         if items.images is not None:
             empty &= np.diff(items.images.offsets) == 0
         found.ids[empty] = -1
         return [
             [
-                Prediction(*self.label(row), float(score))
+                Prediction(*view.label(row), float(score))
                 for row, score in zip(ids, scores, strict=True)
                 if row >= 0 and score >= min_score
             ]
@@ -282,8 +282,7 @@ class Predictor:
     @property
     def label_width(self) -> int:
         """Width of the vectors that represent labels in the search."""
-        width = self.artifacts.vectors.shape[1]
-        return width if self.head_rows is None else fusion_lib.width(width)
+        return label_view.label_width(self.artifacts, self.head_rows)
 
     def label_vectors(self, rows: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m w"]:
         """Returns the vectors of labels whose inner products with `query_vectors` are scores.
@@ -291,17 +290,7 @@ class Predictor:
         Args:
           rows: Of the labels; those of added labels follow those of the run.
         """
-        count = len(self.artifacts.ids)
-        own = np.flatnonzero(rows < count)
-        vectors = np.empty((len(rows), self.label_width), np.float32)
-        prototypes = self.artifacts.vectors[rows[own]]
-        if self.head_rows is not None:
-            of_head = (x[rows[own]] for x in self.head_rows)
-            prototypes = fusion_lib.label_vectors(prototypes, *of_head)
-        vectors[own] = prototypes
-        added = np.flatnonzero(rows >= count)
-        vectors[added] = self.updates.vectors[rows[added] - count]
-        return vectors
+        return self.view.label_vectors(rows)
 
     def query_vectors(self, vectors: Float[np.ndarray, "q e"]) -> Float[np.ndarray, "q w"]:
         """Returns what is searched with: unit vectors of queries, fused with those of the head."""
@@ -325,20 +314,11 @@ class Predictor:
 
     def label(self, row: int) -> tuple[str, str]:
         """Returns id and text of a label; rows of added labels follow those of the run."""
-        count = len(self.artifacts.ids)
-        source, at = (self.artifacts, row) if row < count else (self.updates, row - count)
-        return source.ids[at], source.texts[at]
+        return self.view.label(row)
 
     def row_of(self, name: str) -> int | None:
         """Returns the row of a label by its id; None if there is no such label."""
-        if self._rows_by_id is None:
-            ids = (name for chunk in self.artifacts.ids.chunks() for name in chunk)
-            rows = {name: row for row, name in enumerate(ids)}
-            first = len(rows)
-            rows |= {name: first + i for i, name in enumerate(self.updates.ids)}
-            removed = set(self.updates.removed.tolist())
-            self._rows_by_id = {name: row for name, row in rows.items() if row not in removed}
-        return self._rows_by_id.get(name)
+        return self.view.row_of(name)
 
     def search(
         self,
@@ -359,8 +339,18 @@ class Predictor:
           k: Columns of the result; rows are shorter where there are fewer labels.
           pairs: (query, label) that must not be found.
         """
+        return self._search(self.view, vectors, k, pairs)
+
+    def _search(
+        self,
+        view: LabelView,
+        vectors: Float[np.ndarray, "q e"],
+        k: int,
+        pairs: Int[np.ndarray, "f 2"] | None,
+    ) -> SearchResult:
+        """Searches the labels of a view; see `search`."""
         result = index_lib.empty_result(len(vectors), k)
-        retrieved = min(max(k, self._min_results), self.num_labels)
+        retrieved = min(max(k, self._min_results), view.num_labels)
         for batch in self._planner.batches(len(vectors)):
             block = np.zeros((batch.size, vectors.shape[1]), np.float32)
             block[: batch.count] = vectors[batch.rows]
@@ -370,18 +360,19 @@ class Predictor:
                 block_pairs = index_lib.pairs_of(pairs, rows)
             has_head = self.fusion is not None
             found = index_lib.search_filtered(
-                self._index,
+                view.index,
                 self.query_vectors(block),
                 block_pairs,
                 retrieved,
                 as_probabilities=has_head,
             )
             if self.mixing is not None:
-                near = self._train_index.search(block, max(self.mixing.k, retrieved))
+                num_near = min(max(self.mixing.k, retrieved), view.relevance.shape[0])
+                near = self._train_index.search(block, num_near)
                 found = mixing_lib.mix_neighbours(
                     found,
                     near,
-                    self._relevance,
+                    view.relevance,
                     self.mixing,
                     k,
                     block_pairs,
@@ -479,19 +470,20 @@ class Predictor:
             longest = "a " * self.artifacts.about.max_tokens
             self.encode([longest] * size, images and images * size)
 
-    def _filter_pairs(
-        self, never: Sequence[Sequence[str]] | None, count: int
-    ) -> Int[np.ndarray, "f 2"] | None:
-        """Returns (query, label) pairs of the labels that must not be predicted."""
-        if never is None or not any(never):
-            return None
-        if len(never) != count:
-            raise InputError(f"found filters for {len(never)} queries, expected {count}")
-        pairs = []
-        for query, names in enumerate(never):
-            for name in names:
-                row = self.row_of(name)
-                if row is None:
-                    raise InputError(f"query {query}: unknown label {name!r} in its filter")
-                pairs.append((query, row))
-        return np.array(pairs)
+
+def _filter_pairs(
+    view: LabelView, never: Sequence[Sequence[str]] | None, count: int
+) -> Int[np.ndarray, "f 2"] | None:
+    """Returns (query, label) pairs of the labels that must not be predicted."""
+    if never is None or not any(never):
+        return None
+    if len(never) != count:
+        raise InputError(f"found filters for {len(never)} queries, expected {count}")
+    pairs = []
+    for query, names in enumerate(never):
+        for name in names:
+            row = view.row_of(name)
+            if row is None:
+                raise InputError(f"query {query}: unknown label {name!r} in its filter")
+            pairs.append((query, row))
+    return np.array(pairs)

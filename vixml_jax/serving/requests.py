@@ -18,6 +18,7 @@ from vixml_jax.data.sources.readers import Chunk
 from vixml_jax.data.sources.reading import Reading
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
+from vixml_jax.storage import regular_files
 
 _SEPARATOR = "|"  # Of lists in a text cell.
 
@@ -151,6 +152,7 @@ def read_filters(path: str) -> dict[str, list[str]]:
       InputError: If a line is malformed, or the file cannot be read.
     """
     filters: dict[str, list[str]] = {}
+    regular_files.check(path)
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

@@ -1,19 +1,19 @@
 """Directories in an object store, such as gs://bucket/run, accessed with etils' epath."""
 
 import concurrent.futures
-import contextlib
-import fcntl
+import glob
+import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 
 from absl import flags
 from etils import epath
 
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import progress
+from vixml_jax.storage import locks
 
 CACHE = os.path.join("~", ".cache", "vixml_jax", "data")
 _EVERY_S = 60.0  # Time between two copies by a Mirror.
@@ -88,9 +88,11 @@ def local_copy(path: str, name: str, cache: str) -> str:
     cache = os.path.abspath(os.path.expanduser(cache))
     copy = os.path.join(cache, name)
     os.makedirs(cache, exist_ok=True)
-    with locked(copy + ".lock"):
+    with locks.exclusive(cache, doing=f"copying {path}", wait_s=math.inf, name=name + ".lock"):
         if os.path.isdir(copy):
             return copy
+        for left in glob.glob(glob.escape(copy) + ".tmp-*"):  # By a process that was killed.
+            shutil.rmtree(left, ignore_errors=True)
         files = {file.relative_to(path): file.stat().length for file in _files(path)}
         total, free = sum(files.values()), shutil.disk_usage(cache).free
         if total > free:
@@ -125,14 +127,6 @@ def _download(path: str, file: os.PathLike, to: str) -> int:
     with (epath.Path(path) / file).open("rb") as source, open(target, "wb") as copy:
         shutil.copyfileobj(source, copy, _CHUNK)
     return os.path.getsize(target)
-
-
-@contextlib.contextmanager
-def locked(lock: str) -> Iterator[None]:
-    """Holds a lock file, so that one process of the machine at a time runs the block."""
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _version(path: str) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vixml_jax.errors import InputError, NotFiniteError
-from vixml_jax.storage import atomic, json_files, object_store
+from vixml_jax.storage import atomic, json_files, npy_files, object_store
 
 DIRECTORY = "vectors"  # In a run directory.
 ABOUT = "about.json"
@@ -173,12 +173,12 @@ class VectorStore:
         path = self._path(f"{name}.npy")
         try:
             status = os.stat(path)
-            # An empty file cannot be mapped.
-            values = np.load(path, mmap_mode=None if 0 in array.shape else "r", allow_pickle=False)
+            values = npy_files.open_mapped(path, "made anew")
         except FileNotFoundError:
             raise _Damaged("missing") from None
-        except (ValueError, EOFError) as error:
-            raise _Damaged(f"truncated or damaged ({error})") from None
+        except InputError as error:
+            reason = str(error).removeprefix(f"{path}: ").removesuffix("; made anew")
+            raise _Damaged(reason) from None
         found, expected = (values.dtype.str, values.shape), (array.dtype, array.shape)
         if found != expected or found[0] != _DTYPE.str:
             raise _Damaged(f"found {found}, expected {(_DTYPE.str, array.shape)}; see {ABOUT}")

@@ -12,7 +12,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from vixml_jax import workdir
+from vixml_jax import frozen_weights, workdir
 from vixml_jax.config import Config
 from vixml_jax.data import prepare_line
 from vixml_jax.data.packing import Layout
@@ -20,7 +20,7 @@ from vixml_jax.data.store import PreparedDataset
 from vixml_jax.data.text import tokenizer
 from vixml_jax.errors import InputError
 from vixml_jax.modeling import Model
-from vixml_jax.models import hf_checkpoints
+from vixml_jax.models import hf_checkpoints, hf_configs
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.tower import EncoderConfig, TowerConfig
@@ -126,6 +126,7 @@ def make_tower(config: Config, dataset: PreparedDataset) -> tuple[TowerConfig, L
         tower = dataclasses.replace(tower, **changes)
     except ValueError as error:
         raise InputError(f"--lora.maps={','.join(config.lora.maps)}: {error}") from None
+    hf_configs.check_sizes("the tower of these --model flags", tower)
     _check_data_fit(config, dataset, tower, layout)
     return tower, layout
 
@@ -248,8 +249,8 @@ def assemble(
     if config.head.weight:
         params = {**params, "head": model.abstract_head}
         tx = optimizer.with_head(tx, _head_optimizer(config, total_steps))
-    trained, frozen = workdir.split_params(params, tower)
-    frozen = workdir.as_frozen(frozen, workdir.frozen_dtype(config))
+    trained, frozen = frozen_weights.split(params, tower)
+    frozen = frozen_weights.as_stored(frozen, frozen_weights.dtype(config))
     like = state_lib.abstract_state(model, trained, frozen, tx, sizes.queries)
     step = train_step.make_train_step(
         model,
@@ -266,14 +267,14 @@ def assemble(
 def _head_parts(config: Config, model: Model, sizes: DataSizes) -> HeadParts:
     tower = model.tower.config
     tx = _head_optimizer(config, head_steps(config, sizes.queries))
-    head_only = workdir.split_params(
+    head_only = frozen_weights.split(
         {**model.abstract_params, "head": model.abstract_head}, tower, head_only=True
     )[0]
     moments = state_lib.abstract_state(model, head_only, {}, tx, sizes.queries)
-    trained, frozen = workdir.split_params(
+    trained, frozen = frozen_weights.split(
         {**model.abstract_params, "head": model.abstract_head}, tower, head_only=config.head.only
     )
-    frozen = workdir.as_frozen(frozen, workdir.frozen_dtype(config))
+    frozen = frozen_weights.as_stored(frozen, frozen_weights.dtype(config))
     like = moments._replace(
         params=sharding.stored_tree(trained, model.mesh),
         frozen=sharding.stored_tree(frozen, model.mesh),
@@ -320,7 +321,7 @@ def initial_params(config: Config, model: Model, dataset: PreparedDataset) -> An
     if config.model.pretrained:
         _, weights = hf_checkpoints.load_hf_tower(
             config.model.pretrained,
-            dtype=workdir.frozen_dtype(config),
+            dtype=frozen_weights.dtype(config),
             mesh=model.mesh,
             pooling=config.model.pooling,
         )

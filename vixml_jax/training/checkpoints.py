@@ -16,8 +16,10 @@ from jaxtyping import Int
 from vixml_jax import errors, workdir
 from vixml_jax.errors import InputError
 from vixml_jax.parallel import distributed
-from vixml_jax.storage import digests, object_store
+from vixml_jax.storage import digests, held, object_store
 from vixml_jax.structs import LabelState, TrainState
+
+_READERS_S = 60.0  # How long a best model that has to go waits for those who read it.
 
 
 class Checkpoints:
@@ -58,8 +60,15 @@ class Checkpoints:
         self._directory = object_store.absolute(directory)
         self._max_to_keep, self._every, self._minutes = max_to_keep, every, minutes
         _finish_replacement(self._directory)
+        _finish_deletion([self._directory, *([object_store.absolute(best)] if best else [])])
         _move_damaged(self._directory)
-        self._manager = self._open(self._directory, ("model", "training", "position"), max_to_keep)
+        is_local = object_store.is_local(self._directory)
+        # On a disk, old checkpoints are deleted by `_drop_old`, which spares those being read.
+        self._manager = self._open(
+            self._directory,
+            ("model", "training", "position"),
+            None if is_local else max_to_keep,
+        )
         self._best_directory = best and object_store.absolute(best)
         self._best = best and self._open(self._best_directory, ("model",), None)
         self._due, self._saved_at = False, time.monotonic()
@@ -263,9 +272,17 @@ class Checkpoints:
         """
         if self._best:
             self.wait()
-            for other in self._best.all_steps():
-                if other != step:
+            others = [other for other in self._best.all_steps() if other != step]
+            for other in others:
+                if object_store.is_local(self._best_directory):
+                    if jax.process_index() == 0:
+                        path = os.path.join(self._best_directory, str(other))
+                        held.delete(path, wait_s=_READERS_S, force=True)
+                else:
                     self._best.delete(other)
+            if others and object_store.is_local(self._best_directory):
+                distributed.barrier("checkpoints: best dropped")
+                self._best.reload()
 
     def check(self) -> None:
         """Raises the error of a finished write, if it failed; does not wait for one under way."""
@@ -277,6 +294,13 @@ class Checkpoints:
         with self._reporting_disk_faults():
             self._manager.wait_until_finished()
         self._pending = None
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        """Deletes all but the newest checkpoints; one that is being read, at a later time."""
+        if jax.process_index() == 0 and object_store.is_local(self._directory):
+            for step in digests.steps(self._directory)[: -self._max_to_keep]:
+                held.delete(os.path.join(self._directory, str(step)))
 
     def close(self) -> None:
         """Waits for writes and closes the checkpoint managers."""
@@ -312,6 +336,15 @@ class Checkpoints:
                 f"{self._directory}: {fault} while saving step {step} (up to {size:,} bytes"
                 f"{was_free}); {latest}; free disk space and run the same command again"
             ) from None
+
+
+def _finish_deletion(directories: list[str]) -> None:
+    """Deletes the rest of checkpoints whose deletion was interrupted."""
+    for directory in directories:
+        if jax.process_index() == 0 and epath.Path(directory).is_dir():
+            for path in epath.Path(directory).iterdir():
+                if path.name.endswith(held.DELETED):
+                    path.rmtree(missing_ok=True)
 
 
 def nbytes(tree: Any) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from vixml_jax import workdir
+from vixml_jax import frozen_weights, workdir
 from vixml_jax.config import Config
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.parallel import sharding
@@ -83,7 +83,7 @@ def show_setup(
     if parts.model.head is not None:
         params = {**params, "head": parts.model.abstract_head}
     trained, frozen = map(
-        _num_values, workdir.split_params(params, tower, head_only=config.head.only)
+        _num_values, frozen_weights.split(params, tower, head_only=config.head.only)
     )
     prototypes = "label prototypes" if parts.model.combiner else "no label prototypes"
     console.status(

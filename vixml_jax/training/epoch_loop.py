@@ -37,6 +37,8 @@ class Position:
       waited: Evaluations since then.
       encoded: Whether the bank holds the vectors of all training queries under the current model.
       head_from: Step at which the head epochs began; None before them.
+      unreported: Scalars of the steps since the last line of `metrics.jsonl`, which the next line
+        is the mean of.
     """
 
     epoch: int
@@ -48,6 +50,7 @@ class Position:
     waited: int = 0
     encoded: bool = False
     head_from: int | None = None
+    unreported: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
 @jax.jit
@@ -143,7 +146,10 @@ class EpochLoop:
             batches = self._open(clusters, position)
         self._opened = None, None
         step, last = int(state.step), self.stage.last_step(position.epoch)
-        unread: list[dict[str, jax.Array]] = []
+        unread: list[Mapping[str, Any]] = [
+            {name: np.float32(value) for name, value in scalars.items()}
+            for scalars in position.unreported
+        ]
         agree = preemption.Agreement(self.mesh)
         timer.lap("host")
         for batch in batches:
@@ -173,17 +179,21 @@ class EpochLoop:
             timer.lap("host")
             unread = self._read(step, position.epoch, unread)
             timer.lap("compute")
-            reached = dataclasses.replace(position, batches=batches.get_state())
+            reached = dataclasses.replace(
+                position,
+                batches=batches.get_state(),
+                unreported=[
+                    {name: float(value) for name, value in scalars.items()} for scalars in unread
+                ],
+            )
             if action == preemption.STOP:
-                if unread:
-                    self._report(step, position.epoch, unread, logger)
                 self._save_and_stop(state, clusters, reached)
             timer.lap("host")
             self._save(state, clusters, reached)
             timer.lap("saving")
         profiler.at(step, unread)
         profiler.stop()  # The end of an epoch is not part of a step.
-        return state, dataclasses.replace(position, batches=batches.get_state())
+        return state, dataclasses.replace(position, batches=batches.get_state(), unreported=[])
 
     def _request(self, step: int) -> int:
         """Returns what this process requests to do after a step."""
@@ -192,7 +202,7 @@ class EpochLoop:
         return preemption.SAVE if self.checkpoints.due(step) else preemption.GO_ON
 
     def _report(
-        self, step: int, epoch: int, unread: list[dict[str, jax.Array]], logger: MetricLogger
+        self, step: int, epoch: int, unread: list[Mapping[str, Any]], logger: MetricLogger
     ) -> None:
         """Logs the mean of the scalars since the last report."""
         read = self._read(step, epoch, unread)
@@ -203,8 +213,8 @@ class EpochLoop:
         logger.scalars(step, mean, epoch=epoch)
 
     def _read(
-        self, step: int, epoch: int, unread: list[dict[str, jax.Array]]
-    ) -> list[dict[str, np.ndarray]]:
+        self, step: int, epoch: int, unread: list[Mapping[str, Any]]
+    ) -> list[Mapping[str, np.ndarray]]:
         """Returns the scalars of the last steps, on the host.
 
         Raises:

@@ -152,7 +152,9 @@ class HeadTrainer(EpochLoop):
             end = self.stage.first_epoch + self.head.epochs
             while position.epoch < end:
                 state, _ = self._run_batches(state, clusters, position, logger)
-                position = dataclasses.replace(position, epoch=position.epoch + 1, batches=None)
+                position = dataclasses.replace(
+                    position, epoch=position.epoch + 1, batches=None, unreported=[]
+                )
                 is_last = position.epoch == end
                 if not is_last:
                     self._opened = position, self._open(clusters, position)

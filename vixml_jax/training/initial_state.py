@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from vixml_jax import workdir
+from vixml_jax import frozen_weights, workdir
 from vixml_jax.config import Config
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.modeling import Model
@@ -53,8 +53,8 @@ def first_state(
             group=group,
             with_head=config.head.weight > 0,
         )
-    params, frozen = workdir.split_params(params, model.tower.config, head_only=config.head.only)
-    workdir.save_frozen(config.workdir, frozen)
+    params, frozen = frozen_weights.split(params, model.tower.config, head_only=config.head.only)
+    frozen_weights.save(config.workdir, frozen)
     clusters = np.full(len(dataset.train), -1, np.int32)
     if resumes:
         del params
@@ -87,7 +87,7 @@ def best_state(
       store: Returns where the vectors of a step are kept; None: they are not kept.
     """
     params, labels, _ = workdir.restore_model(config.workdir, model)
-    trained, frozen = workdir.split_params(params, model.tower.config)
+    trained, frozen = frozen_weights.split(params, model.tower.config)
     vectors, bank = store and store(position.best_step).get("train"), None
     if vectors is not None:
         rows = Shard(np.arange(len(vectors)), vectors)

@@ -11,12 +11,16 @@ import numpy as np
 
 from vixml_jax.data import sampling
 from vixml_jax.errors import InputError
+from vixml_jax.flag_groups import SearchConfig
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import accelerators, sharding
 from vixml_jax.runtime import host_memory
+from vixml_jax.search import cost
 from vixml_jax.structs import Batch, HeadBatch, PackedItems, Positives, TrainState
 
 GIB, MIB = 2**30, 2**20
+# Bytes of programs compiled after the first step, and of libraries that only they load.
+LATER_PROGRAMS = GIB // 4
 NUM_SHOWN = 20  # Arrays listed however small they are; those of 1 MiB per device always are.
 HELP = (
     "to reduce the training step, lower --batch.microbatch_rows (0 means all rows at once) or "
@@ -34,22 +38,36 @@ class MemoryPlan(NamedTuple):
       step: Bytes that a training step needs in addition, from the compiled program: temporaries,
         the batch, the program itself, and padding by the device's memory layouts.
       device: Memory of the device; 0 if it is unknown.
+      process: Share of the process itself on a CPU, whose memory is that of the machine: Python,
+        libraries, compiled programs and data; 0 on other devices. So are the following.
+      saving: Bytes of the copy of the state that is written while training goes on.
+      evaluation: Bytes that encoding and search need, when no step runs.
     """
 
     held: dict[str, int]
     step: int
     device: int
+    process: int = 0
+    saving: int = 0
+    evaluation: int = 0
 
     @property
     def total(self) -> int:
         """Bytes that the run needs."""
-        return sum(self.held.values()) + self.step
+        working = max(self.step, self.evaluation) + self.saving
+        return self.process + sum(self.held.values()) + working
 
     def __str__(self) -> str:
         capacity = f" of {self.device / GIB:.1f}" if self.device else ""
+        held = {"process": self.process, **self.held}
+        step = f"training step {self.step / GIB:.2f}"
+        if self.evaluation:
+            step += f" (or evaluation {self.evaluation / GIB:.2f})"
+        if self.saving:
+            step += f", checkpoint writing {self.saving / GIB:.2f}"
         return (
-            f"memory per device (GiB): {_format_sizes(self.held)}, "
-            f"training step {self.step / GIB:.2f}, total {self.total / GIB:.2f}{capacity}"
+            f"memory per device (GiB): {_format_sizes(held)}, {step}, "
+            f"total {self.total / GIB:.2f}{capacity}"
         )
 
     def check(self) -> None:
@@ -111,6 +129,51 @@ def plan_memory(
         analysis.generated_code_size_in_bytes,
     )
     return MemoryPlan(held, sum(max(0, size) for size in additional), _device_memory(like))
+
+
+def with_process(plan: MemoryPlan, like: TrainState, evaluation: int) -> MemoryPlan:
+    """The plan with what else a process on a CPU holds; the same plan for other devices.
+
+    To be called once the step is compiled and before the state is allocated: what the process holds
+    then, it holds throughout.
+
+    Args:
+      plan: The plan of the arrays and of the step.
+      like: The state's shapes, dtypes and shardings.
+      evaluation: See `evaluation_bytes`.
+    """
+    if next(iter(like.step.sharding.device_set)).platform != "cpu":
+        return plan
+    process = (host_memory.resident() + LATER_PROGRAMS) // jax.local_device_count()
+    saved = bytes_per_device(like._replace(frozen=()))
+    return plan._replace(process=process, saving=saved, evaluation=evaluation)
+
+
+def evaluation_bytes(model: Model, length: float, *, block: int, labels: int) -> int:
+    """Approximate bytes per device of encoding a block, or of an exact search if that needs more.
+
+    Blocks of the search are those that evaluations in training use.
+
+    Args:
+      model: The model that encodes.
+      length: Mean number of positions of an item.
+      block: Items encoded at a time, over all devices.
+      labels: Number of labels.
+    """
+    tower, shards = model.tower.config, sharding.num_row_shards(model.mesh)
+    positions = model.row_sizes(length, block, shards).least * model.row_width
+    # The widest layers and the attention of all heads, of which three copies exist at the peak:
+    # measured on encoders of 384 with texts of 16 and of 64 tokens.
+    values = 3 * (tower.mlp_width + 3 * tower.width + tower.num_heads * model.row_width)
+    blocks = SearchConfig()
+    search = cost.exact_bytes(
+        labels,
+        model.table.width,
+        query_block=blocks.query_block,
+        label_block=blocks.label_block,
+        devices=shards,
+    )
+    return max(4 * positions * values, search // shards)
 
 
 def _device_memory(like: TrainState) -> int:

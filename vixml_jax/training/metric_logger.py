@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vixml_jax.runtime import console
-from vixml_jax.storage import object_store
+from vixml_jax.storage import atomic, object_store
 from vixml_jax.training.step_timer import Profiler, StepTimer
 
 METRICS = "metrics.jsonl"
@@ -379,9 +379,7 @@ def _keep_until(path: str, step: int) -> float:
                     seconds = values.get("seconds", 0.0)  # Missing in version 0.2.
             except json.JSONDecodeError:
                 break  # The run was killed while it wrote the last line.
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.replace(path + ".tmp", path)
+    atomic.write_text(path, "".join(kept))
     return seconds
 
 

@@ -2,11 +2,9 @@
 
 import collections
 import contextlib
-import os
 import signal
-import time
+import threading
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +12,26 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vixml_jax import errors
 from vixml_jax.errors import Preempted
 from vixml_jax.parallel import sharding
+from vixml_jax.runtime import progress, signals
 
 GO_ON, SAVE, STOP = range(3)  # Requests at the end of a step; the largest one is followed.
-# Schedulers signal a process and then its process group: within this time it is one signal.
-_SAME_SIGNAL_S = 1.0
 _NOTHING_UNSAVED = "no unsaved training progress"
+# What a signal does: the main thread unwinds, the process leaves at once, or it is only recorded.
+_UNWIND, _LEAVE, _DEFER = range(3)
 
 
 class StopSignal:
     """A request to stop this process, made by SIGTERM or SIGINT.
 
-    By default the first signal raises `Preempted` where it arrives. Inside `deferred` it is only
-    recorded in `requested_by`. With several processes it is always deferred, since the others
-    would wait for the one that left; they agree at the end of each step (`Agreement`) and in
-    `interruptible`. A second signal ends the process at once with the exit status of the signal.
+    By default a signal raises `Preempted` in the main thread, which cleans up; if that takes too
+    long, because a program is being compiled say, the process ends all the same. Inside `leaving`
+    the process ends at once. Inside `deferred` a signal is only recorded in `requested_by`. With
+    several processes it is always deferred, since the others would wait for the one that left;
+    they agree at the end of each step (`Agreement`) and in `interruptible`. A second signal ends
+    the process at once with the exit status of the signal.
 
     Attributes:
       requested_by: Name of the signal that arrived, "SIGTERM" say; None if there was none.
@@ -37,8 +39,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested_by: str | None = None
-        self._requested_at = 0.0
-        self._is_deferred = False
+        self._reaction = _UNWIND
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["StopSignal"]:
@@ -47,30 +48,41 @@ class StopSignal:
         After the context both signals are ignored: the process is about to end, and its exit
         status is settled.
         """
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        for number in numbers:
-            signal.signal(number, self._handle)
-        try:
+        with signals.handling(self._handle, self._watch):
             yield self
-        finally:
-            for number in numbers:
-                signal.signal(number, signal.SIG_IGN)
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Ends the process at once on a signal: for work that writes nothing worth keeping.
+
+        With several processes, a signal is recorded.
+        """
+        with self._reacting(_LEAVE if errors.is_alone() else _DEFER):
+            yield
+
+    @contextlib.contextmanager
+    def unwinding(self) -> Iterator[None]:
+        """Raises `Preempted` where a signal arrives, inside `leaving` too, for work to clean up."""
+        with self._reacting(_UNWIND if errors.is_alone() else _DEFER):
+            yield
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Records a signal within the context instead of raising `Preempted`."""
-        with self._deferring(True):
+        with self._reacting(_DEFER):
             yield
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raises `Preempted` as soon as a signal arrives, inside `deferred` too.
+        """Raises `Preempted` soon after a signal arrives, inside `deferred` too.
 
-        For work that may be abandoned anywhere because a resumed run repeats it. All processes
-        enter and leave the context together.
+        For work that may be abandoned because a resumed run repeats it. The exception is raised
+        where progress is shown, between two programs, and not in the signal handler, which may
+        run in a callback of a library that swallows it. All processes enter and leave the context
+        together.
         """
         self.raise_if_requested()
-        with self._deferring(False):
+        with progress.checking(self._check):
             yield
         self.raise_if_requested()
 
@@ -95,22 +107,28 @@ class StopSignal:
         )
 
     @contextlib.contextmanager
-    def _deferring(self, deferred: bool) -> Iterator[None]:
-        before, self._is_deferred = self._is_deferred, deferred
+    def _reacting(self, reaction: int) -> Iterator[None]:
+        before, self._reaction = self._reaction, reaction
         try:
             yield
         finally:
-            self._is_deferred = before
+            self._reaction = before
 
-    def _handle(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.requested_by is None:
-            self.requested_by, self._requested_at = signal.Signals(number).name, now
-            if not self._is_deferred and jax.process_count() == 1:
-                raise self.preempted(_NOTHING_UNSAVED)
-        elif now - self._requested_at > _SAME_SIGNAL_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def _check(self) -> None:
+        if errors.is_alone() and threading.current_thread() is threading.main_thread():
+            self.raise_if_requested()
+
+    def _handle(self, number: int) -> None:
+        first, self.requested_by = self.requested_by is None, signal.Signals(number).name
+        if first and self._reaction == _UNWIND:
+            raise self.preempted(_NOTHING_UNSAVED)
+
+    def _watch(self, number: int, over: threading.Event) -> None:
+        if self._reaction == _UNWIND and over.wait(signals.GRACE_S):
+            return
+        if self._reaction != _DEFER:  # A recorded request is followed where it is looked at.
+            self.requested_by = signal.Signals(number).name
+            signals.leave(errors.last_line(self.preempted(_NOTHING_UNSAVED)), errors.PREEMPTED)
 
 
 class Agreement:

@@ -149,6 +149,7 @@ class Trainer(EpochLoop):
         with self.stop.deferred():
             while position.epoch < self.loop.epochs and not self.out_of_patience(position):
                 state, done = self._run_batches(state, clusters, position, logger)
+                position = dataclasses.replace(position, unreported=[])
                 try:
                     ended = self._end_epoch(state, clusters, position, logger)
                 except Preempted:  # A resumed run repeats the end of the epoch.

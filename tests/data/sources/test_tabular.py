@@ -487,12 +487,12 @@ INVALID_PARQUET = {
     "not UTF-8": (
         ["text", "labels"],
         [pyarrow.array([b"\xff"]).view(pyarrow.string()), ["x"]],
-        "rows 1 to 1: 'text' cannot be read as string",
+        "row 1: 'text' cannot be read as string",
     ),
     "not a date": (
         ["text", "labels", "when"],
         [["a"], ["x"], pyarrow.array([2**62], pyarrow.timestamp("us"))],
-        "rows 1 to 1: 'when' cannot be read as timestamp[us]",
+        "row 1: 'when' cannot be read as timestamp[us]",
     ),
     "too many dimensions": (
         ["text", "labels", "embedding"],

@@ -84,7 +84,7 @@ def serve(prepare: Callable[[list[str], dict[str, Any]], dict[str, Prepared]]) -
     if len(sys.argv) < 4 or sys.argv[1] != "--worker":
         return False
     os.sched_setaffinity(0, {int(core) for core in os.environ["VIXML_CORES"].split(",")})
-    host_memory.keep_freed_pages()  # For every program alike.
+    host_memory.bound_freed_pages()  # For every program alike.
     prepared = prepare(json.loads(sys.argv[2]), json.loads(sys.argv[3]))
     print(json.dumps({name: about for name, (about, _) in prepared.items()}), flush=True)
     for line in sys.stdin:

@@ -3,7 +3,6 @@
 import contextlib
 import fnmatch
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -349,9 +348,7 @@ class EmbeddingStore:
         for name in (self._digests, self._vectors):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(name)
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(dict(about), file, indent=2)
-        os.replace(path + ".tmp", path)
+        json_files.write(path, dict(about))
 
     def add(self, digests: Sequence[str], vectors: Float[np.ndarray, "k v"]) -> None:
         """Appends the vectors of new files."""

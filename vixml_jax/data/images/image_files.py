@@ -1,7 +1,7 @@
 """Image files named by a source: their paths, and their pixels for a vision model."""
 
 import os
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -10,7 +10,7 @@ from jaxtyping import Float32
 from vixml_jax.data.images import image_reader
 from vixml_jax.data.images.image_reader import ImageSource
 from vixml_jax.errors import InputError
-from vixml_jax.storage import json_files
+from vixml_jax.storage import json_files, regular_files
 
 
 def read_paths(directory: str, prefix: str, count: int) -> list[list[str]] | None:
@@ -32,9 +32,10 @@ def read_paths(directory: str, prefix: str, count: int) -> list[list[str]] | Non
     path = os.path.join(directory, f"{prefix}_images.txt")
     if not os.path.exists(path):
         return None
+    regular_files.check(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")
+        with regular_files.open_binary(path) as file:
+            lines = file.read().decode().replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: paths are not UTF-8 ({error})") from None
     if lines and not lines[-1]:
@@ -65,9 +66,12 @@ class ImageProcessor(NamedTuple):
     std: tuple[float, float, float]
 
 
+_Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 13)]
+
+
 class _Size(msgspec.Struct):
-    height: int
-    width: int
+    height: _Pixels
+    width: _Pixels
 
 
 class _ProcessorConfig(msgspec.Struct):
@@ -78,7 +82,7 @@ class _ProcessorConfig(msgspec.Struct):
     do_rescale: bool | None = True
     do_normalize: bool | None = True
     do_center_crop: bool | None = False
-    resample: int | None = 3
+    resample: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = 3
     rescale_factor: float = 1 / 255
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -101,6 +105,12 @@ def read_processor(path: str) -> ImageProcessor:
     ):
         if bool(getattr(config, name)) != expected:
             raise InputError(f"{path}: {name} is {not expected}, expected {expected}")
+    numbers = [config.rescale_factor, *config.image_mean, *config.image_std]
+    if not np.isfinite(numbers).all() or min(np.abs(config.image_std)) < 1e-6:
+        raise InputError(
+            f"{path}: expected finite rescale_factor, image_mean and image_std, and no zero in "
+            "image_std"
+        )
     return ImageProcessor(
         config.size.height,
         config.size.width,

@@ -1,14 +1,19 @@
 """Reads an image file as a person sees it: upright, in colour, on white where it is transparent."""
 
 import base64
+import contextlib
 import functools
 import hashlib
 import io
 import os
+import threading
 import urllib.parse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+
+from vixml_jax.errors import InputError
+from vixml_jax.storage import regular_files
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,14 +22,22 @@ if TYPE_CHECKING:
 ImageSource = str | bytes
 
 # Formats of pixels, by their names in Pillow. Those that need another program (EPS needs
-# Ghostscript) or a plug-in to be decoded are left out.
+# Ghostscript) or a plug-in to be decoded are left out, and icons (ICO, ICNS), which contain images
+# of other sizes than they say.
 FORMATS = (
-    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG",
-    "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP",
+    "AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI",
+    "SGI", "SUN", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
 # Increased when images are read differently: embeddings of other versions are not used.
 VERSION = 2  # 1 ignored orientation and transparency, and clipped images of more than 8 bits.
-MAX_PIXELS = 178_956_970  # Larger images are refused before they are decoded, as Pillow does.
+# Larger images are refused before they are decoded. Models look at less than a hundredth of it, and
+# decoding takes up to 24 bytes a pixel.
+MAX_PIXELS = 1 << 25
+# JPEG is decoded at a half, a quarter or an eighth of its size where that is needed.
+MAX_JPEG_PIXELS = 89_478_485  # Pillow warns of more.
+_ALONE = 1 << 24  # Pixels of images of which one is decoded at a time.
+_one_at_a_time = threading.Lock()
+MAX_BYTES = 1 << 29  # Of a file.
 _SIXTEEN_BITS = 65535
 # Formats whose integers, which Pillow reads with 32 bits, have 16.
 _FORMATS_OF_16_BITS = ("JPEG2000", "PNG", "PPM")
@@ -56,28 +69,67 @@ def read(source: ImageSource) -> "Image.Image":
       OSError, ValueError: If the file is missing, broken, too large or not an image. The message
         is one line.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(file, formats=_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
+        with _opened(source) as file, Image.open(file, formats=_formats()) as image:
+            _shrink(image)
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
                 raise ValueError(
                     f"{image.width:,} x {image.height:,} pixels, expected at most {MAX_PIXELS:,} "
                     "in all; scale it down"
                 )
-            image.load()
-            try:
-                upright = ImageOps.exif_transpose(image)
-            except Exception:  # Damaged EXIF data raise anything, and say nothing about rotation.
-                upright = image
-            return _to_rgb(upright, image.format or "")
+            with _one_at_a_time if pixels > _ALONE else contextlib.nullcontext():
+                image.load()
+                _turn_upright(image)
+                upright = _to_rgb(image, image.format or "")
+            upright.info = {}  # Else a colour profile would be saved with a thumbnail.
+            return upright
     except Image.UnidentifiedImageError:
         raise ValueError(f"cannot identify the image: {_kind_of(source)}") from None
     except (OSError, ValueError):
         raise
     except Exception as error:  # Pillow raises anything for broken files.
         raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _opened(source: ImageSource) -> BinaryIO:
+    """A file open for reading, or one in memory.
+
+    Raises:
+      OSError: If it is not a regular file, or cannot be read; the message does not name it.
+    """
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not os.path.exists(source):
+        raise OSError("cannot be read: no such file")
+    try:
+        return regular_files.open_binary(source, max_bytes=MAX_BYTES)
+    except InputError as error:
+        raise OSError(f"cannot be read: {str(error).removeprefix(f'{source}: ')}") from None
+
+
+def _shrink(image: "Image.Image") -> None:
+    """Lets a large JPEG be decoded at a fraction of its size.
+
+    A progressive one is not, since its decoder keeps numbers for all pixels.
+    """
+    size, pixels = image.size, image.width * image.height
+    if image.format not in ("JPEG", "MPO") or image.info.get("progressive"):
+        return
+    if MAX_PIXELS < pixels <= MAX_JPEG_PIXELS:
+        factor = next(factor for factor in (2, 4, 8) if pixels <= MAX_PIXELS * factor**2)
+        image.draft(None, (size[0] // factor, size[1] // factor))
+
+
+def _turn_upright(image: "Image.Image") -> None:
+    """Turns an image as its EXIF orientation says."""
+    from PIL import ImageOps
+
+    # Damaged EXIF data raise anything, and say nothing about rotation.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 @functools.cache
@@ -101,7 +153,7 @@ def _to_rgb(image: "Image.Image", file_format: str) -> "Image.Image":
             grey[values == key] = 255
         return Image.fromarray(grey).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
@@ -137,13 +189,10 @@ def _to_8_bits(values: np.ndarray, mode: str, file_format: str) -> np.ndarray:
 def _kind_of(source: ImageSource) -> str:
     """What a file that is not an image is, from its first bytes."""
     try:
-        if isinstance(source, bytes):
-            head = source[:1024]
-        else:
-            with open(source, "rb") as file:
-                head = file.read(1024)
+        with _opened(source) as file:
+            head = file.read(1024)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return str(error)
     if not head:
         return "the file is empty"
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
@@ -165,15 +214,11 @@ def digest(source: ImageSource) -> str:
         return hashlib.sha256(source).hexdigest()
     if "://" in source:
         raise OSError("cannot be read: expected a path, or an http or https URL")
-    if not os.path.exists(source):
-        raise OSError("cannot be read: no such file")
-    if not os.path.isfile(source):  # Reading a pipe could wait for ever.
-        raise OSError("cannot be read: not a regular file")
-    try:
-        with open(source, "rb") as file:
+    with _opened(source) as file:
+        try:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise OSError(f"cannot be read: {error.strerror or error}") from None
+        except OSError as error:
+            raise OSError(f"cannot be read: {error.strerror or error}") from None
 
 
 def describe(source: ImageSource) -> str:

@@ -239,7 +239,10 @@ def _source(item: Any, chunk: Chunk, row: int, column: str) -> ImageSource | Non
         with contextlib.suppress(ValueError):  # A path after all.
             return image_reader.decode_base64(name)
     if name.startswith("file://"):
-        return urllib.request.url2pathname(urllib.parse.urlsplit(name).path)
+        try:
+            return urllib.request.url2pathname(urllib.parse.urlsplit(name).path)
+        except ValueError:
+            raise _unknown(name, chunk, row, column) from None
     return name if "://" in name else os.path.join(os.path.dirname(chunk.path), name)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from vixml_jax.errors import InputError
+from vixml_jax.storage import regular_files
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")  # In NumPy 1 and NumPy 2.
 _MAX_OBJECTS = 1 << 40  # A header may have a number that is too long to print.
@@ -134,18 +135,20 @@ def load_object_array(path: str) -> Shaped[np.ndarray, " n"]:
     """
     try:
         with (
-            open(path, "rb") as file,
+            regular_files.open_binary(path) as file,
             # Reads of a map end with the file, however long the pickle claims that something is.
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
             count = _read_header(content)
             loaded = _Unpickler(content).load()
-            at_end = not content.read(1)
+            at_end, size = not content.read(1), len(content)
     except _Forbidden as error:
         raise InputError(
             f"{path}: found {str(error)[:200]}; expected only integers, lists and arrays of "
             "integers (no code of the file was run)"
         ) from None
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # Damaged headers and pickles raise anything.
@@ -154,7 +157,16 @@ def load_object_array(path: str) -> Shaped[np.ndarray, " n"]:
     values = loaded.values if type(loaded) is _Array else None
     if type(values) is not list or len(values) != count or not at_end:
         raise InputError(f"{path}: expected one array of {count} objects, as in its header")
+    if sum(map(_count, values)) > size:  # An integer takes a byte or more.
+        raise InputError(f"{path}: repeats lists, to more integers than it has bytes")
     return np.fromiter((_plain(value, path, n) for n, value in enumerate(values)), object, count)
+
+
+def _count(value: Any) -> int:
+    """The number of elements of an object of the array."""
+    if type(value) is _Array:
+        value = value.values
+    return len(value) if type(value) in (list, np.ndarray) else 1
 
 
 def _read_header(file: BinaryIO | mmap.mmap) -> int:

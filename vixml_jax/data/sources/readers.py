@@ -12,7 +12,7 @@ from typing import Any
 from vixml_jax.data.sources import delimited, json_rows
 from vixml_jax.data.sources.delimited import USUAL, DelimitedRows, Dialect
 from vixml_jax.errors import InputError
-from vixml_jax.storage import text_files
+from vixml_jax.storage import regular_files, text_files
 
 KINDS = {
     ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
@@ -151,7 +151,10 @@ def read(
     kind = _required_kind(path)
     with _file_errors(path):
         if kind in _BINARY:
-            yield from _read_binary(path, kind, columns)
+            for chunk, faults in _read_binary(path, kind, columns):
+                if strict and faults:
+                    raise faults[min(faults)]
+                yield chunk
             return
         if kind == "jsonl":
             header, rows = None, json_rows.read_objects(path, dialect.encoding)
@@ -200,9 +203,12 @@ def read_rows(
     kind = _required_kind(path)
     with _file_errors(path):
         if kind in _BINARY:
-            for chunk in _read_binary(path, kind, None):
-                for row, line in enumerate(chunk.lines):
-                    yield line, {name: values[row] for name, values in chunk.columns.items()}
+            for chunk, faults in _read_binary(path, kind, None):
+                rows = faults | {
+                    line: {name: values[row] for name, values in chunk.columns.items()}
+                    for row, line in enumerate(chunk.lines)
+                }
+                yield from sorted(rows.items(), key=lambda item: item[0])
         elif kind == "jsonl":
             yield from json_rows.read_objects(path, dialect.encoding)
         else:
@@ -228,40 +234,52 @@ def _required_kind(path: str) -> str:
 def _file_errors(path: str) -> Iterator[None]:
     """Turns errors of reading a file into an InputError that names the file."""
     with text_files.errors_of(path):
-        if not os.path.getsize(path):
+        size = os.path.getsize(path)
+        regular_files.check(path)
+        if not size:
             raise InputError(f"{path}: the file is empty (0 bytes); expected a table")
         yield
 
 
-def _read_binary(path: str, kind: str, wanted: Sequence[str] | None) -> Iterator[Chunk]:
-    """The rows of a parquet or arrow file."""
+def _read_binary(
+    path: str, kind: str, wanted: Sequence[str] | None
+) -> Iterator[tuple[Chunk, dict[int, InputError]]]:
+    """The rows of a parquet or arrow file, and what is wrong with those that cannot be read."""
     first = 1
     with _open_parquet(path) if kind == "parquet" else _open_arrow(path) as file:
         schema = file.schema_arrow if kind == "parquet" else file.schema
         names = [name for name in schema.names if wanted is None or name in wanted]
-        class_names = _class_names(schema)
+        try:
+            class_names = _class_names(schema)
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{path}: its metadata under 'huggingface' is malformed ({error!r}); expected that "
+                "of the library datasets"
+            ) from None
         batches = (
             file.iter_batches(batch_size=_rows_at_a_time(file.metadata), columns=names)
             if kind == "parquet"
             else _slices(file)
         )
         for batch in batches:
-            lines = range(first, first + batch.num_rows)
-            columns = {}
+            lines: Sequence[int] = range(first, first + batch.num_rows)
+            first += batch.num_rows
+            columns: dict[str, Sequence[Any]] = {}
+            faults: dict[int, InputError] = {}
             for name in names:
-                try:
-                    values = _values(batch.column(name))
-                except (ValueError, OverflowError) as error:  # Not UTF-8, or a date out of range.
-                    raise InputError(
-                        f"{path}, rows {lines.start} to {lines.stop - 1}: {name!r} cannot be read "
-                        f"as {batch.column(name).type} ({error})"
-                    ) from None
+                values, wrong = _cells(batch.column(name))
+                for row, reason in wrong.items():
+                    what = f"{name!r} cannot be read as {batch.column(name).type} ({reason})"
+                    faults.setdefault(lines[row], InputError(f"{path}, row {lines[row]}: {what}"))
                 if name in class_names:
                     values = [_named(value, class_names[name]) for value in values]
                 columns[name] = values
-            first = lines.stop
-            if lines:
-                yield Chunk(path, lines, columns)
+            if faults:
+                kept = [row for row, line in enumerate(lines) if line not in faults]
+                columns = {name: [x[row] for row in kept] for name, x in columns.items()}
+                lines = [lines[row] for row in kept]
+            if lines or faults:
+                yield Chunk(path, lines, columns, [faults[line] for line in sorted(faults)]), faults
 
 
 @contextlib.contextmanager
@@ -326,7 +344,7 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = info.get("info", {}).get("features", {})
-    except (ValueError, AttributeError):
+    except ValueError:
         return {}
     found = {}
     for name, feature in features.items():
@@ -336,7 +354,9 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
             if not isinstance(feature, dict):
                 break
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            found[name] = feature["names"]
+            if not isinstance(feature["names"], list):
+                raise TypeError("names")
+            found[name] = list(map(str, feature["names"]))
     return found
 
 
@@ -345,6 +365,24 @@ def _named(value: Any, names: Sequence[str]) -> Any:
     if isinstance(value, list):
         return [name for item in value if (name := _named(item, names)) is not None]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+
+def _cells(column: Any) -> tuple[Sequence[Any], dict[int, Exception]]:
+    """The column as Python values, and the error of each cell that has none, by its row."""
+    faults = (ValueError, OverflowError)  # Not UTF-8, or a date out of range.
+    try:
+        return _values(column), {}
+    except faults:
+        pass
+    cells: list[Any] = []
+    wrong: dict[int, Exception] = {}
+    for row in range(len(column)):
+        try:
+            cells.append(_values(column.slice(row, 1))[0])
+        except faults as error:
+            cells.append(None)
+            wrong[row] = error
+    return cells, wrong
 
 
 def _values(column: Any) -> Sequence[Any]:

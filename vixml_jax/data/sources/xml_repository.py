@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -20,7 +21,8 @@ from vixml_jax.data.sources.raw import (
     file_stats,
 )
 from vixml_jax.errors import InputError
-from vixml_jax.storage import text_files
+from vixml_jax.runtime import host_memory
+from vixml_jax.storage import regular_files, text_files
 
 _BLOCK = 1 << 22  # Bytes read at a time.
 _CHUNK = 1 << 14  # Texts yielded at a time.
@@ -275,7 +277,13 @@ def read_relevance(path: str) -> sparse.csr_matrix:
 
 def _load_relevance(path: str) -> sparse.csr_matrix:
     """The relevance in a file of `scipy.sparse.save_npz`."""
+    regular_files.check(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            needed = sum(part.file_size for part in archive.infolist())
+        free = host_memory.available()
+        if free is not None and needed > free // 2:
+            raise ValueError(f"its arrays have {needed:,} bytes, more than fit into memory twice")
         loaded = sparse.load_npz(path)
         if hasattr(loaded, "check_format"):  # Without it, indices may be out of range.
             loaded.check_format(full_check=True)

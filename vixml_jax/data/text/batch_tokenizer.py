@@ -134,7 +134,8 @@ class Encoder:
 
     def _run(self, texts: list[str]) -> tuple[Int[np.ndarray, " total"], Int[np.ndarray, " n"]]:
         """Tokens of all texts from the tokenizer, and the number of tokens of each text."""
-        encodings = self._uncut.encode_batch_fast(texts, add_special_tokens=False)
+        with tokenizer_lib.library_errors("the tokenizer of the texts"):
+            encodings = self._uncut.encode_batch_fast(texts, add_special_tokens=False)
         rows = [np.array(encoding.ids, np.int32) for encoding in encodings]
         return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
 
@@ -251,7 +252,10 @@ class Encoders:
                 pickle.dump(self._written, process.stdin)
             pickle.dump(texts, process.stdin)
             process.stdin.flush()
-            return Encoded(*pickle.load(process.stdout))
+            encoded = pickle.load(process.stdout)
+            if isinstance(encoded, str):
+                raise InputError(encoded)
+            return Encoded(*encoded)
         except (EOFError, BrokenPipeError):
             raise RuntimeError(
                 f"a tokenizer process ended unexpectedly with exit status {process.wait()}"
@@ -271,8 +275,11 @@ def _serve() -> None:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         encoder = Encoder(Tokenizer.from_str(pickle.load(sys.stdin.buffer)))
         while True:
-            encoded = encoder.encode(pickle.load(sys.stdin.buffer))
-            pickle.dump(tuple(encoded), sys.stdout.buffer)
+            try:
+                encoded = tuple(encoder.encode(pickle.load(sys.stdin.buffer)))
+            except InputError as error:
+                encoded = str(error)
+            pickle.dump(encoded, sys.stdout.buffer)
             sys.stdout.buffer.flush()
 
 

@@ -1,13 +1,17 @@
 """Loads fast tokenizers of Hugging Face, trains new ones, and tokenizes the prompt of a decoder."""
 
-import json
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from vixml_jax.data.packing import Layout, Part
+from vixml_jax.data.text import tokenizer_schema
 from vixml_jax.errors import InputError
+from vixml_jax.storage import hub, json_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,73 +26,126 @@ _LONG_WORD = re.compile(r"\S{100}(?=\S)")  # WordPiece replaces longer words by 
 _LONG_TEXT = 1000  # Characters; only longer texts are searched for long words.
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MODULES = "modules.json"  # Of sentence-transformers: the directory of each part of a model.
+_SETTINGS, _VOCABULARY = "tokenizer_config.json", "vocab.txt"
+_FILES = (_FILE, _SETTINGS, _VOCABULARY, _MODULES)
+_PROBES = ("", "a", "b a", "Ünïcode 漢字 \U0001f600\u0378 1234, x!")
 
 
 class NoTokenizerError(InputError):
     """There is no tokenizer under a name."""
 
 
+class _Settings(msgspec.Struct):
+    """The fields of tokenizer_config.json that are used."""
+
+    auto_map: Any = None
+    do_lower_case: bool | None = True
+
+
 def load(name: str, max_tokens: int) -> "Tokenizer":
     """Loads a fast tokenizer, and sets it to truncate texts and never to pad them.
 
     Args:
-      name: A directory with `tokenizer.json` or a checkpoint, or the name of a model on the
-        Hugging Face hub.
+      name: A directory with `tokenizer.json` (or the `vocab.txt` of a BERT), or the name of a
+        model on the Hugging Face hub. No class that its files name is looked up.
       max_tokens: Maximum number of tokens of a text, special tokens included; these are kept.
 
     Raises:
       NoTokenizerError: If there is no such tokenizer.
       InputError: If it cannot be read, or `max_tokens` leaves no space for text.
     """
-    from tokenizers import Tokenizer
-
-    name = _directory(name)
-    path = os.path.join(name, _FILE)
-    if os.path.isfile(path):
-        try:
-            tokenizer = Tokenizer.from_file(path)
-        except Exception as error:  # The library raises bare Exception.
-            raise InputError(
-                f"{path}: not a tokenizer of the `tokenizers` library ({error})"
-            ) from None
-    else:
-        tokenizer = _resolve(name)
-    return _fit(tokenizer, max_tokens)
+    directory = name if os.path.isdir(name) else _download(name)
+    tokenizer = _read(_below(directory))
+    with library_errors(f"--tokenizer={name}"):
+        _check_tokens(tokenizer, name)
+        return _fit(tokenizer, max_tokens)
 
 
-def _directory(name: str) -> str:
-    """Where the tokenizer of a model is: early sentence-transformers have it a directory below."""
-    modules = os.path.join(name, _MODULES)
-    if os.path.isfile(os.path.join(name, _FILE)) or not os.path.isfile(modules):
-        return name
+def _download(name: str) -> str:
+    """The directory of a tokenizer on the Hugging Face hub; no code of it is downloaded."""
     try:
-        with open(modules, encoding="utf-8") as file:
-            below = os.path.join(name, json.load(file)[0]["path"])
-    except (ValueError, LookupError, TypeError):
-        return name  # What is wrong with the model is told where its weights are read.
-    return below if os.path.isfile(os.path.join(below, _FILE)) else name
-
-
-def _resolve(name: str) -> "Tokenizer":
-    """The tokenizer that transformers finds under a name; importing transformers is slow."""
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, use_fast=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+        return hub.download(name, [*_FILES, *(f"*/{file}" for file in _FILES)])
+    except hub.NotFoundError as error:
         raise NoTokenizerError(
             f"--tokenizer={name}: neither a directory with {_FILE} nor a model on the Hugging Face "
-            f"hub ({reason})"
+            f"hub ({error})"
         ) from None
-    if not tokenizer.is_fast:
-        raise InputError(f"--tokenizer={name}: expected a model with a fast tokenizer ({_FILE})")
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        # Of a model without the files of a tokenizer, transformers makes one without words.
-        raise NoTokenizerError(
-            f"--tokenizer={name}: found a model without a tokenizer; expected {_FILE} in it"
+
+
+def _below(directory: str) -> str:
+    """Where the tokenizer of a model is: early sentence-transformers have it a directory below."""
+    modules = os.path.join(directory, _MODULES)
+    if os.path.lexists(os.path.join(directory, _FILE)) or not os.path.lexists(modules):
+        return directory
+    first = json_files.read(modules, list[hub.Module], "expected modules of sentence-transformers")[
+        :1
+    ]
+    below = os.path.join(directory, *(module.path for module in first))
+    return below if os.path.isdir(below) else directory
+
+
+def _read(directory: str) -> "Tokenizer":
+    """The tokenizer of a directory; never by a class that its files name."""
+    from tokenizers import Tokenizer
+
+    path, vocabulary = (os.path.join(directory, name) for name in (_FILE, _VOCABULARY))
+    settings_path = os.path.join(directory, _SETTINGS)
+    settings = _Settings()
+    if os.path.lexists(settings_path):
+        settings = json_files.read(settings_path, _Settings, "expected settings of a tokenizer")
+    if settings.auto_map:
+        raise InputError(
+            f"{settings_path}: the tokenizer is made by code of its own (auto_map), which is never "
+            f"run; expected a tokenizer that {_FILE} describes alone"
         )
-    return tokenizer.backend_tokenizer
+    if os.path.lexists(path):
+        remedy = f"expected {_FILE} of the `tokenizers` library"
+        content = json_files.read_bytes(path, remedy, max_bytes=tokenizer_schema.MAX_BYTES)
+        checked = tokenizer_schema.checked(content, path)
+        with library_errors(path):
+            return Tokenizer.from_str(checked)
+    if os.path.lexists(vocabulary):
+        return _read_vocabulary(vocabulary, settings)
+    raise NoTokenizerError(
+        f"--tokenizer={directory}: found a model without a tokenizer ({_FILE}); if you trust it: "
+        f"transformers.AutoTokenizer.from_pretrained({directory!r}).save_pretrained({directory!r})"
+    )
+
+
+def _read_vocabulary(path: str, settings: "_Settings") -> "Tokenizer":
+    """The tokenizer of an early BERT, which has only a list of tokens."""
+    remedy = "expected a token in each line"
+    content = json_files.read_bytes(path, remedy, max_bytes=tokenizer_schema.MAX_BYTES)
+    try:
+        tokens = content.decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {error}; {remedy}") from None
+    vocabulary = {token.removesuffix("\r"): i for i, token in enumerate(tokens)}
+    lacking = [token for token in _SPECIAL if token not in vocabulary]
+    if lacking:
+        raise InputError(f"{path}: lacks {lacking[0]}; expected the vocabulary of a BERT")
+    return _word_piece(vocabulary, lowercase=settings.do_lower_case is not False)
+
+
+@contextlib.contextmanager
+def library_errors(where: str) -> Iterator[None]:
+    """Turns the errors of the `tokenizers` library into an InputError about a file or flag.
+
+    The library raises bare `Exception`, and for a panic of Rust a `BaseException` without a public
+    name.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{where}: the `tokenizers` library fails ({reason}); expected {_FILE} as "
+            "`save_pretrained` of transformers writes it"
+        ) from None
 
 
 def train(
@@ -136,7 +193,7 @@ def _continuations(tokenizer: "Tokenizer", texts: Iterable[list[str]]) -> set[st
     return {f"##{character}" for character in characters}
 
 
-def _word_piece(vocabulary: dict[str, int]) -> "Tokenizer":
+def _word_piece(vocabulary: dict[str, int], *, lowercase: bool = True) -> "Tokenizer":
     """BERT's tokenizer; it adds special tokens to texts if the vocabulary has them."""
     from tokenizers import (
         Tokenizer,
@@ -148,7 +205,7 @@ def _word_piece(vocabulary: dict[str, int]) -> "Tokenizer":
     )
 
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     if all(token in vocabulary for token in _SPECIAL):
@@ -172,6 +229,18 @@ def _fit(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
     return tokenizer
+
+
+def _check_tokens(tokenizer: "Tokenizer", name: str) -> None:
+    """Tokenizes some texts: what fails on all texts fails here, not in the middle of a data set."""
+    known = vocab_size(tokenizer)
+    for text in _PROBES:
+        largest = max(tokenizer.encode(text).ids, default=0)
+        if largest >= known:
+            raise InputError(
+                f"--tokenizer={name}: gives texts the token {largest}, expected less than {known}, "
+                "the size of its vocabulary"
+            )
 
 
 def special_tokens(tokenizer: "Tokenizer") -> tuple[tuple[int, ...], tuple[int, ...]]:

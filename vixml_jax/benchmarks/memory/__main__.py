@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from flax import linen as nn
 
-from vixml_jax import command_line, workdir
+from vixml_jax import command_line, frozen_weights, workdir
 from vixml_jax.benchmarks import train_step
 from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
 from vixml_jax.models import published_towers as towers
@@ -53,8 +53,8 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, train_step_lib.Train
     layout = train_step.layout_of(settings["tower"], 0)
     model = workdir.build_model(config, tower, layout, NUM_LABELS, sharding.create_mesh())
     tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
-    trained, frozen = workdir.split_params(model.abstract_params, tower)
-    frozen = workdir.as_frozen(frozen, settings["dtype"])
+    trained, frozen = frozen_weights.split(model.abstract_params, tower)
+    frozen = frozen_weights.as_stored(frozen, settings["dtype"])
     like = state_lib.abstract_state(model, trained, frozen, tx, settings["batch"])
     loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
     return model, tx, like, train_step_lib.make_train_step(model, loss_fn, tx, like)
@@ -99,7 +99,7 @@ def measure(settings: dict[str, Any]) -> int:
 
     def fresh(key: jax.Array) -> Any:
         params = nn.unbox(model.init_params(key))
-        params, frozen = workdir.split_params(params, model.tower.config)
+        params, frozen = frozen_weights.split(params, model.tower.config)
         frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(settings["dtype"])), frozen)
         return sharding.pad((params, frozen), (like.params, like.frozen))
 

@@ -1,0 +1,131 @@
+"""The labels of a run at one moment: those of training and all updates; a view never changes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import sparse
+
+from vixml_jax.search import fusion as fusion_lib
+from vixml_jax.search.index import Index
+from vixml_jax.search.updates import UpdatedIndex
+from vixml_jax.serving import label_updates
+from vixml_jax.serving.artifacts import ServingArtifacts
+from vixml_jax.serving.label_updates import LabelUpdates
+
+
+class HeadRows(NamedTuple):
+    """What the label head holds of each label."""
+
+    vectors: Float[np.ndarray, "n e"]
+    bias: Float[np.ndarray, " n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelView:
+    """Labels by row, by id and by vector, all of one version of the label updates.
+
+    Rows of added labels follow those of the run.
+
+    Attributes:
+      artifacts: Serving artifacts of the run.
+      head_rows: Of the labels of the run; None: it has no head.
+      updates: Labels added to the run and removed from it.
+      index: Over the vectors of the labels.
+    """
+
+    artifacts: ServingArtifacts
+    head_rows: HeadRows | None
+    updates: LabelUpdates
+    index: Index
+
+    @functools.cached_property
+    def relevance(self) -> sparse.csr_matrix:
+        """Labels of the training queries, [training queries, rows]; artifacts must hold them."""
+        return label_updates.apply_to_relevance(self.artifacts.train_relevance, self.updates)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels that can be found."""
+        updates = self.updates
+        return len(self.artifacts.ids) + len(updates.ids) - len(updates.removed)
+
+    def label(self, row: int) -> tuple[str, str]:
+        """Returns id and text of a label."""
+        count = len(self.artifacts.ids)
+        source, at = (self.artifacts, row) if row < count else (self.updates, row - count)
+        return source.ids[at], source.texts[at]
+
+    def row_of(self, name: str) -> int | None:
+        """Returns the row of a label by its id; None if there is no such label."""
+        row = self._added_rows.get(name)
+        if row is None:
+            row = self.artifacts.rows_by_id.get(name)
+        return None if row in self._removed else row
+
+    @functools.cached_property
+    def _added_rows(self) -> dict[str, int]:
+        first = len(self.artifacts.ids)
+        return {name: first + i for i, name in enumerate(self.updates.ids)}
+
+    @functools.cached_property
+    def _removed(self) -> frozenset[int]:
+        return frozenset(self.updates.removed.tolist())
+
+    def label_vectors(self, rows: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m w"]:
+        """Returns the vectors of labels as they are searched: prototypes, fused with the head."""
+        return _vectors(self.artifacts, self.head_rows, self.updates, rows)
+
+
+def label_width(artifacts: ServingArtifacts, head_rows: HeadRows | None) -> int:
+    """Width of the vectors that represent labels in the search."""
+    width = artifacts.vectors.shape[1]
+    return width if head_rows is None else fusion_lib.width(width)
+
+
+def make(
+    artifacts: ServingArtifacts,
+    head_rows: HeadRows | None,
+    run_index: Index,
+    updates: LabelUpdates,
+    exact: Callable[[Float[np.ndarray, "m w"]], Index],
+    *,
+    normalised: bool,
+) -> LabelView:
+    """Returns the view of a run's labels after updates.
+
+    Args:
+      artifacts, head_rows, updates: See `LabelView`.
+      run_index: Over the vectors of the run's labels alone.
+      exact: Returns an exact index over vectors.
+      normalised: Whether sums over all labels are searched for, which must not count removed ones.
+    """
+    index = run_index
+    if len(updates.ids) or len(updates.removed):
+        gone = None
+        if normalised and len(updates.removed):
+            gone = exact(_vectors(artifacts, head_rows, updates, updates.removed))
+        added = exact(updates.vectors) if len(updates.ids) else None
+        index = UpdatedIndex(run_index, added, len(artifacts.ids), updates.removed, gone)
+    return LabelView(artifacts, head_rows, updates, index)
+
+
+def _vectors(
+    artifacts: ServingArtifacts,
+    head_rows: HeadRows | None,
+    updates: LabelUpdates,
+    rows: Int[np.ndarray, " m"],
+) -> Float[np.ndarray, "m w"]:
+    count = len(artifacts.ids)
+    own = np.flatnonzero(rows < count)
+    vectors = np.empty((len(rows), label_width(artifacts, head_rows)), np.float32)
+    prototypes = artifacts.vectors[rows[own]]
+    if head_rows is not None:
+        prototypes = fusion_lib.label_vectors(prototypes, *(x[rows[own]] for x in head_rows))
+    vectors[own] = prototypes
+    added = np.flatnonzero(rows >= count)
+    vectors[added] = updates.vectors[rows[added] - count]
+    return vectors
