@@ -22,7 +22,7 @@ def data(tmp_path_factory):
 
 def trained(data, workdir, *, num_processes, devices, **changes):
     config = configuration(data, workdir)
-    loop = dataclasses.replace(config.loop, epochs=2)
+    loop = dataclasses.replace(config.loop, epochs=1)
     config = dataclasses.replace(config, **{"loop": loop, **changes})
     done = spawn.finish(
         spawn.start(

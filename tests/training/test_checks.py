@@ -33,7 +33,9 @@ def changed(config, group, **values):
     )
 
 
-@pytest.mark.parametrize("num_labels, last_cut", [(1, 1), (4, 3)])
+@pytest.mark.parametrize(
+    "num_labels, last_cut", [pytest.param(1, 1, marks=pytest.mark.slow), (4, 3)]
+)
 def test_few_labels_and_queries_are_trained_and_evaluated(tmp_path, capsys, num_labels, last_cut):
     config = configure(write_table(tmp_path / "shop.csv", num_labels), tmp_path / "run")
     config = changed(config, "batch", size=512)

@@ -14,9 +14,7 @@ T = TypeVar("T")
 MAX_BYTES = 1 << 26  # The values of a file take about ten times its size in memory.
 
 
-def read(
-    path: str | os.PathLike, schema: type[T], remedy: str, *, max_bytes: int = MAX_BYTES
-) -> T:
+def read(path: str | os.PathLike, schema: type[T], remedy: str, *, max_bytes: int = MAX_BYTES) -> T:
     """The contents of a JSON file as an instance of `schema`.
 
     Args:
