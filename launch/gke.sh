@@ -7,7 +7,11 @@
 # --dry_run  prints the JobSet and the commands, and runs none.
 # --delete   deletes the JobSet and exits.
 #
-# The image needs the project installed ('.[tpu,gcs]') and experiments/ in its working directory.
+# The image is that of launch/docker/Dockerfile.tpu, pushed to a registry that the cluster reads:
+#
+#   docker build -f launch/docker/Dockerfile.tpu -t REGISTRY/vixml_jax . && docker push REGISTRY/vixml_jax
+#
+# Runs and data are in a bucket (gs://), since a pod keeps no files.
 set -euo pipefail
 # ---- Settings -----------------------------------------------------------------------------------
 : "${NAME:=vixml-jax}"
@@ -17,6 +21,7 @@ set -euo pipefail
 : "${HOSTS:=4}"                            # Chips of the topology divided by chips of a host.
 : "${CHIPS:=4}"                            # Chips of a host.
 : "${RESTARTS:=100}"                       # Restarts after preemptions and lost nodes.
+: "${USER_ID:=1000}"                       # User of the container, as in its image; 0 is root.
 # -------------------------------------------------------------------------------------------------
 HERE=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -41,7 +46,9 @@ as_json() { # Prints arguments as a JSON list, which is YAML too.
 filled=$(cat "$HERE/gke_jobset.yaml")
 # shellcheck disable=SC2034 # Read by name.
 COMMAND=$(as_json python -m vixml_jax.train --coordinator=auto "${TRAIN_FLAGS[@]}")
-for name in NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS RESTARTS COMMAND; do
+# shellcheck disable=SC2034
+NON_ROOT=$([[ $USER_ID == 0 ]] && echo false || echo true)
+for name in NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS RESTARTS USER_ID NON_ROOT COMMAND; do
   filled=${filled//"@$name@"/"${!name}"}
 done
 

@@ -66,5 +66,5 @@ quoted() { # Quotes arguments as one string for a remote shell.
   printf '%q ' "$@"
 }
 
-# 75: stopped by a signal with everything saved. 143: stopped before there was anything to save.
+# 75: stopped by a signal with everything saved. 143: stopped before Python had started.
 should_restart() { [[ $1 == 75 || $1 == 143 ]]; }

@@ -11,7 +11,7 @@ import pytest
 import scipy.special
 
 from tests import tiny
-from vixml_jax import evaluate, evaluator, train, workdir
+from vixml_jax import evaluate, evaluator, saved_model, train, workdir
 from vixml_jax.augmentation import settings
 from vixml_jax.augmentation.mixing import Mixing
 from vixml_jax.augmentation.settings import Scoring
@@ -46,7 +46,7 @@ def opened(run):
     model = workdir.build_model(
         config, *workdir.read_tower(run.workdir), dataset.num_labels, workdir.make_mesh(config)
     )
-    params, labels, step = workdir.restore_model(run.workdir, model)
+    params, labels, step = saved_model.restore(run.workdir, model)
     return config, model, params, labels, dataset, step
 
 

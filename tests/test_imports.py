@@ -19,6 +19,7 @@ LAYERS = (
     ("serving", "training", "report"),
     ("evaluator",),
     ("augmentation",),
+    ("saved_model",),
     ("workdir", "image_encoding"),
     ("frozen_weights", "modeling", "run_data"),
     ("search",),

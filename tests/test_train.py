@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.tiny import assert_same_state, configuration, final_state, make_data
 from vixml_jax import config as config_lib
-from vixml_jax import evaluate, evaluator, train
+from vixml_jax import evaluate, evaluator, saved_model, train
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
@@ -307,9 +308,7 @@ def test_run_interrupted_after_an_evaluation_selects_the_same(chosen_run, divide
     assert_same_state(final_state(chosen_run), final_state(config))
     assert evaluated_in_training(config) == evaluated_in_training(chosen_run)
     assert evaluated_at_the_end(config)["nDCG@3"] == evaluated_at_the_end(chosen_run)["nDCG@3"]
-    assert (
-        workdir_lib.find_model(config.workdir)[1] == workdir_lib.find_model(chosen_run.workdir)[1]
-    )
+    assert tiny.saved(config.workdir).step == tiny.saved(chosen_run.workdir).step
 
 
 def test_monitor_that_cannot_be_computed_is_rejected(data, divided, tmp_path):
@@ -424,7 +423,7 @@ def test_evaluate_needs_only_the_run_directory(finished_run, capsys):
         dataset.num_labels,
         workdir_lib.make_mesh(config),
     )
-    params, labels, step = workdir_lib.restore_model(config.workdir, model)
+    params, labels, step = saved_model.restore(config.workdir, model)
     assert step == 18
     how = {"split": "test", "step": step}
     evaluate.show(config, model, params, labels, dataset, search="exact", **how)
@@ -450,7 +449,7 @@ def test_evaluate_without_images(finished_run, capsys):
         dataset.num_labels,
         workdir_lib.make_mesh(config),
     )
-    params, labels, step = workdir_lib.restore_model(config.workdir, model)
+    params, labels, step = saved_model.restore(config.workdir, model)
     hidden = evaluator.without_images(dataset, "test")
     shown, bare = (
         model.encode_queries(params, data.test, block=32).values for data in (dataset, hidden)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiny import assert_same_state, configuration, final_state, make_data, make_qwen
 from vixml_jax import config as config_lib
-from vixml_jax import evaluate, frozen_weights, train
+from vixml_jax import evaluate, frozen_weights, saved_model, train
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.config import LoraConfig, PromptConfig
@@ -67,7 +67,7 @@ def test_base_is_frozen_and_saved_once(finished_run, checkpoint):
     model = workdir_lib.build_model(
         finished_run, tower, layout, 20, workdir_lib.make_mesh(finished_run)
     )
-    params, _, _ = workdir_lib.restore_model(finished_run.workdir, model)
+    params, _, _ = saved_model.restore(finished_run.workdir, model)
     _, base = hf_checkpoints.load_hf_tower(checkpoint, dtype="bfloat16")
     trained, frozen = frozen_weights.split(params, tower)
     jax.tree.map(np.testing.assert_array_equal, frozen, {"tower": base})
@@ -137,7 +137,7 @@ def test_evaluate_needs_only_the_run_directory(finished_run, capsys):
         dataset.num_labels,
         workdir_lib.make_mesh(config),
     )
-    params, labels, step = workdir_lib.restore_model(config.workdir, model)
+    params, labels, step = saved_model.restore(config.workdir, model)
     evaluate.show(
         config,
         model,

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.test_train import assert_close_rows, metric_lines, train_interrupted
 from tests.tiny import assert_same_state, configuration, final_state, make_data
 from vixml_jax import config as config_lib
-from vixml_jax import train
+from vixml_jax import saved_model, train
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.errors import InputError
 from vixml_jax.flag_groups import HeadConfig
@@ -169,12 +170,12 @@ def test_restored_model_has_the_head(finished):
         model = workdir_lib.build_model(
             config, *workdir_lib.read_tower(config.workdir), dataset.num_labels, mesh
         )
-        params, _, step = workdir_lib.restore_model(config.workdir, model)
+        params, _, step = saved_model.restore(config.workdir, model)
         assert ("head" in params) == (kind != "none") == (model.head is not None)
         if kind == "none":
             continue
         steps = {"only": HEAD_STEPS}.get(kind, TOWER_STEPS + HEAD_STEPS)
-        assert (step, workdir_lib.vectors_step(config.workdir)) == (steps, steps - HEAD_STEPS)
+        assert (step, tiny.saved(config.workdir).vectors_step) == (steps, steps - HEAD_STEPS)
         queries = model.encode_queries(params, dataset.train, block=32).values
         vectors, bias = model.head_rows(params)
         scores = model.head_queries(params, queries) @ vectors.values.T * 20 + bias.values
@@ -230,8 +231,8 @@ def test_refit_starts_from_the_best_epoch(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "final model: from epoch 1/4, the best in nDCG@3 on valid" in output
     assert "after epoch 2/4 (--loop.patience=1); its head refitted in 2 epochs" in output
-    directory, step = workdir_lib.find_model(config.workdir)
-    assert os.path.basename(directory) == "checkpoints" and step == 12 + HEAD_STEPS
+    found = tiny.saved(config.workdir)
+    assert not found.is_best and found.step == 12 + HEAD_STEPS
     best = os.path.join(config.workdir, "best", "6")
     model = workdir_lib.build_model(
         workdir_lib.read_config(config.workdir),
@@ -239,7 +240,7 @@ def test_refit_starts_from_the_best_epoch(tmp_path, monkeypatch, capsys):
         20,
         workdir_lib.make_mesh(config),
     )
-    params, labels, _ = workdir_lib.restore_model(config.workdir, model)
+    params, labels, _ = saved_model.restore(config.workdir, model)
     like = {
         "params": sharding.stored_tree(model.abstract_params, model.mesh),
         "labels": sharding.stored_tree(model.table.abstract_state, model.mesh),

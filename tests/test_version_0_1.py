@@ -98,7 +98,7 @@ def test_its_label_updates_go_on(root):
 def test_training_resumes_in_it(root, monkeypatch, capfd):
     """Its state is restored; the run is complete, so it is only evaluated again."""
     monkeypatch.chdir(root)
-    assert workdir.find_model("run")[1] == 14  # The best epoch, not the last.
+    assert tiny.saved("run").step == 14  # The best epoch, not the last.
     config = config_lib.load("run/config.json")
     train.train(config)
     printed = capfd.readouterr().out

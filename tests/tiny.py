@@ -10,9 +10,16 @@ import jax
 import numpy as np
 
 from vixml_jax import config as config_lib
+from vixml_jax import saved_model
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.data import preprocessing
 from vixml_jax.storage import digests, object_store
+
+
+def saved(workdir):
+    """The model of a run that evaluation would read now."""
+    with saved_model.opened(str(workdir)) as found:
+        return found
 
 
 def make_data(root, *, train=90, **settings):

@@ -5,12 +5,17 @@ predictor = Predictor.load("runs/mine")
 predictor(["a query"], k=5)
 """
 
-import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-if sys.argv[:1] == ["-m"]:  # A command is about to be imported: Ctrl-C ends it without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+_command = sys.orig_argv[-len(sys.argv) :]  # The module after -m, and its arguments.
+if sys.argv[:1] == ["-m"] and "vixml_jax" in _command[0]:
+    # Python is about to import a command, which takes seconds.
+    from vixml_jax.runtime import signals
+
+    signals.end_at_once(
+        resumable=_command[0].endswith("vixml_jax.train") or _command[:2] == ["vixml_jax", "train"]
+    )
 
 if TYPE_CHECKING:
     from vixml_jax.serving.predictor import Predictor

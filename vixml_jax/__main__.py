@@ -16,6 +16,9 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command that the first argument names."""
+    from vixml_jax.runtime import signals
+
+    signals.end_at_once(resumable=sys.argv[1:2] == ["train"])
     from vixml_jax import command_line
 
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
@@ -39,7 +42,10 @@ def main() -> None:
         module = importlib.import_module(COMMANDS[name][0])
         sys.argv = [f"vixml_jax {name}", *rest]
         command_line.launch(
-            module.main, module.define_flags, common=getattr(module, "COMMON_FLAGS", ())
+            module.main,
+            module.define_flags,
+            common=getattr(module, "COMMON_FLAGS", ()),
+            resumable=name == "train",
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import importlib.metadata
 import importlib.resources
 import os
@@ -21,7 +22,7 @@ from absl import app, flags, logging
 import vixml_jax
 from vixml_jax import config, errors
 from vixml_jax.errors import InputError, NotFiniteError, Preempted
-from vixml_jax.runtime import console, signals
+from vixml_jax.runtime import console, flag_fields, signals
 
 WIDTH = 98  # Columns of help.
 # Flags of version 0.1 that commands other than train had, and what they are called now.
@@ -49,6 +50,10 @@ _PLAIN: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"invalid literal for int\(\).*", "expected an integer"),
     ("could not convert string to float.*", "expected a number"),
     (r"\('Non-boolean argument.*", "expected true or false"),
+    (
+        r"\S+ is not an? \w+ in the range \[(\S+), (\S+)\]$",
+        lambda found: f"expected from {found[1]} to {found[2]}",
+    ),
     (r"\S+ is not a positive \w+$", "expected at least 1"),
     (r"\S+ is not a non-negative \w+$", "expected at least 0"),
 )
@@ -59,17 +64,20 @@ def launch(
     define_flags: Callable[[], None],
     *,
     common: Sequence[str] = (),
+    resumable: bool = False,
 ) -> None:
     """Parses the flags and runs a command; errors other than bugs are reported in one line.
 
     The process exits with 0 (done), 1 (a bug, or a loss that is not finite), 2 (bad input), 75
-    (stopped by a signal, everything saved), 130 or 143 (ended by SIGINT or SIGTERM) or 141 (the
-    reader of standard output has ended).
+    (stopped by a signal, everything saved), 129, 130 or 143 (ended by SIGHUP, SIGINT or SIGTERM) or
+    141 (the reader of standard output has ended).
 
     Args:
       main: Of the command; the docstring of its module is the first line of `--help`.
       define_flags: Defines the command's own flags.
       common: Names of the flags that `--help` explains; it lists the others with their defaults.
+      resumable: Whether the same command, run again, goes on where a signal stopped it; its status
+        is then 75.
     """
     if sys.stdout is None:
         _exit("error: standard output is closed: redirect it, to /dev/null for example", 2)
@@ -97,7 +105,8 @@ def launch(
         try:
             if len(argv) > 1:
                 raise InputError(f"unexpected argument {argv[1]!r}: flags start with --")
-            with signals.handling(_end, _end_late):
+            end = functools.partial(_end, resumable)
+            with signals.handling(end, functools.partial(_end_late, resumable)):
                 main(argv)
                 sys.stdout.flush()
         except errors.OutputError as error:
@@ -107,23 +116,27 @@ def launch(
             _exit(f"error: {error}", 2 if isinstance(error, InputError) else 1)
         except Preempted as stop:
             _exit(errors.last_line(stop), errors.PREEMPTED)
-        except errors.Terminated:
-            _exit(_ended_by(signal.SIGTERM), 128 + signal.SIGTERM)
+        except errors.Terminated as error:
+            _exit(*signals.ending(error.number, resumable=False))
         except KeyboardInterrupt:
-            _exit(_ended_by(signal.SIGINT), 128 + signal.SIGINT)
+            _exit(*signals.ending(signal.SIGINT, resumable=False))
         except Exception as error:
             fault = errors.disk_fault(error)
             if fault is not None:  # Where a command has no better message.
                 path = getattr(error, "filename", None)
                 where = f"{path}: " if path else ""
-                _exit(f"error: {where}{fault}; free disk space, or choose another path", 2)
-            traceback.print_exc()
-            errors.report_failure(f"{type(error).__name__}: {error}", 1)
+                _exit(f"error: {where}{fault}; {errors.disk_remedy(fault)}", 2)
+            # The message of a bug may hold a text of the data.
+            print(console.printable(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+            errors.report_failure(console.printable(f"{type(error).__name__}: {error}"), 1)
             sys.exit(1)
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
-            return flags.FLAGS([argv[0], *expand(argv[1:])])
+            rest = flags.FLAGS([argv[0], *expand(argv[1:])])
+            for name in own:
+                flag_fields.check_number(name, flags.FLAGS[name].value)
+            return rest
         except flags.UnrecognizedFlagError as error:
             _exit(f"error: {_renamed(error.flagname) or _unknown(error.flagname)}", 2)
         except (flags.Error, InputError) as error:
@@ -143,21 +156,19 @@ def _print_and_exit(text: str) -> NoReturn:
     sys.exit(0)
 
 
-def _ended_by(number: int) -> str:
-    return "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
-
-
-def _end(number: int) -> None:
+def _end(resumable: bool, number: int) -> None:
     """Ends a command from its main thread, so that it removes what is half written."""
     for other in signals.NUMBERS:  # The clean-up is not interrupted; `_end_late` bounds it.
         signal.signal(other, lambda number, frame: None)
-    raise KeyboardInterrupt if number == signal.SIGINT else errors.Terminated
+    if resumable and errors.is_alone():  # Other processes would wait for this one.
+        raise errors.stopped_by(signal.Signals(number).name)
+    raise KeyboardInterrupt if number == signal.SIGINT else errors.Terminated(number)
 
 
-def _end_late(number: int, over: threading.Event) -> None:
+def _end_late(resumable: bool, number: int, over: threading.Event) -> None:
     """Ends a command whose main thread has not ended it, since it compiles a program, say."""
     if not over.wait(signals.GRACE_S):
-        signals.leave(_ended_by(number), 128 + number)
+        signals.leave(*signals.ending(number, resumable=resumable and errors.is_alone()))
 
 
 def _renamed(name: str) -> str | None:
@@ -347,7 +358,8 @@ def _all_but_echoes(unraisable: Any) -> None:
 
 def _exit(line: str, status: int) -> None:
     line = console.printable(" ".join(line.split()))
-    if status in (errors.PREEMPTED, 130, 143) and errors.is_alone():
+    by_signal = status == errors.PREEMPTED or status - 128 in signals.NUMBERS
+    if by_signal and errors.is_alone():
         signals.leave(line, status)  # Other threads may still compile or write.
     with contextlib.suppress(OSError, ValueError):  # Standard error may be closed or full.
         print(line, file=sys.stderr, flush=True)

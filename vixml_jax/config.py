@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 from absl import flags
-from etils import epath
 
 from vixml_jax.errors import InputError
 from vixml_jax.flag_groups import (
@@ -27,7 +26,7 @@ from vixml_jax.flag_groups import (
 )
 from vixml_jax.runtime import flag_fields
 from vixml_jax.runtime.flag_fields import flag
-from vixml_jax.storage import atomic, sealed
+from vixml_jax.storage import atomic, json_files, sealed
 
 SEARCH = SearchConfig()
 _RESTORE = (
@@ -241,10 +240,11 @@ def load(path: str) -> Config:
     Raises:
       InputError: If there is no such file, or it is not a configuration.
     """
-    if not epath.Path(path).exists():
+    if not json_files.is_there(path):
         raise InputError(f"{path}: not found; expected a run directory written by train")
+    content = json_files.read_bytes(path, _RESTORE)
     try:
-        tree = json.loads(epath.Path(path).read_bytes())  # Not by msgspec, which refuses Infinity.
+        tree = json.loads(content)  # Not by msgspec, which refuses Infinity.
         tree = msgspec.convert(tree, dict[str, Any])
         config = from_dict(_with_new_names({k: v for k, v in tree.items() if k != sealed.FIELD}))
         if not tree:  # Flags that are missing get their defaults, but no version leaves all out.

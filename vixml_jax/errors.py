@@ -2,8 +2,8 @@
 
 0: done. 1: a bug, or a loss that is not finite. 2: bad input, which the user can fix. 75
 (`EX_TEMPFAIL`): stopped by a signal with everything saved; the same command resumes, so launchers
-start it again. 130 and 143: ended by Ctrl-C or SIGTERM where there is nothing to resume. 141: the
-reader of standard output has ended.
+start it again. 129, 130 and 143: ended by SIGHUP (a closed terminal), Ctrl-C or SIGTERM where there
+is nothing to resume. 141: the reader of standard output has ended.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 PREEMPTED = 75
+NOTHING_UNSAVED = "no unsaved training progress"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _PATH_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -36,7 +37,15 @@ class Preempted(BaseException):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM asked a command to end; libraries treat it as they treat Ctrl-C."""
+    """A signal asked a command to end; libraries treat it as they treat Ctrl-C.
+
+    Attributes:
+      number: Of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 class OutputError(InputError):
@@ -51,6 +60,16 @@ class OutputError(InputError):
         self.status = 141 if closed else 2  # 141: as a program that SIGPIPE ends.
         reason = "its reader has ended" if closed else error.strerror
         super().__init__(f"standard output: {reason}; redirect it to a file on a disk with space")
+
+
+def stopped_by(signal_name: str, outcome: str = NOTHING_UNSAVED) -> Preempted:
+    """Returns the exception that ends a run.
+
+    Args:
+      signal_name: "SIGTERM" say.
+      outcome: What became of the run, for the message: "saved at step 12".
+    """
+    return Preempted(f"stopped by {signal_name}: {outcome}")
 
 
 def last_line(stop: Preempted) -> str:
@@ -79,9 +98,19 @@ def writing(where: str) -> Iterator[None]:
         if fault is None:
             raise
         raise InputError(
-            f"{where}: {fault} while writing; nothing was kept: free disk space, or choose another "
-            "path"
+            f"{where}: {fault} while writing; nothing was kept: {disk_remedy(fault)}"
         ) from None
+
+
+def disk_remedy(fault: str) -> str:
+    """What to do about a fault of a disk, in words.
+
+    Args:
+      fault: Of `disk_fault`.
+    """
+    if fault in (os.strerror(errno.EROFS), os.strerror(errno.EACCES), os.strerror(errno.EPERM)):
+        return "choose a path that can be written to"
+    return "free disk space, or choose another path"
 
 
 def disk_fault(error: BaseException) -> str | None:

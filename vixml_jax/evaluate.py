@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 from absl import flags
-from etils import epath
 
-from vixml_jax import command_line, evaluator
+from vixml_jax import command_line, evaluator, saved_model
 from vixml_jax import config as config_lib
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import settings as settings_lib
@@ -228,9 +227,10 @@ def main(argv: Sequence[str]) -> None:
     mesh = workdir_lib.make_mesh(config)
     tower, layout = workdir_lib.read_tower(config.workdir)
     model = workdir_lib.build_model(config, tower, layout, dataset.num_labels, mesh)
-    params, labels, step = workdir_lib.restore_model(config.workdir, model)
-    is_best = (epath.Path(config.workdir) / workdir_lib.BEST / str(step)).is_dir()
-    selected = f", the best in {config.loop.monitor} on valid" if is_best else ""
+    with saved_model.opened(config.workdir) as saved:
+        params, labels = saved.restore(model)
+    step = saved.step
+    selected = f", the best in {config.loop.monitor} on valid" if saved.is_best else ""
     console.status(f"{config.workdir}: checkpoint of step {step}{selected}")
     if object_store.is_local(config.workdir) and label_updates.steps(config.workdir):
         print(
@@ -251,7 +251,7 @@ def main(argv: Sequence[str]) -> None:
         if is_other_data  # Those of the run's data are kept.
         else VectorStore(
             config.workdir,
-            workdir_lib.vectors_step(config.workdir),
+            saved.vectors_step,
             dataset.content_hash,
             num_processes=group.count,
         ),
@@ -345,8 +345,8 @@ def _save_tuned(workdir: str, step: int, names: Sequence[str], tried: list[dict[
     if not best["weight"] and with_neighbours is not None:
         metric = names[0] if len(names) == 1 else f"the mean of {', '.join(names)}"
         print(
-            f"neighbours do not raise {metric}: {with_neighbours['value']:.1f} at best, "
-            f"{best['value']:.1f} without: off"
+            f"neighbours do not raise {metric} beyond chance: {with_neighbours['value']:.1f} at "
+            f"best, {best['value']:.1f} without: off"
         )
     path = settings_lib.save_tuned(workdir, step, names, tried)
     console.status(f"written to {path}; evaluate and predict use the best from now on")

@@ -20,13 +20,15 @@ from vixml_jax.config import SearchConfig
 from vixml_jax.data import propensity
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation import knn_baseline, sliced_metrics, slices
+from vixml_jax.evaluation import knn_baseline, per_query, sliced_metrics, slices
 from vixml_jax.evaluation import metrics as metrics_lib
+from vixml_jax.evaluation.per_query import PerQuery
 from vixml_jax.evaluation.sliced_metrics import SlicedMetrics
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import distributed
 from vixml_jax.parallel.distributed import Group
 from vixml_jax.runtime import host_memory
+from vixml_jax.search import cost
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.factory import open_index
@@ -35,6 +37,7 @@ from vixml_jax.search.index import Index
 from vixml_jax.storage.vector_store import VectorStore
 from vixml_jax.structs import LabelState, SearchResult, Shard
 
+_RESULT_BYTES = 24  # Of a label of a query: scores and ids, found, filtered and mixed.
 MAX_TUNING_QUERIES = 5000  # Validation queries used for tuning.
 # Called with the vectors of the labels, and those of the training queries or None.
 SaveVectors = Callable[[Float[np.ndarray, "n e"], Float[np.ndarray, "t e"] | None], None]
@@ -187,6 +190,12 @@ def search_model(
       Metrics, counts and seconds per phase as `results`, and the search results.
     """
     queries, relevance, pairs = dataset.split(split)
+    most = min(max(k, scoring.mixing.k if scoring.mixing else 0), max(len(dataset.train), k))
+    cost.check_memory(
+        _RESULT_BYTES * len(queries) * most,
+        f"the results of {len(queries):,} queries, {most:,} each,",
+        "lower --eval.k or --knn.k",
+    )
     seconds, clock = {}, time.perf_counter()
 
     def lap(phase: str) -> None:
@@ -307,7 +316,8 @@ def tune_scoring(
       k: Labels per query.
 
     Returns:
-      Rows of `settings.to_row`, best first.
+      Rows of `settings.to_row`, best first; but first the best one without training neighbours, if
+      with them the metrics are not better by the standard error of the difference.
     """
     dataset = scored.dataset
     vectors = scored.queries("valid")
@@ -336,9 +346,49 @@ def tune_scoring(
     fusions = [trained] if trained is None else list(dict.fromkeys([trained, *tuning.FUSIONS]))
     found = {fusion: scored.search(index, vectors, pairs, k, fusion) for fusion in fusions}
     mixings = mixing_lib.grid(most, joint=trained is None)
-    return tuning.tune(
+    tried = tuning.tune(
         found, validation, evaluate, mixings, title="tuning" if scored.titles else ""
     )
+
+    def terms(row: dict[str, Any]) -> PerQuery:
+        result = tuning.rankings(found, validation, settings_lib.from_row(row))
+        return sliced_metrics.compute(
+            result.ids,
+            validation.truth,
+            weights,
+            label_groups={},
+            query_groups={},
+            **metrics_lib.cuts(columns),
+        ).queries
+
+    return without_chance(tried, terms, names)
+
+
+def without_chance(
+    tried: list[dict[str, Any]],
+    terms: Callable[[dict[str, Any]], PerQuery],
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Puts the best scoring without training neighbours first, unless they help beyond chance.
+
+    Of hundreds of scorings with neighbours, one is a little better than those without by chance
+    alone. They must be better by the standard error of the difference.
+
+    Args:
+      tried: Rows of `settings.to_row`, best first.
+      terms: Returns the terms of the metrics per query of a row.
+      names: The metrics. Coverage, which is no mean over queries, does not count.
+    """
+    alone = next(row for row in tried if not row["weight"])
+    if not tried[0]["weight"]:
+        return tried
+    one, other = terms(tried[0]), terms(alone)
+    means = [name for name in names if name in one.names]
+    if means:
+        gain, error = per_query.gain(one, other, means)
+        if gain < error:
+            return [alone, *(row for row in tried if row is not alone)]
+    return tried
 
 
 def _recall(

@@ -166,7 +166,7 @@ def write(
     if about["images"]:
         exporting.write_projection(os.path.join(directory, "image_projection.npz"), params)
         rows.append("| image_projection.npz | image embeddings to inputs of the tower |\n")
-    exporting.write_labels(directory, predictor)
+    exporting.write_labels(directory, predictor.view)
     readme = _README.format(
         name=artifacts.about.name,
         labels=about["labels"],

@@ -29,7 +29,9 @@ class ModelConfig:
         lower_bound=-1.0,
         upper_bound=0.9,
     )
-    num_images: int = flag(3, "Images read per item at most; 0: text only.", lower_bound=0)
+    num_images: int = flag(
+        3, "Images read per item at most; 0: text only.", lower_bound=0, upper_bound=100
+    )
     image_init: str = flag(
         "regression",
         "Initial image projection. regression: fitted to the mean token embedding of the labels of "
@@ -78,7 +80,9 @@ class LoraConfig:
     rank: int = flag(
         0, "Rank of LoRA adapters (decoders only); 0: train all weights.", lower_bound=0
     )
-    alpha: float = flag(256.0, "Adapters are scaled by alpha / sqrt(rank).", lower_bound=0.0)
+    alpha: float = flag(
+        256.0, "Adapters are scaled by alpha / sqrt(rank).", lower_bound=0.0, upper_bound=1e6
+    )
     maps: list[str] = flag(
         ["query", "key", "value", "out", "gate", "up", "down"],
         "Linear maps that have adapters.",
@@ -121,8 +125,10 @@ class LabelsConfig:
         "prototypes without centroids.",
         choices=("stale", "exact", "moving", "none"),
     )
-    num_heads: int = flag(8, "Attention heads of the combiner.", lower_bound=1)
-    mlp_width: int = flag(1024, "Feed-forward width of the combiner.", lower_bound=1)
+    num_heads: int = flag(8, "Attention heads of the combiner.", lower_bound=1, upper_bound=1 << 12)
+    mlp_width: int = flag(
+        1024, "Feed-forward width of the combiner.", lower_bound=1, upper_bound=1 << 19
+    )
     dropout: float = flag(0.1, "Dropout rate of the combiner.", lower_bound=0.0, upper_bound=0.9)
 
 
@@ -137,18 +143,21 @@ class LossConfig:
         "decoupled_softmax: the same, in which positives do not compete with each other.",
         choices=("triplet", "softmax", "decoupled_softmax"),
     )
-    num_negatives: int = flag(10, "Hardest negatives per row.", lower_bound=1)
+    num_negatives: int = flag(10, "Hardest negatives per row.", lower_bound=1, upper_bound=1 << 20)
     margin_min: float = flag(0.1, "Smallest margin.", lower_bound=0.0, upper_bound=2.0)
     margin_max: float = flag(0.3, "Largest margin.", lower_bound=0.0, upper_bound=2.0)
     temperature: float = flag(
         0.1,
         "Temperature of the softmax that weights negatives. Used by the triplet loss.",
         lower_bound=1e-4,
+        upper_bound=1e6,
     )
     softmax_temperature: float = flag(
-        0.05, "Scores are divided by it in the softmax losses.", lower_bound=1e-4
+        0.05, "Scores are divided by it in the softmax losses.", lower_bound=1e-4, upper_bound=1e6
     )
-    regulariser: float = flag(0.1, "Weight of the prototype margin loss.", lower_bound=0.0)
+    regulariser: float = flag(
+        0.1, "Weight of the prototype margin loss.", lower_bound=0.0, upper_bound=1e6
+    )
     tie_gradient: bool = flag(
         True, "Gradient 0.5 where a hinge is exactly zero, as published. Off: gradient 0."
     )
@@ -169,15 +178,24 @@ class HeadConfig:
         "Weight of the head's loss in each training step; 0: none. It is added to the contrastive "
         "loss.",
         lower_bound=0.0,
+        upper_bound=1e6,
     )
     refit: bool = flag(
         False,
         "Train the head alone after the last epoch. It reads the final vectors of the training "
         "queries.",
     )
-    epochs: int = flag(10, "Epochs of the head with --head.only and --head.refit.", lower_bound=1)
+    epochs: int = flag(
+        10,
+        "Epochs of the head with --head.only and --head.refit.",
+        lower_bound=1,
+        upper_bound=1_000_000,
+    )
     batch_size: int = flag(
-        512, "Queries per batch with --head.only and --head.refit.", lower_bound=1
+        512,
+        "Queries per batch with --head.only and --head.refit.",
+        lower_bound=1,
+        upper_bound=1 << 24,
     )
     loss: str = flag(
         "auto",
@@ -188,13 +206,17 @@ class HeadConfig:
         choices=("auto", "softmax", "decoupled_softmax", "bce"),
     )
     learning_rate: float = flag(
-        2e-3, "Peak learning rate of the head; it falls linearly to 0.", lower_bound=0.0
+        2e-3,
+        "Peak learning rate of the head; it falls linearly to 0.",
+        lower_bound=0.0,
+        upper_bound=100.0,
     )
     mlp_width: int = flag(
         1024,
         "Hidden width of the query side of the head; 0: none. The head reads query vectors through "
         "this network.",
         lower_bound=0,
+        upper_bound=1 << 19,
     )
     label_block: int = flag(
         8192,
@@ -212,7 +234,9 @@ class HeadConfig:
         "--head.num_sampled of them, beside those of its queries.",
         lower_bound=1,
     )
-    num_sampled: int = flag(65536, "Labels drawn per step where not all are scored.", lower_bound=1)
+    num_sampled: int = flag(
+        65536, "Labels drawn per step where not all are scored.", lower_bound=1, upper_bound=1 << 24
+    )
 
     @property
     def enabled(self) -> bool:
@@ -229,11 +253,13 @@ class FusionConfig:
         "Weight of prototypes in scores; 0: head alone. It multiplies the similarity of query and "
         "prototype.",
         lower_bound=0.0,
+        upper_bound=1e6,
     )
     head: float = flag(
         1.0,
         "Weight of the head's logits in scores; 0: prototypes alone.",
         lower_bound=0.0,
+        upper_bound=1e6,
     )
 
 
@@ -247,7 +273,7 @@ class BatchConfig:
         "them.",
         lower_bound=2,
     )
-    row_width: int = flag(64, "Positions per packed row.", lower_bound=8)
+    row_width: int = flag(64, "Positions per packed row.", lower_bound=8, upper_bound=1 << 17)
     positives: str = flag(
         "inverse_propensity",
         "How the positive label of a query is sampled.",
@@ -266,34 +292,48 @@ class BatchConfig:
         lower_bound=-1,
     )
     cluster_every: int = flag(5, "Epochs between clusterings.", lower_bound=1)
-    cluster_size: int = flag(16, "Queries per cluster at first.", lower_bound=1)
+    cluster_size: int = flag(
+        16, "Queries per cluster at first.", lower_bound=1, upper_bound=1 << 24
+    )
     curriculum: list[int] = flag([], "Epochs (from 0) after which the cluster size doubles.")
-    threads: int = flag(1, "Threads that prepare batches.", lower_bound=1)
+    threads: int = flag(1, "Threads that prepare batches.", lower_bound=1, upper_bound=1024)
     microbatch_rows: int = flag(
         0,
         "Packed rows per device that the tower reads at once; 0: all. Rows are recomputed in the "
         "backward pass, so memory grows with this number instead of the batch size.",
         lower_bound=0,
+        upper_bound=1 << 24,
     )
-    prefetch: int = flag(4, "Batches prepared ahead.", lower_bound=1)
+    prefetch: int = flag(4, "Batches prepared ahead.", lower_bound=1, upper_bound=1024)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with parameter groups and a schedule."""
 
-    learning_rate: float = flag(1e-4, "Peak learning rate of the tower.", lower_bound=0.0)
+    learning_rate: float = flag(
+        1e-4, "Peak learning rate of the tower.", lower_bound=0.0, upper_bound=100.0
+    )
     label_learning_rate: float = flag(
-        1e-3, "Peak learning rate of the combiner and free vectors.", lower_bound=0.0
+        1e-3,
+        "Peak learning rate of the combiner and free vectors.",
+        lower_bound=0.0,
+        upper_bound=100.0,
     )
     image_learning_rate: float = flag(
-        1e-3, "Peak learning rate of the image projection.", lower_bound=0.0
+        1e-3, "Peak learning rate of the image projection.", lower_bound=0.0, upper_bound=100.0
     )
     weight_decay: float = flag(
-        0.01, "Weight decay, except of biases, norms and free vectors.", lower_bound=0.0
+        0.01,
+        "Weight decay, except of biases, norms and free vectors.",
+        lower_bound=0.0,
+        upper_bound=1e6,
     )
     warmup_steps: int = flag(
-        100, "Steps of linear warm-up from 0 to the peak learning rates.", lower_bound=0
+        100,
+        "Steps of linear warm-up from 0 to the peak learning rates.",
+        lower_bound=0,
+        upper_bound=100_000_000,
     )
     clip_norm: float = flag(0.0, "Largest global gradient norm; 0: no clipping.", lower_bound=0.0)
 
@@ -302,7 +342,9 @@ class OptimizerConfig:
 class LoopConfig:
     """Length of training, evaluations, checkpoints and logging."""
 
-    epochs: int = flag(10, "Passes over the training queries.", lower_bound=0)
+    epochs: int = flag(
+        10, "Passes over the training queries.", lower_bound=0, upper_bound=1_000_000
+    )
     eval_every: int = flag(
         0,
         "Epochs between evaluations in training; 0: only at the end. They use the validation split "
@@ -341,7 +383,7 @@ class LoopConfig:
 class EvalConfig:
     """Evaluation of a run."""
 
-    block: int = flag(1024, "Items encoded at a time.", lower_bound=8)
+    block: int = flag(1024, "Items encoded at a time.", lower_bound=8, upper_bound=1 << 20)
     k: int = flag(100, "Labels retrieved per query.", lower_bound=1)
     knn_baseline: bool = flag(False, "Also evaluate the training-free kNN baseline.")
     tune: list[str] = flag(
@@ -363,11 +405,12 @@ class KnnConfig:
         lower_bound=0.0,
         upper_bound=1.0,
     )
-    k: int = flag(100, "Training queries retrieved per query.", lower_bound=1)
+    k: int = flag(100, "Training queries retrieved per query.", lower_bound=1, upper_bound=1 << 16)
     temperature: float = flag(
         0.05,
         "Softmax temperature of label and training query scores.",
         lower_bound=1e-4,
+        upper_bound=1e6,
     )
     joint: bool = flag(
         False,
@@ -386,7 +429,9 @@ class SearchConfig:
         lower_bound=0.01,
         upper_bound=1.0,
     )
-    sample: int = flag(1000, "Queries that the index is tuned on at most.", lower_bound=1)
+    sample: int = flag(
+        1000, "Queries that the index is tuned on at most.", lower_bound=1, upper_bound=1 << 20
+    )
     query_block: int = flag(1024, "Queries searched exactly at a time.", lower_bound=1)
     label_block: int = flag(
         65536,
@@ -398,4 +443,5 @@ class SearchConfig:
         0.0,
         "Host memory that search may use, in GB (10^9 bytes). 0: all that is free.",
         lower_bound=0.0,
+        upper_bound=1e9,
     )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vixml_jax.config import Config
+from vixml_jax.errors import InputError
 from vixml_jax.models.tower import TowerConfig
 from vixml_jax.parallel import distributed
 from vixml_jax.runtime import tree_utils
@@ -61,3 +62,20 @@ def save(workdir: str, frozen: Any) -> None:
     options = digests.async_options(os.path.dirname(path))
     with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options) as saver:
         saver.save(path, args=ocp.args.StandardSave(frozen), force=True)
+
+
+def load(workdir: str, like: Any) -> Any:
+    """Reads what `save` wrote.
+
+    Args:
+      workdir: The run directory.
+      like: Abstract arrays with shardings.
+
+    Raises:
+      InputError: If a file is damaged.
+    """
+    path = object_store.absolute(os.path.join(workdir, DIRECTORY))
+    damage = digests.damage(os.path.join(path, "0"))
+    if damage:
+        raise InputError(f"{path}: damaged ({damage}); resume training to write it again")
+    return digests.read(path, **{"0": like})["0"]

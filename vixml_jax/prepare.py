@@ -15,7 +15,7 @@ from absl import flags
 
 from vixml_jax import command_line, errors
 from vixml_jax.data import prepare_line, preprocessing
-from vixml_jax.data.images import download, named_images
+from vixml_jax.data.images import download, image_reader, named_images
 from vixml_jax.data.problems import Problems
 from vixml_jax.data.sources import catalog, columns
 from vixml_jax.data.sources.delimited import Dialect
@@ -304,10 +304,28 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "image column, or in {trn,val,tst,lbl}_images.txt (a line per item, tabs between paths).",
     )
     switch("keep_aspect", False, "Shrink images to fit and pad with white instead of stretching.")
-    integer("image_batch", 64, "Number of images embedded together.", lower_bound=1)
+    integer(
+        "image_batch",
+        64,
+        "Number of images embedded together.",
+        lower_bound=1,
+        upper_bound=1 << 12,
+    )
     choice("image_dtype", "float32", ["float32", "bfloat16"], "Compute dtype of the vision model.")
-    integer("connections", 16, "Simultaneous downloads of image URLs.", lower_bound=1)
-    integer("max_image_mib", 20, "Maximum size of a downloaded image in MiB.", lower_bound=1)
+    integer(
+        "connections",
+        16,
+        "Simultaneous downloads of image URLs.",
+        lower_bound=1,
+        upper_bound=1024,
+    )
+    integer(
+        "max_image_mib",
+        20,
+        "Maximum size of a downloaded image in MiB.",
+        lower_bound=1,
+        upper_bound=image_reader.MAX_BYTES >> 20,
+    )
     switch(
         "allow_private_hosts",
         False,

@@ -4,12 +4,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
-
 from vixml_jax.data import store
 from vixml_jax.data.sources.reading import Reading
 from vixml_jax.errors import InputError
-from vixml_jax.storage import object_store, sealed
+from vixml_jax.storage import json_files, object_store, sealed
 
 READING = "reading.json"  # In a run directory: how the tables of its data were read.
 
@@ -32,7 +30,7 @@ def read_reading(workdir: str) -> Reading | None:
       InputError: If the file is damaged.
     """
     path = os.path.join(workdir, READING)
-    if not epath.Path(path).exists():
+    if not json_files.is_there(path):
         return None
     return sealed.read(path, Reading, "remove it, and give the columns by flags")
 

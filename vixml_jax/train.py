@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from vixml_jax import command_line, errors, evaluate, evaluator, workdir
+from vixml_jax import command_line, errors, evaluate, evaluator, saved_model, workdir
 from vixml_jax import config as config_lib
 from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.config import Config
@@ -42,6 +42,7 @@ from vixml_jax.training import (
 from vixml_jax.training import trainer as trainer_lib
 from vixml_jax.training.checkpoints import Checkpoints, nbytes
 from vixml_jax.training.describe import final_model as describe_final_model
+from vixml_jax.training.epoch_loop import Position
 from vixml_jax.training.memory_planner import DataSizes
 from vixml_jax.training.metric_logger import CollapseGuard, MetricLogger
 from vixml_jax.training.preemption import StopSignal
@@ -281,7 +282,7 @@ def train(
         minutes=config.loop.save_minutes,
         best=os.path.join(config.workdir, workdir.BEST) if config.loop.monitor else None,
     )
-    resumed = checkpoints.position()
+    resumed = checkpoints.position(Position)
     split = "valid" if dataset.valid else "test"
     store = functools.lru_cache(maxsize=1)(
         lambda step: VectorStore(
@@ -300,7 +301,7 @@ def train(
     trainer = _tower_trainer(config, parts, dataset, split, group, common)
     head = _head_trainer(config, parts, dataset, common)
     head_steps = build.head_steps(config, sizes.queries)
-    in_head = trainer is None or (resumed or {}).get("head_from") is not None
+    in_head = trainer is None or (resumed is not None and resumed.head_from is not None)
     describe.show_setup(
         config, dataset, parts, sizes, mesh, trainer.batch_rows if trainer else None
     )
@@ -386,7 +387,7 @@ def train(
     if position.best_step is not None and position.head_from is None:
         # A device may not have memory for two models and an optimizer.
         del state, params, labels
-        params, labels, last_step = workdir.restore_model(config.workdir, model)
+        params, labels, last_step = saved_model.restore(config.workdir, model)
         vectors_step = last_step
     console.status(
         describe_final_model(config, position, trainer.steps_per_epoch if trainer else 1)
@@ -496,4 +497,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    command_line.launch(main, define_flags, common=COMMON_FLAGS)
+    command_line.launch(main, define_flags, common=COMMON_FLAGS, resumable=True)

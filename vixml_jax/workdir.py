@@ -1,4 +1,4 @@
-"""The run directory: its files, and how a trained model is restored from it."""
+"""The run directory: its files, and the model that they describe."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from vixml_jax import config as config_lib
-from vixml_jax import frozen_weights, run_data
+from vixml_jax import run_data
 from vixml_jax.config import Config
 from vixml_jax.data import on_demand, preprocessing, store
 from vixml_jax.data.packing import Layout
@@ -27,10 +27,9 @@ from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.models.modernbert import ModernBertConfig
 from vixml_jax.models.tower import Tower, TowerConfig
-from vixml_jax.parallel import distributed, sharding
-from vixml_jax.runtime import console, tree_utils
-from vixml_jax.storage import digests, held, object_store, sealed
-from vixml_jax.structs import LabelState
+from vixml_jax.parallel import sharding
+from vixml_jax.runtime import console
+from vixml_jax.storage import object_store, sealed
 
 CONFIG = "config.json"
 TOWER = "tower.json"
@@ -44,8 +43,8 @@ FREE_FLAGS = ("data", "workdir", "mesh", "loop.save_every", "loop.save_minutes",
 BCE_FROM = 5.5
 BCE_FROM_PER_LABEL = 25
 FAMILIES = {"encoder": BertConfig, "modernbert": ModernBertConfig, "decoder": DecoderConfig}
-_NOT_A_RUN = "expected a run directory written by train"
-_RESTORE = f"{_NOT_A_RUN}; put the file back from a copy of the run"
+NOT_A_RUN = "expected a run directory written by train"
+_RESTORE = f"{NOT_A_RUN}; put the file back from a copy of the run"
 
 _LayoutFields = TypedDict("_LayoutFields", get_type_hints(Layout), total=False)
 
@@ -127,7 +126,7 @@ def open_run(
         if jax.process_index() == 0:
             if recorded.head_loss != head_loss:
                 tower_path = os.path.join(config.workdir, TOWER)
-                updated = {**sealed.read(tower_path, dict, _NOT_A_RUN), "head_loss": head_loss}
+                updated = {**sealed.read(tower_path, dict, NOT_A_RUN), "head_loss": head_loss}
                 sealed.write(tower_path, updated)
             if differences:
                 config_lib.save(path, config)
@@ -238,7 +237,7 @@ def read_tower(workdir: str) -> tuple[TowerConfig, Layout]:
         tower = msgspec.convert(contents.tower, FAMILIES[contents.family])
     except msgspec.ValidationError as error:
         path = os.path.join(workdir, TOWER)
-        raise InputError(f"{path}: tower: {error}; {_NOT_A_RUN}") from None
+        raise InputError(f"{path}: tower: {error}; {NOT_A_RUN}") from None
     hf_configs.check_sizes(os.path.join(workdir, TOWER), tower)
     return tower, Layout(**contents.layout)
 
@@ -246,12 +245,21 @@ def read_tower(workdir: str) -> tuple[TowerConfig, Layout]:
 def open_dataset(config: Config, cache: str = object_store.CACHE) -> PreparedDataset:
     """The prepared data of a run; the built-in data set and sources are prepared on first use.
 
+    All bytes of the data are compared with their checksums.
+
     Args:
       config: The flags of the run.
       cache: Local directory for copies of data from an object store, and for sources prepared here.
         If the run directory is in an object store, the built-in data set is prepared there too, and
         in the run directory otherwise.
+
+    Raises:
+      InputError: If there are no data, or they are damaged.
     """
+    return _open_dataset(config, cache).verify()
+
+
+def _open_dataset(config: Config, cache: str) -> PreparedDataset:
     object_store.check(config.workdir, "workdir")
     object_store.check(config.data, "data")
     if not object_store.is_local(config.data):
@@ -349,119 +357,3 @@ def build_model(
         if head.enabled
         else None,
     )
-
-
-def find_model(workdir: str) -> tuple[str, int]:
-    """Directory and step of the model to evaluate: the best so far, or else the newest.
-
-    Damaged checkpoints are skipped with a warning and left in place.
-
-    Raises:
-      InputError: If there is no intact checkpoint, or the best model is damaged.
-    """
-    directory = object_store.absolute(os.path.join(workdir, CHECKPOINTS))
-    while True:  # A run that trains may delete what was just found; then there is a newer one.
-        before = digests.steps(directory)
-        try:
-            return _find_model(directory, object_store.absolute(os.path.join(workdir, BEST)))
-        except (InputError, OSError, ValueError):
-            if jax.process_count() > 1 or digests.steps(directory) == before:
-                raise
-
-
-def _find_model(directory: str, best: str) -> tuple[str, int]:
-    if not epath.Path(directory).is_dir():
-        raise InputError(f"{directory}: not found; {_NOT_A_RUN}")
-    step, damaged = newest_checkpoint(directory)
-    listed = "; ".join(f"the checkpoint of step {n} is damaged ({damaged[n]})" for n in damaged)
-    if step is None:
-        raise InputError(f"{directory}: {listed or 'no checkpoint has been written yet'}")
-    if damaged:
-        print(f"warning: {directory}: {listed}; reading step {step} instead")
-    position = digests.read(os.path.join(directory, str(step)), position=None)["position"]
-    best_step = position["best_step"]
-    if best_step is None or position.get("head_from") is not None:  # Refitted from the best.
-        return directory, step
-    if not (epath.Path(best) / str(best_step)).is_dir():
-        raise InputError(f"{best}: step {best_step}, the best model, is missing")
-    damage = digests.damage(os.path.join(best, str(best_step)))
-    if damage:
-        raise InputError(f"{best}: step {best_step}, the best model, is damaged ({damage})")
-    return best, best_step
-
-
-def vectors_step(workdir: str) -> int:
-    """Step whose vectors of queries and labels are those of the model that `find_model` returns.
-
-    It is the step of the model, or in head epochs, which do not change these vectors, the step at
-    which they began.
-    """
-    directory, step = find_model(workdir)
-    if os.path.basename(directory) == BEST:
-        return step
-    position = digests.read(os.path.join(directory, str(step)), position=None)["position"]
-    head_from = position.get("head_from")
-    return step if head_from is None else head_from
-
-
-def newest_checkpoint(directory: str) -> tuple[int | None, dict[int, str]]:
-    """The newest intact step, and what is wrong with later ones; see `digests.newest_intact`.
-
-    Process 0 verifies the checkpoints; the other processes get the step, but no descriptions.
-    """
-    step, damaged = None, {}
-    if jax.process_index() == 0:
-        step, damaged = digests.newest_intact(directory)
-    step = distributed.broadcast_from_first(-1 if step is None else step)
-    return (None if step < 0 else step), damaged
-
-
-def restore_model(workdir: str, model: Model) -> tuple[Any, LabelState, int]:
-    """Parameters, label state and step of the model that `find_model` returns, on its mesh.
-
-    The parameters of a run with a label head have no "head" if nothing has trained it yet.
-
-    Raises:
-      InputError: If there is no intact checkpoint.
-    """
-    config = dataclasses.replace(config_lib.load(os.path.join(workdir, CONFIG)), workdir=workdir)
-    while True:
-        directory, step = find_model(workdir)
-        path = os.path.join(directory, str(step))
-        if not object_store.is_local(path):
-            return *_restore(config, path, model), step
-        with held.reading(path) as is_there:
-            if is_there:
-                return *_restore(config, path, model), step
-
-
-def _restore(config: Config, path: str, model: Model) -> tuple[Any, LabelState]:
-    params = model.abstract_params
-    if model.head is not None and _has_head(config, path):
-        params = {**params, "head": model.abstract_head}
-    trained, frozen = frozen_weights.split(params, model.tower.config, head_only=config.head.only)
-    abstract = {
-        "params": sharding.stored_tree(trained, model.mesh),
-        "labels": sharding.stored_tree(model.table.abstract_state, model.mesh),
-    }
-    restored = digests.read(path, model=abstract)["model"]
-    params = restored["params"]
-    if frozen:
-        abstract_frozen = sharding.stored_tree(
-            frozen_weights.as_stored(frozen, frozen_weights.dtype(config)), model.mesh
-        )
-        path = object_store.absolute(os.path.join(config.workdir, frozen_weights.DIRECTORY))
-        damage = digests.damage(os.path.join(path, "0"))
-        if damage:
-            raise InputError(f"{path}: damaged ({damage}); resume training to write it again")
-        params = tree_utils.merge(params, digests.read(path, **{"0": abstract_frozen})["0"])
-    return params, LabelState(*restored["labels"])
-
-
-def _has_head(config: Config, checkpoint: str) -> bool:
-    """Whether a checkpoint holds a label head: it is trained in all steps, or has been refitted."""
-    if config.head.only or config.head.weight:
-        return True
-    if os.path.basename(os.path.dirname(checkpoint)) == BEST:  # Of a tower epoch.
-        return False
-    return digests.read(checkpoint, position=None)["position"].get("head_from") is not None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vixml_jax import evaluate, evaluator, train, workdir
+from vixml_jax import evaluate, evaluator, saved_model, train, workdir
 from vixml_jax.augmentation import neighbours, settings
 from vixml_jax.augmentation.mixing import Mixing
 from vixml_jax.augmentation.settings import Scoring
@@ -51,7 +51,7 @@ def test_tuning_on_valid_then_evaluating(run, search, monkeypatch):
     model = workdir.build_model(
         run, *workdir.read_tower(run.workdir), dataset.num_labels, workdir.make_mesh(run)
     )
-    params, labels, step = workdir.restore_model(run.workdir, model)
+    params, labels, step = saved_model.restore(run.workdir, model)
     mixings = [Mixing(0.1, 24, 0.05), Mixing(0.5, 4, 0.1), Mixing(0.9, 24, 0.02, True)]
     monkeypatch.setattr(evaluator.mixing_lib, "grid", lambda most, joint: mixings)
     monkeypatch.setattr(evaluator, "MAX_TUNING_QUERIES", 15)

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from vixml_jax import evaluator
 from vixml_jax.augmentation import mixing as mixing_lib
 from vixml_jax.augmentation import settings, tuning
 from vixml_jax.augmentation.mixing import Mixing
 from vixml_jax.augmentation.settings import Scoring
 from vixml_jax.evaluation import metrics
+from vixml_jax.evaluation.per_query import PerQuery
 from vixml_jax.search import index
 from vixml_jax.search.fusion import Fusion
 from vixml_jax.structs import SearchResult
@@ -125,12 +127,42 @@ def test_the_best_fusion_and_mixing_are_found_in_turns(held_out):
             expected = expected[scoring.mixing]
         assert value == expected, scoring
     assert {Scoring(fusion) for fusion in found} <= tried.keys()
+    for row in rows[:: len(rows) // 7]:
+        ranking = tuning.rankings(found, validation, settings.from_row(row))
+        assert value_of(ranking, validation.truth) == row["value"]
     # No other fusion is better with the best mixing, and no other mixing with the best fusion.
     winner = max((s for s in tried if s.mixing is not None), key=tried.get)
     for fusion in found:
         assert tried[Scoring(fusion, winner.mixing)] <= tried[winner]
     for mixing in mixings:
         assert tried[Scoring(winner.fusion, mixing)] <= tried[winner]
+
+
+@pytest.mark.parametrize(
+    "helped, lost, kept", [(30, 10, True), (30, 28, False), (9, 1, True), (2, 1, False)]
+)
+def test_neighbours_must_help_beyond_chance(helped, lost, kept):
+    """`helped` of 200 queries gain a hit by neighbours and `lost` queries lose theirs."""
+    hits = np.zeros((200, 1), np.float32)
+    hits[:100] = 1.0
+    mixed = hits.copy()
+    mixed[:lost], mixed[100 : 100 + helped] = 0.0, 1.0
+    rows = [
+        {"weight": 0.1, "value": 50 + (helped - lost) / 2},
+        {"weight": 0.2, "value": 50.0},
+        {"weight": 0.0, "value": 50.0},
+    ]
+    values = {0.1: mixed, 0.0: hits}
+
+    def terms(row):
+        return PerQuery(("P@1",), values[row["weight"]], (), np.zeros((200, 0), np.float32))
+
+    # The standard error of a sum of `helped` ones and `lost` minus ones, in queries.
+    error = np.sqrt(helped + lost - (helped - lost) ** 2 / 200)
+    assert kept == (helped - lost > 1.01 * error)
+    found = evaluator.without_chance(rows, terms, ["P@1", "coverage@1"])
+    assert found == (rows if kept else [rows[2], rows[0], rows[1]])
+    assert evaluator.without_chance(rows, terms, ["coverage@1"]) == rows
 
 
 def test_neighbours_that_only_tie_are_left_off():

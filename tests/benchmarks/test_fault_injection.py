@@ -91,5 +91,6 @@ def test_a_command_that_is_killed_is_repeated_and_leaves_nothing(tmp_path):
     seed = int(np.random.default_rng().integers(2**31))
     jobs = fault_injection.make_jobs(str(tmp_path / "jobs"))
     prepare = next(job for job in jobs if job.name == "prepare")
-    row = killed_commands.kills(prepare, str(tmp_path / "jobs"), 6, seed)
-    assert (row.count, row.recovered) == (6, 6), (seed, row.note)
+    count = 2 * len(killed_commands.SIGNALS)
+    row = killed_commands.kills(prepare, str(tmp_path / "jobs"), count, seed)
+    assert (row.count, row.recovered) == (count, count), (seed, row.note)

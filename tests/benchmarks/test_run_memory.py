@@ -21,17 +21,20 @@ def test_plan_is_read_from_the_output():
 
 
 def test_failed_run_is_reported(tmp_path):
-    with pytest.raises(InputError, match="a run ended with status 2: error: --data="):
-        runs.measure([f"--data={tmp_path / 'none'}"])
+    with pytest.raises(InputError, match="train ended with status 2: error: --data="):
+        runs.measure(str(tmp_path / "none"), [])
 
 
 @pytest.mark.slow
 def test_peak_of_a_run_is_near_its_plan(tmp_path):
     row = runs.measure(
+        make_data(tmp_path),
         [
-            f"--data={make_data(tmp_path)}", "--batch.size=16", "--model.width=64",
+            "--batch.size=16", "--model.width=64",
             "--model.num_heads=2", "--model.num_layers=2", "--model.mlp_width=64",
             "--loss.num_negatives=4",
         ]
     )  # fmt: skip
     assert 0.85 < row.ratio < 1.15
+    assert 0.2 * GIB < min(row.evaluate, row.predict)
+    assert max(row.evaluate, row.predict) < 1.15 * row.planned

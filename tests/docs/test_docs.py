@@ -35,6 +35,7 @@ ENV = {
 # Flags of programs that are not ours, as the guide mentions them.
 OTHER_FLAGS = {"--strict", "--dry_run", "--delete", "--processes", "--nodes", "--flagfile"}
 OTHER_FLAGS |= {"--preset", "--help", "--version", "--logdir"}
+OTHER_FLAGS |= {"--gpus", "--init", "--net", "--ntasks", "--privileged"}  # Docker and Slurm.
 
 
 class Block(NamedTuple):
@@ -66,7 +67,7 @@ SHELL_BLOCKS = [block for path in PAGES for block in blocks(path) if block.langu
 def typed_lines(block):
     """The lines that run our programs, with those that end in a backslash joined."""
     joined = re.sub(r"\\\n\s*", " ", "\n".join(block.lines)).split("\n")
-    ours = r"\bpython\S* -m vixml_jax|(^|/|\s)vixml_jax \w|\blaunch/"
+    ours = r"\bpython\S* -m vixml_jax|(^|/|\s)vixml_jax \w|\blaunch/|^docker run "
     return [line.removeprefix("$ ") for line in joined if re.search(ours, line)]
 
 
@@ -88,7 +89,10 @@ def find_commands():
     for block in SHELL_BLOCKS:
         for words in (words for line in typed_lines(block) for words in simple_commands(line)):
             program = pathlib.PurePath(words[0]).name
-            if program == "vixml_jax" and not words[1].startswith("-"):
+            if words[:2] == ["docker", "run"]:
+                image = next(i for i, word in enumerate(words) if word.startswith("vixml_jax:"))
+                yield block.where, commands.COMMANDS[words[image + 1]][0], words[image + 2 :]
+            elif program == "vixml_jax" and not words[1].startswith("-"):
                 yield block.where, commands.COMMANDS[words[1]][0], words[2:]
             elif words[1:3] and words[1] == "-m" and words[2].split(".")[0] == "vixml_jax":
                 yield block.where, words[2], words[3:]
@@ -257,7 +261,7 @@ LAUNCHES = [
     (block.where, line)
     for block in SHELL_BLOCKS
     for line in typed_lines(block)
-    if "launch/" in line
+    if "launch/" in line and not line.startswith("docker ")
 ]
 
 
@@ -275,6 +279,25 @@ def test_launch_scripts_take_what_the_guide_gives_them(where, line):
     assert done.returncode == 0, f"{where}: {done.stderr}"
     for argument in arguments[arguments.index("--") + 1 :]:
         assert argument in done.stdout + done.stderr, where
+
+
+BUILDS = [
+    (block.where, line)
+    for block in SHELL_BLOCKS
+    for line in typed_lines(block)
+    if line.startswith("docker build ")
+]
+
+
+def test_images_are_built_from_files_and_arguments_that_exist():
+    assert BUILDS
+    for where, line in BUILDS:
+        words = shlex.split(line)
+        path = ROOT / words[words.index("-f") + 1]
+        assert path.parent.name == "docker" and path.exists(), where
+        for name in re.findall(r"--build-arg=(\w+)=", line):
+            assert re.search(rf"^ARG {name}=", path.read_text(), re.MULTILINE), where
+        assert words[words.index("-t") + 1].startswith("vixml_jax:") and words[-1] == ".", where
 
 
 def test_python_blocks_are_python():

@@ -37,6 +37,21 @@ def test_metrics_are_means_and_ratios():
     assert metrics["PSP@1"] == pytest.approx(ratio, rel=1e-6)
 
 
+def test_gain_and_its_standard_error():
+    """The gain is the difference of the metrics; the error that of bootstrap resamples."""
+    rng = np.random.default_rng()
+    one, other = table(rng, 400, shift=0.02), table(rng, 400)
+    gain, error = per_query.gain(one, other, ["rate", "PSP@1"])
+    names = [one.names.index(name) for name in ("rate", "PSP@1")]
+    expected = [(x.metrics()["rate"] + x.metrics()["PSP@1"]) / 2 for x in (one, other)]
+    assert gain == pytest.approx(expected[0] - expected[1], rel=1e-5)
+    drawn = rng.integers(400, size=(4000, 400))
+    values = (one.values - other.values)[drawn].mean(axis=1)[:, names]
+    values[:, 1] /= one.possible.mean()
+    assert error == pytest.approx(100 * values.mean(axis=1).std(), rel=0.1)
+    assert per_query.gain(one, one, ["mean"]) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("num", [1, 3, 1024, 1025, 5000])
 def test_every_resample_has_as_many_queries(num):
     counts = np.concatenate([w for _, w in bootstrap._draws(num, 300, 7)], axis=1)

@@ -7,6 +7,7 @@ from concurrent import futures
 import numpy as np
 import pytest
 
+from vixml_jax import saved_model
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.benchmarks import fault_injection
 from vixml_jax.serving import label_updates
@@ -90,9 +91,10 @@ def test_models_are_read_while_checkpoints_come_and_go(tmp_path):
         model = workdir_lib.build_model(config, *sizes, 20, workdir_lib.make_mesh(config))
         steps = set()
         for number in range(READS):
-            _, step = workdir_lib.find_model(run.workdir)
+            with saved_model.opened(run.workdir) as saved:
+                step = saved.step
             if number % 5 == 0:
-                params, _, restored = workdir_lib.restore_model(run.workdir, model)
+                params, _, restored = saved_model.restore(run.workdir, model)
                 assert restored >= step
                 assert all(np.isfinite(x).all() for x in _leaves(params))
             steps.add(step)

@@ -172,12 +172,19 @@ def test_a_jobset_is_filled_in_and_applied(tmp_path):
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "16x16"
     assert pod["containers"][0]["command"][-2:] == ["--coordinator=auto", ODD]
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    user = {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000}
+    assert pod["securityContext"] == user
+    assert pod["containers"][0]["securityContext"] == {"allowPrivilegeEscalation": False}
     on = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert (on["operator"], on["values"]) == ("NotIn", [75, 143])
     assert found["spec"]["failurePolicy"]["maxRestarts"] == 100
     assert [call[1] for call in stage.calls] == ["apply", "wait", "logs"]
     assert stage.run("gke.sh", "--delete", NAME="mine").returncode == 0
     assert stage.calls[-1] == ["kubectl", "delete", "jobset", "mine"]
+    assert stage.run("gke.sh", USER_ID="0").returncode == 0
+    found = yaml.safe_load((tmp_path / "stdin").read_text())
+    pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["securityContext"] == {**dict.fromkeys(user, 0), "runAsNonRoot": False}
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (143, True), (0, False), (2, False)])
@@ -189,7 +196,17 @@ def test_slurm_requeues_a_preempted_run(tmp_path, status, requeued):
     assert stage.called("scontrol") == ([["scontrol", "requeue", "7"]] if requeued else [])
 
 
-def local(tmp_path, program, *arguments):
+@pytest.mark.parametrize("cores", ["12", None])
+def test_slurm_tasks_get_the_cores_of_the_job(cores, tmp_path):
+    """srun takes them from the job up to Slurm 21.08 only."""
+    stage = Stage(tmp_path, {})
+    given = {"SLURM_CPUS_PER_TASK": cores} if cores else {}
+    assert stage.run("slurm.sbatch", HERE=str(LAUNCH), SLURM_JOB_ID="7", **given).returncode == 0
+    ((_, *arguments),) = stage.called("srun")
+    assert arguments[:-4] == ["--kill-on-bad-exit=0", *(["--cpus-per-task=12"] if cores else [])]
+
+
+def local(tmp_path, program, *arguments, **variables):
     """local.sh with a python that is a few lines of shell."""
     (tmp_path / "venv/bin").mkdir(parents=True, exist_ok=True)
     python = tmp_path / "venv/bin/python"
@@ -198,7 +215,10 @@ def local(tmp_path, program, *arguments):
     return subprocess.Popen(
         ["bash", str(LAUNCH / "local.sh"), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        env={**os.environ, "VENV": str(tmp_path / "venv"), "RESTART_DELAY": "0"},
+        env={
+            **{name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
+            "VENV": str(tmp_path / "venv"), "RESTART_DELAY": "0", **variables,
+        },
     )  # fmt: skip
 
 
@@ -225,3 +245,79 @@ def test_local_processes_connect_and_stop_together(tmp_path):
     assert child.returncode == 75
     together = "-m vixml_jax.train --coordinator=localhost:8476 --num_processes=2 --process_index="
     assert sorted(calls.read_text().splitlines()) == [f"{together}{i} --seed=1" for i in range(2)]
+
+
+SAY_GPUS = 'echo "${@: -1} ${CUDA_VISIBLE_DEVICES-unset}" >> calls'
+
+
+def gpus_of(tmp_path, *arguments, **variables):
+    """Return status, errors, and the GPUs that each process of local.sh sees, by its index."""
+    child = local(tmp_path, SAY_GPUS, *arguments, **{"JAX_PLATFORMS": "", **variables})
+    errors = child.communicate(timeout=30)[1]
+    calls = tmp_path / "calls"
+    lines = sorted(calls.read_text().splitlines()) if calls.exists() else []
+    return child.returncode, errors, [line.rpartition(" ")[2] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("processes", "listed", "shares"),
+    [
+        (2, "0,1,2,3", ["0,1", "2,3"]),
+        (4, "4,5,6,7", ["4", "5", "6", "7"]),
+        (2, "GPU-aa, GPU-bb", ["GPU-aa", "GPU-bb"]),
+        (1, "0,1,2", ["0,1,2"]),
+        (3, "", ["", "", ""]),
+        (3, "-1", ["-1", "-1", "-1"]),
+    ],
+)
+def test_local_processes_share_the_listed_gpus(processes, listed, shares, tmp_path):
+    status, errors, found = gpus_of(
+        tmp_path, f"--processes={processes}", CUDA_VISIBLE_DEVICES=listed
+    )
+    assert (status, found) == (0, shares), errors
+
+
+def with_nvidia_smi(tmp_path, program):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvidia-smi").write_text(f"#!/usr/bin/env bash\n{program}\n")
+    (tmp_path / "bin/nvidia-smi").chmod(0o755)
+    return f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+
+def test_local_processes_share_the_gpus_that_nvidia_smi_finds(tmp_path):
+    path = with_nvidia_smi(tmp_path, 'echo "$*" > asked; printf "%s\\n" 0 1 2 3')
+    status, errors, found = gpus_of(tmp_path, "--processes=2", PATH=path)
+    assert (status, found) == (0, ["0,1", "2,3"]), errors
+    assert (tmp_path / "asked").read_text() == "--query-gpu=index --format=csv,noheader\n"
+    (tmp_path / "calls").unlink()
+    # One process takes all GPUs by itself, and a run on a CPU takes none.
+    assert gpus_of(tmp_path, "--processes=1", PATH=path)[2] == ["unset"]
+    (tmp_path / "calls").unlink()
+    found = gpus_of(tmp_path, "--processes=3", PATH=path, JAX_PLATFORMS="cpu")[2]
+    assert found == ["unset"] * 3
+
+
+def test_a_machine_whose_driver_does_not_answer_has_no_gpus(tmp_path):
+    path = with_nvidia_smi(tmp_path, 'echo "NVIDIA-SMI has failed"; exit 9')
+    assert gpus_of(tmp_path, "--processes=2", PATH=path)[2] == ["unset"] * 2
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+def test_local_processes_refuse_gpus_that_they_cannot_share(dry, tmp_path):
+    for processes, listed in ((3, "0,1,2,3"), (4, "0,1")):
+        status, errors, found = gpus_of(
+            tmp_path, *dry, f"--processes={processes}", CUDA_VISIBLE_DEVICES=listed
+        )
+        assert (status, found) == (2, [])
+        assert errors == (
+            f"error: --processes={processes}: expected a number that divides the "
+            f"{len(listed.split(','))} GPUs ({listed.replace(',', ' ')}); list fewer GPUs in "
+            "CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu to use none\n"
+        )
+
+
+@pytest.mark.parametrize("processes", ["0", "two", "-1", ""])
+def test_local_processes_are_a_number(processes, tmp_path):
+    status, errors, found = gpus_of(tmp_path, f"--processes={processes}")
+    assert (status, found) == (2, [])
+    assert errors == f"error: --processes={processes}: expected a number from 1\n"

@@ -140,7 +140,10 @@ def log(monkeypatch):
     monkeypatch.setattr(
         hf_files,
         "tensors",
-        lambda path: ((n, LoggedTensor(n, t, log)) for n, t in tensors(path)),
+        lambda path: (
+            tensor._replace(values=LoggedTensor(tensor.name, tensor.values, log))
+            for tensor in tensors(path)
+        ),
     )
     return log
 

@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors
 
 from tests.tiny import configuration, make_data, make_qwen
 from vixml_jax import config as config_lib
-from vixml_jax import frozen_weights, train, workdir
+from vixml_jax import frozen_weights, saved_model, train, workdir
 from vixml_jax.config import LoraConfig
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import PreparedDataset
@@ -258,7 +258,7 @@ def test_a_run_is_restored_on_another_mesh(run, tmp_path):
     dataset, vectors, directories = PreparedDataset.open(run.data), [], []
     for mesh in (workdir.make_mesh(run), sharding.create_mesh()):
         model = opened(run, mesh)
-        params, labels, _ = workdir.restore_model(run.workdir, model)
+        params, labels, _ = saved_model.restore(run.workdir, model)
         vectors.append(model.encode_labels(params, labels, dataset.labels, block=32).values)
         directories.append(str(tmp_path / str(len(directories))))
         hf_export.save_hf_tower(

@@ -1,8 +1,10 @@
 """Exact search against sorting all scores, for any mesh and any block sizes."""
 
+import re
 import tracemalloc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -104,6 +106,31 @@ def test_a_mesh_holds_one_block_of_scores():
     lowered = exact._top_k.lower(vectors, queries, k=10, num_labels=4096, num_blocks=16, mesh=mesh)
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
     assert temporary < 64 * 4096 * 4 / 2
+
+
+def test_groups_find_what_top_k_finds():
+    """On scores with many ties and masked columns, for any number of columns."""
+    rng = np.random.default_rng()
+    for _ in range(40):
+        columns = int(rng.integers(1, 5000))
+        k = min(columns, int(rng.integers(1, rng.choice([20, 150, 5000]))))
+        scores = rng.integers(0, rng.integers(1, 50), (3, columns)).astype(np.float32)
+        scores[:, rng.random(columns) < rng.random()] = -np.inf
+        best, at = exact._top_k_by_groups(jnp.asarray(scores), k)
+        expected, expected_at = jax.lax.top_k(scores, k)
+        np.testing.assert_array_equal(best, expected)
+        is_real = np.isfinite(expected)
+        np.testing.assert_array_equal(np.where(is_real, at, 0), np.where(is_real, expected_at, 0))
+        assert (np.asarray(at) < columns).all()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_no_whole_block_is_sorted_on_accelerators(platform):
+    shapes = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((131_072, 8), (16, 8)))
+    settings = {"k": 100, "num_labels": 131_072, "num_blocks": 2, "mesh": None}
+    lowered = exact._top_k.trace(*shapes, **settings).lower(lowering_platforms=(platform,))
+    sorted_widths = re.findall(r"(?:top_k|sort)\(.*?tensor<16x(\d+)x[fi]32>", lowered.as_text())
+    assert sorted_widths and max(map(int, sorted_widths)) <= 3200
 
 
 @pytest.mark.parametrize("equal", [False, True])

@@ -21,6 +21,7 @@ from vixml_jax import frozen_weights, run_data, train
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import settings
 from vixml_jax.errors import InputError
+from vixml_jax.saved_model import SavedModel
 from vixml_jax.search import scann
 from vixml_jax.search.scann import ScannIndex
 from vixml_jax.serving import label_updates
@@ -43,7 +44,7 @@ READING = {
 
 def complete(workdir, data=""):
     """Lets a run have all that it can serve: tuned scores, label updates, an index, vectors."""
-    _, step = workdir_lib.find_model(workdir)
+    step = tiny.saved(workdir).step
     mixing = {"weight": 0.3, "k": 4, "temperature": 0.1, "joint": False}
     settings.save_tuned(workdir, step, ["P@1"], [{**mixing, "value": 50.0}])
     run_data.save_reading(workdir, READING)
@@ -80,22 +81,22 @@ def workdir(intact, tmp_path):
 def served(intact, monkeypatch):
     """A function that opens a run and returns all that it answers; checkpoints are read once."""
     restored = {}
-    restore = workdir_lib.restore_model
+    restore = SavedModel.restore
 
-    def restore_once(workdir, model):
+    def restore_once(saved, model):
         key = model.table.num_labels, model.tower.config
         if key not in restored:
-            restored[key] = restore(workdir, model)
+            restored[key] = restore(saved, model)
         return restored[key]
 
-    monkeypatch.setattr(workdir_lib, "restore_model", restore_once)
+    monkeypatch.setattr(SavedModel, "restore", restore_once)
 
     def serve(path):
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             predictor = Predictor.load(str(path), search="scann", warm=False)
             config = workdir_lib.read_config(str(path))
-            _, step = workdir_lib.find_model(str(path))
+            step = tiny.saved(path).step
             stored = VectorStore(str(path), step, predictor.artifacts.about.content_hash)
             vectors = [stored.get(name) for name in ("labels", "train")]
             answers = predictor(QUERIES, k=6)

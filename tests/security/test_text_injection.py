@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.tiny import run_command
 from vixml_jax.report import render
 from vixml_jax.runtime import console
 
@@ -72,3 +73,29 @@ def test_markup_stays_markup():
         .render(a=markupsafe.Markup("<b>\x1b</b>"), b="<i>")
     )
     assert page == "<b>\\x1b</b>&lt;i&gt;"
+
+
+def test_a_carriage_return_does_not_overwrite_a_line():
+    assert console.printable("good\rbad\r\nnext\r") == "good\\rbad\r\nnext\\r"
+
+
+def test_the_data_card_has_no_control_characters():
+    from vixml_jax.data.card import card
+
+    for text in random_texts(200):
+        line = card.escape(text, 30)
+        assert not set(line) & set(CONTROLS) and "\n" not in line and "\r" not in line
+    assert card.escape("ab\u202ecd") == "ab\\\\u202ecd"  # A backslash, escaped for Markdown.
+
+
+def test_messages_of_errors_have_no_control_characters(tmp_path):
+    """An id of the data, in the error of a command."""
+    source = tmp_path / "queries.csv"
+    bad = "x\u202e\x1b[31m\x9b\u2066y"
+    rows = f"id,text,labels\n{bad},a,b\n{bad},b,c\n"
+    source.write_text(rows, encoding="utf-8")
+    error = run_command(
+        "prepare", f"--source={source}", f"--out={tmp_path / 'out'}", "--dry_run", status=2
+    )
+    assert "is already used in" in error and "\\u202e" in error
+    assert not set(error) & set(CONTROLS)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.special
 
+from tests import tiny
+from vixml_jax import saved_model
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import settings
 from vixml_jax.augmentation.mixing import Mixing
@@ -40,7 +42,7 @@ class Dense:
             self.dataset.num_labels,
             workdir_lib.make_mesh(config),
         )
-        params, labels, _ = workdir_lib.restore_model(config.workdir, model)
+        params, labels, _ = saved_model.restore(config.workdir, model)
         self.head = jax.tree.map(lambda x: np.asarray(x, np.float64), params["head"])
         items = self.dataset.labels
         self.z = model.encode_labels(params, labels, items, block=32).values.astype(np.float64)
@@ -252,7 +254,7 @@ def test_vectors_without_a_head_are_refused(workdir):
 
 
 def test_without_neighbours_the_weights_are_those_tuned_without_them(workdir):
-    step = workdir_lib.find_model(workdir)[1]
+    step = tiny.saved(workdir).step
     mixing = Mixing(0.3, 4, 0.1)
     tried = [Scoring(Fusion(5.0, 2.0), mixing), Scoring(Fusion(7.0, 1.0))]
     rows = [settings.to_row(x, value) for x, value in zip(tried, (2.0, 1.0), strict=True)]

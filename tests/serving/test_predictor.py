@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vixml_jax import workdir
+from vixml_jax import saved_model, workdir
 from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.errors import InputError
 from vixml_jax.search.exact import ExactIndex
@@ -26,7 +26,7 @@ def opened(config):
     model = workdir.build_model(
         config, *workdir.read_tower(config.workdir), dataset.num_labels, workdir.make_mesh(config)
     )
-    return dataset, model, *workdir.restore_model(config.workdir, model)[:2]
+    return dataset, model, *saved_model.restore(config.workdir, model)[:2]
 
 
 def images_of(items):

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _restore_signal_handlers():
-    numbers = signal.SIGTERM, signal.SIGINT
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests import tiny
 from vixml_jax import errors, frozen_weights, workdir
 from vixml_jax.errors import InputError
 from vixml_jax.parallel import sharding
@@ -177,12 +178,12 @@ def test_evaluation_skips_a_damaged_checkpoint_without_moving_it(tmp_path, capsy
     damage_file(
         tmp_path / workdir.CHECKPOINTS / "6" / "model" / "manifest.ocdbt", "truncated", None
     )
-    assert workdir.find_model(str(tmp_path)) == (str(tmp_path / workdir.CHECKPOINTS), 4)
+    assert tiny.saved(tmp_path).path == str(tmp_path / workdir.CHECKPOINTS / "4")
     assert "step 6 is damaged (model/manifest.ocdbt has" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / workdir.CHECKPOINTS)) == ["4", "6"]
     damage_file(tmp_path / workdir.CHECKPOINTS / "4" / "model" / "manifest.ocdbt", "deleted", None)
     with pytest.raises(InputError, match=r"step 4 is damaged .*manifest.ocdbt is missing"):
-        workdir.find_model(str(tmp_path))
+        tiny.saved(tmp_path)
 
 
 def test_damaged_best_model_is_reported_and_selected_again(tmp_path, capsys):
@@ -196,10 +197,10 @@ def test_damaged_best_model_is_reported_and_selected_again(tmp_path, capsys):
     reopened = open_checkpoints(tmp_path, best=best)
     assert reopened.restore(make_state(1), np.zeros(QUERIES, np.int32))[2] == with_best
     reopened.close()
-    assert workdir.find_model(str(tmp_path)) == (best, 4)
+    assert tiny.saved(tmp_path).path == os.path.join(best, "4")
     damage_file(tmp_path / workdir.BEST / "4" / "model" / "_METADATA", "empty", None)
     with pytest.raises(InputError, match=r"best: step 4, .* is damaged \(model/_METADATA has 0"):
-        workdir.find_model(str(tmp_path))
+        tiny.saved(tmp_path)
     reopened = open_checkpoints(tmp_path, best=best)
     capsys.readouterr()
     assert reopened.restore(make_state(1), np.zeros(QUERIES, np.int32))[2] == position(4)

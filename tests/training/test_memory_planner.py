@@ -182,3 +182,48 @@ def test_plan_that_does_not_fit_is_refused():
     with pytest.raises(InputError, match=r"4.00 of 3.5: the run does not fit.*microbatch_rows"):
         plan._replace(device=int(3.5 * 2**30)).check()
     plan._replace(device=0).check()  # The memory of the device is unknown.
+
+
+@pytest.mark.parametrize(
+    ("variables", "taken"),
+    [
+        ({}, "75% by default"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, "XLA_CLIENT_MEM_FRACTION=0.5"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".6"}, "XLA_PYTHON_CLIENT_MEM_FRACTION=.6"),
+    ],
+)
+def test_a_refusal_on_a_gpu_says_how_jax_takes_more_of_its_memory(variables, taken, monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    plan = MemoryPlan({"labels": 3 * 2**30}, 2**30, int(3.5 * 2**30))
+    for platform in ("cpu", "tpu", ""):
+        with pytest.raises(InputError) as refused:
+            plan._replace(platform=platform).check()
+        assert str(refused.value).endswith(memory_planner.HELP)
+    with pytest.raises(InputError) as refused:
+        plan._replace(platform="gpu").check()
+    assert str(refused.value) == (
+        "memory per device (GiB): labels 3.00, training step 1.00, total 4.00 of 3.5: the run does "
+        f"not fit; {memory_planner.HELP}; on a GPU the limit is the part of its memory that JAX "
+        f"takes, {taken}: if no other program uses the GPU, set XLA_CLIENT_MEM_FRACTION=0.95 in "
+        "the environment (XLA_PYTHON_CLIENT_PREALLOCATE=false takes memory step by step and leaves "
+        "the limit as it is)"
+    )
+
+
+def test_the_platform_of_a_plan_is_that_of_its_devices(monkeypatch):
+    like = state_of(sharding.create_mesh(2, 2, 2))
+
+    def out_of_memory():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to plan")
+
+    with pytest.raises(InputError) as refused:
+        memory_planner.plan_memory(like, out_of_memory)
+    assert str(refused.value).endswith(memory_planner.HELP)
+    monkeypatch.setattr(memory_planner, "_platform", lambda like: "gpu")
+    with pytest.raises(InputError, match=r"XLA_CLIENT_MEM_FRACTION=0\.95"):
+        memory_planner.plan_memory(like, out_of_memory)
+    compiled = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile()
+    assert memory_planner.plan_memory(like, lambda: compiled).platform == "gpu"

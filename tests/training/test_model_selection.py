@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.tiny import configuration, make_data
 from vixml_jax import train
 from vixml_jax import workdir as workdir_lib
@@ -194,7 +195,8 @@ def kept_model(workdir):
     """Directory, step and parameters of the model that evaluation would read."""
     import orbax.checkpoint as ocp
 
-    directory, step = workdir_lib.find_model(workdir)
+    found = tiny.saved(workdir)
+    directory, step = os.path.dirname(found.path), found.step
     with ocp.CheckpointManager(directory, item_names=("model", "training", "position")) as manager:
         args = ocp.args.Composite(model=ocp.args.StandardRestore())
         params = manager.restore(step, args=args)["model"]["params"]
@@ -340,4 +342,4 @@ def test_missing_best_model_is_an_error(parts, tmp_path):
     run_with_checkpoints(parts, str(tmp_path))
     shutil.rmtree(tmp_path / workdir_lib.BEST / "4")
     with pytest.raises(InputError, match="best: step 4, the best model, is missing"):
-        workdir_lib.find_model(str(tmp_path))
+        tiny.saved(tmp_path)

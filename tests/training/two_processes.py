@@ -13,11 +13,12 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np  # noqa: E402
 import test_checkpoints  # noqa: E402
 
-from vixml_jax import workdir  # noqa: E402
+from vixml_jax import structs, workdir  # noqa: E402
 from vixml_jax.errors import InputError, Preempted  # noqa: E402
 from vixml_jax.parallel import distributed, sharding  # noqa: E402
 from vixml_jax.storage import digests  # noqa: E402
 from vixml_jax.training import preemption  # noqa: E402
+from vixml_jax.training.clustering import balanced, bisecting  # noqa: E402
 
 root, process = pathlib.Path(sys.argv[3]), jax.process_index()
 directory = root / workdir.CHECKPOINTS
@@ -41,6 +42,32 @@ with preemption.StopSignal().installed() as stop, stop.deferred():
     except Preempted as error:
         signal_name = ("SIGTERM", "a signal to another")[1 - process]
         assert str(error).startswith(f"stopped by {signal_name}")
+
+# The first process gets a signal while both split rows together.
+balanced.MAX_LOCAL_ROWS, calls = 8, []
+scores = bisecting.ShardedRows.scores
+
+
+def signalled_scores(rows, directions):
+    calls.append(len(directions))
+    if process == 0 and len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return scores(rows, directions)
+
+
+bisecting.ShardedRows.scores = signalled_scores
+x = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+ids = np.arange(process, 300, 2)
+with preemption.StopSignal().installed() as stop, stop.deferred():
+    try:
+        with stop.interruptible():
+            shard = structs.Shard(ids, x[ids])
+            balanced.balanced_clusters(shard, 300, 60, seed=0, group=distributed.world())
+        raise AssertionError("not interrupted")
+    except Preempted as error:
+        signal_name = ("SIGTERM", "a signal to another")[process]
+        assert str(error).startswith(f"stopped by {signal_name}")
+assert len(calls) == 5
 
 test_checkpoints.write(root, [2, 4, 6], num_devices=4)
 test_checkpoints.write(root, [8], num_devices=4)

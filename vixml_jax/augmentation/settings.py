@@ -10,14 +10,13 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 from absl import flags
-from etils import epath
 
 from vixml_jax.augmentation.mixing import PUBLISHED, Mixing
 from vixml_jax.config import Config
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
 from vixml_jax.search.fusion import Fusion
-from vixml_jax.storage import sealed
+from vixml_jax.storage import json_files, sealed
 
 TUNED = "evaluation/mixing.json"  # In a run directory: the tuned settings.
 LEAST_TEMPERATURE = 1e-4
@@ -79,12 +78,14 @@ def define_flags() -> None:
         "Weight of the similarity of query and prototype, for runs with a label head; 0: head "
         "alone. Default: as tuned by evaluate --tune, else as trained.",
         lower_bound=0.0,
+        upper_bound=1e6,
     )
     flags.DEFINE_float(
         "fusion.head",
         None,
         "Weight of the logit of the label head; 0: prototypes alone.",
         lower_bound=0.0,
+        upper_bound=1e6,
     )
     flags.DEFINE_float(
         "knn.weight",
@@ -94,12 +95,19 @@ def define_flags() -> None:
         lower_bound=0.0,
         upper_bound=1.0,
     )
-    flags.DEFINE_integer("knn.k", None, "Training queries retrieved for each query.", lower_bound=1)
+    flags.DEFINE_integer(
+        "knn.k",
+        None,
+        "Training queries retrieved for each query.",
+        lower_bound=1,
+        upper_bound=1 << 16,
+    )
     flags.DEFINE_float(
         "knn.temperature",
         None,
         "Softmax temperature of labels and training neighbours.",
         lower_bound=LEAST_TEMPERATURE,
+        upper_bound=1e6,
     )
     flags.DEFINE_boolean(
         "knn.joint", None, "Search labels and training queries as one set. Off: separately."
@@ -258,8 +266,8 @@ def save_tuned(workdir: str, step: int, names: Sequence[str], tried: list[dict[s
 
 
 def _read_tuned(workdir: str, step: int) -> _Tuned | None:
-    path = epath.Path(workdir) / TUNED
-    if not path.exists():
+    path = os.path.join(workdir, TUNED)
+    if not json_files.is_there(path):
         return None
     remedy = "remove it, or run evaluate --tune again"
     about = sealed.read(path, _Tuned, remedy)

@@ -110,6 +110,28 @@ def tune(
     return [settings.to_row(scoring, values[scoring]) for scoring in best_first]
 
 
+def rankings(
+    found: Mapping[Fusion | None, SearchResult], validation: Validation, scoring: Scoring
+) -> SearchResult:
+    """Returns the ranking of a scoring as `tune` evaluates it.
+
+    Args:
+      found, validation: See `tune`.
+      scoring: How labels are scored.
+    """
+    labels, kept = found[scoring.fusion], []
+    if scoring.mixing is None:
+        return SearchResult(*(x[:, : validation.k] for x in labels))
+
+    def keep(result: SearchResult) -> float:
+        kept.append(result)
+        return 0.0
+
+    as_probabilities = scoring.fusion is not None
+    evaluate_all(labels, validation, keep, [scoring.mixing], as_probabilities=as_probabilities)
+    return kept[0]
+
+
 def evaluate_all(
     labels: SearchResult,
     validation: Validation,

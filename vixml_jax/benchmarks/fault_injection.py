@@ -4,10 +4,10 @@
 
 Trains a tiny run in a process of its own, injects a fault, starts the same command again until
 training is complete, and compares the last checkpoint bit for bit with that of an undisturbed run.
-The commands that prepare data, evaluate, add labels and export are ended by SIGKILL, SIGTERM and
-SIGINT in turn and started again: what they write must be the earlier version or the new one, and
-in the end equal that of an undisturbed command, with no other file left. The kills are shared out
-equally among the commands.
+The commands that prepare data, evaluate, add labels and export are ended by SIGKILL, SIGTERM,
+SIGINT and SIGHUP in turn and started again: what they write must be the earlier version or the new
+one, and in the end equal that of an undisturbed command, with no other file left. The kills are
+shared out equally among the commands.
 
 Half of the kills and of the signals come at times drawn uniformly over the duration of a command,
 the other half while it writes. The disk that fills is a small tmpfs, which only root can mount;
@@ -190,7 +190,7 @@ def stops(
             written = bool(saved) and f"saved at step {saved[-1]};" in line
             how = "saved" if written else "lost" if "saved at" in line else "nothing to save"
         elif status == -signal.SIGTERM and not saved:
-            how = "not started"  # While Python imports, a signal ends the process.
+            how = "not started"  # Python itself had not started.
         elif status == 0:
             how = "complete"
         ends[how] += 1
@@ -271,7 +271,7 @@ def make_jobs(directory: str) -> list[Job]:
     prepare = (f"--source={raw}", "--out={}/prepared", "--overwrite")
     export = ("--workdir={}/run", "--out={}/exported")
     for earlier in (
-        Job("prepare", (*prepare, "--max_tokens=6"), "prepared"),
+        Job("prepare", (*prepare, "--max_tokens=3"), "prepared"),  # Texts have 4.
         Job("export", (*export, "--notower", "--noprogram"), "exported"),
     ):
         killed_commands.undisturbed(earlier, directory)

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, BinaryIO, NamedTuple, TypedDict
@@ -17,6 +16,7 @@ from etils import epath
 from jaxtyping import Float32, Int, Shaped, UInt8
 from scipy import sparse
 
+from vixml_jax.data import integrity
 from vixml_jax.errors import InputError
 from vixml_jax.storage import atomic, json_files, npy_files
 
@@ -72,17 +72,9 @@ class Texts(collections.abc.Sequence):
         for start in range(0, len(self), rows):
             offsets = np.asarray(self._offsets[start : start + rows + 1])
             block = self._utf8[offsets[0] : offsets[-1]].tobytes()
-            _release(self._utf8)
+            npy_files.release(self._utf8)
             ends = (offsets - offsets[0]).tolist()
             yield [block[a:b].decode("utf-8") for a, b in itertools.pairwise(ends)]
-
-
-def _release(array: Shaped[np.ndarray, "..."]) -> None:
-    """Releases the pages of a mapped file that were read, which count as memory of the process."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    if isinstance(array, mmap.mmap):
-        array.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +190,9 @@ class PreparedDataset:
 
     @staticmethod
     def open(path: str | os.PathLike) -> "PreparedDataset":
-        """Opens the data set in `path`; reads little more than the headers of its arrays.
+        """Opens the data set in `path`, and checks that its arrays fit each other.
+
+        `verify` finds damage that leaves them fitting.
 
         Raises:
           InputError: If a file is missing, truncated, or does not match `dataset.json`.
@@ -211,8 +205,11 @@ class PreparedDataset:
                 f"{tokenizer}: not found; the prepared data set is incomplete, {_REMEDY}"
             )
 
+        opened: dict[str, np.ndarray] = {}
+
         def array(name: str) -> np.ndarray:
-            return open_array(path, name, info, INFO, _REMEDY)
+            opened[name] = open_array(path, name, info, INFO, _REMEDY)
+            return opened[name]
 
         def items(split: str) -> Items:
             texts = Texts(array(f"{split}_texts"), array(f"{split}_texts_offsets"))
@@ -248,7 +245,18 @@ class PreparedDataset:
             parts[f"{split}_filter"] = array(f"{split}_filter")
         if "train_weights" in info["arrays"]:
             parts["train_weights"] = array("train_weights")
+        integrity.check_content_hash(os.path.join(path, INFO), tokenizer, info)
+        integrity.check(path, opened, PARTS, info)
         return PreparedDataset(path, info, **parts)
+
+    def verify(self) -> "PreparedDataset":
+        """Compares the bytes of all arrays with their checksums, once per process.
+
+        Raises:
+          InputError: If an array has changed since it was written.
+        """
+        integrity.verify(self.path, self.info)
+        return self
 
 
 class ArrayInfo(TypedDict):
@@ -443,12 +451,7 @@ class Writer:
         """
         with open(os.path.join(self._directory, TOKENIZER), "w", encoding="utf-8") as file:
             file.write(tokenizer)
-        content = {
-            "arrays": self._arrays,
-            "tokenizer": hashlib.sha256(tokenizer.encode("utf-8")).hexdigest(),
-            **{key: info[key] for key in ("propensity_a", "propensity_b", "max_tokens")},
-        }
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        digest = integrity.content_hash(self._arrays, tokenizer.encode("utf-8"), info)
         info = {"format": FORMAT, **info, "content_hash": digest, "arrays": self._arrays}
         with open(os.path.join(self._directory, INFO), "w", encoding="utf-8") as file:
             json.dump(info, file, indent=2, ensure_ascii=False)

@@ -103,8 +103,9 @@ def _read(path: str) -> dict[str, Any]:
     Raises:
       InputError: If it cannot be read.
     """
+    content = json_files.read_bytes(path, "expected a file that train wrote")
     try:
-        tree = dict(json.loads(epath.Path(path).read_bytes()))  # msgspec would refuse Infinity.
+        tree = dict(json.loads(content))  # msgspec would refuse Infinity.
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: {error}; expected a file that train wrote") from None
     return sealed.opened(tree, path, "expected a file that train wrote")
@@ -233,14 +234,16 @@ def define_flags() -> None:
         bootstrap.RESAMPLES,
         "Bootstrap resamples for the intervals.",
         lower_bound=100,
+        upper_bound=100_000,
     )
     flags.DEFINE_integer(
         "permutations",
         bootstrap.PERMUTATIONS,
         "Random permutations for the p-values.",
         lower_bound=99,
+        upper_bound=1_000_000,
     )
-    flags.DEFINE_integer("seed", 0, "Seed of the resamples and permutations.")
+    flags.DEFINE_integer("seed", 0, "Seed of the resamples and permutations.", lower_bound=0)
     flags.DEFINE_string(
         "out",
         None,

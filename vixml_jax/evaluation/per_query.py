@@ -3,6 +3,7 @@
 import io
 import os
 import zipfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from etils import epath
 from jaxtyping import Float, Float32
 
 from vixml_jax.errors import InputError
-from vixml_jax.storage import atomic
+from vixml_jax.storage import atomic, npy_files, object_store, regular_files
 
 SUFFIX = ".queries.npz"
 
@@ -57,6 +58,24 @@ class PerQuery(NamedTuple):
         return dict(zip(self.names, self.means(sums, possible, len(self.values)), strict=True))
 
 
+def gain(one: PerQuery, other: PerQuery, names: Sequence[str]) -> tuple[float, float]:
+    """Returns by how much the mean of some metrics is larger in one ranking than in another.
+
+    Args:
+      one, other: Terms of two rankings of the same queries.
+      names: The metrics.
+
+    Returns:
+      The difference in percentage points, and its standard error over the queries.
+    """
+    # The largest possible terms are the same for both, so the difference is a sum over queries.
+    differences = (one.values - other.values).astype(np.float64)
+    possible, count = one.possible.sum(axis=0, dtype=np.float64), len(differences)
+    terms = count * one.means(differences, possible, count)
+    mean = terms[:, [one.names.index(name) for name in names]].mean(axis=1)
+    return float(mean.mean()), float(mean.std(ddof=1) / np.sqrt(count)) if count > 1 else np.inf
+
+
 class About(NamedTuple):
     """What was evaluated; only results of the same queries can be compared.
 
@@ -90,7 +109,11 @@ def load(path: str | os.PathLike) -> tuple[PerQuery, About]:
       InputError: If the file is missing, damaged or of another kind.
     """
     try:
+        if object_store.is_local(path) and os.path.exists(path):
+            regular_files.check(path)
         data = io.BytesIO(epath.Path(path).read_bytes())
+        npy_files.check_archive(data)
+        data.seek(0)
         with np.load(data, allow_pickle=False) as file:
             names, ratios = (tuple(file[part].tolist()) for part in ("names", "ratios"))
             queries = PerQuery(names, file["values"], ratios, file["possible"])

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 from vixml_jax.parallel.distributed import ALONE, Group
+from vixml_jax.runtime import progress
 from vixml_jax.structs import Shard
 
 # Entries are rounded to multiples of 1 / _GRID, far below the precision of a float32 centroid. Sums
@@ -48,6 +49,7 @@ def exact_centroids(
     # Every process takes part in every exchange, also once its own labels are done.
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, max(map(len, wanted)), step):
+            progress.check(together=True)
             chunk = slice(start, start + step)
             parts = [_sums(by_label[labels[chunk]], shard.values, pool) for labels in wanted]
             sums = sum(group.exchange(parts))

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,8 @@ from vixml_jax.parallel import axis_names, sharding
 
 AUTO = "auto"  # Pooling as the checkpoint says.
 _DTYPES = ("F32", "F16", "BF16", "F64")
+_LONG_NAME = 100  # Characters of a tensor's name in a message; real ones are shorter.
 _SHOWN = 2  # Mismatches of a kind that a message lists.
-
-
-class _Tensor(NamedTuple):
-    """A tensor of a checkpoint: its name, and a lazy slice of it."""
-
-    name: str
-    values: Any
 
 
 def read_pooling(directory_or_name: str) -> sentence_modules.Pooling:
@@ -121,20 +115,17 @@ def _load(
     found = _matched(directory, expected, sizes, f"{family}, {config.num_layers} layers")
 
     mesh = mesh or sharding.create_mesh(devices=jax.local_devices()[:1])
-    layers: dict[hf_names.Place, dict[int | None, _Tensor]] = {}
+    layers: dict[hf_names.Place, dict[int | None, hf_files.Tensor]] = {}
     for name, (place, layer) in expected.items():
         layers.setdefault(place, {})[layer] = found[name]
     # The largest parameters are loaded first, while memory still has room for the temporary copies.
     order = sorted(layers, key=lambda place: -math.prod(place.shape(sizes)))
-    try:
-        return config, _nest(
-            {
-                place.path: _parameter(place, layers[place], config.num_layers, sizes, dtype, mesh)
-                for place in order
-            }
-        )
-    except InputError as error:
-        raise InputError(f"{directory}: {error}") from None
+    return config, _nest(
+        {
+            place.path: _parameter(place, layers[place], config.num_layers, sizes, dtype, mesh)
+            for place in order
+        }
+    )
 
 
 def _matched(
@@ -142,28 +133,40 @@ def _matched(
     expected: Mapping[str, tuple[hf_names.Place, int | None]],
     sizes: Mapping[str, int],
     about: str,
-) -> dict[str, _Tensor]:
+) -> dict[str, hf_files.Tensor]:
     """The tensors of a directory by the names expected; all are found and have the right shape."""
-    present = [_Tensor(name, values) for name, values in hf_files.tensors(directory)]
+    present = list(hf_files.tensors(directory))
+    files: dict[str, str] = {}
+    for name, _, path in present:
+        if files.setdefault(name, path) != path:
+            raise InputError(
+                f"{path}: {_shown(name)} is in {os.path.basename(files[name])} too; download the "
+                "model again"
+            )
+    paths = {tensor.path for tensor in present}
+    where = directory if len(paths) > 1 else next(iter(paths), directory)
     prefix = _prefix(directory, (tensor.name for tensor in present), expected)
     tensors, unexpected, malformed = {}, [], []
     for tensor in present:
         short = tensor.name.removeprefix(prefix)
+        named = _shown(tensor.name)
+        if where == directory:
+            named += f" of {os.path.basename(tensor.path)}"
         # Checkpoints converted from TensorFlow name the weight and bias of a norm gamma and beta.
         short = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", short))
         if short not in expected:
             if not any(re.fullmatch(rf"(.*\.)?({x})", short) for x in hf_names.IGNORED):
-                unexpected.append(f"{tensor.name} is unexpected")
+                unexpected.append(f"{named} is unexpected")
             continue
         if short in tensors:
-            malformed.append(f"{tensor.name} is there twice, also as {tensors[short].name}")
+            malformed.append(f"{named} is there twice, also as {_shown(tensors[short].name)}")
         tensors[short] = tensor
         shape, expected_shape = tensor.values.get_shape(), list(expected[short][0].shape(sizes))
         if shape != expected_shape:
-            malformed.append(f"{tensor.name} has shape {shape}, expected {expected_shape}")
+            malformed.append(f"{named} has shape {shape}, expected {expected_shape}")
         elif tensor.values.get_dtype() not in _DTYPES:
             malformed.append(
-                f"{tensor.name} has dtype {tensor.values.get_dtype()}, expected one of "
+                f"{named} has dtype {tensor.values.get_dtype()}, expected one of "
                 f"{', '.join(_DTYPES)}"
             )
     missing = [f"{name} is missing" for name in expected if name not in tensors]
@@ -174,10 +177,15 @@ def _matched(
             mismatches.append(f"and {len(lines) - _SHOWN} more of this kind")
     if mismatches:
         raise InputError(
-            f"{directory}: the tensors do not match {hf_files.CONFIG} ({about}): "
+            f"{where}: the tensors do not match {hf_files.CONFIG} ({about}): "
             f"{'; '.join(mismatches)}"
         )
     return tensors
+
+
+def _shown(name: str) -> str:
+    """The name of a tensor as a message has it: short, and without control characters."""
+    return name if name.isprintable() and len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]!r}…"
 
 
 def _prefix(directory: str, names: Iterable[str], expected: Collection[str]) -> str:
@@ -187,14 +195,14 @@ def _prefix(directory: str, names: Iterable[str], expected: Collection[str]) -> 
     if len(found) > 1:
         raise InputError(
             f"{directory}: holds {len(found)} models, with the prefixes "
-            f"{' and '.join(map(repr, found[:3]))}; expected one"
+            f"{' and '.join(map(_shown, map(repr, found[:3])))}; expected one"
         )
     return found[0] if found else ""
 
 
 def _parameter(
     place: hf_names.Place,
-    layers: Mapping[int | None, _Tensor],
+    layers: Mapping[int | None, hf_files.Tensor],
     num_layers: int,
     sizes: Mapping[str, int],
     dtype: str,
@@ -227,7 +235,7 @@ def _parameter(
     convert = jax.jit(_converted, static_argnums=(1, 2, 3, 4), out_shardings=target)
     is_finite = jax.jit(_is_finite, out_shardings=sharding.replicated(mesh))
 
-    def read(tensor: _Tensor, cast: str | None) -> jax.Array:
+    def read(tensor: hf_files.Tensor, cast: str | None) -> jax.Array:
         slices: dict[str, np.ndarray] = {}  # Slices held by several devices are read once.
 
         def read_once(index: tuple[slice, ...]) -> np.ndarray:
@@ -238,8 +246,8 @@ def _parameter(
         unconverted = jax.make_array_from_callback(place.shape(padded), source, read_once)
         if not is_finite(unconverted):
             raise InputError(
-                f"{tensor.name} holds NaN or infinite values: the checkpoint is broken; download "
-                "or train it again"
+                f"{tensor.path}: {_shown(tensor.name)} holds NaN or infinite values: the "
+                "checkpoint is broken; download or train it again"
             )
         return convert(unconverted, split, order, shape, cast)
 

@@ -43,7 +43,7 @@ _MOST_PARAMETERS = 1 << 40
 MPNET_BUCKETS = 32  # transformers computes with this number, whatever the file says.
 
 # Bounds far above those of published models; a size in a file must not decide on memory or time.
-_Layers = Annotated[int, msgspec.Meta(ge=0, le=1000)]
+_Layers = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 19)]
 _Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 13)]  # Of an image or a patch.
 _Types = Annotated[int, msgspec.Meta(ge=0, le=1 << 12)]  # Of tokens; some models have none.

@@ -8,7 +8,7 @@ lead to is opened only if it is a regular file, and only read as JSON or safeten
 import os
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -30,6 +30,20 @@ _DESCRIPTIONS = [
 _MAX_JSON = 1 << 25  # Bytes of a JSON file; the largest are indices of many tensors.
 _MAX_HEADER = 1 << 23  # Bytes of the names and shapes in a safetensors file.
 _LFS = b"version https://git-lfs"  # How a file begins whose content git-lfs has not fetched.
+
+
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint.
+
+    Attributes:
+      name: Its name in the file.
+      values: A lazy slice of it.
+      path: Of the file.
+    """
+
+    name: str
+    values: Any
+    path: str
 
 
 class _Index(msgspec.Struct):
@@ -111,8 +125,8 @@ def read_json(path: str, kind: Any = dict[str, Any]) -> Any:
     return json_files.read(path, kind, "download the model again", max_bytes=_MAX_JSON)
 
 
-def tensors(directory: str) -> Iterator[tuple[str, Any]]:
-    """Yields (name, lazy slice) of each tensor, from one file or from all files in the index.
+def tensors(directory: str) -> Iterator[Tensor]:
+    """Yields all tensors, from one file or from all files in the index.
 
     Raises:
       InputError: If a file is missing or broken.
@@ -124,7 +138,7 @@ def tensors(directory: str) -> Iterator[tuple[str, Any]]:
         _check_header(path)
         try:
             file = safetensors.safe_open(path, framework="np")
-            yield from ((name, file.get_slice(name)) for name in file.keys())
+            yield from (Tensor(name, file.get_slice(name), path) for name in file.keys())
         except (safetensors.SafetensorError, OSError) as error:
             raise _no_safetensors(path, str(error).split("\n")[0]) from None
 
@@ -142,19 +156,19 @@ def _no_safetensors(path: str, reason: str) -> InputError:
 
 
 def _weight_files(directory: str) -> list[str]:
-    if os.path.exists(os.path.join(directory, ADAPTER)):
+    if os.path.lexists(os.path.join(directory, ADAPTER)):
         raise InputError(
             f"{directory}: holds adapters ({ADAPTER}), which are not read; merge them into the "
             "model first by merge_and_unload of peft"
         )
     weights, index = (os.path.join(directory, name) for name in (WEIGHTS, INDEX))
-    if os.path.exists(weights):
+    if os.path.lexists(weights):
         return [weights]
-    if not os.path.exists(index):
+    if not os.path.lexists(index):
         present = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
         raise InputError(f"{weights}: not found; {_remedy(directory, present)}")
     files = sorted(set(read_json(index, _Index).weight_map.values()))
-    lost = [name for name in files if not os.path.exists(os.path.join(directory, name))]
+    lost = [name for name in files if not os.path.lexists(os.path.join(directory, name))]
     if lost:
         raise InputError(
             f"{os.path.join(directory, lost[0])}: not found; {len(lost)} of the {len(files)} files "

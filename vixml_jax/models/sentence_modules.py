@@ -8,6 +8,8 @@ import glob
 import os
 from typing import Any, NamedTuple
 
+import msgspec
+
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf_files
 
@@ -23,6 +25,7 @@ _MODES = {
     "pooling_mode_lasttoken": ("lasttoken", "last"),
 }
 _KINDS = dict(_MODES.values())
+_LONG = 300  # Characters of a text of a file in a message.
 _FOLLOWED = {"Transformer", "Pooling", "Normalize", "Dropout"}
 
 
@@ -36,6 +39,58 @@ class Pooling(NamedTuple):
 
     kind: str
     notes: tuple[str, ...] = ()
+
+
+class _Text(msgspec.Struct):
+    """How a transformer reads texts."""
+
+    method_output_name: str | None = None
+
+
+class _Modalities(msgspec.Struct):
+    """How a transformer reads what it can read."""
+
+    text: _Text | None = None
+
+
+class _Transformer(msgspec.Struct):
+    """The fields of sentence_bert_config.json that are used."""
+
+    transformer_task: str | None = None
+    modality_config: _Modalities | None = None
+    do_lower_case: bool | None = None
+
+
+class _PoolingConfig(msgspec.Struct):
+    """The config.json of a pooling module, in its newer and its older form."""
+
+    pooling_mode: str | list[str] | None = None
+    pooling_mode_cls_token: bool | None = None
+    pooling_mode_mean_tokens: bool | None = None
+    pooling_mode_max_tokens: bool | None = None
+    pooling_mode_mean_sqrt_len_tokens: bool | None = None
+    pooling_mode_weightedmean_tokens: bool | None = None
+    pooling_mode_lasttoken: bool | None = None
+
+    @property
+    def modes(self) -> list[str]:
+        """All modes that are asked for."""
+        if self.pooling_mode is None:
+            return [mode for name, (mode, _) in _MODES.items() if getattr(self, name)] or ["mean"]
+        return [self.pooling_mode] if isinstance(self.pooling_mode, str) else self.pooling_mode
+
+
+class _Prompts(msgspec.Struct):
+    """The fields of config_sentence_transformers.json that are used."""
+
+    prompts: dict[str, str | None] | None = None
+    default_prompt_name: str | None = None
+
+
+class _Tokenizer(msgspec.Struct):
+    """The fields of tokenizer.json that are used."""
+
+    normalizer: dict[str, Any] | None = None
 
 
 def read(directory: str) -> Pooling | None:
@@ -53,7 +108,9 @@ def read(directory: str) -> Pooling | None:
     other = [name for name in names if name not in _FOLLOWED]
     if other or names[:2] != ["Transformer", "Pooling"] or len(set(names)) < len(names):
         raise _refused(
-            path, f"modules {', '.join(names)}", "Transformer, Pooling and perhaps Normalize"
+            path,
+            f"modules {_shown(', '.join(names))}",
+            "Transformer, Pooling and perhaps Normalize",
         )
     _check_transformer(os.path.join(directory, modules[0].path))
     kind = _pooling(os.path.join(directory, modules[1].path, hf_files.CONFIG))
@@ -67,6 +124,12 @@ def modes(kind: str) -> dict[str, bool]:
     """The fields of a pooling module's config.json that stand for a kind of pooling."""
     chosen = next(mode for mode, ours in _KINDS.items() if ours == kind)
     return {name: mode == chosen for name, (mode, _) in _MODES.items()}
+
+
+def _shown(text: str) -> str:
+    """A text of a file as a message has it: short, and without control characters."""
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
 
 
 def _name(kind: str) -> str:
@@ -84,14 +147,14 @@ def _refused(path: str, found: str, expected: str, pooling: str = "mean") -> Inp
 def _check_transformer(directory: str) -> None:
     """Checks that tokens are read and states are taken as a tower does."""
     for path in sorted(glob.glob(os.path.join(glob.escape(directory), hf_files.LENGTHS))):
-        fields = hf_files.read_json(path)
-        task = fields.get("transformer_task") or "feature-extraction"
-        text = _object(_object(fields.get("modality_config")).get("text"))
-        output = text.get("method_output_name") or "last_hidden_state"
+        fields = hf_files.read_json(path, _Transformer)
+        task = fields.transformer_task or "feature-extraction"
+        text = (fields.modality_config or _Modalities()).text or _Text()
+        output = text.method_output_name or "last_hidden_state"
         if (task, output) != ("feature-extraction", "last_hidden_state"):
-            found = f"{task} with {output}"
+            found = _shown(f"{task} with {output}")
             raise _refused(path, found, "feature-extraction with last_hidden_state")
-        if fields.get("do_lower_case") and not _lowers(os.path.join(directory, "tokenizer.json")):
+        if fields.do_lower_case and not _lowers(os.path.join(directory, "tokenizer.json")):
             raise _refused(
                 path,
                 "do_lower_case is true, but tokenizer.json keeps upper case",
@@ -101,10 +164,11 @@ def _check_transformer(directory: str) -> None:
 
 def _lowers(path: str) -> bool:
     """Whether a tokenizer.json lowers texts; true if there is none to check."""
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return True
-    normalizer = _object(hf_files.read_json(path).get("normalizer"))
-    parts = [normalizer, *map(_object, normalizer.get("normalizers") or [])]
+    normalizer = hf_files.read_json(path, _Tokenizer).normalizer or {}
+    steps = normalizer.get("normalizers")
+    parts = [normalizer, *map(_object, steps if isinstance(steps, list) else ())]
     return any(
         part.get("type") == "Lowercase"
         or (part.get("type") == "BertNormalizer" and part.get("lowercase"))
@@ -118,32 +182,30 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _pooling(path: str) -> str:
-    fields = hf_files.read_json(path)
-    modes: Any = fields.get("pooling_mode")
-    if modes is None:
-        chosen = [mode for name, (mode, _) in _MODES.items() if fields.get(name)]
-        modes = chosen or ["mean"]
-    modes = [modes] if isinstance(modes, str) else modes
-    kinds = [_KINDS.get(mode) if isinstance(mode, str) else None for mode in modes]
+    modes = hf_files.read_json(path, _PoolingConfig).modes
+    kinds = [_KINDS.get(mode) for mode in modes]
     if len(kinds) != 1 or not kinds[0]:
         expected = "one of " + ", ".join(mode for mode, kind in _KINDS.items() if kind)
-        raise _refused(path, f"pooling {' + '.join(map(str, modes))}", expected)
+        raise _refused(path, f"pooling {_shown(' + '.join(modes))}", expected)
     return kinds[0]
 
 
 def _check_prompts(path: str) -> list[str]:
     """Notes about prompts; only one that is added to every text is refused."""
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return []
-    fields = hf_files.read_json(path)
-    prompts = {name: text for name, text in _object(fields.get("prompts")).items() if text}
-    default = fields.get("default_prompt_name")
+    fields = hf_files.read_json(path, _Prompts)
+    prompts = {name: text for name, text in (fields.prompts or {}).items() if text}
+    default = fields.default_prompt_name
     if default in prompts:
         raise InputError(
-            f"{path}: every text begins with the prompt {prompts[default]!r} (default_prompt_name "
-            f"{default!r}); prepare the texts with it (--text='{prompts[default]}{{title}}') and "
-            "set --model.pooling, which skips this check"
+            f"{path}: every text begins with the prompt {_shown(repr(prompts[default]))} "
+            f"(default_prompt_name {_shown(repr(default))}); prepare the texts with it "
+            f"(--text='{_shown(prompts[default])}{{title}}') and set --model.pooling, which skips "
+            "this check"
         )
-    shown = ", ".join(f"{name} {text!r}" for name, text in sorted(prompts.items())[:2])
+    shown = ", ".join(
+        f"{_shown(name)} {_shown(repr(text))}" for name, text in sorted(prompts.items())[:2]
+    )
     note = f"{path}: knows prompts ({shown}); none is added: see --text of `prepare`"
     return [note] if prompts else []

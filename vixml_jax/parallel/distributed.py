@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from vixml_jax import errors
 from vixml_jax.errors import InputError
+from vixml_jax.parallel import visible_devices
 from vixml_jax.structs import Shard
 
 _FAILURE_KEY = "vixml_jax/failed"  # Key under which the first failure is reported.
@@ -46,12 +47,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "num_processes",
         None,
         "Number of processes of the run, for --coordinator=HOST:PORT.",
+        lower_bound=1,
+        upper_bound=1 << 20,
         flag_values=values,
     )
     flags.DEFINE_integer(
         "process_index",
         None,
         "Index of this process, from 0, for --coordinator=HOST:PORT.",
+        lower_bound=0,
+        upper_bound=1 << 20,
         flag_values=values,
     )
 
@@ -67,7 +72,8 @@ def start(coordinator: str, num_processes: int | None, process_index: int | None
       process_index: Value of `--process_index`.
 
     Raises:
-      InputError: If the flags contradict each other, or the processes cannot be connected.
+      InputError: If the flags contradict each other, the processes of a machine cannot share its
+        GPUs evenly, or the processes cannot be connected.
     """
     explicit = ":" in coordinator
     numbered = num_processes is not None and process_index is not None
@@ -86,9 +92,12 @@ def start(coordinator: str, num_processes: int | None, process_index: int | None
         )
     if not explicit and coordinator != "auto":
         raise InputError(f"--coordinator={coordinator}: expected HOST:PORT or 'auto'")
+    # Also for HOST:PORT: JAX reads the variables of Slurm and MPI for it, too.
+    devices = visible_devices.local_device_ids(os.environ)
     try:
         jax.distributed.initialize(
             *((coordinator, num_processes, process_index) if explicit else ()),
+            local_device_ids=devices,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
         )
     except (ValueError, RuntimeError) as error:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from absl import flags
 from etils import epath
 
@@ -13,6 +14,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
 from vixml_jax.storage import json_files
 
+_MAX_LINES_BYTES = 1 << 30  # Of metrics.jsonl.
 METRICS = ("P@1", "PSP@5", "R@100")
 COMMON_FLAGS = ("runs", "x", "out")
 
@@ -24,11 +26,13 @@ def read_lines(workdir: str) -> list[dict[str, Any]]:
       InputError: If the directory has no readable metrics.jsonl.
     """
     path = os.path.join(workdir, "metrics.jsonl")
+    remedy = "expected a run directory written by train"
+    content = json_files.read_bytes(path, remedy, max_bytes=_MAX_LINES_BYTES)
     try:
-        text = epath.Path(path).read_text()
-        return [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}; expected a run directory written by train") from None
+        lines = [json.loads(line) for line in content.decode().splitlines()]
+        return msgspec.convert(lines, list[dict[str, Any]])
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {error}; {remedy}") from None
 
 
 def read_curve(workdir: str, name: str) -> tuple[str, list[int], list[float]]:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import Float, Int
 
 from vixml_jax import run_data
@@ -16,6 +16,7 @@ from vixml_jax.data.store import PreparedDataset
 from vixml_jax.evaluation.sliced_metrics import SlicedMetrics
 from vixml_jax.report import curves, examples, thumbnails
 from vixml_jax.report.examples import Example, Neighbours
+from vixml_jax.storage import json_files
 from vixml_jax.structs import SearchResult
 
 NUM_EXAMPLES = 8  # Worst queries, best queries, and labels with their nearest labels.
@@ -141,7 +142,6 @@ def assemble(
         drawn = {id: [thumbnails.draw(path) for path in paths] for id, paths in files.items()}
     lines = curves.read_lines(workdir)
     read = {n: curves.read_curve(workdir, n) for n in curves.METRICS if n in rows[run]}
-    text = epath.Path(dataset.path) / card.TEXT
     losses: tuple[list[tuple[float, float]], ...] = ([], [])
     for line in lines:
         if "loss" in line:
@@ -175,7 +175,7 @@ def assemble(
         neighbours=examples.nearest(
             examples.spread(frequency, NUM_EXAMPLES), label_vectors, dataset.labels, frequency
         ),
-        card=text.read_text() if text.exists() else None,
+        card=_card(dataset.path),
         panels=panels.measure(dataset),
         command=command,
         versions=versions,
@@ -199,6 +199,14 @@ def assemble(
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         },
     )
+
+
+def _card(data: str) -> str | None:
+    """The data card of a prepared data set; None if there is none."""
+    path = os.path.join(data, card.TEXT)
+    if not json_files.is_there(path):
+        return None
+    return json_files.read_bytes(path, "prepare the data again").decode(errors="replace")
 
 
 def _score(results: Mapping[str, Any]) -> str:

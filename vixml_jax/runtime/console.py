@@ -1,9 +1,11 @@
 """What a command prints beside its results: status lines, and details with --verbose."""
 
 import enum
+import errno
 import io
 import os
 import re
+import stat
 import sys
 
 from vixml_jax.errors import OutputError
@@ -19,31 +21,41 @@ class Level(enum.IntEnum):
 
 _level = Level.NORMAL
 _CONTROL = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"
 )
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output whose errors are told from those of other files."""
+    """Standard output whose errors are told from those of other files.
+
+    A terminal that was closed is no error: a run that is not stopped by it goes on without one.
+    """
 
     def write(self, text: str) -> int:
         try:
             return super().write(printable(text))
         except OSError as error:
-            raise OutputError(error) from None
+            self._discard_or_raise(error)
+            return len(text)
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
+            self._discard_or_raise(error)
+
+    def _discard_or_raise(self, error: OSError) -> None:
+        if error.errno != errno.EIO or not stat.S_ISCHR(os.fstat(self.fileno()).st_mode):
             raise OutputError(error) from None
+        discard_output()
 
 
 def printable(text: str) -> str:
     r"""The text with control characters written as in Python, such as \x1b.
 
     They could come from data: a terminal would obey them, and bidirectional ones would reorder what
-    a reader sees. Line ends and tabs stay.
+    a reader sees. Line ends and tabs stay; a carriage return alone, which would overwrite the line,
+    does not.
     """
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 

@@ -66,13 +66,24 @@ def check_bounds(config: Any, prefix: str = "") -> None:
             raise InputError(f"--{name}={value}: expected one of {', '.join(choices)}")
         numbers = [x for x in (value if isinstance(value, list) else [value]) if _is_number(x)]
         for number in numbers:
-            if math.isnan(number):
-                raise InputError(f"--{name}={number}: expected a number")
-            if isinstance(number, int) and abs(number) > _MOST:
-                raise InputError(f"--{name}={number}: expected at most {_MOST:.0e}")
+            check_number(name, number)
         if (low is not None and value < low) or (high is not None and value > high):
             expected = f"at least {low}" if high is None else f"from {low} to {high}"
             raise InputError(f"--{name}={value}: expected {expected}")
+
+
+def check_number(name: str, number: Any) -> None:
+    """Checks that the value of a numeric flag is a number that libraries can take.
+
+    Raises:
+      InputError: If it is not.
+    """
+    if not _is_number(number):
+        return
+    if math.isnan(number):
+        raise InputError(f"--{name}={number}: expected a number")
+    if isinstance(number, int) and abs(number) > _MOST:
+        raise InputError(f"--{name}={number}: expected at most {_MOST:.0e}")
 
 
 def _is_number(value: Any) -> bool:

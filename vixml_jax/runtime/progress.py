@@ -2,23 +2,50 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from typing import TypeVar
 
 from vixml_jax.runtime import console
 
 _FIRST_S, _EVERY_S = 5.0, 60.0  # Seconds to the first plain line, and between later ones.
-_check: Callable[[], None] | None = None
+_check: Callable[[bool], None] | None = None
+_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 
 @contextlib.contextmanager
-def checking(check: Callable[[], None]) -> Iterator[None]:
-    """Calls `check` at each step of progress within the context; it may raise to end the work."""
+def checking(check: Callable[[bool], None]) -> Iterator[None]:
+    """Calls `check` at each step of progress within the context; it may raise to end the work.
+
+    Args:
+      check: Called with whether all processes of the run are at the same point of their work.
+    """
     global _check
     before, _check = _check, check
     try:
         yield
     finally:
         _check = before
+
+
+def check(*, together: bool = False) -> None:
+    """A point where work that shows no progress may be ended; see `checking`.
+
+    Args:
+      together: Whether all processes of the run come to this point.
+    """
+    if _check is not None:
+        _check(together)
+
+
+def checked_map(
+    pool: futures.Executor, function: Callable[[_Item], _Result], items: Iterable[_Item]
+) -> Iterator[_Result]:
+    """Yields what `pool.map` does; if the work is ended, calls that have not begun are dropped."""
+    with contextlib.closing(pool.map(function, items)) as results:
+        for result in results:
+            check()
+            yield result
 
 
 @contextlib.contextmanager
@@ -41,8 +68,7 @@ def track(
     def checked(update: Callable[[int], object]) -> Callable[[int], None]:
         def advance(count: int) -> None:
             update(count)
-            if _check is not None:
-                _check()
+            check()
 
         return advance
 

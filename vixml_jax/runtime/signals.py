@@ -1,11 +1,12 @@
-"""SIGTERM and SIGINT: noticed at once in a thread, and in the main thread when it runs Python.
+"""Signals that stop a command: noticed in a thread at once, in the main thread when it runs Python.
 
 A Python signal handler runs between two bytecodes of the main thread, so a long compilation delays
 it. The thread here reads the signals from a socket that the interpreter's C handler writes to.
+
+A command imports this module before all others, so it imports little itself.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,7 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
+from vixml_jax import errors
+
+# SIGHUP comes when the terminal is closed. SIGTERM is the last one: once it is handled, all are.
+NUMBERS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 GRACE_S = 5.0  # Time of the main thread to clean up, before the process ends all the same.
 # Schedulers signal a process and then its process group: within this time it is one signal.
 SAME_SIGNAL_S = 1.0
@@ -27,9 +31,47 @@ _first_at: float | None = None  # When the first signal arrived within it.
 _descriptor = -1  # The end of the socket that the interpreter writes to.
 
 
+def ending(number: int, *, resumable: bool) -> tuple[str, int]:
+    """Returns the last line and the exit status of a command that has nothing to save.
+
+    Args:
+      number: Of the signal that ends the command.
+      resumable: Whether the same command, run again, goes on where this one was stopped.
+    """
+    name = signal.Signals(number).name
+    if resumable:
+        return errors.last_line(errors.stopped_by(name)), errors.PREEMPTED
+    return "interrupted" if number == signal.SIGINT else f"stopped by {name}", 128 + number
+
+
+def end_at_once(*, resumable: bool) -> None:
+    """From here until `handling`, a signal ends the process with one line.
+
+    For a command that is still being imported, which takes seconds.
+
+    Args:
+      resumable: As for `ending`.
+    """
+
+    def end(number: int, frame: object) -> NoReturn:
+        line, status = ending(number, resumable=resumable)
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+        os._exit(status)
+
+    _handle(end)
+
+
+def _handle(handler: Callable[[int, object], object]) -> None:
+    """Sets the handler of all signals; a command started with `nohup` goes on ignoring SIGHUP."""
+    for number in NUMBERS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def handling(handle: Callable[[int], None], watch: Watch) -> Iterator[None]:
-    """Handles both signals within the context; for the main thread.
+    """Handles the signals within the context; for the main thread.
 
     After the context they are ignored: the process is about to end, and its exit status is settled.
 
@@ -42,8 +84,7 @@ def handling(handle: Callable[[int], None], watch: Watch) -> Iterator[None]:
     _start()
     over, before = threading.Event(), _watching
     _watching, _first_at = (watch, over), None
-    for number in NUMBERS:
-        signal.signal(number, lambda number, frame: handle(number))
+    _handle(lambda number, frame: handle(number))
     try:
         yield
     finally:
@@ -58,6 +99,8 @@ def leave(line: str, status: int) -> NoReturn:
 
     No destructors run: beside threads of XLA and of checkpoints that still work they may crash.
     """
+    import multiprocessing
+
     flusher = threading.Thread(target=_flush, args=(line,), daemon=True)
     with contextlib.suppress(RuntimeError):  # No thread can be started any more.
         flusher.start()
@@ -108,7 +151,7 @@ def _forget() -> None:
     """A forked child writes nothing to the socket of its parent, and ends by a signal."""
     global _descriptor, _watching
     if _watching is not None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _handle(signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(-1)
     _descriptor, _watching = -1, None

@@ -17,7 +17,7 @@ from vixml_jax import workdir as workdir_lib
 from vixml_jax.data import store
 from vixml_jax.data.store import PreparedDataset, Texts
 from vixml_jax.errors import InputError
-from vixml_jax.storage import atomic, regular_files, sealed
+from vixml_jax.storage import atomic, held, regular_files, sealed
 
 DIRECTORY = "serving"  # In a run directory.
 ABOUT = "artifacts.json"
@@ -101,10 +101,16 @@ class ServingArtifacts:
     def open(path: str) -> "ServingArtifacts":
         """Opens artifacts that `save` wrote, and compares all files with their checksums.
 
+        If another process replaces them meanwhile, the new ones are opened.
+
         Raises:
           InputError: If a file is missing or does not match its checksum in `artifacts.json`, or if
             the files do not fit each other.
         """
+        return held.one_version(path, lambda: ServingArtifacts._open(path))
+
+    @staticmethod
+    def _open(path: str) -> "ServingArtifacts":
         about = read_about(path)
 
         def array(name: str) -> np.ndarray:

@@ -24,6 +24,8 @@ from vixml_jax.parallel import sharding
 from vixml_jax.runtime import progress
 from vixml_jax.search import fusion as fusion_lib
 from vixml_jax.search.fusion import Fusion
+from vixml_jax.serving import label_view
+from vixml_jax.serving.label_view import LabelView
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.storage import atomic
 from vixml_jax.structs import PackedItems
@@ -227,13 +229,13 @@ def write_program(path: str, predictor: Predictor, tower: Any, texts: list[str])
 
 
 def label_blocks(
-    predictor: Predictor,
+    view: LabelView,
 ) -> Iterator[tuple[list[str], list[str], Float[np.ndarray, "n w"]]]:
     """Yields ids, texts and vectors of all labels, label updates applied, in blocks.
 
     The vectors are those that are searched: prototypes, fused with the label head if there is one.
     """
-    artifacts, updates = predictor.artifacts, predictor.updates
+    artifacts, updates = view.artifacts, view.updates
     start = 0
 
     def select(
@@ -241,7 +243,7 @@ def label_blocks(
     ) -> tuple[list[str], list[str], Float[np.ndarray, "n w"]]:
         rows = np.arange(start, start + len(ids))
         kept = np.flatnonzero(~np.isin(rows, updates.removed))
-        vectors = predictor.label_vectors(rows[kept])
+        vectors = view.label_vectors(rows[kept])
         return [ids[i] for i in kept], [texts[i] for i in kept], vectors
 
     chunks = zip(artifacts.ids.chunks(_ROWS), artifacts.texts.chunks(_ROWS), strict=True)
@@ -252,7 +254,7 @@ def label_blocks(
         yield select(updates.ids, updates.texts)
 
 
-def write_labels(directory: str, predictor: Predictor) -> None:
+def write_labels(directory: str, view: LabelView) -> None:
     """Writes labels.npy, float32 [l, w], and labels.parquet with id, text and vector.
 
     Both have the same order.
@@ -260,7 +262,7 @@ def write_labels(directory: str, predictor: Predictor) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, width = predictor.num_labels, predictor.label_width
+    count, width = view.num_labels, label_view.label_width(view.artifacts, view.head_rows)
     fields = [("id", pa.string()), ("text", pa.string()), ("vector", pa.list_(pa.float32(), width))]
     schema = pa.schema(fields)
     array = np.lib.format.open_memmap(
@@ -271,7 +273,7 @@ def write_labels(directory: str, predictor: Predictor) -> None:
         pq.ParquetWriter(os.path.join(directory, "labels.parquet"), schema) as file,
         progress.track("labels", count, unit="label") as advance,
     ):
-        for ids, texts, vectors in label_blocks(predictor):
+        for ids, texts, vectors in label_blocks(view):
             array[written : written + len(ids)] = vectors
             flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
             vector_column = pa.FixedSizeListArray.from_arrays(flat, width)

@@ -11,14 +11,17 @@ from vixml_jax.errors import InputError
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import distributed
 from vixml_jax.runtime import console
+from vixml_jax.saved_model import SavedModel
 from vixml_jax.serving import artifacts
 from vixml_jax.serving.artifacts import ServingArtifacts
 from vixml_jax.storage.vector_store import VectorStore
 from vixml_jax.structs import LabelState
 
+_WRITES = 5  # How often artifacts are written that another process replaces before they are read.
+
 
 def open_run(
-    config: Config, step: int, with_train: bool, cache: str
+    config: Config, saved: SavedModel, with_train: bool, cache: str
 ) -> tuple[Model, Any, LabelState, ServingArtifacts]:
     """Returns the model, its parameters and label state, and the serving artifacts of a run.
 
@@ -26,17 +29,19 @@ def open_run(
 
     Args:
       config: Configuration of the run.
-      step: Step of its model.
+      saved: Its model.
       with_train: Whether the artifacts must hold vectors of the training queries.
       cache: Local directory for data that are copied from an object store.
 
     Raises:
-      InputError: If artifacts must be written, and the prepared data are missing or others.
+      InputError: If artifacts must be written, and the prepared data are missing or others; or if
+        other processes replace them again and again.
     """
-    path, dataset = _find(config, step, with_train, cache)
     # Opened first if they exist: the model takes memory for as many labels as they have.
-    opened = ServingArtifacts.open(path) if dataset is None else None
-    num_labels = opened.about.num_labels if dataset is None else dataset.num_labels
+    path = artifacts.locate(config.workdir)
+    opened = _open(path, saved.step, with_train)
+    dataset = None if opened else _open_data(config, path, cache)
+    num_labels = opened.about.num_labels if opened else dataset.num_labels
     tower, layout = workdir_lib.read_tower(config.workdir)
     if opened is not None and opened.vectors.shape[1] != tower.width:
         raise InputError(
@@ -46,34 +51,32 @@ def open_run(
     model = workdir_lib.build_model(
         config, tower, layout, num_labels, workdir_lib.make_mesh(config)
     )
-    params, labels, _ = workdir_lib.restore_model(config.workdir, model)
-    if dataset is not None:
-        _write(path, config, model, params, labels, dataset, step, with_train)
-    return model, params, labels, opened or ServingArtifacts.open(path)
+    params, labels = saved.restore(model)
+    path = os.path.join(config.workdir, artifacts.DIRECTORY)
+    for _ in range(_WRITES):
+        if opened:
+            return model, params, labels, opened
+        _write(path, config, model, params, labels, dataset, saved, with_train)
+        opened = _open(path, saved.step, with_train)
+    raise InputError(
+        f"{path}: other processes write it for models of other steps, while this one needs step "
+        f"{saved.step}; run the same command again once the run is trained"
+    )
 
 
-def _find(
-    config: Config, step: int, with_train: bool, cache: str
-) -> tuple[str, PreparedDataset | None]:
-    """Returns where the artifacts of a run are, and the data to write them from if they must be.
-
-    Args:
-      config, step, with_train, cache: See `open_run`.
-
-    Returns:
-      The directory; the prepared data, or None if the directory holds artifacts of this step.
-    """
-    path = artifacts.locate(config.workdir)
-    if os.path.isdir(path):
-        about = artifacts.read_about(path)
-        if about.step != step:
-            console.status(
-                f"{path}: of step {about.step}; written again for the model of step {step}"
-            )
-        elif about.has_train_vectors or not with_train:
-            return path, None
-    dataset = _open_data(config, path, cache)
-    return os.path.join(config.workdir, artifacts.DIRECTORY), dataset
+def _open(path: str, step: int, with_train: bool) -> ServingArtifacts | None:
+    """Opens artifacts; None if there are none of this step, or without the training queries."""
+    if not os.path.isdir(path):
+        return None
+    about = artifacts.read_about(path)
+    if about.step == step and (about.has_train_vectors or not with_train):
+        opened = ServingArtifacts.open(path)
+        about = opened.about  # They may just have been replaced.
+        if about.step == step and (about.has_train_vectors or not with_train):
+            return opened
+    if about.step != step:
+        console.status(f"{path}: of step {about.step}; written again for the model of step {step}")
+    return None
 
 
 def _open_data(config: Config, path: str, cache: str) -> PreparedDataset:
@@ -94,7 +97,7 @@ def _write(
     params: Any,
     labels: LabelState,
     dataset: PreparedDataset,
-    step: int,
+    saved: SavedModel,
     with_train: bool,
 ) -> None:
     """Writes the artifacts of a model.
@@ -103,16 +106,14 @@ def _write(
 
     Args:
       path: Directory to write.
-      config, step, with_train: See `open_run`.
+      config, saved, with_train: See `open_run`.
       model, params, labels: The model.
       dataset: Prepared data of the run.
     """
-    console.status(f"{path}: vectors of {dataset.path}, model of step {step}")
-    store = VectorStore(
-        config.workdir, workdir_lib.vectors_step(config.workdir), dataset.content_hash
-    )
+    console.status(f"{path}: vectors of {dataset.path}, model of step {saved.step}")
+    store = VectorStore(config.workdir, saved.vectors_step, dataset.content_hash)
     scored = ScoredSearch(
         model, params, labels, dataset, config.eval.block, store, True, distributed.ALONE
     )
     train = scored.queries("train") if with_train else None
-    artifacts.save(path, dataset, step, scored.labels().values, train)
+    artifacts.save(path, dataset, saved.step, scored.labels().values, train)

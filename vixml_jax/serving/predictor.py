@@ -11,6 +11,7 @@ from absl import flags
 from jaxtyping import Float, Int
 
 from vixml_jax import config as config_lib
+from vixml_jax import saved_model
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import mixing as mixing_lib
 from vixml_jax.augmentation import settings as settings_lib
@@ -158,16 +159,18 @@ class Predictor:
         config = workdir_lib.read_config(workdir, data=data, mesh=mesh)
         if data:  # Others are refused, even if nothing has to be read from them.
             workdir_lib.open_run_dataset(config, data_cache)
-        _, step = workdir_lib.find_model(workdir)
-        if values is None:
-            scoring = settings_lib.as_tuned(config, workdir, step)
-        else:
-            scoring = settings_lib.from_flags(config, values, workdir, step)
-        if not with_neighbours:
-            scoring = scoring.without_neighbours()
-        # New labels of a run with a head are compared with its training queries.
-        needs_train = scoring.mixing is not None or config.head.enabled
-        model, params, labels, artifacts = opening.open_run(config, step, needs_train, data_cache)
+        with saved_model.opened(workdir) as saved:
+            if values is None:
+                scoring = settings_lib.as_tuned(config, workdir, saved.step)
+            else:
+                scoring = settings_lib.from_flags(config, values, workdir, saved.step)
+            if not with_neighbours:
+                scoring = scoring.without_neighbours()
+            # New labels of a run with a head are compared with its training queries.
+            needs_train = scoring.mixing is not None or config.head.enabled
+            model, params, labels, artifacts = opening.open_run(
+                config, saved, needs_train, data_cache
+            )
         searched, head_rows = artifacts.vectors, None
         if "head" in params:
             head_rows = HeadRows(*(shard.values for shard in model.head_rows(params)))

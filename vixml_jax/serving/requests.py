@@ -1,7 +1,6 @@
 """Reads queries, filters and labels to be added from files; an invalid query stops no other."""
 
 import dataclasses
-import itertools
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,9 +17,10 @@ from vixml_jax.data.sources.readers import Chunk
 from vixml_jax.data.sources.reading import Reading
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
-from vixml_jax.storage import regular_files
+from vixml_jax.storage import regular_files, text_files
 
 _SEPARATOR = "|"  # Of lists in a text cell.
+_BLOCK_LENGTH = 1 << 26  # Characters of texts and bytes of images in a block of queries.
 
 
 class Query(NamedTuple):
@@ -153,18 +153,15 @@ def read_filters(path: str) -> dict[str, list[str]]:
     """
     filters: dict[str, list[str]] = {}
     regular_files.check(path)
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                parts = line.rstrip("\n").split("\t") if "\t" in line else line.split()
-                if len(parts) != 2:
-                    raise InputError(
-                        f"{path}, line {number}: found {line.strip()[:40]!r}, expected a query id "
-                        "and a label id, separated by a tab or a space"
-                    )
-                filters.setdefault(parts[0], []).append(parts[1])
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--filters={path}: {error}") from None
+    with text_files.errors_of(path):
+        for number, line in text_files.read_lines(path, "utf-8"):
+            parts = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+            if len(parts) != 2:
+                raise InputError(
+                    f"{path}, line {number}: found {line.strip()[:40]!r}, expected a query id and "
+                    "a label id, separated by a tab or a space"
+                )
+            filters.setdefault(parts[0], []).append(parts[1])
     return filters
 
 
@@ -193,13 +190,12 @@ def read(
     """
     dialect = options.dialect_for(path)
     found = readers.column_names(path, dialect=dialect)
-    rows = readers.read_rows(path, dialect=dialect)
     names = options.columns_for(path, found, is_labels=is_labels)
     roles = columns.assign(path, names, dialect, names=found, labelled=False)
+    rows = readers.read_rows(path, [*roles.used, list_column], dialect=dialect)
     if is_labels and roles.id is None:
         raise InputError(
-            f"{path}: no id column found among {', '.join(map(repr, found))}; pass "
-            "--id_column=COLUMN"
+            f"{path}: no id column found among {columns.listed(found)}; pass --id_column=COLUMN"
         )
     console.status(f"{path}: {_describe(roles, dialect)}")
 
@@ -262,6 +258,17 @@ def _strings(value: Any, separator: str, chunk: Chunk, column: str) -> list[str]
 
 
 def in_blocks(queries: Iterator[Query], size: int) -> Iterator[Sequence[Query]]:
-    """Yields blocks of `size` queries, read when needed; the last block may be shorter."""
-    while block := list(itertools.islice(queries, size)):
+    """Yields blocks of `size` queries, read when needed; the last block may be shorter.
+
+    So may blocks of long texts and of images within the table.
+    """
+    block: list[Query] = []
+    length = 0
+    for query in queries:
+        block.append(query)
+        length += len(query.text) + sum(map(len, query.images))
+        if len(block) == size or length > _BLOCK_LENGTH:
+            yield block
+            block, length = [], 0
+    if block:
         yield block

@@ -20,6 +20,7 @@ from etils import epath
 from vixml_jax.storage import object_store
 
 _WRITTEN, _REPLACED = ".tmp-", ".old-"  # Before the random part of a name.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # https://man7.org/linux/man-pages/man2/rename.2.html
 
 
@@ -48,9 +49,11 @@ def scratch(path: str | os.PathLike) -> Iterator[str]:
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     recover(path)
-    temporary, descriptor = _create(path, is_directory=True)
+    with _naming(path):
+        temporary, descriptor = _create(path, is_directory=True)
     try:
-        yield temporary
+        with _naming(path, temporary):
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
@@ -69,12 +72,14 @@ def file(path: str | os.PathLike) -> Iterator[str]:
     path = os.path.realpath(path)  # A symbolic link stays, its target is replaced.
     os.makedirs(os.path.dirname(path), exist_ok=True)
     recover(path)
-    temporary, descriptor = _create(path, is_directory=False)
+    with _naming(path):
+        temporary, descriptor = _create(path, is_directory=False)
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(os.path.dirname(path))
+        with _naming(path, temporary):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(os.path.dirname(path))
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -117,6 +122,25 @@ def recover(path: str | os.PathLike) -> None:
             else:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(left)
+
+
+@contextlib.contextmanager
+def _naming(path: str, temporary: str | None = None) -> Iterator[None]:
+    """Lets errors of the system name what is written, not its temporary name or nothing.
+
+    Args:
+      path: The final name.
+      temporary: The temporary one; None: any below the same directory.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if name is None and error.errno in _NO_SPACE:  # Of a write to an open file.
+            error.filename = path
+        elif isinstance(name, str) and name.startswith(temporary or path + _WRITTEN):
+            error.filename = path + (name.removeprefix(temporary) if temporary else "")
+        raise
 
 
 def _create(path: str, *, is_directory: bool) -> tuple[str, int]:

@@ -9,18 +9,31 @@ import concurrent.futures
 import json
 import os
 import zlib
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 from etils import epath
 
-from vixml_jax.storage import object_store
+from vixml_jax import errors
+from vixml_jax.errors import InputError
+from vixml_jax.storage import json_files, object_store, regular_files
 
 NAME = "digests.json"
 COMMITTED = "commit_success.txt"
+REPLACED = ".replaced"  # Ending of a directory for checkpoints whose replacements are written.
 # Orbax writes these files last, after the digests; reading a checkpoint needs neither.
 _NOT_COVERED = ("_CHECKPOINT_METADATA", COMMITTED)
 _CHUNK = 1 << 22
+_SHOWN = 200  # Characters of names and messages that are shown.
+T = TypeVar("T")
 _TIMEOUT_S = 3600  # Time limit of one write on the slowest process.
+
+
+class _Digests(msgspec.Struct):
+    """Contents of the list: by relative path, the size and the CRC-32 of a file."""
+
+    files: dict[str, tuple[Annotated[int, msgspec.Meta(ge=0)], str]]
+    check: str
 
 
 def write_digests(directory: str) -> None:
@@ -39,25 +52,29 @@ def write_digests(directory: str) -> None:
 
 def damage(directory: str) -> str | None:
     """The first mismatch between a directory and its digests, in words; None if it is intact."""
-    try:
-        digests = json.loads((epath.Path(directory) / NAME).read_bytes())
-        if digests["check"] != _check(digests["files"]):
-            return f"{NAME} has a wrong checksum"
-        items = [(name, *digest) for name, digest in digests["files"].items()]
-    except FileNotFoundError:
+    path = os.path.join(directory, NAME)
+    if not json_files.is_there(path):
         return f"{NAME} is missing"
-    except (ValueError, TypeError, KeyError, RecursionError):
+    try:
+        digests = json_files.read(path, _Digests, "")
+    except InputError:
         return f"{NAME} has unreadable content"
+    if digests.check != _check(digests.files):
+        return f"{NAME} has a wrong checksum"
+    items = [(name, *digest) for name, digest in digests.files.items()]
+    if not all(_is_within(name) for name, *_ in items):
+        return f"{NAME} names files outside the checkpoint"
 
     def mismatch(item: tuple[str, int, str]) -> str | None:
         name, expected_size, expected_check = item
+        shown = name[:_SHOWN]
         try:
             size, check = _digest(directory, name)
         except (OSError, ValueError):
-            return f"{name} is missing"
+            return f"{shown} is missing"
         if size != expected_size:
-            return f"{name} has {size} bytes, expected {expected_size}"
-        return None if check == expected_check else f"{name} has a wrong checksum"
+            return f"{shown} has {size} bytes, expected {expected_size}"
+        return None if check == expected_check else f"{shown} has a wrong checksum"
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         return next((text for text in pool.map(mismatch, items) if text), None)
@@ -98,6 +115,9 @@ def read(directory: str, **items: Any) -> dict[str, Any]:
       directory: Directory of one step.
       items: Abstract arrays with shardings for each item, None for a JSON item. Where a stored
         array has fewer rows the rest is zero; additional rows are dropped.
+
+    Raises:
+      InputError: If Orbax cannot read it.
     """
     import orbax.checkpoint as ocp
 
@@ -107,9 +127,38 @@ def read(directory: str, **items: Any) -> dict[str, Any]:
         else ocp.args.StandardRestore(like, strict=False)
         for name, like in items.items()
     }
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*restores)) as checkpointer:
-        restored = checkpointer.restore(epath.Path(directory), args=ocp.args.Composite(**restores))
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*restores)) as checkpointer:
+            arguments = ocp.args.Composite(**restores)
+            restored = checkpointer.restore(epath.Path(directory), args=arguments)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # Orbax and TensorStore raise anything on metadata of another shape.
+        if errors.disk_fault(error) is not None:
+            raise
+        reason = " ".join(str(error).split())[:_SHOWN]
+        raise InputError(
+            f"{directory}: cannot be read ({type(error).__name__}: {reason}); expected a "
+            "checkpoint written by train: put it back from a copy of the run"
+        ) from error
     return {name: restored[name] for name in restores}
+
+
+def read_position(directory: str, kind: type[T]) -> T:
+    """The position in a checkpoint.
+
+    Args:
+      directory: Directory of one step.
+      kind: Its type; fields that the type does not have are ignored.
+
+    Raises:
+      InputError: If it is of another shape.
+    """
+    try:
+        return msgspec.convert(read(directory, position=None)["position"], kind)
+    except msgspec.ValidationError as error:
+        path = os.path.join(directory, "position")
+        raise InputError(f"{path}: {error}; expected a checkpoint written by train") from None
 
 
 def async_options(directory: str) -> Any:
@@ -156,13 +205,18 @@ def _digest(directory: str, name: str, *, flush: bool = False) -> tuple[int, str
     if not object_store.is_local(directory):
         return path.stat().length, ""
     check = 0
-    with open(path, "rb") as file:
+    with regular_files.open_binary(path) as file:
         while chunk := file.read(_CHUNK):
             check = zlib.crc32(chunk, check)
         size = file.tell()
     if flush:
         _flush(os.fspath(path))
     return size, f"{check:08x}"
+
+
+def _is_within(name: str) -> bool:
+    """Whether a relative path stays in its directory."""
+    return not os.path.isabs(name) and ".." not in name.split("/") and "\0" not in name
 
 
 def _check(files: dict[str, Any]) -> str:

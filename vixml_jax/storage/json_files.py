@@ -31,6 +31,11 @@ def read(path: str | os.PathLike, schema: type[T], remedy: str, *, max_bytes: in
     return decode(read_bytes(path, remedy, max_bytes=max_bytes), schema, path, remedy)
 
 
+def is_there(path: str | os.PathLike) -> bool:
+    """Whether there is something to be read, or a broken link, which `read` then refuses."""
+    return os.path.lexists(path) if object_store.is_local(path) else epath.Path(path).exists()
+
+
 def read_bytes(path: str | os.PathLike, remedy: str, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The content of a file; see `read`."""
     try:

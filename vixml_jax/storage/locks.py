@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def exclusive(
                 "another directory"
             )
         time.sleep(_POLL_S)
-    with os.fdopen(descriptor, "r+b") as file:
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
         holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -51,10 +52,10 @@ def exclusive(
             "doing": doing,
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        file.truncate(0)
-        file.write(json.dumps(holder).encode())
-        file.flush()
         try:
+            with contextlib.suppress(OSError):  # A lock needs no space on the disk.
+                file.truncate(0)
+                file.write(json.dumps(holder).encode())
             yield
         finally:
             with contextlib.suppress(OSError):
@@ -70,6 +71,9 @@ def _acquire(path: str) -> int | None:
             f"{path}: cannot be created ({error.strerror}); expected a directory that can be "
             "written to, on a disk with space"
         ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path}: not a regular file; remove it")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.stat(path), os.fstat(descriptor)):

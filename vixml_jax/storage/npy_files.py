@@ -2,24 +2,33 @@
 
 import errno
 import math
+import mmap
 import os
 import tokenize
+import zipfile
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import host_memory
 from vixml_jax.storage import regular_files
 
 _BLOCK = 1 << 22  # Values checked at a time.
+_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
-def open_mapped(path: str, remedy: str) -> Shaped[np.ndarray, "..."]:
-    """The array of a file, memory-mapped unless it is empty; in the order of C.
+def open_mapped(path: str, remedy: str, *, any_order: bool = False) -> Shaped[np.ndarray, "..."]:
+    """The array of a file, memory-mapped unless it is empty.
 
     Args:
       path: Of the file.
       remedy: What the user can do about a damaged file, for the message.
+      any_order: Whether values may be in the order of Fortran, too, as of a transposed array.
 
     Raises:
       InputError: If the file is missing, is no `.npy` file, is shorter than its header says, or
@@ -30,9 +39,9 @@ def open_mapped(path: str, remedy: str) -> Shaped[np.ndarray, "..."]:
     with regular_files.open_binary(path) as file:
         try:
             version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"format {version}, expected (1, 0)")
-            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if version not in _READERS:
+                raise ValueError(f"format {version}, expected one of {[*_READERS]}")
+            shape, is_fortran, dtype = _READERS[version](file)
         # numpy's reader of headers lets many errors through that parts of Python raise.
         except (
             OSError, ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError,
@@ -41,7 +50,8 @@ def open_mapped(path: str, remedy: str) -> Shaped[np.ndarray, "..."]:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: truncated or damaged ({reason}); {remedy}") from None
         is_valid = not dtype.hasobject and dtype.itemsize and all(0 <= n < 1 << 62 for n in shape)
-        if not is_valid or (is_fortran and len(shape) > 1):
+        is_transposed = is_fortran and len(shape) > 1
+        if not is_valid or (is_transposed and not any_order):
             order = ", transposed" if is_fortran else ""
             raise InputError(f"{path}: damaged (found {dtype} {shape}{order}); {remedy}")
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
@@ -54,13 +64,37 @@ def open_mapped(path: str, remedy: str) -> Shaped[np.ndarray, "..."]:
             return np.zeros(shape, dtype)
         # Of the open file: another one may have its name meanwhile.
         try:
-            mapped = np.memmap(file, dtype, "r", offset, shape)
+            mapped = np.memmap(file, dtype, "r", offset, shape, "F" if is_transposed else "C")
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise
             raise InputError(regular_files.too_many(path)) from None
     mapped.filename = os.path.abspath(path)
     return mapped
+
+
+def release(array: Shaped[np.ndarray, "..."]) -> None:
+    """Releases the pages of a mapped file that were read, which count as memory of the process."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if isinstance(array, mmap.mmap):
+        array.madvise(mmap.MADV_DONTNEED)
+
+
+def check_archive(file: str | BinaryIO) -> None:
+    """Checks that the arrays of an `.npz` file fit into memory, by the sizes that it declares.
+
+    `zipfile` reads no more of a member than that.
+
+    Raises:
+      ValueError: If they do not.
+      OSError, zipfile.BadZipFile: If it is no such file.
+    """
+    with zipfile.ZipFile(file) as archive:
+        needed = sum(part.file_size for part in archive.infolist())
+    free = host_memory.available()
+    if free is not None and needed > free // 2:
+        raise ValueError(f"its arrays have {needed:,} bytes, more than fit into memory twice")
 
 
 def is_csr(

@@ -1,6 +1,8 @@
 """Opens files that are to be regular ones: never a pipe, a socket or a device, which could hang."""
 
+import contextlib
 import errno
+import functools
 import os
 import stat
 from typing import BinaryIO
@@ -39,12 +41,24 @@ def open_binary(path: str | os.PathLike, *, max_bytes: int | None = None) -> Bin
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: not a regular file; expected one")
+        if status.st_dev in _kernel_devices():
+            raise InputError(f"{path}: a file of the kernel; expected a regular file on a disk")
         if max_bytes is not None and status.st_size > max_bytes:
             raise InputError(f"{path}: {status.st_size:,} bytes, expected at most {max_bytes:,}")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+
+
+@functools.cache
+def _kernel_devices() -> frozenset[int]:
+    """File systems whose files look regular, but have no size and may never end."""
+    found = set()
+    for path in ("/proc", "/sys"):
+        with contextlib.suppress(OSError):
+            found.add(os.stat(path).st_dev)
+    return frozenset(found - {os.stat("/").st_dev})
 
 
 def check(path: str | os.PathLike, *, max_bytes: int | None = None) -> None:

@@ -5,16 +5,19 @@ import contextlib
 import functools
 import gzip
 import io
+import os
 import sys
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from vixml_jax.errors import InputError
+from vixml_jax.storage import expansion, regular_files
 
 COMPRESSED = (".gz", ".zst")
 # Longest line in bytes. Longer lines occur in broken files only, and would exhaust memory.
 MAX_LINE = 4 << 20
+_BUFFERED = 1 << 17  # Bytes decompressed at a time.
 _SNIFFED = 1 << 12  # First bytes, by which UTF-16 without a byte order mark is recognised.
 # Byte order marks that some editors write; that of UTF-32 begins with that of UTF-16.
 _MARKS = (
@@ -69,29 +72,58 @@ def errors_of(path: str) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: truncated or damaged ({error})") from None
+        raise InputError(f"{path}: truncated or damaged ({_one_line(error)})") from None
     except UnicodeDecodeError as error:  # Of UTF-16 and other wide encodings.
         raise InputError(
             f"{path}: not {error.encoding} ({error.reason}); check --encoding"
         ) from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+        reason = error.strerror or _one_line(error)
+        raise InputError(f"{path}: cannot be read ({reason})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 @contextlib.contextmanager
 def _open_bytes(path: str) -> Iterator[BinaryIO]:
     """The uncompressed bytes of a file."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        regular_files.check(path)
     if path.lower().endswith(".gz"):
         with gzip.open(path, "rb") as file:
-            yield file
+            yield _bounded(file, path, "gzip -d")
     elif path.lower().endswith(".zst"):
         import pyarrow
 
         with pyarrow.OSFile(path) as compressed:
-            yield io.BufferedReader(pyarrow.CompressedInputStream(compressed, "zstd"))
+            stream = pyarrow.CompressedInputStream(compressed, "zstd")
+            yield _bounded(stream, path, "zstd -d")
     else:
         with open(path, "rb") as file:
             yield file
+
+
+def _bounded(file: BinaryIO, path: str, command: str) -> BinaryIO:
+    """A decompressed file that ends in an InputError where it expands beyond measure."""
+    remedy = f"if it is meant to be so, decompress it first ({command})"
+    return io.BufferedReader(_Bounded(file, expansion.Expansion(path, remedy)), _BUFFERED)
+
+
+class _Bounded(io.RawIOBase):
+    """The bytes of a file, counted."""
+
+    def __init__(self, file: BinaryIO, expanded: expansion.Expansion):
+        self._file, self._expanded = file, expanded
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self._file.readinto(buffer)
+        self._expanded.add(count)
+        return count
 
 
 class _Utf8Stream(io.RawIOBase):

@@ -145,9 +145,14 @@ class VectorStore:
 
     @contextlib.contextmanager
     def _locked(self, kind: int) -> Iterator[None]:
-        with open(self._path(_LOCK), "rb" if kind == fcntl.LOCK_SH else "ab") as file:
-            fcntl.flock(file, kind)
+        flags = os.O_RDONLY if kind == fcntl.LOCK_SH else os.O_WRONLY | os.O_CREAT
+        # Without O_NONBLOCK, a pipe in its place would be waited for.
+        descriptor = os.open(self._path(_LOCK), flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, kind)
             yield
+        finally:
+            os.close(descriptor)
 
     def _listed(self) -> dict[str, _Array]:
         """The arrays of this step and data that `about.json` lists."""

@@ -31,6 +31,7 @@ from vixml_jax.training import head_trainer, image_warm_start, losses, optimizer
 from vixml_jax.training import train_state as state_lib
 from vixml_jax.training.memory_planner import DataSizes
 
+_MOST_STEPS = 100_000_000  # Of a run.
 CENTROID_MOMENTUM = 0.95  # Of `--labels.centroids=moving`.
 
 
@@ -237,6 +238,12 @@ def assemble(
     config: Config, tower: TowerConfig, layout: Layout, sizes: DataSizes, mesh: Mesh
 ) -> Parts:
     """Returns the parts of a run on data of these sizes, for flags that `fit_batch` returned."""
+    _check_steps(config, sizes)
+    if config.labels.prototypes and config.labels.num_heads > tower.width:
+        raise InputError(
+            f"--labels.num_heads={config.labels.num_heads}: expected at most {tower.width}, the "
+            "width of the tower"
+        )
     model = workdir.build_model(config, tower, layout, sizes.labels, mesh)
     head_parts = None
     if config.head.only or config.head.refit:
@@ -262,6 +269,24 @@ def assemble(
         head_weight=config.head.weight,
     )
     return Parts(model, tx, like, step, head_parts)
+
+
+def _check_steps(config: Config, sizes: DataSizes) -> None:
+    """Checks that the learning rate of each step can be held in memory.
+
+    Raises:
+      InputError: If there are too many steps.
+    """
+    steps = config.loop.epochs * -(-sizes.queries // config.batch.size)
+    for name, epochs, count in (
+        ("loop.epochs", config.loop.epochs, 0 if config.head.only else steps),
+        ("head.epochs", config.head.epochs, head_steps(config, sizes.queries)),
+    ):
+        if count > _MOST_STEPS:
+            raise InputError(
+                f"--{name}={epochs}: {count:,} steps on these data, expected at most "
+                f"{_MOST_STEPS:,}; train fewer epochs, or in larger batches"
+            )
 
 
 def _head_parts(config: Config, model: Model, sizes: DataSizes) -> HeadParts:

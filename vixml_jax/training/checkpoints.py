@@ -6,20 +6,21 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from vixml_jax import errors, workdir
+from vixml_jax import errors
 from vixml_jax.errors import InputError
 from vixml_jax.parallel import distributed
 from vixml_jax.storage import digests, held, object_store
 from vixml_jax.structs import LabelState, TrainState
 
-_READERS_S = 60.0  # How long a best model that has to go waits for those who read it.
+T = TypeVar("T")
+_READERS_S = 60.0  # How long the writing of a checkpoint waits for readers of its predecessor.
 
 
 class Checkpoints:
@@ -92,12 +93,19 @@ class Checkpoints:
         """The newest step saved, or None."""
         return self._manager.latest_step()
 
-    def position(self) -> dict[str, Any] | None:
-        """The data position of the newest checkpoint; None if there is no checkpoint."""
+    def position(self, kind: type[T]) -> T | None:
+        """The data position of the newest checkpoint; None if there is no checkpoint.
+
+        Args:
+          kind: Its type.
+
+        Raises:
+          InputError: If the position is of another shape.
+        """
         step = self.latest_step()
         if step is None:
             return None
-        return digests.read(os.path.join(self._directory, str(step)), position=None)["position"]
+        return digests.read_position(os.path.join(self._directory, str(step)), kind)
 
     def check_disk_space(self, like: TrainState) -> str:
         """A status line with the size of the checkpoints of such a state.
@@ -257,10 +265,12 @@ class Checkpoints:
         """
         args = self._ocp.args
         self.wait()
-        self._pending = int(state.step), nbytes((state.params, labels))
+        step = int(state.step)
+        self._delete_best([other for other in self._best.all_steps() if other == step], force=True)
+        self._pending = step, nbytes((state.params, labels))
         with self._reporting_disk_faults():
             model = args.StandardSave({"params": state.params, "labels": labels})
-            self._best.save(int(state.step), args=args.Composite(model=model))
+            self._best.save(step, args=args.Composite(model=model))
             self._best.wait_until_finished()
         self._pending = None
 
@@ -272,17 +282,20 @@ class Checkpoints:
         """
         if self._best:
             self.wait()
-            others = [other for other in self._best.all_steps() if other != step]
-            for other in others:
-                if object_store.is_local(self._best_directory):
-                    if jax.process_index() == 0:
-                        path = os.path.join(self._best_directory, str(other))
-                        held.delete(path, wait_s=_READERS_S, force=True)
-                else:
-                    self._best.delete(other)
-            if others and object_store.is_local(self._best_directory):
-                distributed.barrier("checkpoints: best dropped")
-                self._best.reload()
+            self._delete_best([other for other in self._best.all_steps() if other != step])
+
+    def _delete_best(self, steps: list[int], *, force: bool = False) -> None:
+        """Deletes best models; without `force`, one that is being read goes at a later time."""
+        wait_s = _READERS_S if force else 0.0
+        for step in steps:
+            if not object_store.is_local(self._best_directory):
+                self._best.delete(step)
+            elif jax.process_index() == 0:
+                path = os.path.join(self._best_directory, str(step))
+                held.delete(path, wait_s=wait_s, force=force)
+        if steps and object_store.is_local(self._best_directory):
+            distributed.barrier("checkpoints: best dropped")
+            self._best.reload()
 
     def check(self) -> None:
         """Raises the error of a finished write, if it failed; does not wait for one under way."""
@@ -366,8 +379,11 @@ def _bytes_in(directory: str) -> int:
 
 def _move_damaged(directory: str) -> None:
     """Moves the damaged checkpoints that are newer than the newest intact one out of the way."""
-    step, damaged = workdir.newest_checkpoint(directory)
-    if step is None and distributed.broadcast_from_first(bool(damaged)):
+    step, damaged = None, {}
+    if jax.process_index() == 0:
+        step, damaged = digests.newest_intact(directory)
+    step = distributed.broadcast_from_first(-1 if step is None else step)
+    if step < 0 and distributed.broadcast_from_first(bool(damaged)):
         reasons = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
         raise InputError(
             f"{directory}: all checkpoints are damaged ({reasons}); nothing was changed; restore "
@@ -398,22 +414,30 @@ def _move(directory: str, step: int) -> str:
 
 
 def _set_aside(directory: str, step: int) -> None:
-    """Moves a checkpoint to `<directory>.replaced/` until its replacement is written."""
+    """Moves a checkpoint to `<directory>.replaced/`, where others read it until it is replaced."""
     if jax.process_index() == 0:
-        parent = epath.Path(f"{directory}.replaced")
+        parent = epath.Path(directory + digests.REPLACED)
         parent.mkdir(parents=True, exist_ok=True)
-        (epath.Path(directory) / str(step)).rename(parent / str(step))
+        path, target = epath.Path(directory) / str(step), parent / str(step)
+        if object_store.is_local(directory):
+            held.move(os.fspath(path), os.fspath(target), wait_s=_READERS_S)
+        else:
+            path.rename(target)
     distributed.barrier("checkpoints: set aside")
 
 
 def _finish_replacement(directory: str) -> None:
     """Deletes what `_set_aside` moved if its replacement is complete, and else moves it back."""
-    parent = epath.Path(f"{directory}.replaced")
+    parent = epath.Path(directory + digests.REPLACED)
     if jax.process_index() == 0 and parent.is_dir():
         for path in parent.iterdir():
-            if (epath.Path(directory) / path.name).is_dir():
+            if not path.name.isdigit():  # Its deletion was interrupted.
                 path.rmtree()
-            else:
+            elif not (epath.Path(directory) / path.name).is_dir():
                 path.rename(epath.Path(directory) / path.name)
+            elif object_store.is_local(directory):
+                held.delete(os.fspath(path), wait_s=_READERS_S, force=True)
+            else:
+                path.rmtree()
         parent.rmdir()
     distributed.barrier("checkpoints: put back")

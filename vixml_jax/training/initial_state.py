@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from vixml_jax import frozen_weights, workdir
+from vixml_jax import frozen_weights, saved_model
 from vixml_jax.config import Config
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.modeling import Model
@@ -60,7 +60,7 @@ def first_state(
         del params
         like = parts.head.like if in_head else parts.like
         state, clusters, position = checkpoints.restore(like._replace(frozen=frozen), clusters)
-        return state, clusters, Position(**position)
+        return state, clusters, Position(**position)  # Checked when the run was opened.
     position = Position(0, None, config.batch.cluster_size, False)
     if config.head.only:  # What is missing, `HeadTrainer` makes.
         step = jax.device_put(np.int32(0), parts.like.step.sharding)
@@ -86,7 +86,7 @@ def best_state(
       position: Position of the run.
       store: Returns where the vectors of a step are kept; None: they are not kept.
     """
-    params, labels, _ = workdir.restore_model(config.workdir, model)
+    params, labels, _ = saved_model.restore(config.workdir, model)
     trained, frozen = frozen_weights.split(params, model.tower.config)
     vectors, bank = store and store(position.best_step).get("train"), None
     if vectors is not None:

@@ -28,6 +28,27 @@ HELP = (
     "(--mesh), set --lora.rank, or lower --labels.num_free; to reduce the label head, set "
     "--head.moments=bfloat16 or lower --head.label_block"
 )
+GPUS = ("gpu", "cuda", "rocm")  # `jax.Device.platform` of GPUs.
+
+
+def help_on(platform: str) -> str:
+    """What reduces the memory of a run, or gives it more.
+
+    Args:
+      platform: `jax.Device.platform` of the devices.
+    """
+    if platform not in GPUS:
+        return HELP
+    # The old name, which JAX still reads if the new one is not set.
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    taken = next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "")
+    return (
+        f"{HELP}; on a GPU the limit is the part of its memory that JAX takes, "
+        f"{taken or '75% by default'}: if no other program uses the GPU, set "
+        "XLA_CLIENT_MEM_FRACTION=0.95 in the environment "
+        "(XLA_PYTHON_CLIENT_PREALLOCATE=false takes memory step by step and leaves the limit as it "
+        "is)"
+    )
 
 
 class MemoryPlan(NamedTuple):
@@ -42,6 +63,7 @@ class MemoryPlan(NamedTuple):
         libraries, compiled programs and data; 0 on other devices. So are the following.
       saving: Bytes of the copy of the state that is written while training goes on.
       evaluation: Bytes that encoding and search need, when no step runs.
+      platform: `jax.Device.platform` of the device.
     """
 
     held: dict[str, int]
@@ -50,6 +72,7 @@ class MemoryPlan(NamedTuple):
     process: int = 0
     saving: int = 0
     evaluation: int = 0
+    platform: str = ""
 
     @property
     def total(self) -> int:
@@ -73,7 +96,7 @@ class MemoryPlan(NamedTuple):
     def check(self) -> None:
         """Raises an `InputError` if the run does not fit."""
         if self.device and self.total > self.device:
-            raise InputError(f"{self}: the run does not fit; {HELP}")
+            raise InputError(f"{self}: the run does not fit; {help_on(self.platform)}")
 
 
 def largest(plans: Sequence[MemoryPlan]) -> MemoryPlan:
@@ -119,7 +142,8 @@ def plan_memory(
         )
         raise InputError(
             f"memory per device (GiB): {_format_sizes(held)}; training step: the compiler reports "
-            f"'{sizes[0] if sizes else str(error)[:200]}': the run does not fit; {HELP}"
+            f"'{sizes[0] if sizes else str(error)[:200]}': the run does not fit; "
+            f"{help_on(_platform(like))}"
         ) from error
     additional = (
         analysis.argument_size_in_bytes - bytes_per_device(like if of_step is None else of_step),
@@ -128,7 +152,8 @@ def plan_memory(
         analysis.temp_size_in_bytes,
         analysis.generated_code_size_in_bytes,
     )
-    return MemoryPlan(held, sum(max(0, size) for size in additional), _device_memory(like))
+    step = sum(max(0, size) for size in additional)
+    return MemoryPlan(held, step, _device_memory(like), platform=_platform(like))
 
 
 def with_process(plan: MemoryPlan, like: TrainState, evaluation: int) -> MemoryPlan:
@@ -142,7 +167,7 @@ def with_process(plan: MemoryPlan, like: TrainState, evaluation: int) -> MemoryP
       like: The state's shapes, dtypes and shardings.
       evaluation: See `evaluation_bytes`.
     """
-    if next(iter(like.step.sharding.device_set)).platform != "cpu":
+    if _platform(like) != "cpu":
         return plan
     process = (host_memory.resident() + LATER_PROGRAMS) // jax.local_device_count()
     saved = bytes_per_device(like._replace(frozen=()))
@@ -174,6 +199,10 @@ def evaluation_bytes(model: Model, length: float, *, block: int, labels: int) ->
         devices=shards,
     )
     return max(4 * positions * values, search // shards)
+
+
+def _platform(like: TrainState) -> str:
+    return next(iter(like.step.sharding.device_set)).platform
 
 
 def _device_memory(like: TrainState) -> int:

@@ -1,4 +1,4 @@
-"""Handling of SIGTERM and SIGINT, and the agreement by which all processes stop at one step."""
+"""Requests to stop a run by a signal, and the agreement by which all processes stop at one step."""
 
 import collections
 import contextlib
@@ -18,13 +18,12 @@ from vixml_jax.parallel import sharding
 from vixml_jax.runtime import progress, signals
 
 GO_ON, SAVE, STOP = range(3)  # Requests at the end of a step; the largest one is followed.
-_NOTHING_UNSAVED = "no unsaved training progress"
 # What a signal does: the main thread unwinds, the process leaves at once, or it is only recorded.
 _UNWIND, _LEAVE, _DEFER = range(3)
 
 
 class StopSignal:
-    """A request to stop this process, made by SIGTERM or SIGINT.
+    """A request to stop this process, made by SIGTERM, SIGINT or SIGHUP (a closed terminal).
 
     By default a signal raises `Preempted` in the main thread, which cleans up; if that takes too
     long, because a program is being compiled say, the process ends all the same. Inside `leaving`
@@ -45,7 +44,7 @@ class StopSignal:
     def installed(self) -> Iterator["StopSignal"]:
         """Installs the signal handlers within the context; only the main thread may do so.
 
-        After the context both signals are ignored: the process is about to end, and its exit
+        After the context the signals are ignored: the process is about to end, and its exit
         status is settled.
         """
         with signals.handling(self._handle, self._watch):
@@ -77,9 +76,9 @@ class StopSignal:
         """Raises `Preempted` soon after a signal arrives, inside `deferred` too.
 
         For work that may be abandoned because a resumed run repeats it. The exception is raised
-        where progress is shown, between two programs, and not in the signal handler, which may
-        run in a callback of a library that swallows it. All processes enter and leave the context
-        together.
+        where progress is shown or `progress.check` is called, between two programs, and not in the
+        signal handler, which may run in a callback of a library that swallows it. All processes
+        enter and leave the context together.
         """
         self.raise_if_requested()
         with progress.checking(self._check):
@@ -94,17 +93,11 @@ class StopSignal:
 
             requested = bool(np.any(multihost_utils.process_allgather(np.bool_(requested))))
         if requested:
-            raise self.preempted(_NOTHING_UNSAVED)
+            raise self.preempted()
 
-    def preempted(self, outcome: str) -> Preempted:
-        """The exception to raise.
-
-        Args:
-          outcome: What became of the run, for the message: "saved at step 12".
-        """
-        return Preempted(
-            f"stopped by {self.requested_by or 'a signal to another process'}: {outcome}"
-        )
+    def preempted(self, outcome: str = errors.NOTHING_UNSAVED) -> Preempted:
+        """The exception to raise; see `errors.stopped_by` for the outcome."""
+        return errors.stopped_by(self.requested_by or "a signal to another process", outcome)
 
     @contextlib.contextmanager
     def _reacting(self, reaction: int) -> Iterator[None]:
@@ -114,21 +107,22 @@ class StopSignal:
         finally:
             self._reaction = before
 
-    def _check(self) -> None:
-        if errors.is_alone() and threading.current_thread() is threading.main_thread():
+    def _check(self, together: bool) -> None:
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and (together or jax.process_count() == 1):
             self.raise_if_requested()
 
     def _handle(self, number: int) -> None:
         first, self.requested_by = self.requested_by is None, signal.Signals(number).name
         if first and self._reaction == _UNWIND:
-            raise self.preempted(_NOTHING_UNSAVED)
+            raise self.preempted()
 
     def _watch(self, number: int, over: threading.Event) -> None:
         if self._reaction == _UNWIND and over.wait(signals.GRACE_S):
             return
         if self._reaction != _DEFER:  # A recorded request is followed where it is looked at.
             self.requested_by = signal.Signals(number).name
-            signals.leave(errors.last_line(self.preempted(_NOTHING_UNSAVED)), errors.PREEMPTED)
+            signals.leave(errors.last_line(self.preempted()), errors.PREEMPTED)
 
 
 class Agreement:

@@ -20,6 +20,7 @@ from tests.data.images.fake_server import LOCAL, failures, fault_of, files_in, u
 from vixml_jax.data.images import download
 from vixml_jax.data.images.download import DownloadSettings
 from vixml_jax.errors import InputError
+from vixml_jax.storage import atomic
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -344,12 +345,14 @@ def test_empty_file_is_downloaded_again(server, tmp_path):
 
 def test_files_of_killed_runs_are_removed(server, tmp_path):
     server.routes["/a"] = b"a"
-    (tmp_path / "partial").mkdir()
-    for name, age in (("killed", 2 * 86400), ("running", 60)):
-        (tmp_path / "partial" / name).write_bytes(b"half")
-        os.utime(tmp_path / "partial" / name, (time.time() - age,) * 2)
-    download.download([server.url("/a")], str(tmp_path), settings=LOCAL)
-    assert [path for path in files_in(tmp_path) if "partial" in path] == ["partial/running"]
+    (tmp_path / "partial.tmp-0123").mkdir()
+    (tmp_path / "partial.tmp-0123" / "killed").write_bytes(b"half")
+    with atomic.scratch(tmp_path / "partial") as running:  # Of another run.
+        (pathlib.Path(running) / "file").write_bytes(b"half")
+        download.download([server.url("/a")], str(tmp_path), settings=LOCAL)
+        left = [path for path in files_in(tmp_path) if "partial" in path]
+        assert left == [f"{os.path.basename(running)}/file"]
+    assert not [path for path in files_in(tmp_path) if "partial" in path]
 
 
 def test_failures_of_other_calls_are_kept(server, tmp_path):

@@ -10,6 +10,7 @@ from absl import flags
 
 from vixml_jax import prepare
 from vixml_jax.data.sources import readers, tabular, tabular_files
+from vixml_jax.data.sources.binary import parquet_file
 from vixml_jax.data.sources.columns import Columns
 from vixml_jax.errors import InputError
 
@@ -97,7 +98,7 @@ def test_scalar_classes_and_rows_without_a_class(tmp_path):
 
 
 def test_chunks_of_images_are_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "_CHUNK_BYTES", 5000)
+    monkeypatch.setattr(parquet_file, "CHUNK_BYTES", 5000)
     images = [{"bytes": bytes([row]) * 1000, "path": f"{row}.png"} for row in range(23)]
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
     rows = {"text": [str(row) for row in range(23)], "image": images}

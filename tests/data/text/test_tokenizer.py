@@ -114,7 +114,7 @@ def test_invalid_tokenizers_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
     with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer"):
         tokenizer_lib.load(str(tmp_path), 8)
-    with pytest.raises(InputError, match="--max_tokens=2: the tokenizer adds 2 special"):
+    with pytest.raises(InputError, match=r"--max_tokens=2: .*tokenizer\.json adds 2 special"):
         tokenizer_lib.load(str(MINILM), 2)
 
 
@@ -342,8 +342,6 @@ def test_several_processes_give_the_same_tokens(monkeypatch):
 
 def test_ended_process_is_reported(monkeypatch):
     monkeypatch.setattr(batch_tokenizer, "_MODULE", "vixml_jax.data.sources.raw")  # Ends at once.
-    with pytest.raises(
-        RuntimeError, match="tokenizer process ended unexpectedly with exit status 0"
-    ):
+    with pytest.raises(InputError, match="one of its processes ended with exit status 0"):
         with batch_tokenizer.Encoders(tokenizer_lib.load(str(MINILM), 8), 2) as encoders:
             list(encoders.encode([["a"]]))

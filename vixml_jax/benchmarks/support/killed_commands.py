@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _CRASHES = ("Traceback", "Segmentation fault", "Fatal Python error", "terminate called")
 _UNFINISHED = re.compile(r"\.tmp-|\.lock$")
 _MEASURED = re.compile(r"seconds|_gib|date|created|since")  # Parts of keys whose values differ.

@@ -10,6 +10,7 @@ from vixml_jax.data import filters
 from vixml_jax.data.card import plots, stats
 from vixml_jax.data.card.stats import DatasetStats, percent
 from vixml_jax.data.store import PreparedDataset
+from vixml_jax.runtime import console
 
 TEXT, IMAGE = "dataset.md", "dataset.png"
 _BINS = (0, 1, 2, 3, 4, 5, 6, 11, 21, 51, 101)  # Labels per query: first number of each line.
@@ -65,7 +66,7 @@ def escape(text: str, width: int | None = None) -> str:
       width: Maximum number of characters before escaping; None: no limit.
     """
     plain = (" " if unicodedata.category(c) == "Cc" else c for c in text)
-    line = " ".join("".join(plain).split())
+    line = console.printable(" ".join("".join(plain).split()))  # Bidirectional characters, too.
     if width is not None and len(line) > width:
         line = line[: width - 1] + "…"
     return _FIRST_MARKS.sub(r"\1\\\2", _MARKS.sub(r"\\\g<0>", line))

@@ -27,6 +27,7 @@ from typing import BinaryIO
 from vixml_jax.data.images import url_safety
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import progress
+from vixml_jax.storage import atomic
 
 _BLOCK = 1 << 16  # Bytes read at a time.
 _BACK_OFF_S = 1.0  # Wait before the first retry; doubled for each later one.
@@ -34,8 +35,7 @@ _LONGEST_WAIT_S = 60.0  # Maximum wait before a retry, also if Retry-After asks 
 _PATIENCE = 10  # Maximum time for one file, in multiples of the timeout.
 _REDIRECTS = 5
 _FAILURES_EVERY_S = 60.0  # Interval between updates of `failures.tsv`.
-_OLD_S = 24 * 3600.0  # Age at which no run can still be writing to a partial file.
-_PARTIAL = "partial"
+_PARTIAL = "partial"  # Begins the name of the directory of files that are not complete.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,15 +109,14 @@ def download(
             path_of[url] = _path(directory, url)
         except ValueError as fault:
             faults[url] = _printable(str(fault))
-    partial = os.path.join(directory, _PARTIAL)
-    os.makedirs(partial, exist_ok=True)
-    _clean(partial)
     pending = [url for url, path in path_of.items() if not _exists(path)]
     failures = _Failures(directory, urls)
-    fetcher = _Fetcher(settings, frozenset(hosts), partial)
     with (
+        atomic.scratch(os.path.join(directory, _PARTIAL)) as partial,
         progress.track("image URLs", len(pending)) as done,
-        contextlib.closing(fetcher.fetch(pending, path_of)) as outcomes,
+        contextlib.closing(
+            _Fetcher(settings, frozenset(hosts), partial).fetch(pending, path_of)
+        ) as outcomes,
     ):
         written = time.monotonic()
         for url, fault in outcomes:
@@ -358,10 +357,18 @@ class _Fetcher:
             raise _Fault("empty file")
 
     def _write(self, path: str, blocks: Iterable[bytes]) -> None:
-        """Writes a file atomically."""
-        with _replacing(path, self._partial) as file:
-            for block in blocks:
-                file.write(block)
+        """Writes a file atomically: beside the others of this run, until it is complete."""
+        temporary = os.path.join(self._partial, uuid.uuid4().hex)
+        try:
+            with open(temporary, "xb") as file:
+                for block in blocks:
+                    file.write(block)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
 
 
 class _Reader(io.RawIOBase):
@@ -401,7 +408,6 @@ class _Failures:
 
     def __init__(self, directory: str, urls: Iterable[str]):
         self._path = os.path.join(directory, "failures.tsv")
-        self._partial = os.path.join(directory, _PARTIAL)
         self._others = []
         if os.path.exists(self._path):
             current = {_printable(url) for url in urls}
@@ -409,38 +415,8 @@ class _Failures:
                 self._others = [line for line in file if line.partition("\t")[0] not in current]
 
     def write(self, faults: dict[str, str]) -> None:
-        with _replacing(self._path, self._partial) as file:
-            for line in self._others:
-                file.write(line.encode())
-            for url, reason in faults.items():
-                file.write(f"{_printable(url)}\t{reason}\n".encode())
-
-
-@contextlib.contextmanager
-def _replacing(path: str, partial: str) -> Iterator[BinaryIO]:
-    """Yields a file in `partial` that becomes `path` at the end; it is removed on an error.
-
-    Its name is unique, so that two runs with one directory do not write to the same file.
-    """
-    temporary = os.path.join(partial, uuid.uuid4().hex)
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
-
-
-def _clean(partial: str) -> None:
-    """Removes old files of killed runs."""
-    with os.scandir(partial) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):  # Another run may remove it as well.
-                if entry.stat().st_mtime < time.time() - _OLD_S:
-                    os.remove(entry.path)
+        lines = [f"{_printable(url)}\t{reason}\n" for url, reason in faults.items()]
+        atomic.write_text(self._path, "".join([*self._others, *lines]))
 
 
 def _path(directory: str, url: str) -> str:

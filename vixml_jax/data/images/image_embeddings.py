@@ -16,7 +16,7 @@ from vixml_jax.data.sources.raw import ItemImages
 from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
-from vixml_jax.storage import json_files
+from vixml_jax.storage import json_files, npy_files
 
 _BLOCK = 1 << 22  # Values read at a time.
 _MAX_IMAGES = 100  # Images of an item; a damaged map must not ask for all memory.
@@ -146,11 +146,7 @@ def check_widths(images: Mapping[str, ItemImages | None], directory: str) -> Non
 
 
 def _load(path: str) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # NumPy evaluates the header, so a damaged one raises anything.
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a complete .npy file ({reason})") from None
+    return npy_files.open_mapped(path, "write it again with numpy.save", any_order=True)
 
 
 def _nonzero(embeddings: Float[np.ndarray, "n i v"]) -> Bool[np.ndarray, "n i"]:

@@ -8,6 +8,7 @@ import io
 import os
 import threading
 import urllib.parse
+import warnings
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -37,6 +38,11 @@ MAX_PIXELS = 1 << 25
 MAX_JPEG_PIXELS = 89_478_485  # Pillow warns of more.
 _ALONE = 1 << 24  # Pixels of images of which one is decoded at a time.
 _one_at_a_time = threading.Lock()
+# Memory to shrink an image grows with its sides, whatever its pixels: 48 bytes for each of a side.
+MAX_SIDE = 1 << 20
+_MAX_COMMENTS = 1 << 20  # Bytes of a GIF before its first image.
+_MAX_SCANNED = 1 << 33  # Scans of a progressive JPEG times its pixels; usual are ten scans.
+_SCAN = b"\xff\xda"  # Begins a scan of a JPEG.
 MAX_BYTES = 1 << 29  # Of a file.
 _SIXTEEN_BITS = 65535
 # Formats whose integers, which Pillow reads with 32 bits, have 16.
@@ -72,7 +78,7 @@ def read(source: ImageSource) -> "Image.Image":
     from PIL import Image
 
     try:
-        with _opened(source) as file, Image.open(file, formats=_formats()) as image:
+        with _opened(source) as file, _open_image(file) as image:
             _shrink(image)
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
@@ -80,6 +86,12 @@ def read(source: ImageSource) -> "Image.Image":
                     f"{image.width:,} x {image.height:,} pixels, expected at most {MAX_PIXELS:,} "
                     "in all; scale it down"
                 )
+            if max(image.size) > MAX_SIDE:
+                raise ValueError(
+                    f"{image.width:,} x {image.height:,} pixels, expected sides of at most "
+                    f"{MAX_SIDE:,}; cut it into pieces"
+                )
+            _check_scans(image, file)
             with _one_at_a_time if pixels > _ALONE else contextlib.nullcontext():
                 image.load()
                 _turn_upright(image)
@@ -88,10 +100,69 @@ def read(source: ImageSource) -> "Image.Image":
             return upright
     except Image.UnidentifiedImageError:
         raise ValueError(f"cannot identify the image: {_kind_of(source)}") from None
-    except (OSError, ValueError):
-        raise
+    except OSError as error:
+        raise OSError(_one_line(error)) from None
+    except ValueError as error:
+        raise ValueError(_one_line(error)) from None
     except Exception as error:  # Pillow raises anything for broken files.
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+        raise ValueError(f"{type(error).__name__}: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _open_image(file: BinaryIO) -> "Image.Image":
+    """The image of a file, whose pixels are not decoded yet.
+
+    Raises:
+      ValueError: If it is a GIF with long comments, which Pillow copies for each of their blocks.
+    """
+    from PIL import Image
+
+    if file.read(4) == b"GIF8" and _comment_bytes(file) > _MAX_COMMENTS:
+        raise ValueError(f"comments of more than {_MAX_COMMENTS:,} bytes; remove them")
+    file.seek(0)
+    return Image.open(file, formats=_formats())
+
+
+def _comment_bytes(file: BinaryIO) -> int:
+    """Bytes of comments and other extensions of a GIF before its first image, as far as is asked.
+
+    https://www.w3.org/Graphics/GIF/spec-gif89a.txt
+    """
+    file.seek(10)
+    flags = file.read(1)[:1]
+    table = 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 128 else 0
+    start = file.seek(13 + table)
+    while file.tell() - start <= _MAX_COMMENTS:
+        mark = file.read(1)
+        if mark == b"!":
+            file.read(1)
+            while file.tell() - start <= _MAX_COMMENTS and (size := file.read(1)) > b"\0":
+                file.read(size[0])
+        elif mark in (b",", b";", b""):  # An image, or the end. Pillow skips what is none of them.
+            break
+    return file.tell() - start
+
+
+def _check_scans(image: "Image.Image", file: BinaryIO) -> None:
+    """Refuses a progressive JPEG of very many scans, each of which goes through all pixels.
+
+    Raises:
+      ValueError: If it is one.
+    """
+    if not image.info.get("progressive"):
+        return
+    at = file.tell()
+    file.seek(0)
+    scans = sum(block.count(_SCAN) for block in iter(functools.partial(file.read, 1 << 20), b""))
+    file.seek(at)
+    if scans * image.width * image.height > _MAX_SCANNED:
+        raise ValueError(
+            f"{scans:,} scans of {image.width:,} x {image.height:,} pixels; expected a few; save "
+            "it again"
+        )
 
 
 def _opened(source: ImageSource) -> BinaryIO:
@@ -137,6 +208,8 @@ def _formats() -> tuple[str, ...]:
     """The formats of `FORMATS` that this build of Pillow has."""
     from PIL import Image
 
+    # What Pillow notices of a damaged image either is an error, or does not matter.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 

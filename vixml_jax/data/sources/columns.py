@@ -1,6 +1,7 @@
 """Roles of the columns of a table: explicit, or inferred from the column names."""
 
 import dataclasses
+import itertools
 import os
 import string
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from vixml_jax.data.sources.delimited import Dialect
 from vixml_jax.data.sources.readers import Chunk
 from vixml_jax.data.sources.values import LABELS
 from vixml_jax.errors import InputError
+from vixml_jax.storage import text_files
 
 AUTO, IDS, TEXTS, ROWS = "auto", "ids", "texts", "rows"
 SPLIT_NAMES = ("split", "fold", "partition")
@@ -31,6 +33,8 @@ _COMMON_NAMES = {
 }  # fmt: skip
 _TITLES, _BODIES = ("title",), ("content", "description", "body", "abstract")
 NONE = "none"  # Value of a flag: there is no such column, and none is inferred.
+_MAX_TEXT = text_files.MAX_LINE  # Characters; a tokenizer takes a hundred times as much memory.
+_MAX_NAME = 60  # Characters of a name that a message shows.
 _MAX_SHOWN = 12  # Column names in a message.
 
 
@@ -176,7 +180,8 @@ def _escape(literal: str) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """Quoted column names for a message, shortened if there are many."""
-    shown = ", ".join(map(repr, names[:_MAX_SHOWN]))
+    short = (name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}…" for name in names)
+    shown = ", ".join(map(repr, itertools.islice(short, _MAX_SHOWN)))
     return f"{shown} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else shown
 
 
@@ -251,7 +256,14 @@ def texts(
 
     def read(column: str) -> list[str]:
         values = chunk.columns[column]
-        return [values_lib.text(values[row], chunk, row, column) for row in rows]
+        found = [values_lib.text(values[row], chunk, row, column) for row in rows]
+        if found and max(map(len, found)) > _MAX_TEXT:
+            row = next(row for row, text in zip(rows, found, strict=True) if len(text) > _MAX_TEXT)
+            raise InputError(
+                f"{chunk.where(row)}: {column!r} is longer than {_MAX_TEXT >> 20} MiB; expected "
+                "the text of an item: shorten it, of which no more than --max_tokens are used"
+            )
+        return found
 
     if not parts:
         return [""] * len(rows)

@@ -1,22 +1,23 @@
 """Rows of csv and tsv files: their dialect, and what of a file is not a row of its own."""
 
+import collections
 import contextlib
 import csv
 import dataclasses
-import itertools
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vixml_jax.errors import InputError
 from vixml_jax.storage import text_files
 
+MAX_COLUMNS = 1 << 14
 NO_QUOTES = "none"  # Value of --quotechar: quotes are characters like others.
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _QUOTES = {"csv": '"', "tsv": NO_QUOTES}
 _CANDIDATES = (",", ";", "\t", "|")
 _COMPARED = 100  # First lines that decide between delimiters of which the header has several.
 _SHOWN = 3  # Places in a warning.
+_MAX_ROW = 4 * text_files.MAX_LINE  # Characters of a row over several lines.
 # Excel's hint of the delimiter, in a line before the header.
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n?', re.IGNORECASE)
 
@@ -66,19 +67,25 @@ class _Lines:
     Attributes:
       record: Number and text of each line since the record was cleared.
       error: The error of the last line that could not be decoded, which is given as a blank line.
+      length: Characters of the record.
     """
 
     def __init__(self, lines: Iterator[tuple[int, str | InputError]]):
-        self._lines, self._again = lines, deque[tuple[int, str | InputError]]()
+        self._lines, self._again = lines, collections.deque[tuple[int, str | InputError]]()
         self.record: list[tuple[int, str | InputError]] = []
         self.error: InputError | None = None
+        self.length = 0
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
+        # Not a line of one field, whose length is bounded: of ever more of them.
+        if self.length > _MAX_ROW:
+            raise csv.Error(f"the row is longer than {_MAX_ROW >> 20} MiB")
         line = self._again.popleft() if self._again else next(self._lines)
         self.record.append(line)
+        self.length += len(line[1]) if isinstance(line[1], str) else 0
         if isinstance(line[1], InputError):
             self.error = line[1]
             return "\n"
@@ -98,11 +105,12 @@ class _Lines:
         """Gives the lines of the record again, from `record[first]` on."""
         self._again.extendleft(reversed(self.record[first:]))
         del self.record[first:]
+        self.length = sum(len(text) for _, text in self.record if isinstance(text, str))
 
     def clear(self) -> None:
         """Begins a new record."""
         self.record.clear()
-        self.error = None
+        self.error, self.length = None, 0
 
 
 class DelimitedRows:
@@ -151,7 +159,12 @@ class DelimitedRows:
 
     def _find_delimiter(self, usual: str) -> str:
         """The delimiter of the flag or of the first lines, which are read again afterwards."""
-        first = list(itertools.islice(self._lines, _COMPARED))
+        first: list[str] = []
+        while len(first) < _COMPARED and self._lines.length <= _MAX_ROW:
+            line = next(self._lines, None)
+            if line is None:
+                break
+            first.append(line)
         hint = _SEPARATOR_LINE.fullmatch(first[0]) if first else None
         self._lines.take_back(0 if hint is None else 1)
         if self._dialect.delimiter or hint is not None:
@@ -278,9 +291,15 @@ class _Suspicious:
 
 
 def check_names(where: str, names: Sequence[str]) -> None:
-    """Raises an error if two columns have the same name."""
+    """Raises an error if two columns have the same name, or there are too many."""
+    if len(names) > MAX_COLUMNS:
+        raise InputError(
+            f"{where}: {len(names):,} columns; expected at most {MAX_COLUMNS:,}: remove those that "
+            "are not used, or write several as a list"
+        )
     if len(set(names)) < len(names):
-        name = next(name for name in names if names.count(name) > 1)
+        counts = collections.Counter(names)
+        name = next(name for name in names if counts[name] > 1)
         what = f"column {name!r} occurs twice" if name else "several columns have no name"
         raise InputError(f"{where}: {what}; expected unique names")
 

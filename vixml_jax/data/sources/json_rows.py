@@ -1,5 +1,6 @@
 """Rows of JSON files: one object per line, or one array of objects."""
 
+import collections
 import io
 import json
 from collections.abc import Iterator
@@ -11,8 +12,12 @@ from vixml_jax.storage import text_files
 _READ_CHARACTERS = 1 << 16  # Of an array at a time.
 
 
-def read_objects(path: str, encoding: str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    """Line and object of each row of a JSON file: one object per line, or one array of objects.
+def read_objects(
+    path: str, encoding: str
+) -> Iterator[tuple[int, dict[str, Any] | InputError, int]]:
+    """Line, object and length of each row of a JSON file: an object per line, or an array of them.
+
+    The length is that of the text of the row.
 
     Raises:
       InputError: If an array, or the rest of it, is not JSON.
@@ -24,9 +29,9 @@ def read_objects(path: str, encoding: str) -> Iterator[tuple[int, dict[str, Any]
         return
     for number, text in text_files.lines(path, encoding):
         if isinstance(text, InputError):
-            yield number, text
+            yield number, text, 0
         elif not text.isspace():
-            yield number, _object_of_line(path, number, text)
+            yield number, _object_of_line(path, number, text), len(text)
 
 
 def _object_of_line(path: str, number: int, text: str) -> dict[str, Any] | InputError:
@@ -47,8 +52,8 @@ def _no_object_error(path: str, number: int, text: str) -> InputError:
     )
 
 
-def _array_rows(path: str, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line and object of each item of a JSON array of objects."""
+def _array_rows(path: str, encoding: str) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Line, object and length of each item of a JSON array of objects."""
     with text_files.open_text(path, encoding) as (file, text_encoding):
         array = _ArrayText(path, io.TextIOWrapper(file, text_encoding, newline=""))
         array.take("[")
@@ -105,8 +110,8 @@ class _ArrayText:
             )
         self._position += len(expected)
 
-    def take_object(self) -> tuple[int, dict[str, Any]]:
-        """Takes the object that comes next, and returns it and its line."""
+    def take_object(self) -> tuple[int, dict[str, Any], int]:
+        """Takes the object that comes next, and returns its line, the object and its length."""
         line = self._line
         if self.next_character() != "{":
             raise _no_object_error(self._path, self._line, self._text[self._position :][:60])
@@ -122,8 +127,8 @@ class _ArrayText:
                     ) from None
                 continue
             self._line += self._text.count("\n", self._position, end)
-            self._position = end
-            return line, row
+            length, self._position = end - self._position, end
+            return line, row, length
 
 
 def _refuse_constant(name: str) -> None:
@@ -134,8 +139,8 @@ def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose names are unique."""
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        name = next(name for name in names if names.count(name) > 1)
+        counts = collections.Counter(name for name, _ in pairs)
+        (name, _), *_ = counts.most_common(1)
         raise ValueError(f"{name!r} occurs twice in an object")
     return result
 

@@ -3,16 +3,15 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vixml_jax.data.sources import delimited, json_rows
+from vixml_jax.data.sources.binary import arrow_file, cells, parquet_file
 from vixml_jax.data.sources.delimited import USUAL, DelimitedRows, Dialect
 from vixml_jax.errors import InputError
-from vixml_jax.storage import regular_files, text_files
+from vixml_jax.storage import expansion, regular_files, text_files
 
 KINDS = {
     ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
@@ -20,7 +19,7 @@ KINDS = {
 }  # fmt: skip
 _BINARY = ("parquet", "arrow")
 _CHUNK_ROWS = 1 << 13
-_CHUNK_BYTES = 1 << 26  # Of rows with images, of which fewer are read at a time.
+_CHUNK_LENGTH = 1 << 24  # Characters of the text of rows; as Python values, up to 20 times as much.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +75,9 @@ def column_names(path: str, *, dialect: Dialect = USUAL) -> list[str]:
     """
     with _file_errors(path):
         if kind_of(path) == "parquet":
-            with _open_parquet(path) as file:
+            with _open_parquet(path) as (file, schema):
                 if file.metadata.num_rows:
-                    return list(file.schema_arrow.names)
+                    return list(schema.names)
         elif kind_of(path) == "jsonl":
             stat = os.stat(path)
             names = _json_names(path, dialect, stat.st_size, stat.st_mtime_ns)
@@ -112,11 +111,14 @@ def _json_names(path: str, dialect: Dialect, size: int, mtime: int) -> tuple[str
     del size, mtime
     names: dict[str, None] = {}
     first_error: InputError | None = None
-    for _, row in json_rows.read_objects(path, dialect.encoding):
+    for _, row, _ in json_rows.read_objects(path, dialect.encoding):
         if isinstance(row, InputError):
             first_error = first_error or row
         else:
             names.update(dict.fromkeys(row))
+            if len(names) > delimited.MAX_COLUMNS:
+                break
+    delimited.check_names(path, list(names))
     if first_error and not names:
         raise first_error
     return tuple(names)
@@ -159,15 +161,17 @@ def read(
         if kind == "jsonl":
             header, rows = None, json_rows.read_objects(path, dialect.encoding)
         else:
-            rows = DelimitedRows(path, kind, dialect, warn)
-            header = rows.header
+            table = DelimitedRows(path, kind, dialect, warn)
+            header, rows = table.header, ((line, row, _length(row)) for line, row in table)
         for block in _blocks(rows):
-            errors = [row for _, row in block if isinstance(row, InputError)]
+            errors = [row for _, row, _ in block if isinstance(row, InputError)]
             if strict and errors:
                 raise errors[0]
-            good = [(line, row) for line, row in block if not isinstance(row, InputError)]
+            good = [(line, row) for line, row, _ in block if not isinstance(row, InputError)]
             if header is None:
                 names = dict.fromkeys(name for _, row in good for name in row)
+                if columns is None:
+                    delimited.check_names(path, list(names))
                 wanted = names if columns is None else columns
                 values = {name: [row.get(name) for _, row in good] for name in wanted}
             else:
@@ -180,15 +184,31 @@ def read(
             yield Chunk(path, [line for line, _ in good], values, errors)
 
 
-def _blocks(rows: Iterator[Any]) -> Iterator[list[Any]]:
-    """Rows in lists of `_CHUNK_ROWS`."""
-    rows = iter(rows)
-    while block := list(itertools.islice(rows, _CHUNK_ROWS)):
+def _blocks(rows: Iterator[tuple[int, Any, int]]) -> Iterator[list[tuple[int, Any, int]]]:
+    """Rows in lists of `_CHUNK_ROWS`, or fewer if they are long."""
+    block: list[tuple[int, Any, int]] = []
+    length = 0
+    for row in rows:
+        block.append(row)
+        length += row[2]
+        if len(block) == _CHUNK_ROWS or length > _CHUNK_LENGTH:
+            yield block
+            block, length = [], 0
+    if block:
         yield block
 
 
+def _length(row: list[str] | InputError) -> int:
+    """Characters of the cells of a row."""
+    return 0 if isinstance(row, InputError) else sum(map(len, row)) + len(row)
+
+
 def read_rows(
-    path: str, *, dialect: Dialect = USUAL, warn: Callable[[str], None] = print_warning
+    path: str,
+    columns: Sequence[str] | None = None,
+    *,
+    dialect: Dialect = USUAL,
+    warn: Callable[[str], None] = print_warning,
 ) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
     """Line and values of each row in order, or the error of a row that cannot be read.
 
@@ -196,6 +216,8 @@ def read_rows(
 
     Args:
       path, dialect, warn: See `read`.
+      columns: The columns to read of parquet and arrow, where others cost time and memory; None
+        reads all.
 
     Raises:
       InputError: If the file, or the rest of it, cannot be read.
@@ -203,14 +225,15 @@ def read_rows(
     kind = _required_kind(path)
     with _file_errors(path):
         if kind in _BINARY:
-            for chunk, faults in _read_binary(path, kind, None):
+            for chunk, faults in _read_binary(path, kind, columns):
                 rows = faults | {
                     line: {name: values[row] for name, values in chunk.columns.items()}
                     for row, line in enumerate(chunk.lines)
                 }
                 yield from sorted(rows.items(), key=lambda item: item[0])
         elif kind == "jsonl":
-            yield from json_rows.read_objects(path, dialect.encoding)
+            for line, row, _ in json_rows.read_objects(path, dialect.encoding):
+                yield line, row
         else:
             rows = DelimitedRows(path, kind, dialect, warn)
             for line, row in rows:
@@ -245,167 +268,103 @@ def _read_binary(
     path: str, kind: str, wanted: Sequence[str] | None
 ) -> Iterator[tuple[Chunk, dict[int, InputError]]]:
     """The rows of a parquet or arrow file, and what is wrong with those that cannot be read."""
-    first = 1
-    with _open_parquet(path) if kind == "parquet" else _open_arrow(path) as file:
-        schema = file.schema_arrow if kind == "parquet" else file.schema
+    first, is_parquet = 1, kind == "parquet"
+    expanded = expansion.Expansion(path, "write it again as jsonl if it is meant to be so")
+    with _open_parquet(path) if is_parquet else _open_arrow(path) as (file, schema):
         names = [name for name in schema.names if wanted is None or name in wanted]
         try:
-            class_names = _class_names(schema)
+            class_names = cells.class_names(schema)
         except (LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path}: its metadata under 'huggingface' is malformed ({error!r}); expected that "
                 "of the library datasets"
             ) from None
-        batches = (
-            file.iter_batches(batch_size=_rows_at_a_time(file.metadata), columns=names)
-            if kind == "parquet"
-            else _slices(file)
-        )
+        for name in names:
+            if not cells.is_supported(schema.field(name).type):
+                raise InputError(
+                    f"{path}: column {name!r} is of type {schema.field(name).type}, which is not "
+                    "read; cast it to text, numbers or lists of them"
+                )
+        if is_parquet:
+            batches = parquet_file.batches(path, file, names)
+        else:
+            batches = arrow_file.batches(path, names, file)
         for batch in batches:
-            lines: Sequence[int] = range(first, first + batch.num_rows)
+            columns = {name: batch.column(name) for name in names}
+            for start, count, part, size in cells.parts(
+                columns, batch.num_rows, check=not is_parquet
+            ):
+                expanded.add(size)
+                lines = range(first + start, first + start + count)
+                chunk, faults = _chunk_of(path, schema, part, lines, class_names)
+                if chunk or faults:
+                    yield chunk, faults
             first += batch.num_rows
-            columns: dict[str, Sequence[Any]] = {}
-            faults: dict[int, InputError] = {}
-            for name in names:
-                values, wrong = _cells(batch.column(name))
-                for row, reason in wrong.items():
-                    what = f"{name!r} cannot be read as {batch.column(name).type} ({reason})"
-                    faults.setdefault(lines[row], InputError(f"{path}, row {lines[row]}: {what}"))
-                if name in class_names:
-                    values = [_named(value, class_names[name]) for value in values]
-                columns[name] = values
-            if faults:
-                kept = [row for row, line in enumerate(lines) if line not in faults]
-                columns = {name: [x[row] for row in kept] for name, x in columns.items()}
-                lines = [lines[row] for row in kept]
-            if lines or faults:
-                yield Chunk(path, lines, columns, [faults[line] for line in sorted(faults)]), faults
+
+
+def _chunk_of(
+    path: str,
+    schema: Any,
+    part: dict[str, Any],
+    lines: Sequence[int],
+    class_names: dict[str, list[str]],
+) -> tuple[Chunk, dict[int, InputError]]:
+    """Some rows of a batch, and what is wrong with others among them.
+
+    Args:
+      path: Path of the file.
+      schema: Its schema.
+      part: Arrow arrays by column name.
+      lines: Numbers of their rows.
+      class_names: See `cells.class_names`.
+    """
+    columns: dict[str, Sequence[Any]] = {}
+    faults: dict[int, InputError] = {}
+    check = kind_of(path) != "parquet"
+    for name, column in part.items():
+        kind = schema.field(name).type
+        if column.type != kind:  # Was read as a dictionary.
+            column = column.cast(kind)
+        values, wrong = cells.read(column, check=check)
+        for row, reason in wrong.items():
+            what = f"{name!r} cannot be read as {kind} ({reason})"
+            faults.setdefault(lines[row], InputError(f"{path}, row {lines[row]}: {what}"))
+        if name in class_names:
+            values = [cells.named(value, class_names[name]) for value in values]
+        columns[name] = values
+    if faults:
+        kept = [row for row, line in enumerate(lines) if line not in faults]
+        columns = {name: [x[row] for row in kept] for name, x in columns.items()}
+        lines = [lines[row] for row in kept]
+    errors = [faults[line] for line in sorted(faults)]
+    return Chunk(path, lines, columns, errors), faults
 
 
 @contextlib.contextmanager
-def _open_parquet(path: str) -> Iterator[Any]:
-    """An open parquet file, whose column names are unique."""
+def _open_parquet(path: str) -> Iterator[tuple[Any, Any]]:
+    """An open parquet file, whose column names are unique, and its schema."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
             delimited.check_names(path, file.schema_arrow.names)
-            yield file
+            yield file, file.schema_arrow
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a complete parquet file ({reason})") from None
 
 
 @contextlib.contextmanager
-def _open_arrow(path: str) -> Iterator[Any]:
-    """An open arrow file, in the format of streams (as of `datasets`) or of files (as feather)."""
+def _open_arrow(path: str) -> Iterator[tuple[Any, Any]]:
+    """A mapped arrow file, whose column names are unique, and its schema."""
     import pyarrow
 
     with pyarrow.memory_map(path) as file:
         try:
-            try:
-                reader = pyarrow.ipc.open_stream(file)
-            except pyarrow.ArrowInvalid:
-                file.seek(0)
-                reader = pyarrow.ipc.open_file(file)
-            delimited.check_names(path, reader.schema.names)
-            yield reader
+            schema = arrow_file.open_reader(file)[0].schema
+            delimited.check_names(path, schema.names)
+            yield file, schema
         except pyarrow.ArrowException as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: not a complete arrow file ({reason})") from None
-
-
-def _rows_at_a_time(metadata: Any) -> int:
-    """Rows of a parquet file to read at a time, so that they take about `_CHUNK_BYTES`."""
-    groups = range(metadata.num_row_groups)
-    num_bytes = sum(metadata.row_group(group).total_byte_size for group in groups)
-    return max(1, min(_CHUNK_ROWS, _CHUNK_BYTES * metadata.num_rows // max(1, num_bytes)))
-
-
-def _slices(reader: Any) -> Iterator[Any]:
-    """The batches of an arrow file, in parts of about `_CHUNK_BYTES`."""
-    if hasattr(reader, "get_batch"):
-        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-    else:
-        batches = iter(reader)
-    for batch in batches:
-        rows = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES * batch.num_rows // max(1, batch.nbytes)))
-        for start in range(0, batch.num_rows, rows):
-            yield batch.slice(start, rows)
-
-
-def _class_names(schema: Any) -> dict[str, list[str]]:
-    """Names of the classes of columns whose numbers stand for them, as `datasets` stores them.
-
-    The schema of such a file says in its metadata that a column, or the items of its lists, have
-    the feature `ClassLabel`: https://huggingface.co/docs/datasets/about_dataset_features.
-    """
-    try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = info.get("info", {}).get("features", {})
-    except ValueError:
-        return {}
-    found = {}
-    for name, feature in features.items():
-        while not isinstance(feature, dict) or "feature" in feature:
-            inner = feature["feature"] if isinstance(feature, dict) else feature
-            feature = inner[0] if isinstance(inner, list) and len(inner) == 1 else inner
-            if not isinstance(feature, dict):
-                break
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            if not isinstance(feature["names"], list):
-                raise TypeError("names")
-            found[name] = list(map(str, feature["names"]))
-    return found
-
-
-def _named(value: Any, names: Sequence[str]) -> Any:
-    """The names of the classes of a cell: a number or a list; -1 stands for no class."""
-    if isinstance(value, list):
-        return [name for item in value if (name := _named(item, names)) is not None]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
-
-
-def _cells(column: Any) -> tuple[Sequence[Any], dict[int, Exception]]:
-    """The column as Python values, and the error of each cell that has none, by its row."""
-    faults = (ValueError, OverflowError)  # Not UTF-8, or a date out of range.
-    try:
-        return _values(column), {}
-    except faults:
-        pass
-    cells: list[Any] = []
-    wrong: dict[int, Exception] = {}
-    for row in range(len(column)):
-        try:
-            cells.append(_values(column.slice(row, 1))[0])
-        except faults as error:
-            cells.append(None)
-            wrong[row] = error
-    return cells, wrong
-
-
-def _values(column: Any) -> Sequence[Any]:
-    """The column as Python values; lists of floats stay arrays, which are much faster."""
-    import pyarrow
-    from pyarrow import types
-
-    coarser = {  # Python's time types have no nanoseconds.
-        pyarrow.time64("ns"): pyarrow.time64("us"),
-        pyarrow.duration("ns"): pyarrow.duration("us"),
-    }
-    inner = column.type
-    if types.is_timestamp(inner) and inner.unit == "ns":
-        coarser[inner] = pyarrow.timestamp("us", inner.tz)
-    if inner in coarser:
-        column = column.cast(coarser[inner], safe=False)
-    while types.is_list(inner) or types.is_large_list(inner) or types.is_fixed_size_list(inner):
-        inner = inner.value_type
-    if inner is not column.type and types.is_floating(inner):
-        return column.to_numpy(zero_copy_only=False)
-    cells = column.to_pylist()
-    if types.is_float32(inner) or types.is_float16(inner):
-        # Python's float would not tell from which integer on several are equal.
-        as_stored = inner.to_pandas_dtype()
-        return [None if cell is None else as_stored(cell) for cell in cells]
-    return cells

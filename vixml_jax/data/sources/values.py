@@ -202,7 +202,9 @@ def vectors(value: Any, chunk: Chunk, row: int, column: str) -> Float16[np.ndarr
             array = np.asarray(value, None if isinstance(value, np.ndarray) else np.float64)
             array = array.astype(np.float16)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise InputError(f"{chunk.where(row)}: {column!r} is not an embedding ({error})") from None
+        raise InputError(
+            f"{chunk.where(row)}: {column!r} is not an embedding ({str(error)[:200]})"
+        ) from None
     if not array.size:
         return None
     if array.ndim not in (1, 2):

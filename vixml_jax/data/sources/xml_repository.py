@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -21,8 +20,7 @@ from vixml_jax.data.sources.raw import (
     file_stats,
 )
 from vixml_jax.errors import InputError
-from vixml_jax.runtime import host_memory
-from vixml_jax.storage import regular_files, text_files
+from vixml_jax.storage import npy_files, regular_files, text_files
 
 _BLOCK = 1 << 22  # Bytes read at a time.
 _CHUNK = 1 << 14  # Texts yielded at a time.
@@ -279,17 +277,14 @@ def _load_relevance(path: str) -> sparse.csr_matrix:
     """The relevance in a file of `scipy.sparse.save_npz`."""
     regular_files.check(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            needed = sum(part.file_size for part in archive.infolist())
-        free = host_memory.available()
-        if free is not None and needed > free // 2:
-            raise ValueError(f"its arrays have {needed:,} bytes, more than fit into memory twice")
+        npy_files.check_archive(path)
         loaded = sparse.load_npz(path)
         if hasattr(loaded, "check_format"):  # Without it, indices may be out of range.
             loaded.check_format(full_check=True)
         matrix = sparse.csr_matrix(loaded)
     except Exception as error:  # zipfile, NumPy and SciPy raise many types for a bad file.
-        raise InputError(f"{path}: not a SciPy sparse matrix ({error})") from None
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: not a SciPy sparse matrix ({reason})") from None
     if len(matrix.shape) != 2 or 0 in matrix.shape:
         raise InputError(f"{path}: shape {matrix.shape}; expected at least one query and one label")
     if matrix.dtype.kind not in "biuf":

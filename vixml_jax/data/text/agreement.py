@@ -74,7 +74,9 @@ def _first_difference(items: Items, tokenizer: "Tokenizer") -> str | None:
     rows = np.unique(np.linspace(0, len(items) - 1, min(_SAMPLE, len(items))).astype(np.int64))
     texts = [items.texts[row] for row in rows.tolist()]
     offsets = items.tokens.offsets
-    for row, text, found in zip(rows, texts, tokenizer.encode_batch(texts), strict=True):
+    with tokenizer_lib.library_errors("the tokenizer of the texts"):
+        encodings = tokenizer.encode_batch(texts)
+    for row, text, found in zip(rows, texts, encodings, strict=True):
         if not np.array_equal(items.tokens.values[offsets[row] : offsets[row + 1]], found.ids):
             return text
     return None

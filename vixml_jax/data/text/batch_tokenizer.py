@@ -24,6 +24,7 @@ from vixml_jax.errors import InputError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_WHERE = "the tokenizer of the texts"
 _MODULE = "vixml_jax.data.text.batch_tokenizer"
 _MAX_PIECES = 1 << 20  # Cached pieces, of up to four tokens on average: about 200 MB.
 _MANY_TEXTS = 1 << 16  # Fewer are not worth starting processes, which takes half a second.
@@ -66,6 +67,14 @@ class Encoder:
         Raises:
           InputError: If its post-processor does more than adding tokens before and after a text.
         """
+        with tokenizer_lib.library_errors(_WHERE):
+            self._prepare(tokenizer)
+        self._numbers = _Numbers()
+        self._tokens = np.zeros(0, np.int32)  # Of all cached pieces, one after the other.
+        self._ends = np.zeros(1, np.int64)  # Piece i has the tokens from ends[i] to ends[i + 1].
+
+    def _prepare(self, tokenizer: "Tokenizer") -> None:
+        """Finds how texts are split into pieces, and what is added before and after them."""
         from tokenizers import Tokenizer
 
         self._before, self._after = tokenizer_lib.special_tokens(tokenizer)
@@ -82,9 +91,6 @@ class Encoder:
             bare = self._uncut.encode(text, add_special_tokens=False).ids
             if self._uncut.encode(text).ids != [*self._before, *bare, *self._after]:
                 raise InputError(tokenizer_lib.NO_FRAME)
-        self._numbers = _Numbers()
-        self._tokens = np.zeros(0, np.int32)  # Of all cached pieces, one after the other.
-        self._ends = np.zeros(1, np.int64)  # Piece i has the tokens from ends[i] to ends[i + 1].
 
     def encode(self, texts: list[str]) -> Encoded:
         """Tokens of texts, truncated and with special tokens, as the tokenizer gives them."""
@@ -134,7 +140,7 @@ class Encoder:
 
     def _run(self, texts: list[str]) -> tuple[Int[np.ndarray, " total"], Int[np.ndarray, " n"]]:
         """Tokens of all texts from the tokenizer, and the number of tokens of each text."""
-        with tokenizer_lib.library_errors("the tokenizer of the texts"):
+        with tokenizer_lib.library_errors(_WHERE):
             encodings = self._uncut.encode_batch_fast(texts, add_special_tokens=False)
         rows = [np.array(encoding.ids, np.int32) for encoding in encodings]
         return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
@@ -257,8 +263,9 @@ class Encoders:
                 raise InputError(encoded)
             return Encoded(*encoded)
         except (EOFError, BrokenPipeError):
-            raise RuntimeError(
-                f"a tokenizer process ended unexpectedly with exit status {process.wait()}"
+            raise InputError(
+                f"{_WHERE}: one of its processes ended with exit status {process.wait()}; "
+                "free memory, or see what it printed above"
             ) from None
 
 

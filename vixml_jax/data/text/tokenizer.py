@@ -42,6 +42,17 @@ class _Settings(msgspec.Struct):
     do_lower_case: bool | None = True
 
 
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _Added(msgspec.Struct):
+    """The tokens that a tokenizer.json has beside its vocabulary."""
+
+    added_tokens: list[_AddedToken] | None = None
+
+
 def load(name: str, max_tokens: int) -> "Tokenizer":
     """Loads a fast tokenizer, and sets it to truncate texts and never to pad them.
 
@@ -55,10 +66,13 @@ def load(name: str, max_tokens: int) -> "Tokenizer":
       InputError: If it cannot be read, or `max_tokens` leaves no space for text.
     """
     directory = name if os.path.isdir(name) else _download(name)
-    tokenizer = _read(_below(directory))
-    with library_errors(f"--tokenizer={name}"):
-        _check_tokens(tokenizer, name)
-        return _fit(tokenizer, max_tokens)
+    directory = _below(directory)
+    tokenizer = _read(directory)
+    is_described = os.path.lexists(os.path.join(directory, _FILE))
+    path = os.path.join(directory, _FILE if is_described else _VOCABULARY)
+    with library_errors(path):
+        _check_tokens(tokenizer, path)
+        return _fit(tokenizer, max_tokens, path)
 
 
 def _download(name: str) -> str:
@@ -103,7 +117,9 @@ def _read(directory: str) -> "Tokenizer":
         content = json_files.read_bytes(path, remedy, max_bytes=tokenizer_schema.MAX_BYTES)
         checked = tokenizer_schema.checked(content, path)
         with library_errors(path):
-            return Tokenizer.from_str(checked)
+            tokenizer = Tokenizer.from_str(checked)
+            _check_added(tokenizer, checked, path)
+            return tokenizer
     if os.path.lexists(vocabulary):
         return _read_vocabulary(vocabulary, settings)
     raise NoTokenizerError(
@@ -178,7 +194,9 @@ def train(
     )
     learner.train_from_iterator(cut_texts(), trainer)
     # A new tokenizer with the same vocabulary, since those characters are special in the old one.
-    return _fit(_word_piece(learner.get_vocab(with_added_tokens=False)), max_tokens)
+    return _fit(
+        _word_piece(learner.get_vocab(with_added_tokens=False)), max_tokens, "the tokenizer"
+    )
 
 
 def _continuations(tokenizer: "Tokenizer", texts: Iterable[list[str]]) -> set[str]:
@@ -218,12 +236,12 @@ def _word_piece(vocabulary: dict[str, int], *, lowercase: bool = True) -> "Token
     return tokenizer
 
 
-def _fit(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":
+def _fit(tokenizer: "Tokenizer", max_tokens: int, name: str) -> "Tokenizer":
     """Replaces the truncation and padding that a tokenizer was saved with."""
     special = tokenizer.num_special_tokens_to_add(is_pair=False)
     if max_tokens <= special:
         raise InputError(
-            f"--max_tokens={max_tokens}: the tokenizer adds {special} special tokens; expected at "
+            f"--max_tokens={max_tokens}: {name} adds {special} special tokens; expected at "
             f"least {special + 1}"
         )
     tokenizer.no_padding()
@@ -231,15 +249,31 @@ def _fit(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":
     return tokenizer
 
 
-def _check_tokens(tokenizer: "Tokenizer", name: str) -> None:
+def _check_tokens(tokenizer: "Tokenizer", path: str) -> None:
     """Tokenizes some texts: what fails on all texts fails here, not in the middle of a data set."""
     known = vocab_size(tokenizer)
     for text in _PROBES:
         largest = max(tokenizer.encode(text).ids, default=0)
         if largest >= known:
             raise InputError(
-                f"--tokenizer={name}: gives texts the token {largest}, expected less than {known}, "
+                f"{path}: gives texts the token {largest}, expected less than {known}, "
                 "the size of its vocabulary"
+            )
+
+
+def _check_added(tokenizer: "Tokenizer", content: str, path: str) -> None:
+    """Checks that added tokens have the ids that their file says.
+
+    The library numbers those that are not in the vocabulary by itself, from its size on.
+    """
+    added = msgspec.json.decode(content, type=_Added).added_tokens
+    for token in added or ():
+        found = tokenizer.token_to_id(token.content)
+        if found != token.id:
+            raise InputError(
+                f"{path}: the added token {token.content[:40]!r} has the id {token.id}, but the "
+                f"`tokenizers` library gives it {found}; expected ids that follow those of the "
+                "vocabulary without a gap, as `save_pretrained` of transformers writes them"
             )
 
 
@@ -273,10 +307,11 @@ def prompt_layout(
       num_images: Maximum number of images of an item.
       end: The end token, used if the tokenizer adds none; None if there is none.
     """
-    before, after = special_tokens(tokenizer)
-    text_prompt, image_prompt = (
-        tuple(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in (text, images)
-    )
+    with library_errors("the tokenizer of the prompts"):
+        before, after = special_tokens(tokenizer)
+        text_prompt, image_prompt = (
+            tuple(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in (text, images)
+        )
     last = after[-1:] or (() if end is None else (end,))
     parts: list[Part] = [text_prompt, "text", image_prompt, "images"]
     if order == "image_text":

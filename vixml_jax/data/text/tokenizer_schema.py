@@ -7,7 +7,7 @@ references to tokens that exist.
 
 import base64
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Union
 
 import msgspec
@@ -17,6 +17,7 @@ from vixml_jax.errors import InputError
 
 MAX_BYTES = 1 << 28  # Of a file; that of Gemma 3 has 33 MB.
 _MAX_IDS = 1 << 24  # The library takes memory for all ids up to the largest.
+_MAX_HOLES = 4096  # Ids without a token, in addition to as many as there are tokens.
 _MAX_GROWTH = 256  # Of a text by its normalizers.
 
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=_MAX_IDS)]
@@ -241,6 +242,7 @@ class _Tokenizer(msgspec.Struct):
     decoder: _Decoder | None = None
 
     def __post_init__(self) -> None:
+        _check_ids(self.model.vocab, self.added_tokens)
         growth = math.prod(max(1.0, step.growth) for step in _replacements(self.normalizer))
         if growth > _MAX_GROWTH:
             raise ValueError(
@@ -273,6 +275,30 @@ def checked(content: bytes, path: str) -> str:
             f"{path}: not a tokenizer of the `tokenizers` library ({reason})"
         ) from None
     return msgspec.json.encode(fields).decode()
+
+
+def _check_ids(
+    vocabulary: Mapping[str, int] | list[tuple[str, float]], added: Iterable[_AddedToken]
+) -> None:
+    """Checks that no two tokens have the same id, and that few ids have no token.
+
+    A model has a row for each id up to the largest.
+    """
+    if isinstance(vocabulary, list):
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+    ids = dict(vocabulary)
+    for token in added:
+        if ids.setdefault(token.content, token.id) != token.id:
+            raise ValueError(
+                f"the token {_shown(token.content)} has the ids {ids[token.content]} and {token.id}"
+            )
+    of: dict[int, str] = {}
+    for token, id in ids.items():
+        if of.setdefault(id, token) != token:
+            raise ValueError(f"{_shown(of[id])} and {_shown(token)} have the same id, {id}")
+    largest = max(ids.values())
+    if largest >= 2 * len(ids) + _MAX_HOLES:
+        raise ValueError(f"the largest id is {largest}, of {len(ids)} tokens")
 
 
 def _kind(model: dict[str, Any]) -> str:

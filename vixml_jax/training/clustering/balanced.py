@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from vixml_jax.errors import InputError
 from vixml_jax.parallel.distributed import ALONE, Group
+from vixml_jax.runtime import progress
 from vixml_jax.structs import Shard
 from vixml_jax.training.clustering import bisecting
 
@@ -70,6 +71,9 @@ def balanced_clusters(
     contributes the products and sums of its own rows. These are exact, so the result does not
     depend on how the rows are sharded. Then every process receives some of the groups and splits
     them alone.
+
+    The work may be ended early, as `progress.checking` describes: a single process is asked after
+    each block of rows and each group, several processes while they split rows together.
 
     Args:
       shard: Vectors that belong to this process. Only their directions are clustered; zero rows
@@ -215,10 +219,10 @@ def _split_locally(
                 small.setdefault((subtree, len(rows.ids), rows.count), []).append(rows)
             else:
                 large.append((subtree, rows))
-        groups = [half for halves in pool.map(split, large) for half in halves]
+        groups = [half for halves in progress.checked_map(pool, split, large) for half in halves]
     batches = []
     for (_, size, _), alike in small.items():
         step = max(1, _MAX_SIMILARITIES // size**2)
         batches += [alike[start : start + step] for start in range(0, len(alike), step)]
-    collections.deque(pool.map(split_small, batches), maxlen=0)
+    collections.deque(progress.checked_map(pool, split_small, batches), maxlen=0)
     return clusters

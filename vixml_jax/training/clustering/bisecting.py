@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vixml_jax.parallel.distributed import Group
+from vixml_jax.runtime import progress
 
 _STARTS = 8  # Random starts of each split; only the best one after a few iterations continues.
 _ROUGH_ITERATIONS = 8
@@ -122,6 +123,7 @@ class ShardedRows:
         return [slice(start, start + step) for start in range(0, len(index), step)]
 
     def scores(self, directions: Float[np.ndarray, "r d"]) -> Float[np.ndarray, "r m"]:
+        progress.check(together=True)
         # All use the directions of process 0, as the last bits may differ between processors.
         counts = [len(directions)] * self._group.count
         directions = self._group.gather(directions.astype(np.float64), counts)[0]
@@ -130,7 +132,7 @@ class ShardedRows:
         def score(block: slice) -> Float[np.ndarray, "k r"]:
             return self._on_grid(self._local[block]) @ directions
 
-        scores = list(self._pool.map(score, self._blocks(self._local)))
+        scores = list(progress.checked_map(self._pool, score, self._blocks(self._local)))
         empty = np.zeros((0, directions.shape[1]))
         return self._gather(np.concatenate([empty, *scores])).T
 
@@ -143,7 +145,7 @@ class ShardedRows:
             index = rows[block]
             return moved[:, index].astype(np.float64) @ self._on_grid(self._local[index])
 
-        self._sums = self._sums + sum(self._pool.map(add, self._blocks(rows)))
+        self._sums = self._sums + sum(progress.checked_map(self._pool, add, self._blocks(rows)))
         self._part = part
         counts = [len(part)] * self._group.count
         return sum(self._group.gather(self._sums, counts)) / _GRID
