@@ -209,7 +209,7 @@ class HeadConfig:
         2e-3,
         "Peak learning rate of the head; it falls linearly to 0.",
         lower_bound=0.0,
-        upper_bound=100.0,
+        upper_bound=1e30,
     )
     mlp_width: int = flag(
         1024,
@@ -312,16 +312,16 @@ class OptimizerConfig:
     """AdamW with parameter groups and a schedule."""
 
     learning_rate: float = flag(
-        1e-4, "Peak learning rate of the tower.", lower_bound=0.0, upper_bound=100.0
+        1e-4, "Peak learning rate of the tower.", lower_bound=0.0, upper_bound=1e30
     )
     label_learning_rate: float = flag(
         1e-3,
         "Peak learning rate of the combiner and free vectors.",
         lower_bound=0.0,
-        upper_bound=100.0,
+        upper_bound=1e30,
     )
     image_learning_rate: float = flag(
-        1e-3, "Peak learning rate of the image projection.", lower_bound=0.0, upper_bound=100.0
+        1e-3, "Peak learning rate of the image projection.", lower_bound=0.0, upper_bound=1e30
     )
     weight_decay: float = flag(
         0.01,

@@ -1,5 +1,6 @@
 """Training runs that are killed, stopped, damaged, or run out of disk space."""
 
+import os
 import time
 
 import numpy as np
@@ -87,10 +88,15 @@ def test_states_are_compared_bit_for_bit():
 
 
 def test_a_command_that_is_killed_is_repeated_and_leaves_nothing(tmp_path):
-    """One kill of each kind: at any time and while it writes, by each of the signals."""
+    """By each of the signals, at any time or while it writes."""
     seed = int(np.random.default_rng().integers(2**31))
-    jobs = fault_injection.make_jobs(str(tmp_path / "jobs"))
-    prepare = next(job for job in jobs if job.name == "prepare")
-    count = 2 * len(killed_commands.SIGNALS)
+    raw = f"{os.path.dirname(fault_injection.make_data(str(tmp_path)))}/raw"
+    flags = (f"--source={raw}", "--out={}/prepared", "--overwrite")
+    earlier, prepare = (
+        killed_commands.Job("prepare", (*flags, f"--max_tokens={n}"), "prepared") for n in (3, 8)
+    )
+    os.mkdir(tmp_path / "jobs")
+    killed_commands.undisturbed(earlier, str(tmp_path / "jobs"))
+    count = len(killed_commands.SIGNALS)
     row = killed_commands.kills(prepare, str(tmp_path / "jobs"), count, seed)
     assert (row.count, row.recovered) == (count, count), (seed, row.note)

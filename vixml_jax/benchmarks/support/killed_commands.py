@@ -171,7 +171,7 @@ def kill(
     job: Job,
     directory: str,
     number: int,
-    seconds: float,
+    within: float,
     rng: np.random.Generator,
     *,
     writing: bool,
@@ -182,9 +182,9 @@ def kill(
       job: The command.
       directory: Of the trial.
       number: Of the signal.
-      seconds: That an undisturbed command takes.
+      within: Seconds in which the moment is.
       rng: Draws the moment.
-      writing: Whether to wait until something appears beside or in the output.
+      writing: Whether they begin when something appears beside or in the output.
 
     Returns:
       Exit status and output; the status is 0 if it ended before.
@@ -198,7 +198,7 @@ def kill(
     before, process = names(), job.start(directory)
     if writing:
         wait_for(process, lambda: names() != before)
-    wait_for(process, moment(rng, seconds / 4 if writing else seconds))
+    wait_for(process, moment(rng, within))
     if process.poll() is None:
         process.send_signal(number)
     said, _ = process.communicate()
@@ -219,11 +219,15 @@ def kills(job: Job, template: str, count: int, seed: int) -> Row:
     rng, trials = np.random.default_rng((seed, *job.name.encode())), f"{template}.{job.name}"
     tree, seconds = expect(job, template, trials)
     faults, notes, done = collections.Counter(), [], 0
+    within = {False: seconds, True: seconds / 4}
     while done < count:
         trial = shutil.copytree(template, os.path.join(trials, "killed"))
         number = SIGNALS[done // 2 % len(SIGNALS)]
-        status, said = kill(job, trial, number, seconds, rng, writing=bool(done % 2))
-        if status:
+        writing = bool(done % 2)
+        status, said = kill(job, trial, number, within[writing], rng, writing=writing)
+        if not status:
+            within[writing] *= 0.7  # It had ended.
+        else:
             mixed = is_mixture(job, _present(trial, job), tree)
             again = job.start(trial)
             later, _ = again.communicate()
