@@ -149,7 +149,9 @@ def test_exported_labels_are_the_searched_ones(exported):
     assert [predictor.label(row) for row in rows] == list(zip(ids, texts, strict=True))
     np.testing.assert_array_equal(vectors, predictor.label_vectors(rows))
     if predictor.fusion is None:
-        np.testing.assert_array_equal(predictor.search(vectors, 1).ids[:, 0], rows)
+        # Vectors of an untrained tower are nearly equal: another label may be as good as itself.
+        best = predictor.label_vectors(predictor.search(vectors, 1).ids[:, 0])
+        np.testing.assert_allclose(np.sum(best * vectors, axis=1), 1.0, atol=2e-6)
 
 
 def test_the_code_of_the_readme_computes_the_scores_of_the_run(exported, tmp_path):

@@ -11,6 +11,7 @@ from vixml_jax.data.sources.delimited import Dialect
 from vixml_jax.data.sources.reading import Reading
 from vixml_jax.errors import InputError
 from vixml_jax.serving import requests
+from vixml_jax.serving.requests import Query
 
 
 def read(path, reading=None, dialect=None, **names):
@@ -125,11 +126,17 @@ def test_blocks_are_read_when_needed():
     def rows():
         for i in range(10):
             read_rows.append(i)
-            yield i
+            yield Query(i, str(i), "text", (), None, [])
 
-    blocks = requests.in_blocks(rows(), 4)
-    assert list(next(blocks)) == [0, 1, 2, 3] and len(read_rows) == 4
-    assert [list(block) for block in blocks] == [[4, 5, 6, 7], [8, 9]]
+    blocks = ([query.line for query in block] for block in requests.in_blocks(rows(), 4))
+    assert next(blocks) == [0, 1, 2, 3] and len(read_rows) == 4
+    assert list(blocks) == [[4, 5, 6, 7], [8, 9]]
+
+
+def test_blocks_of_long_texts_are_shorter():
+    text = "x" * (requests._BLOCK_LENGTH // 2)
+    rows = (Query(i, str(i), text, (), None, []) for i in range(7))
+    assert [len(block) for block in requests.in_blocks(rows, 4)] == [3, 3, 1]
 
 
 def test_an_unreadable_row_gets_no_id_if_the_table_has_ids(tmp_path):

@@ -13,7 +13,7 @@ from vixml_jax import evaluate, run_data, saved_model, train, workdir
 from vixml_jax.augmentation import settings
 from vixml_jax.augmentation.mixing import Mixing
 from vixml_jax.augmentation.settings import Scoring
-from vixml_jax.data import preprocessing
+from vixml_jax.data import integrity, preprocessing
 from vixml_jax.data.sources.columns import Columns
 from vixml_jax.data.sources.delimited import Dialect
 from vixml_jax.data.store import PreparedDataset
@@ -128,6 +128,13 @@ def test_an_evaluation_on_other_data_has_a_name_of_its_own(run, other_data, tmp_
     assert about.content_hash == content_hash
 
 
+def resave(path, info, content_hash):
+    """Writes `dataset.json` with another content hash, and opens the data."""
+    with open(os.path.join(path, "dataset.json"), "w") as file:
+        json.dump({**info, "content_hash": content_hash}, file)
+    PreparedDataset.open(path)
+
+
 def test_other_data_must_have_the_labels_and_the_tokenizer_of_the_run(run, other_data, tmp_path):
     evaluate._check_other_data(run.workdir, PreparedDataset.open(other_data), ())
     with pytest.raises(InputError, match="--tune: cannot be combined"):
@@ -140,11 +147,15 @@ def test_other_data_must_have_the_labels_and_the_tokenizer_of_the_run(run, other
         if change == "labels":
             changed = json.loads(json.dumps(info))
             changed["arrays"]["labels_ids"]["sha256"] = "0" * 64
-            with open(os.path.join(copy, "dataset.json"), "w") as file:
-                json.dump(changed, file)
         else:
+            changed = info
             with open(os.path.join(copy, "tokenizer.json"), "a") as file:
                 file.write(" ")
+        with pytest.raises(InputError, match=r"damaged, or tokenizer\.json is|content hash"):
+            PreparedDataset.open(copy) if change == "tokenizer" else resave(copy, changed, "")
+        with open(os.path.join(copy, "tokenizer.json"), "rb") as file:
+            content_hash = integrity.content_hash(changed["arrays"], file.read(), changed)
+        resave(copy, changed, content_hash)
         with pytest.raises(InputError, match="its labels or its tokenizer are not those in"):
             evaluate._check_other_data(run.workdir, PreparedDataset.open(copy), ())
 

@@ -54,8 +54,8 @@ def write_checkpoint(directory: str, gigabytes: float) -> list[int]:
         )
         return {name: place.shape(sizes) for name, (place, _) in expected.items()}
 
-    none, one = (2 * sum(math.prod(shape) for shape in shapes(n).values()) for n in (0, 1))
-    num_layers = max(1, round((gigabytes * 10**9 - none) / (one - none)))
+    one, two = (2 * sum(math.prod(shape) for shape in shapes(n).values()) for n in (1, 2))
+    num_layers = max(1, 1 + round((gigabytes * 10**9 - one) / (two - one)))
     drawn = np.random.default_rng(0).normal(scale=0.02, size=10**6).astype(ml_dtypes.bfloat16)
     parts: list[dict[str, np.ndarray]] = [{}]
     for name, shape in shapes(num_layers).items():
