@@ -1,6 +1,7 @@
 """Eight host devices for every test, set before JAX starts; one cache of compiled programs."""
 
 import os
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,6 +18,9 @@ os.environ["XLA_FLAGS"] = (
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vixml_jax_tests_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+# Under nohup, processes that tests start would ignore it as well.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Directories and files whose tests take longest. Workers get them first, so that they end together.
 SLOWEST = ("benchmarks", "multiprocess", "test_train", "training", "parallel", "serving", "storage")

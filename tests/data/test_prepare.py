@@ -163,7 +163,7 @@ def test_mask_with_one_value_per_item_covers_all_its_images(tmp_path):
         ("trn_image_embeddings", np.zeros((30, 2, 6), np.float32), "unequal width"),
         ("trn_has_image", np.zeros(29, bool), "bool (29,), expected bool (30,) or (30, 2)"),
         ("trn_has_image", np.ones((30, 2), np.uint8), "uint8 (30, 2), expected bool"),
-        ("trn_image_embeddings", np.array([{}] * 30), "not a complete .npy file"),
+        ("trn_image_embeddings", np.array([{}] * 30), "holds Python objects"),
     ],
 )  # fmt: skip
 def test_invalid_embeddings_are_refused(tmp_path, name, array, message):
@@ -196,7 +196,7 @@ def test_truncated_embeddings_are_refused(tmp_path):
     write_source(tmp_path / "raw")
     path = tmp_path / "raw" / "trn_image_embeddings.npy"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"trn_image_embeddings.npy: not a complete .npy file"):
+    with pytest.raises(InputError, match=r"trn_image_embeddings.npy: truncated or damaged"):
         prepare(tmp_path / "raw", tmp_path / "out")
 
 

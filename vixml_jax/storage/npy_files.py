@@ -53,7 +53,8 @@ def open_mapped(path: str, remedy: str, *, any_order: bool = False) -> Shaped[np
         is_transposed = is_fortran and len(shape) > 1
         if not is_valid or (is_transposed and not any_order):
             order = ", transposed" if is_fortran else ""
-            raise InputError(f"{path}: damaged (found {dtype} {shape}{order}); {remedy}")
+            fault = "holds Python objects, which are not read" if dtype.hasobject else "damaged"
+            raise InputError(f"{path}: {fault} (found {dtype} {shape}{order}); {remedy}")
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
         needed = offset + math.prod(shape) * dtype.itemsize
         if size != needed:
