@@ -224,8 +224,8 @@ def kills(job: Job, template: str, count: int, seed: int) -> Row:
     numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     while done < count:
         trial = shutil.copytree(template, os.path.join(trials, "killed"))
-        number = numbers[done // 2 % len(numbers)]
-        writing = bool(done % 2)
+        number = numbers[done % len(numbers)]
+        writing = bool((done + done // len(numbers)) % 2)
         status, said = kill(job, trial, number, within[writing], rng, writing=writing)
         if not status:
             within[writing] *= 0.7  # It had ended.
