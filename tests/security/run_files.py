@@ -61,7 +61,8 @@ def serve(path):
         return {
             "answers": predictor(QUERIES, k=6),
             "reading": run_data.read_reading(path),
-            "config": dataclasses.asdict(config),
+            # Files of version 0.1 have no checksums, and rates of training change no prediction.
+            "config": {**dataclasses.asdict(config), "optimizer": None},
             "vectors": [stored.get(name) for name in ("labels", "train")],
             "steps": [label_updates.describe(step) for step in label_updates.steps(path)],
         }
