@@ -79,8 +79,7 @@ def tune(
       Of equal ones, the first without neighbours comes first.
     """
     values = {
-        Scoring(fusion): evaluate(SearchResult(*(x[:, : validation.k] for x in result)))
-        for fusion, result in found.items()
+        scoring: evaluate(rankings(found, validation, scoring)) for scoring in map(Scoring, found)
     }
 
     def try_all(fusion: Fusion | None, mixings: Sequence[Mixing], title: str) -> None:

@@ -71,7 +71,7 @@ def _check_part(path: str, part: str, arrays: Arrays, info: dict[str, Any]) -> N
         shape = (len(values), width) if name == "images" else (len(values),)
         fits = values.dtype == np.dtype(kind) and values.shape == shape
         require(name, fits, f"{np.dtype(kind)} of shape {shape}")
-        ascends = offsets.dtype == np.int64 and _ascends(offsets, len(values), count)
+        ascends = offsets.dtype == np.int64 and npy_files.are_offsets(offsets, count, len(values))
         require(
             f"{name}_offsets", ascends,
             f"{count + 1:,} ascending int64 from 0 to {len(values):,}",
@@ -97,16 +97,6 @@ def _check_part(path: str, part: str, arrays: Arrays, info: dict[str, Any]) -> N
     if "relevance_indptr" in arrays:
         rows = len(arrays["relevance_indptr"]) - 1
         require("relevance_indptr", rows == count, f"a row for each of {count:,} queries")
-
-
-def _ascends(offsets: Int[np.ndarray, " n"], last: int, count: int) -> bool:
-    """Whether offsets divide `last` values into `count` rows."""
-    if offsets.shape != (count + 1,) or not len(offsets):
-        return False
-    if offsets[0] != 0 or offsets[-1] != last:
-        return False
-    starts = range(0, len(offsets) - 1, _BLOCK)
-    return all((np.diff(offsets[start : start + _BLOCK + 1]) >= 0).all() for start in starts)
 
 
 def _is_within(values: Int[np.ndarray, " n"], bound: int) -> bool:

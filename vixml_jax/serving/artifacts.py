@@ -17,7 +17,7 @@ from vixml_jax import workdir as workdir_lib
 from vixml_jax.data import store
 from vixml_jax.data.store import PreparedDataset, Texts
 from vixml_jax.errors import InputError
-from vixml_jax.storage import atomic, held, regular_files, sealed
+from vixml_jax.storage import atomic, held, npy_files, regular_files, sealed
 
 DIRECTORY = "serving"  # In a run directory.
 ABOUT = "artifacts.json"
@@ -117,7 +117,7 @@ class ServingArtifacts:
             return _open_array(path, about, name)
 
         def ragged(name: str, values: np.ndarray, offsets: np.ndarray, rows: int) -> None:
-            if not _are_offsets(offsets, rows, len(values)):
+            if not npy_files.are_offsets(offsets, rows, len(values)):
                 raise InputError(f"{_file(path, name)}: no offsets of {rows} rows; {_remedy(path)}")
 
         texts = {}
@@ -159,12 +159,6 @@ def _open_array(path: str, about: About, name: str) -> np.ndarray:
     if hashlib.sha256(data).hexdigest() != about.arrays[name]["sha256"]:
         raise InputError(f"{_file(path, name)}: does not match its checksum; {_remedy(path)}")
     return values
-
-
-def _are_offsets(offsets: np.ndarray, rows: int, total: int) -> bool:
-    """Whether offsets divide values into rows: ascending from 0 to their number."""
-    is_whole = offsets.shape == (rows + 1,) and (offsets[0], offsets[-1]) == (0, total)
-    return is_whole and bool((offsets[1:] >= offsets[:-1]).all())
 
 
 def _check_tokenizer(path: str, about: About) -> None:

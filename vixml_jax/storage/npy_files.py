@@ -98,6 +98,16 @@ def check_archive(file: str | BinaryIO) -> None:
         raise ValueError(f"its arrays have {needed:,} bytes, more than fit into memory twice")
 
 
+def are_offsets(offsets: Int[np.ndarray, " n"], rows: int, total: int) -> bool:
+    """Whether offsets divide `total` values into rows: ascending from 0 to their number."""
+    if offsets.shape != (rows + 1,) or not len(offsets):
+        return False
+    if offsets[0] != 0 or offsets[-1] != total:
+        return False
+    starts = range(0, len(offsets) - 1, _BLOCK)
+    return all((np.diff(offsets[start : start + _BLOCK + 1]) >= 0).all() for start in starts)
+
+
 def is_csr(
     data: Shaped[np.ndarray, " n"],
     indices: Int[np.ndarray, " n"],
