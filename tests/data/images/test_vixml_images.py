@@ -229,7 +229,7 @@ def test_invalid_maps_are_refused(tmp_path, mapped, fault):
         ),
         (np.ones((4, 3), int), "found int64 (4, 3), expected floating point"),
         (np.ones((4, 0), np.float32), "found float32 (4, 0), expected floating point"),
-        (objects([1, 2, 3, 4]), "damaged (found object (4,))"),
+        (objects([1, 2, 3, 4]), "holds Python objects, which are not read (found object (4,))"),
     ],
 )
 def test_invalid_embeddings_are_refused(tmp_path, embeddings, fault):
