@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 
 class PackedItems(NamedTuple):
@@ -20,7 +20,7 @@ class PackedItems(NamedTuple):
 
 
 class Positives(NamedTuple):
-    """All labels of the queries of a batch, in no particular order; padding is -1 in both arrays.
+    """Labels of the queries of a batch, in no particular order; padding is -1 in both arrays.
 
     With several shards, each holds the labels of its own queries in its part of the arrays.
     """
@@ -30,7 +30,7 @@ class Positives(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One training batch: b queries, c candidate labels, and their relevance.
+    """One training batch: b queries, c candidate labels, and which are labels of which queries.
 
     Queries and labels are packed together, so that the tower encodes them in one pass: item i < b
     is query i, item b + j is label j.
@@ -39,8 +39,8 @@ class Batch(NamedTuple):
     items: PackedItems
     query_ids: Int[Any, " b"]  # Row of the training set; -1 for padding of the last batch.
     label_ids: Int[Any, " c"]  # Row of the label set; -1 for padding. May repeat.
-    relevance: Bool[Any, "b c"]  # All true labels of the query among the candidates.
-    positives: Positives | None = None  # Of the queries; None: the step trains no label head.
+    # All labels of the queries, or those among the candidates if the step trains no label head.
+    positives: Positives
 
 
 class HeadBatch(NamedTuple):

@@ -121,7 +121,7 @@ def plan(
             sum(lengths),
             has_images=has_images,
             width=dataset.image_width,
-            labels_per_query=planned_sizes.labels_per_query if config.head.weight else 0.0,
+            labels_per_query=planned_sizes.labels_per_query,
         )
     kind = mesh.devices.flat[0].device_kind
     chip = accelerators.find(kind)

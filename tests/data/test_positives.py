@@ -1,4 +1,4 @@
-"""All labels of the queries of a batch: against loops over the relevance matrix."""
+"""Labels of the queries of a batch: against loops over the relevance matrix."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_positives_are_all_labels_of_the_queries(shards):
     for usual in (8, 64):
         query_ids = rng.choice(60, 16, replace=False).astype(np.int32)
         query_ids[[3, 14]] = -1
-        found = sampling.all_positives(relevance, query_ids, usual, shards)
+        found = sampling.positives_of(relevance, query_ids, usual, shards)
         queries, labels = (x.reshape(shards, -1) for x in found)
         np.testing.assert_array_equal(queries >= 0, labels >= 0)
         real = queries >= 0
@@ -45,9 +45,19 @@ def test_positives_are_all_labels_of_the_queries(shards):
         assert size % usual == 0 and (size // usual).bit_count() == 1
         assert size == usual or real.sum(axis=1).max() > size // 2
         # A process that reads some shards gets just their parts.
-        some = sampling.all_positives(relevance, query_ids, usual, shards, [shards - 1])
+        some = sampling.positives_of(relevance, query_ids, usual, shards, [shards - 1])
         np.testing.assert_array_equal(some.labels, labels[-1])
         np.testing.assert_array_equal(some.queries, queries[-1])
+        # Only some labels are listed: in the same order, in the smallest size that fits.
+        among = rng.integers(-1, 40, 12)
+        few = sampling.positives_of(relevance, query_ids, 8, shards, among=among)
+        few = np.stack(few).reshape(2, shards, -1)
+        kept = np.isin(labels, among) & real
+        for shard in range(shards):
+            pairs = np.stack([queries[shard], labels[shard]])[:, kept[shard]]
+            np.testing.assert_array_equal(few[:, shard, : pairs.shape[1]], pairs)
+            assert (few[:, shard, pairs.shape[1] :] == -1).all()
+        assert few.shape[2] == 8 or kept.sum(axis=1).max() > few.shape[2] // 2
 
 
 def test_few_batches_have_more_positives_than_usual():
@@ -57,7 +67,7 @@ def test_few_batches_have_more_positives_than_usual():
     usual = sampling.usual_positives(counts, 256, 8)
     assert usual % 8 == 0 and counts.mean() * 32 < usual < 1.6 * counts.mean() * 32
     sizes = {
-        len(sampling.all_positives(relevance, rng.permutation(2000)[:256], usual, 8).labels)
+        len(sampling.positives_of(relevance, rng.permutation(2000)[:256], usual, 8).labels)
         for _ in range(100)
     }
     assert sizes == {8 * usual}

@@ -22,7 +22,7 @@ from vixml_jax.models import hf_export
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.parallel import sharding
-from vixml_jax.structs import Batch, PackedItems, Shard
+from vixml_jax.structs import Batch, PackedItems, Positives, Shard
 from vixml_jax.training import build
 from vixml_jax.training import train_state as state_lib
 from vixml_jax.training.memory_planner import DataSizes
@@ -86,7 +86,7 @@ def random_batch(seed):
         ),
         query_ids,
         label_ids,
-        (label_ids[:, None] == label_ids[None, :]) & (query_ids >= 0)[:, None],
+        Positives(np.arange(BATCH, dtype=np.int32), np.where(query_ids < 0, -1, label_ids)),
     )
 
 

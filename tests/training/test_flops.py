@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from tests.pairs import as_pairs
 from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.models import published_towers as towers
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig, Rope
 from vixml_jax.models.modernbert import ModernBertConfig
 from vixml_jax.models.tower import Tower
-from vixml_jax.structs import Batch, PackedItems
+from vixml_jax.structs import Batch, PackedItems, Positives
 from vixml_jax.training import flops, losses
 
 BERT = BertConfig(
@@ -152,10 +153,10 @@ def test_combiner_and_similarity_flops_match_traced_products():
     assert counted.step == products(jax.make_jaxpr(gradient)(params, x, x).jaxpr)
 
     def loss(queries, labels, prototypes):
-        relevance = jnp.eye(5, rows, dtype=bool)
+        pairs = as_pairs(jnp.eye(5, rows, dtype=bool))
         real, key = jnp.ones(5, bool), jax.random.key(0)
         return losses.total_loss(
-            queries, labels, prototypes, relevance, real, jnp.ones(rows, bool), key,
+            queries, labels, prototypes, *pairs, real, jnp.ones(rows, bool), key,
             num_negatives=2, margin_min=0.1, margin_max=0.3, temperature=0.1,
         )[0]  # fmt: skip
 
@@ -193,7 +194,7 @@ def test_step_flops_match_a_count_by_hand():
         PackedItems(blank, segments, blank, image_at, np.zeros((4, 10), np.float16)),
         np.array([5, 8]),
         np.array([3, -1]),
-        np.zeros((2, 2), bool),
+        Positives(np.array([-1]), np.array([-1])),
     )
     config = dataclasses.replace(BERT, num_layers=1)
     # 9 positions. A multiplication counts 2 operations forward and 4 backward. Each pair of

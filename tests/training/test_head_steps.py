@@ -67,7 +67,7 @@ def relevance():
 def make_batch(seed, mesh):
     query_ids = np.random.default_rng(seed).permutation(NUM_QUERIES)[:SIZE].astype(np.int32)
     query_ids[-2:] = -1
-    positives = sampling.all_positives(relevance(), query_ids, 8, 8)
+    positives = sampling.positives_of(relevance(), query_ids, 8, 8)
     return query_ids, sharding.to_devices(HeadBatch(query_ids, positives), mesh)
 
 

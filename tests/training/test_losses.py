@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.pairs import as_pairs
+from vixml_jax.structs import Positives
 from vixml_jax.training import losses
 
 SETTINGS = {"num_negatives": 3, "margin_min": 0.1, "margin_max": 0.3, "temperature": 0.1}
@@ -233,6 +235,37 @@ def test_positives_are_drawn_uniformly_and_never_serve_as_negatives():
     assert np.sum((counts - num_draws / 4) ** 2 / (num_draws / 4)) < 16.3
 
 
+def test_relevance_is_that_of_the_pairs():
+    """Candidates repeat and some are padding; labels of queries need not be candidates."""
+    rng = np.random.default_rng()
+    for _ in range(5):
+        relevance = rng.random((9, 20)) < 0.3
+        label_ids = rng.integers(-1, 20, 14).astype(np.int32)
+        pairs = rng.permutation(np.argwhere(relevance)).astype(np.int32)
+        pairs = np.concatenate([pairs, np.full((3, 2), -1, np.int32)])
+        expected = relevance.T[label_ids] & (label_ids >= 0)[:, None]
+        found = losses.relevance_of(label_ids, Positives(*jnp.asarray(pairs.T)), 9)
+        np.testing.assert_array_equal(found, expected)
+        # Of a shard with the queries 4, 5 and 6.
+        shifted = Positives(*jnp.asarray(pairs.T - np.array([[4], [0]], np.int32)))
+        found = losses.relevance_of(label_ids, shifted, 3)
+        np.testing.assert_array_equal(found, expected[:, 4:7])
+
+
+@pytest.mark.parametrize("num_columns", [5, 128, 700])
+def test_draw_is_the_position_in_the_order_of_columns(num_columns):
+    rng = np.random.default_rng()
+    positive = rng.random((40, num_columns)) < rng.random((40, 1)) ** 4
+    positive[3], positive[4] = False, True
+    key = jax.random.key(rng.integers(1 << 30))
+    chosen, has_positive = jax.jit(losses._draw_positive, static_argnums=2)(positive, key, ())
+    np.testing.assert_array_equal(has_positive, positive.any(axis=1))
+    for row, uniform in enumerate(np.asarray(jax.random.uniform(key, (40,)))):
+        columns = np.flatnonzero(positive[row])
+        if len(columns):
+            assert chosen[row] == columns[int(uniform * np.float32(len(columns)))]
+
+
 def test_rows_draw_independently():
     """Two equal rows with two positives each: all four pairs of draws are equally frequent."""
     scores = np.array([[0.0, 0.2, 0.5]], np.float32).repeat(2, axis=0)
@@ -262,7 +295,8 @@ def random_batch(num, width, seed):
 @functools.cache
 def compiled(**settings):
     def loss(vectors, positive, rows, columns, key):
-        return losses.total_loss(*vectors, positive, rows, columns, key, **settings)
+        pairs = as_pairs(positive)
+        return losses.total_loss(*vectors, *pairs, rows, columns, key, **settings)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -386,7 +420,7 @@ def test_terms_draw_positives_independently():
 
     def terms(key):
         _, scalars = call(
-            losses.total_loss, q, u, u, positive, *all_real(positive), key, **SETTINGS
+            losses.total_loss, q, u, u, *as_pairs(positive), *all_real(positive), key, **SETTINGS
         )
         return scalars["loss_text"], scalars["loss_prototype"]
 

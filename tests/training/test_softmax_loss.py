@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.pairs import as_pairs
 from vixml_jax.parallel import sharding
 from vixml_jax.training import losses
 
@@ -114,7 +115,7 @@ def compiled(devices, **settings):
 
     def loss(vectors, positive, rows, columns, key):
         return losses.total_loss(
-            *vectors, positive, rows, columns, key, mesh=mesh, **TRIPLET, **settings
+            *vectors, *as_pairs(positive), rows, columns, key, mesh=mesh, **TRIPLET, **settings
         )
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))

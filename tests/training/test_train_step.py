@@ -15,7 +15,7 @@ from vixml_jax.config import Config, LabelsConfig, LossConfig
 from vixml_jax.data.packing import Layout
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.parallel import collectives, sharding
-from vixml_jax.structs import Batch, PackedItems, Shard
+from vixml_jax.structs import Batch, PackedItems, Positives, Shard
 from vixml_jax.training import losses, optimizer, train_step
 from vixml_jax.training import train_state as state_lib
 
@@ -78,10 +78,10 @@ def random_batch(rng):
     query_ids = rng.choice(NUM_QUERIES, SIZE, replace=False).astype(np.int32)
     label_ids = rng.integers(0, NUM_LABELS, SIZE).astype(np.int32)
     label_ids[3] = label_ids[7]
-    relevance = np.eye(SIZE, dtype=bool) | (label_ids[:, None] == label_ids[None])
     query_ids[-1] = label_ids[-1] = -1
-    relevance[-1] = relevance[:, -1] = False
-    return Batch(packed, query_ids, label_ids, relevance)
+    return Batch(
+        packed, query_ids, label_ids, Positives(np.arange(SIZE, dtype=np.int32), label_ids)
+    )
 
 
 def run(mesh, batches, **settings):

@@ -194,7 +194,9 @@ def _torch(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -
             for batch in batches:
                 queries = side(dataset.train, batch.query_ids)
                 labels = side(dataset.labels, batch.label_ids)
-                loss = baseline.step(queries, labels, batch.label_ids, batch.relevance, length)
+                relevance = dataset.train_relevance[batch.query_ids][:, batch.label_ids]
+                relevance = relevance.toarray() > 0
+                loss = baseline.step(queries, labels, batch.label_ids, relevance, length)
             return {"loss": loss, "bytes": baseline.peak_bytes()}
 
         return run

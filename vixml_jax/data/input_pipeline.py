@@ -23,8 +23,8 @@ def epoch_batches(
     layout: packing.Layout,
     weights: Float[np.ndarray, " l"] | None,
     rows: packing.RowSizes,
+    all_positives: bool = False,
     image_dropout: float = 0.0,
-    positives: int = 0,
     shards: int = 1,
     read: Sequence[int] | None = None,
     num_threads: int = 1,
@@ -46,9 +46,9 @@ def epoch_batches(
       layout: How an item is written.
       weights: Weight of each label when positives are sampled; None: all weights are equal.
       rows: Possible numbers of rows of a shard, queries and labels together.
+      all_positives: Whether batches hold all labels of their queries, because steps train a label
+        head; otherwise those among the labels of the batch.
       image_dropout: Probability that the images of an item are left out of a batch.
-      positives: Usual number of labels of all queries of a shard; see `sampling.all_positives`. 0:
-        batches have no positives, because no step trains a label head.
       shards: Number of shards of a batch. Each has the same number of items, about the same number
         of tokens, and rows of its own; the batch is padded with ids -1 to a multiple. Batches
         depend on the number of shards, not on the number of devices.
@@ -59,6 +59,8 @@ def epoch_batches(
     """
     read = range(shards) if read is None else read
     size = -(-batch_size // shards) * shards
+    counts = np.diff(dataset.train_relevance.indptr)
+    usual = sampling.usual_positives(counts, batch_size, shards)
 
     def make(index: int) -> Batch:
         rng = np.random.default_rng((seed, epoch, index))
@@ -84,13 +86,11 @@ def epoch_batches(
         )
         items = packing.join(queries, labels, size, rows=rows, blocks=len(read))
         local = np.arange(size).reshape(shards, -1)[np.asarray(read)].reshape(-1)
-        relevance = sampling.relevance_block(dataset.train_relevance, query_ids[local], label_ids)
-        labels_of_queries = None
-        if positives:
-            labels_of_queries = sampling.all_positives(
-                dataset.train_relevance, query_ids, positives, shards, read
-            )
-        return Batch(items, query_ids[local], label_ids[local], relevance, labels_of_queries)
+        among = None if all_positives else label_ids
+        positives = sampling.positives_of(
+            dataset.train_relevance, query_ids, usual, shards, read, among
+        )
+        return Batch(items, query_ids[local], label_ids[local], positives)
 
     return _iterator(make, -(-len(order) // batch_size), num_threads, prefetch)
 
@@ -112,7 +112,8 @@ def head_batches(
       relevance: Relevance matrix of the training queries.
       order: Rows of the queries, in the order in which they are read.
       batch_size: Queries of a batch.
-      positives: See `epoch_batches`, also for the other arguments.
+      positives: Usual number of labels of all queries of a shard; see `sampling.positives_of`.
+      shards: See `epoch_batches`, also for the other arguments.
     """
     read = range(shards) if read is None else read
     size = -(-batch_size // shards) * shards
@@ -123,7 +124,7 @@ def head_batches(
         query_ids[: len(real)] = real
         local = query_ids.reshape(shards, -1)[np.asarray(read)].reshape(-1)
         return HeadBatch(
-            local, sampling.all_positives(relevance, query_ids, positives, shards, read)
+            local, sampling.positives_of(relevance, query_ids, positives, shards, read)
         )
 
     return _iterator(make, -(-len(order) // batch_size), num_threads, prefetch)

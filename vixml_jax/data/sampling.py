@@ -1,4 +1,4 @@
-"""Sampling of training batches: a positive per query, all labels of a batch, order of an epoch."""
+"""Sampling of training batches: a positive per query, labels of a batch, order of an epoch."""
 
 from collections.abc import Sequence
 
@@ -53,32 +53,6 @@ def sample_positives(
     return np.where(real, labels[drawn], -1).astype(np.int32)
 
 
-def relevance_block(
-    relevance: sparse.csr_matrix,
-    query_ids: Int[np.ndarray, " b"],
-    label_ids: Int[np.ndarray, " c"],
-) -> Bool[np.ndarray, "b c"]:
-    """Whether each candidate label is relevant to each query.
-
-    Args:
-      relevance: Relevance matrix [n, l].
-      query_ids: Rows of `relevance`; -1 for padding.
-      label_ids: Candidates, which may have duplicates; -1 for padding.
-
-    Returns:
-      A mask [b, c], False for padding.
-    """
-    _, starts, counts = _row_ranges(relevance, query_ids)
-    labels = relevance.indices[ranges(starts, counts)]
-    rows = np.repeat(np.arange(len(query_ids)), counts)
-    distinct, column_of = np.unique(label_ids, return_inverse=True)
-    columns = np.searchsorted(distinct, labels)
-    is_candidate = distinct[np.minimum(columns, len(distinct) - 1)] == labels
-    block = np.zeros((len(query_ids), len(distinct)), bool)
-    block[rows[is_candidate], columns[is_candidate]] = True
-    return block[:, column_of] & (label_ids >= 0)
-
-
 def usual_positives(counts: Int[np.ndarray, " n"], batch_size: int, shards: int) -> int:
     """Number of labels of all queries of a shard of a batch, which few batches exceed.
 
@@ -92,14 +66,15 @@ def usual_positives(counts: Int[np.ndarray, " n"], batch_size: int, shards: int)
     return -(-max(1, int(np.ceil(labels))) // 8) * 8
 
 
-def all_positives(
+def positives_of(
     relevance: sparse.csr_matrix,
     query_ids: Int[np.ndarray, " b"],
     usual: int,
     shards: int = 1,
     read: Sequence[int] | None = None,
+    among: Int[np.ndarray, " c"] | None = None,
 ) -> Positives:
-    """All labels of the queries of a batch, in parts of equal size for its shards.
+    """Labels of the queries of a batch, in parts of equal size for its shards.
 
     Args:
       relevance: Relevance matrix [n, l].
@@ -107,20 +82,24 @@ def all_positives(
       usual: Size of a part. It is doubled until the largest part fits, so sizes are few.
       shards: Number of shards; each has the same number of queries.
       read: The shards to return, ascending; None: all.
+      among: The labels that are listed; None: all.
     """
     _, starts, counts = _row_ranges(relevance, query_ids)
-    size, largest = usual, int(counts.reshape(shards, -1).sum(axis=1).max())
+    labels = relevance.indices[ranges(starts, counts)]
+    queries = np.repeat(np.arange(len(query_ids)), counts)
+    if among is not None:
+        listed = np.isin(labels, among)
+        labels, queries = labels[listed], queries[listed]
+    bounds = np.searchsorted(queries, np.arange(shards + 1) * (len(query_ids) // shards))
+    size, largest = usual, int(np.diff(bounds).max())
     while size < largest:
         size *= 2
     read = range(shards) if read is None else read
     positives = Positives(*(np.full((len(read), size), -1, np.int32) for _ in range(2)))
-    per_shard = len(query_ids) // shards
     for part, shard in enumerate(read):
-        own = slice(shard * per_shard, (shard + 1) * per_shard)
-        labels = relevance.indices[ranges(starts[own], counts[own])]
-        queries = np.repeat(np.arange(own.start, own.stop), counts[own])
-        positives.queries[part, : len(queries)] = queries
-        positives.labels[part, : len(labels)] = labels
+        own = slice(bounds[shard], bounds[shard + 1])
+        positives.queries[part, : own.stop - own.start] = queries[own]
+        positives.labels[part, : own.stop - own.start] = labels[own]
     return Positives(*(x.reshape(-1) for x in positives))
 
 

@@ -57,7 +57,7 @@ def step_flops(
       config: Sizes of the tower.
       combiner: The prototype network, or None.
       batch: A batch on the host.
-      head: The label head; it is trained if the batch has positives.
+      head: The label head, if the step trains it; the batch then has all labels of its queries.
     """
     queries, labels = (
         int(np.count_nonzero(ids >= 0)) for ids in (batch.query_ids, batch.label_ids)
@@ -67,7 +67,7 @@ def step_flops(
     total += similarity_flops(queries, labels, config.width, 1 if combiner is None else 2)
     if combiner is not None:
         total += combiner_flops(combiner, labels, config.width)
-    if batch.positives is not None:
+    if head is not None:
         total += head_flops(head, queries, int(np.count_nonzero(batch.positives.labels >= 0)))
     return total.step
 

@@ -21,11 +21,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.sharding import ROWS
+from vixml_jax.structs import Positives
 
 # Replaces the score of a satisfied negative before the softmax, as published. Such a negative has
 # no weight, unless all negatives of the row are satisfied: then all have the same weight.
 _SATISFIED = -50.0
 _EXCLUDED = -1e9  # Below `_SATISFIED` at any temperature.
+_COLUMNS = 128  # Columns of a row that are counted together when a positive is drawn.
 
 MeshAxes = tuple[str, ...]
 # (scores, positive, row_mask, column_mask, key, axes=) -> loss, number of violators
@@ -36,7 +38,8 @@ def total_loss(
     queries: Float[Array, "b e"],
     labels: Float[Array, "c e"],
     prototypes: Float[Array, "c e"] | None,
-    relevance: Bool[Array, "b c"],
+    positives: Positives,
+    label_ids: Int[Array, " c"],
     row_mask: Bool[Array, " b"],
     column_mask: Bool[Array, " c"],
     key: Array,
@@ -60,7 +63,8 @@ def total_loss(
       queries: Unit vectors.
       labels: Unit vectors of the labels from the tower.
       prototypes: Unit vectors of the same labels from the combiner, or None.
-      relevance: Whether the candidate is a label of the query.
+      positives: All labels of the queries, each once, whether they are candidates or not.
+      label_ids: The candidates; may repeat. -1 is no label of any query.
       row_mask: True for real queries.
       column_mask: True for real candidates.
       key: Draws the positives, independently in each term.
@@ -99,23 +103,23 @@ def total_loss(
         tie_gradient=tie_gradient,
     )
     if mesh is None or sharding.num_row_shards(mesh) == 1:
-        arrays = (queries, labels, prototypes, relevance, relevance.T, row_mask, column_mask)
-        return terms(*arrays, key)
-    b, c = (sharding.pad_rows(size, mesh) for size in relevance.shape)
+        arrays = (queries, labels, prototypes, label_ids, row_mask, column_mask)
+        return terms(*arrays, positives, key)
+    b, c = (sharding.pad_rows(len(rows), mesh) for rows in (queries, labels))
     sharded_terms = jax.shard_map(
         functools.partial(terms, axes=ROWS),
         mesh=mesh,
-        in_specs=(*[P(ROWS)] * 7, P()),
+        in_specs=(*[P(ROWS)] * 6, P(), P()),
         out_specs=P(),
     )
     return sharded_terms(
         _pad(queries, b),
         _pad(labels, c),
         None if prototypes is None else _pad(prototypes, c),
-        _pad(relevance, b, c),
-        _pad(relevance.T, c, b),
+        _pad(label_ids, c),
         _pad(row_mask, b),
         _pad(column_mask, c),
+        positives,
         key,
     )
 
@@ -124,10 +128,10 @@ def _terms(
     queries: Float[Array, "b e"],
     labels: Float[Array, "c e"],
     prototypes: Float[Array, "c e"] | None,
-    relevance: Bool[Array, "b all_c"],
-    relevance_of_labels: Bool[Array, "c all_b"],
+    label_ids: Int[Array, " c"],
     row_mask: Bool[Array, " b"],
     column_mask: Bool[Array, " c"],
+    positives: Positives,
     key: Array,
     *,
     contrast: ContrastFn,
@@ -136,9 +140,12 @@ def _terms(
     tie_gradient: bool,
     axes: MeshAxes = (),
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The result of `total_loss`, from this device's queries and labels."""
+    """The result of `total_loss`, from this device's queries and labels, and all positives."""
     text_key, prototype_key, label_key, margin_key = jax.random.split(key, 4)
-    all_columns = _all_rows(column_mask, axes)
+    all_columns, all_row_mask = _all_rows(column_mask, axes), _all_rows(row_mask, axes)
+    first = len(queries) * (jax.lax.axis_index(axes) if axes else 0)
+    own = positives._replace(queries=positives.queries - first)
+    relevance = relevance_of(_all_rows(label_ids, axes), own, len(queries)).T
     scores = _similarity(queries, _all_rows(labels, axes))
     loss, violators = contrast(scores, relevance, row_mask, all_columns, text_key, axes=axes)
     zero = jnp.zeros_like(loss)
@@ -151,9 +158,9 @@ def _terms(
         # Computing the scores again is cheaper than sending them to the devices of their columns.
         scalars["loss_label"], _ = contrast(
             _similarity(labels, _all_rows(queries, axes)),
-            relevance_of_labels,
+            relevance_of(label_ids, positives, len(all_row_mask)),
             column_mask,
-            _all_rows(row_mask, axes),
+            all_row_mask,
             label_key,
             axes=axes,
         )
@@ -171,6 +178,29 @@ def _terms(
         loss += scalars["loss_prototype"] + scalars["loss_label"]
         loss += regulariser * scalars["loss_margin"]
     return loss, scalars | {"violators": violators}
+
+
+def relevance_of(
+    label_ids: Int[Array, " c"], positives: Positives, num_queries: int
+) -> Bool[Array, "c b"]:
+    """Whether each label is one of each query's.
+
+    Args:
+      label_ids: Labels; may repeat. A negative one is no label of any query.
+      positives: Labels of queries, each once. Those of other queries than 0 to `num_queries` - 1
+        have no effect.
+      num_queries: b.
+    """
+    ascending = jnp.sort(label_ids)
+    at = jnp.searchsorted(ascending, positives.labels)
+    is_candidate = (positives.labels >= 0) & (ascending[at] == positives.labels)
+    held = is_candidate & (positives.queries >= 0) & (positives.queries < num_queries)
+    # Every pair has an entry of its own, those without an effect outside of the array: GPUs can
+    # write them in any order, which they would otherwise give up to be deterministic.
+    at = jnp.where(held, at, len(label_ids) + jnp.arange(len(at)))
+    of_distinct = jnp.zeros((len(label_ids), num_queries), bool)
+    of_distinct = of_distinct.at[at, positives.queries].set(True, mode="drop", unique_indices=True)
+    return of_distinct[jnp.searchsorted(ascending, label_ids)]
 
 
 def triplet_loss(
@@ -340,10 +370,12 @@ def _draw_positive(
     positive: Bool[Array, "b c"], key: Array, axes: MeshAxes
 ) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
     """A column drawn uniformly from each row's positives, and whether there is one."""
+    num_rows, num_columns = positive.shape
+    padded = jnp.pad(positive, ((0, 0), (0, -num_columns % _COLUMNS)))
+    blocks = padded.reshape(num_rows, -1, _COLUMNS)
+    up_to = jnp.cumsum(jnp.sum(blocks, axis=2, dtype=jnp.int32), axis=1)  # [b, blocks]
+    count = up_to[:, -1]
     # One number per row rather than per score is cheaper, and padding columns do not change it.
-    rank = jnp.cumsum(positive, axis=1, dtype=jnp.int32)
-    count = rank[:, -1]
-    num_rows = positive.shape[0]
     # Every device draws for all rows, so that the mesh does not change the draws.
     uniform = jax.random.uniform(key, (num_rows * jax.lax.axis_size(axes),))
     if axes:
@@ -351,7 +383,15 @@ def _draw_positive(
             uniform, jax.lax.axis_index(axes) * num_rows, num_rows
         )
     wanted = 1 + jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
-    return jnp.argmax(rank >= wanted[:, None], axis=1), count > 0
+    # The block of columns that has the wanted positive, and then its column: sums over all columns
+    # need four times the memory of the scores' mask.
+    block = jnp.argmax(up_to >= wanted[:, None], axis=1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [b, _COLUMNS]
+    before = jnp.take_along_axis(up_to, block[:, None], axis=1) - jnp.sum(
+        inside, axis=1, keepdims=True
+    )
+    rank = before + jnp.cumsum(inside, axis=1, dtype=jnp.int32)
+    return block * _COLUMNS + jnp.argmax(rank >= wanted[:, None], axis=1), count > 0
 
 
 def _hardest_negatives(

@@ -362,7 +362,7 @@ def abstract_batch(
     *,
     has_images: Sequence[bool],
     width: int,
-    labels_per_query: float = 0.0,
+    labels_per_query: float = 1.0,
 ) -> tuple[Batch, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a batch and of the random key of a step.
 
@@ -372,7 +372,7 @@ def abstract_batch(
       length: Mean number of positions of a query and a label together.
       has_images: Whether queries, and whether labels, have images.
       width: Width of an image embedding.
-      labels_per_query: Mean number of labels of a query; 0: the step trains no label head.
+      labels_per_query: Mean number of labels of a query.
     """
     shards = sharding.num_shards(model.mesh)
     rows = model.row_sizes(length, size, shards)
@@ -390,8 +390,7 @@ def abstract_batch(
         ),
         query_ids=ids,
         label_ids=ids,
-        relevance=jax.ShapeDtypeStruct((size, size), bool),
-        positives=_abstract_positives(size, shards, labels_per_query) if labels_per_query else None,
+        positives=_abstract_positives(size, shards, labels_per_query),
     )
     return sharding.abstract_on_devices(batch, model.mesh), _abstract_key(model)
 

@@ -17,7 +17,8 @@ from vixml_jax.parallel import sharding
 from vixml_jax.runtime import tree_utils
 from vixml_jax.structs import Batch, HeadBatch, LabelState, TrainState
 
-# (queries, labels, prototypes, relevance, row_mask, column_mask, key, mesh=) -> loss, scalars
+# (queries, labels, prototypes, positives, label_ids, row_mask, column_mask, key, mesh=) -> loss,
+# scalars
 LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
@@ -71,8 +72,8 @@ def make_train_step(
       sparse_free: True: the optimizer updates only those free vectors and moments that labels of
         the batch use, as `torch.optim.SparseAdam` does. False: all of them move by their momentum,
         as published.
-      head_weight: Weight of the loss of the label head on the queries of the batch, which are those
-        of `batch.positives`; 0: the step does not train the head.
+      head_weight: Weight of the loss of the label head on the queries of the batch, all of whose
+        labels are in `batch.positives`; 0: the step does not train the head.
     """
     sparse_free &= "free" in like.params
     head = model.head if head_weight else None
@@ -110,7 +111,8 @@ def make_train_step(
                 queries,
                 unit(labels),
                 prototypes,
-                batch.relevance,
+                batch.positives,
+                batch.label_ids,
                 batch.query_ids >= 0,
                 batch.label_ids >= 0,
                 loss_key,

@@ -47,7 +47,7 @@ class Trainer(EpochLoop):
       split: The split that `evaluate` uses. Unless it is 'test', names of logged metrics start
         with it.
       stop: Tells whether a signal requested the run to stop.
-      joint: Whether steps train the label head, whose labels batches then carry.
+      joint: Whether steps train the label head; batches then hold all labels of their queries.
       later_steps: Steps of head epochs that follow.
       vectors: Returns where the vectors of a step are kept; None: they are not kept.
     """
@@ -89,20 +89,20 @@ class Trainer(EpochLoop):
         self.model, self.dataset, self.batch, self.labels = model, dataset, batch, labels
         self.block, self.group, self.guard = block, group, guard
         self.evaluate, self.split, self.vectors = evaluate, split, vectors
+        self._head = model.head if joint else None
         self._weights = None
         if batch.positives == "inverse_propensity":
             counts = np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
             self._weights = propensity.inverse_propensity(
                 counts, self.num_queries, dataset.propensity_a, dataset.propensity_b
             )
-        counts = np.diff(dataset.train_relevance.indptr)
         self._packing = {
             "width": model.row_width,
             "layout": model.layout,
             "image_dropout": batch.image_dropout,
             "shards": shards,
             "read": shards_to_read(model.mesh, shards),
-            "positives": joint and sampling.usual_positives(counts, batch.size, shards),
+            "all_positives": joint,
             "rows": model.row_sizes(
                 model.mean_length(dataset.train) + model.mean_length(dataset.labels),
                 batch.size,
@@ -196,9 +196,7 @@ class Trainer(EpochLoop):
             "queries": np.count_nonzero(batch.query_ids >= 0),
             "labels": np.count_nonzero(batch.label_ids >= 0),
             "tokens": np.count_nonzero(batch.items.segments >= 0),
-            "flops": step_flops(
-                self.model.tower.config, self.model.combiner, batch, self.model.head
-            ),
+            "flops": step_flops(self.model.tower.config, self.model.combiner, batch, self._head),
         }
         return {name: count * self._shards_per_read for name, count in work.items()}
 

@@ -29,7 +29,7 @@ from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
 from vixml_jax.models import published_towers as towers
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.parallel import sharding
-from vixml_jax.structs import Batch, PackedItems
+from vixml_jax.structs import Batch, PackedItems, Positives
 from vixml_jax.training import losses, optimizer
 from vixml_jax.training import train_state as state_lib
 from vixml_jax.training import train_step as train_step_lib
@@ -82,7 +82,7 @@ def random_batch(settings: dict[str, Any], shards: int) -> Batch:
         tokens, segments, positions, np.full_like(tokens, -1), np.zeros((0, 1), np.float16)
     )
     ids = np.arange(size, dtype=np.int32)
-    return Batch(packed, ids, ids % NUM_LABELS, np.eye(size, dtype=bool))
+    return Batch(packed, ids, ids % NUM_LABELS, Positives(ids, ids % NUM_LABELS))
 
 
 def plan(settings: dict[str, Any]) -> MemoryPlan:
