@@ -73,7 +73,9 @@ def train_interrupted(config, num_steps):
             train.train(config)
 
 
-@pytest.mark.parametrize("num_steps", [1, 5, 6, 11, 17])
+@pytest.mark.parametrize(
+    "num_steps", [5, 17, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6, 11))]
+)
 def test_interrupted_run_resumes_bit_for_bit(data, finished_run, tmp_path, num_steps):
     config = configuration(data, tmp_path / "run")
     train_interrupted(config, num_steps)
@@ -83,6 +85,7 @@ def test_interrupted_run_resumes_bit_for_bit(data, finished_run, tmp_path, num_s
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.eight_host_devices
 def test_log_opens_with_five_lines(data, tmp_path, capsys):
     config = configuration(data, tmp_path / "run")
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=1))
@@ -350,7 +353,8 @@ def assert_close_rows(actual, expected, name):
     np.testing.assert_allclose(actual, expected, atol=2e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("before,after", [(8, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("before,after", [(8, 2), (1, 4)])
+@pytest.mark.slow
 def test_run_resumes_on_another_number_of_devices(data, tmp_path, monkeypatch, before, after):
     """Without dropout, the results are equal up to rounding."""
     create = sharding.create_mesh

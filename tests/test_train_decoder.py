@@ -156,6 +156,7 @@ def test_evaluate_needs_only_the_run_directory(finished_run, capsys):
     assert "this run, text and images, with neighbours" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_decoder_from_scratch_learns(data, tmp_path):
     config = configuration(data, tmp_path / "run")
     config = dataclasses.replace(

@@ -81,8 +81,9 @@ def others_of(state):
 
 @pytest.mark.parametrize(
     ("kind", "num_steps"),
-    [("only", 1), ("only", 5), ("refit", 12), ("refit", 13), ("refit", 16), ("joint", 5),
-     ("joint", 15)],
+    [("only", 5), ("refit", 13), ("joint", 5),
+     *(pytest.param(*each, marks=pytest.mark.slow)
+       for each in (("only", 1), ("refit", 12), ("refit", 16), ("joint", 15)))],
 )  # fmt: skip
 def test_interrupted_run_resumes_bit_for_bit(finished, data, tmp_path, kind, num_steps):
     config = head_run(data, tmp_path / "run", kind)
@@ -290,8 +291,10 @@ def test_loss_is_chosen_by_labels_per_query_and_queries_per_label(data, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("num_free", "centroids", "tokens"), [(0, "stale", 2), (7, "none", 2), (0, "none", 1)]
-)
+    ("num_free", "centroids", "tokens"),
+    [(0, "none", 1), *(pytest.param(*each, marks=pytest.mark.slow)
+                       for each in ((0, "stale", 2), (7, "none", 2)))],
+)  # fmt: skip
 def test_prototypes_without_free_vectors_or_centroids(data, tmp_path, num_free, centroids, tokens):
     config = head_run(data, tmp_path / "run", "none")
     labels = dataclasses.replace(config.labels, num_free=num_free, centroids=centroids)

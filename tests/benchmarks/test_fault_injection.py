@@ -33,6 +33,7 @@ def make(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("faults"))
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bits(make):
     seed = int(np.random.default_rng().integers(2**31))
     rows = fault_injection.kills(make, make.expected, make.seconds, 2, seed)

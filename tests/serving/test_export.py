@@ -22,7 +22,7 @@ from vixml_jax.models import hf_checkpoints
 from vixml_jax.serving import label_updates
 from vixml_jax.serving.predictor import Predictor
 
-KINDS = ["encoder", "roberta", "adapted", "decoder", "head"]
+KINDS = ["encoder", "adapted", "decoder", "head", pytest.param("roberta", marks=pytest.mark.slow)]
 READ_BACK = """
 import sys, jax, numpy as np
 program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))

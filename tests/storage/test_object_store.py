@@ -42,6 +42,7 @@ def curve(path):
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_remote_run_equals_a_local_run(data, store, tmp_path):
     """Trains, removes the newest checkpoint as if the run had been killed, resumes, evaluates."""
     local = configuration(data, tmp_path / "run")

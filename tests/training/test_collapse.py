@@ -42,8 +42,12 @@ def test_margin_matters_for_a_triplet_loss_only():
     assert warnings(guard, [at_margin] * 2) == [False, True]
 
 
-@pytest.mark.parametrize("kind", ["triplet", "decoupled_softmax"])
-@pytest.mark.parametrize("collapses", [True, False], ids=["collapsed", "healthy"])
+@pytest.mark.parametrize(
+    ("kind", "collapses"),
+    [("triplet", True), ("decoupled_softmax", False),
+     *(pytest.param(*each, marks=pytest.mark.slow)
+       for each in (("triplet", False), ("decoupled_softmax", True)))],
+)  # fmt: skip
 def test_run_reports_collapse(kind, collapses, tmp_path, monkeypatch, capsys):
     """A tower that reads no words gives every query nearly the same vector."""
     initial_params = build.initial_params
