@@ -12,7 +12,7 @@ from vixml_jax.benchmarks.head import steps
 
 SETTINGS = {
     "labels": 70, "width": 8, "batch": 16, "positives": 3, "block": 20, "moments": "float32",
-    "threads": 1, "steps": 2,
+    "threads": 1, "steps": 2, "device": "cpu",
 }  # fmt: skip
 
 

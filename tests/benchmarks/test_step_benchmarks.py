@@ -76,7 +76,10 @@ def test_a_round_of_training(whose, tower, data):
             expected += flops.combiner_flops(Combiner(8, 1024), 32, 32).step
             expected += 2 * flops.similarity_flops(16, 16, 32, 2).step
             assert about["flops"] == pytest.approx(expected)
-        assert 0 < run()["loss"] < 3
+        found = run()
+        assert 0 < found["loss"] < 3
+        if whose == "ours":  # All that the step needs, and so more than its parameters.
+            assert found["planned"] > 3 * 4 * 200 * 32
 
 
 @pytest.mark.parametrize("num_images", [0, 2])
@@ -120,7 +123,7 @@ def test_a_round_of_images(monkeypatch):
     tiny = {"image_size": 16, "patch_size": 8, "num_layers": 1, "width": 16, "num_heads": 2,
             "mlp_width": 16}  # fmt: skip
     monkeypatch.setitem(vision.SIZES, "base", tiny)
-    settings = {"size": "base", "batch": 3, "threads": 1, "device": "cpu"}
+    settings = {"tower": "base", "batch": 3, "threads": 1, "device": "cpu"}
     prepared = vision.prepare(list(vision.PROGRAMS), settings)
     assert list(prepared) == list(vision.PROGRAMS)
     for about, run in prepared.values():

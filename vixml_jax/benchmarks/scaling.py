@@ -16,40 +16,32 @@ from typing import Any
 
 from absl import flags
 
-from vixml_jax import command_line, frozen_weights
+from vixml_jax import command_line
 from vixml_jax.benchmarks.support import workers
 
 
 def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.Prepared]:
     """Compiles the step for all devices of this process and runs it once."""
     import jax
-    import numpy as np
-    from flax import linen as nn
 
-    from vixml_jax.benchmarks import memory
+    from vixml_jax.benchmarks.memory import __main__ as memory
+    from vixml_jax.benchmarks.support import steps
     from vixml_jax.parallel import collectives, sharding
-    from vixml_jax.training import train_state as state_lib
 
     devices = jax.device_count()
     settings = {**settings, "batch": settings["batch"] * devices}
-    model, tx, like, train = memory.build(settings)
-
-    def fresh(key: jax.Array) -> Any:
-        params, frozen = frozen_weights.split(nn.unbox(model.init_params(key)), model.tower.config)
-        return sharding.pad((params, frozen), (like.params, like.frozen))
-
-    labels = model.table.init_state(np.zeros(memory.NUM_LABELS, np.int32))
-    bank = state_lib.empty_bank(model, settings["batch"])
-    state = state_lib.place_state(like, *jax.jit(fresh)(jax.random.key(0)), tx, labels, bank)
+    parts = memory.build(settings)
+    mesh = parts.model.mesh
+    state = steps.fresh_state(parts, jax.random.key(0))
     batch = memory.random_batch(settings, devices)
-    key = sharding.replicate(jax.random.key(0), model.mesh)
-    program = train.program(sharding.to_devices(batch, model.mesh), key)
+    key = sharding.replicate(jax.random.key(0), mesh)
+    program = parts.step.program(sharding.to_devices(batch, mesh), key)
     sent = sum(one.sent for one in collectives.collectives(program))
 
     def run() -> dict[str, Any]:
         nonlocal state
         begin = time.perf_counter()
-        placed = sharding.to_devices(batch, model.mesh)
+        placed = sharding.to_devices(batch, mesh)
         host = time.perf_counter() - begin
         state, scalars = program(state, placed, key)
         jax.block_until_ready((state, scalars))

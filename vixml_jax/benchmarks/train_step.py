@@ -5,27 +5,29 @@
 A published tower with random weights on the texts of a data set. Programs take turns in one run on
 the same cores: ours packed; torch padded to 32 as the paper's program does; torch padded to the
 longest text of the batch; and both with every text 32 tokens long. Decoders have adapters on all
-linear maps beside a frozen base, and a prompt around each text.
+linear maps beside a frozen base, and a prompt around each text. Texts are packed or padded before
+the clock starts; the clock includes their way to the device.
 
-On a GPU everything is bfloat16, in batches of 2,048 texts of 32 tokens with three images each,
-torch with SDPA and gradient checkpointing; the fraction of the GPU's peak and the peak memory are
-printed too. Without a GPU the command measures float32 on the CPU, and says so.
+On an accelerator everything is bfloat16, in batches of 2,048 texts of 32 tokens with three images
+each, torch (on a GPU) with SDPA and gradient checkpointing; the fraction of the device's peak and
+the peak memory are printed too. Without one the command measures float32 on the CPU, and says so.
 """
 
 import dataclasses
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from vixml_jax import command_line, frozen_weights
-from vixml_jax.benchmarks.support import inputs, workers
+from vixml_jax import command_line
+from vixml_jax.benchmarks.support import inputs, platforms, workers
 from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items, PreparedDataset, Ragged
+from vixml_jax.models import hf_configs, hf_names
 from vixml_jax.models import published_towers as towers
+from vixml_jax.models.tower import TowerConfig
 from vixml_jax.parallel import accelerators
 
 PROGRAMS = (
@@ -36,6 +38,16 @@ PROGRAMS = (
     "torch, all of 32",
 )
 IMAGE_WIDTH = 1152  # SigLIP 2 so400m's.
+
+
+def tower_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the tower of `settings`, with what `settings["sizes"]` changes of it."""
+    return {**towers.about(settings["tower"]), **settings.get("sizes", {})}
+
+
+def config_of(settings: dict[str, Any]) -> TowerConfig:
+    """The sizes of the tower of `settings`."""
+    return hf_configs.read_config("config.json", tower_config(settings), hf_names.TOWERS)[1]
 
 
 def layout_of(tower: str, num_images: int) -> Layout:
@@ -128,11 +140,18 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     for program in programs:
         full = "all of" in program
         dataset = data_of(settings, full=full)
-        width = row_width(layout, full=full, wide=settings["device"] == "gpu")
+        width = row_width(layout, full=full, wide=settings["device"] != "cpu")
         batches = batches_of(dataset, settings, layout=layout, width=width)
         run = step(dataset, batches, None if "longest" in program else 32)
+        start = time.perf_counter()
         run()
-        about = {"flops": operations(settings, batches), "device": _device(settings)}
+        first_s = time.perf_counter() - start
+        about = {
+            "texts": 2 * settings["batch"] * settings["steps"],
+            "flops": operations(settings, batches),
+            "device": _device(settings),
+            "first_s": first_s,
+        }
         prepared[program] = about, run
     return prepared
 
@@ -144,7 +163,7 @@ def operations(settings: dict[str, Any], batches: list[Any]) -> float:
     from vixml_jax.models.decoder import DecoderConfig
     from vixml_jax.training import flops
 
-    tower = towers.config_of(settings["tower"])
+    tower = config_of(settings)
     sizes = {"image_width": IMAGE_WIDTH if settings["images"] else 0}
     if isinstance(tower, DecoderConfig):
         sizes["lora_rank"] = settings["rank"]
@@ -173,7 +192,7 @@ def _torch(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
     baseline = torch_models.Program(
-        towers.about(settings["tower"]),
+        tower_config(settings),
         dataset.num_labels,
         lora_rank=settings["rank"],
         layout=layout,
@@ -181,22 +200,28 @@ def _torch(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -
         device="cuda" if settings["device"] == "gpu" else "cpu",
     )
 
-    def side(items: Items, ids: np.ndarray) -> torch_models.Side:
+    def side(items: Items, ids: np.ndarray, length: int | None) -> torch_models.Side:
         starts = items.tokens.offsets
         texts = [np.asarray(items.tokens.values[starts[i] : starts[i + 1]]) for i in ids]
-        if items.images is None:
-            return texts, None
-        rows = items.images.offsets[ids][:, None] + np.arange(layout.num_images)
-        return texts, items.images.values[rows]
+        images = None
+        if items.images is not None:
+            rows = items.images.offsets[ids][:, None] + np.arange(layout.num_images)
+            images = items.images.values[rows]
+        return torch_models.side(texts, images, length)
 
     def prepared(dataset: PreparedDataset, batches: list[Any], length: int | None) -> Any:
+        padded = [
+            (
+                side(dataset.train, batch.query_ids, length),
+                side(dataset.labels, batch.label_ids, length),
+                dataset.train_relevance[batch.query_ids][:, batch.label_ids].toarray() > 0,
+            )
+            for batch in batches
+        ]
+
         def run() -> dict[str, Any]:
-            for batch in batches:
-                queries = side(dataset.train, batch.query_ids)
-                labels = side(dataset.labels, batch.label_ids)
-                relevance = dataset.train_relevance[batch.query_ids][:, batch.label_ids]
-                relevance = relevance.toarray() > 0
-                loss = baseline.step(queries, labels, batch.label_ids, relevance, length)
+            for (queries, labels, relevance), batch in zip(padded, batches, strict=True):
+                loss = baseline.step(queries, labels, batch.label_ids, relevance)
             return {"loss": loss, "bytes": baseline.peak_bytes()}
 
         return run
@@ -205,98 +230,81 @@ def _torch(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -
 
 
 def _ours(dataset: PreparedDataset, layout: Layout, settings: dict[str, Any]) -> Rounds:
-    import functools
-
     import jax
-    import jax.numpy as jnp
-    from flax import linen as nn
 
-    from vixml_jax import workdir
-    from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
+    from vixml_jax.benchmarks.support import steps
+    from vixml_jax.config import BatchConfig, Config, LabelsConfig
     from vixml_jax.models.decoder import DecoderConfig
     from vixml_jax.parallel import sharding
-    from vixml_jax.training import losses, optimizer
-    from vixml_jax.training import train_state as state_lib
-    from vixml_jax.training import train_step as train_step_lib
+    from vixml_jax.training import memory_planner
 
-    gpu = settings["device"] == "gpu"
+    on_cpu = settings["device"] == "cpu"
     config = Config(
         labels=LabelsConfig(num_free=dataset.num_labels),
         batch=BatchConfig(microbatch_rows=settings["chunk"]),
     )
     changes: dict[str, Any] = {
-        "dtype": "bfloat16" if gpu else "float32",
-        "scan": gpu,
-        "remat": gpu,
+        "dtype": "float32" if on_cpu else "bfloat16",
+        "scan": not on_cpu,
+        "remat": not on_cpu,
         "image_width": IMAGE_WIDTH if layout.num_images else 0,
     }
-    tower = towers.config_of(settings["tower"])
+    tower = config_of(settings)
     if isinstance(tower, DecoderConfig):
         changes["lora_rank"] = settings["rank"]
-    tower = dataclasses.replace(tower, **changes)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    model = workdir.build_model(config, tower, layout, dataset.num_labels, mesh)
-    tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
-
-    def fresh(key: jax.Array) -> Any:
-        params, frozen = frozen_weights.split(nn.unbox(model.init_params(key)), tower)
-        frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(tower.dtype)), frozen)
-        return sharding.pad((params, frozen), (like.params, like.frozen))
-
-    trained, frozen = frozen_weights.split(model.abstract_params, tower)
-    frozen = frozen_weights.as_stored(frozen, tower.dtype)
-    like = state_lib.abstract_state(model, trained, frozen, tx, len(dataset.train))
-    state = state_lib.place_state(
-        like,
-        *jax.jit(fresh)(jax.random.key(0)),
-        tx,
-        model.table.init_state(np.arange(dataset.num_labels, dtype=np.int32)),
-        state_lib.empty_bank(model, len(dataset.train)),
+    parts = steps.build(
+        config,
+        dataclasses.replace(tower, **changes),
+        layout,
+        num_queries=len(dataset.train),
+        num_labels=dataset.num_labels,
+        mesh=mesh,
     )
-    loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
-    train_step = train_step_lib.make_train_step(model, loss_fn, tx, like)
     key = jax.random.key(0)
+    state = steps.fresh_state(parts, key)
 
     def prepared(dataset: PreparedDataset, batches: list[Any], length: int | None) -> Any:
+        programs = [parts.step.program(sharding.to_devices(one, mesh), key) for one in batches]
+        plans = [memory_planner.plan_memory(parts.like, lambda one=one: one) for one in programs]
+        planned = memory_planner.largest(plans).total
+
         def run() -> dict[str, Any]:
             nonlocal state
             for batch in batches:
-                state, scalars = train_step(state, sharding.to_devices(batch, mesh), key)
+                state, scalars = parts.step(state, sharding.to_devices(batch, mesh), key)
+            loss = float(scalars["loss"])
             stats = jax.devices()[0].memory_stats() or {}
-            return {"loss": float(scalars["loss"]), "bytes": stats.get("peak_bytes_in_use", 0)}
+            return {
+                "loss": loss, "bytes": stats.get("peak_bytes_in_use", 0), "planned": planned,
+            }  # fmt: skip
 
         return run
 
     return prepared
 
 
-def on_gpu() -> bool:
-    """Whether JAX finds a GPU; a child process checks, so that this one holds no GPU memory."""
-    ask = "import jax; print(jax.default_backend())"
-    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
-    return found.stdout.strip() == "gpu"
-
-
 def main(argv: Sequence[str]) -> None:
-    """Prints texts per second, ratios, and on a GPU the fraction of its peak and peak memory."""
+    """Prints texts per second and ratios, and of an accelerator fraction of peak and memory."""
     del argv
     values = flags.FLAGS
     decoder = towers.about(values.tower)["model_type"] not in ("bert", "distilbert")
-    gpu = on_gpu()
+    device = platforms.describe().name
+    on_cpu = device == "cpu"
     settings = {
         "tower": values.tower,
         "data": values.data,
-        "batch": values.batch or (2048 if gpu else 8 if decoder else 128),
+        "batch": values.batch or (8 if on_cpu and decoder else 128 if on_cpu else 2048),
         "steps": values.steps or (1 if decoder else 4),
         "threads": values.threads,
         "rank": values.rank if decoder else 0,
-        "images": 3 if gpu else 0,
+        "images": 0 if on_cpu else 3,
         "chunk": values.chunk,
-        "device": "gpu" if gpu else "cpu",
+        "device": device,
     }
-    names = [name for name in PROGRAMS if not gpu or "all of" in name]
-    if values.baseline == "none":
-        names = [name for name in names if name.startswith("ours")]
+    names = [name for name in PROGRAMS if on_cpu or "all of" in name]
+    modules = ("torch", "transformers", *(("peft",) if decoder else ()))
+    names = platforms.measurable(names, device, values.baseline, modules)
     rounds = workers.compare(
         "vixml_jax.benchmarks.train_step",
         names,
@@ -307,12 +315,12 @@ def main(argv: Sequence[str]) -> None:
         ],
         settings,
         rounds=values.rounds,
-        texts=lambda about: 2 * settings["batch"] * settings["steps"],
+        texts=lambda about: about["texts"],
     )
-    if not gpu:
+    if on_cpu:
         print(
-            "no GPU here: measured on the CPU in float32; not measured: bfloat16, batches of "
-            "2,048 with images, fraction of a GPU's peak, GPU memory"
+            "no accelerator here: measured on the CPU in float32; not measured: bfloat16, batches "
+            "of 2,048 with images, fraction of a device's peak, device memory"
         )
         return
     for name, found in rounds.items():

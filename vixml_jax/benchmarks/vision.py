@@ -3,7 +3,7 @@
     python -m vixml_jax.benchmarks.vision --baseline=torch [--size=so400m]
 
 Random weights and pixels; programs take turns in one run on the same cores: float32 on a CPU,
-bfloat16 (torch with SDPA) on a GPU.
+bfloat16 (torch with SDPA) on an accelerator.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +13,14 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import command_line
-from vixml_jax.benchmarks import train_step
-from vixml_jax.benchmarks.support import workers
+from vixml_jax.benchmarks.support import platforms, workers
 
 PROGRAMS = ("ours", "torch")
 SIZES = {
+    "tiny": {
+        "image_size": 32, "patch_size": 8, "num_layers": 2, "width": 32, "num_heads": 4,
+        "mlp_width": 64,
+    },
     "base": {},
     "so400m": {
         "image_size": 384, "patch_size": 14, "num_layers": 27, "width": 1152, "num_heads": 16,
@@ -48,8 +51,8 @@ def _ours(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
     from vixml_jax.models.siglip import SiglipConfig, VisionTower
 
-    dtype = "bfloat16" if settings["device"] == "gpu" else "float32"
-    config = SiglipConfig(**SIZES[settings["size"]], dtype=dtype)
+    dtype = "float32" if settings["device"] == "cpu" else "bfloat16"
+    config = SiglipConfig(**SIZES[settings["tower"]], dtype=dtype)
     tower = VisionTower(config)
     pixels = pixels_of(settings, config.image_size)
 
@@ -76,7 +79,7 @@ def _torch(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     torch.manual_seed(0)
     gpu = settings["device"] == "gpu"
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    c = SiglipConfig(**SIZES[settings["size"]])
+    c = SiglipConfig(**SIZES[settings["tower"]])
     config = transformers.SiglipVisionConfig(
         image_size=c.image_size,
         patch_size=c.patch_size,
@@ -101,16 +104,16 @@ def main(argv: Sequence[str]) -> None:
     """Prints images per second, the ratio, and milliseconds per image."""
     del argv
     values = flags.FLAGS
-    gpu = train_step.on_gpu()
+    device = platforms.describe().name
     settings = {
-        "size": values.size,
-        "batch": values.batch or (128 if gpu else 2),
+        "tower": values.size,
+        "batch": values.batch or (2 if device == "cpu" else 128),
         "threads": values.threads,
-        "device": "gpu" if gpu else "cpu",
+        "device": device,
     }
     reports = workers.compare(
         "vixml_jax.benchmarks.vision",
-        PROGRAMS if values.baseline == "torch" else PROGRAMS[:1],
+        platforms.measurable(PROGRAMS, device, values.baseline),
         [("ours", "torch")],
         settings,
         rounds=values.rounds,
@@ -120,14 +123,16 @@ def main(argv: Sequence[str]) -> None:
     for name, rounds in reports.items():
         seconds = float(np.median([one["seconds"] for one in rounds]))
         print(f"{name}: {1000 * seconds / settings['batch']:.2f} ms per image")
-    if not gpu:
-        print("no GPU here: measured on the CPU in float32; not measured: bfloat16 on a GPU")
+    if device == "cpu":
+        print("no accelerator here: measured on the CPU in float32; not measured: bfloat16")
 
 
 def define_flags() -> None:
     """The flags of this benchmark."""
     flags.DEFINE_enum("baseline", "torch", ["torch", "none"], "Baseline to compare with.")
-    flags.DEFINE_enum("size", "so400m", list(SIZES), "so400m patch14 384, or base patch16 224.")
+    flags.DEFINE_enum(
+        "size", "so400m", list(SIZES), "so400m patch14 384, base patch16 224, or tiny, for tests."
+    )
     flags.DEFINE_integer("batch", 0, "Images per batch; 0: by device.", lower_bound=0)
     flags.DEFINE_integer("rounds", 5, "Rounds of each program.", lower_bound=1)
     flags.DEFINE_integer("threads", 1, "Cores of each program.", lower_bound=1)

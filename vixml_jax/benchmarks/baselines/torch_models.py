@@ -5,7 +5,7 @@ Written from the paper (arXiv 2511.13189, section 3 and supplement) with `transf
 a CPU; on a GPU in bfloat16 with SDPA, and decoders with gradient checkpointing.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ from jaxtyping import Bool, Float, Int
 
 from vixml_jax.data.packing import Layout
 
-# Token ids of items, and their image embeddings, if any.
-Side = tuple[list[Int[np.ndarray, " t"]], Float[np.ndarray, "b i v"] | None]
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -30,6 +28,29 @@ def pad(
         ids[i, : len(row)] = row[:length]
         mask[i, : len(row)] = 1
     return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+class Side(NamedTuple):
+    """The queries or the labels of a batch, padded.
+
+    Attributes:
+      ids: Token ids [b, t].
+      mask: 1 at tokens, 0 at padding [b, t].
+      images: Image embeddings [b, i, v], if any.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    images: torch.Tensor | None
+
+
+def side(
+    tokens: list[Int[np.ndarray, " t"]],
+    images: Float[np.ndarray, "b i v"] | None,
+    length: int | None,
+) -> Side:
+    """Items as `Program.step` takes them; arguments as `pad` and `Side` have them."""
+    return Side(*pad(tokens, length), None if images is None else torch.from_numpy(images))
 
 
 class Tower(torch.nn.Module):
@@ -120,12 +141,10 @@ class Program(torch.nn.Module):
         trained = [value for value in self.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=2e-5, eps=1e-6)
 
-    def _vectors(self, side: Side, length: int | None) -> torch.Tensor:
-        texts, images = side
-        item_images = None if images is None else torch.from_numpy(images)
+    def _vectors(self, side: Side) -> torch.Tensor:
         cuda = self.device == "cuda"
         with torch.autocast(self.device, torch.bfloat16, enabled=cuda):
-            return self.tower(*pad(texts, length), item_images).float()
+            return self.tower(*side).float()
 
     def step(
         self,
@@ -133,13 +152,12 @@ class Program(torch.nn.Module):
         labels: Side,
         label_ids: Int[np.ndarray, " c"],
         relevance: Bool[np.ndarray, "b c"],
-        length: int | None,
     ) -> float:
         """One update; returns the loss."""
         ids = torch.from_numpy(label_ids.astype(np.int64)).to(self.device)
         positive = torch.from_numpy(relevance).to(self.device)
-        q = F.normalize(self._vectors(queries, length), dim=-1)
-        u = self._vectors(labels, length)
+        q = F.normalize(self._vectors(queries), dim=-1)
+        u = self._vectors(labels)
         tokens = torch.stack([u, self.free(ids), self.centroids[ids]], dim=1)
         z = F.normalize(self.combiner(tokens).mean(dim=1), dim=-1)
         u = F.normalize(u, dim=-1)

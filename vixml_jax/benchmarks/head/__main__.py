@@ -10,7 +10,7 @@ vectors. They take turns, each in a process of its own, on one thread (--threads
 
 Memory is what a step needs beside parameters and moments, which it updates in place: the growth of
 the peak resident memory in its first step, in another process each, and what XLA allocates for the
-compiled step.
+compiled step. On an accelerator only time is measured.
 """
 
 import json
@@ -24,7 +24,7 @@ from absl import flags
 
 from vixml_jax import command_line
 from vixml_jax.benchmarks.head import steps
-from vixml_jax.benchmarks.support import workers
+from vixml_jax.benchmarks.support import platforms, workers
 
 _MODULE = "vixml_jax.benchmarks.head"
 _PROGRAMS = ("ours", "torch")
@@ -35,14 +35,17 @@ def main(argv: Sequence[str]) -> None:
     """Prints speed, ratios and memory for each number of labels."""
     del argv
     values = flags.FLAGS
-    programs = _PROGRAMS if values.torch else _PROGRAMS[:1]
+    device = platforms.describe().name
+    baseline = "torch" if values.torch else "none"
+    programs = platforms.measurable(_PROGRAMS, device, baseline, ("torch",))
     for labels in map(int, values.labels):
         settings = {
             "labels": labels, "width": values.width, "batch": values.batch, "loss": values.loss,
             "positives": values.positives, "block": values.block, "moments": values.moments,
-            "threads": values.threads, "steps": max(1, values.work // labels),
+            "threads": values.threads, "steps": max(1, values.work // labels), "device": device,
         }  # fmt: skip
-        found = {name: _memory(name, settings) for name in programs}
+        measured = programs if device == "cpu" else ()
+        found = {name: _memory(name, settings) for name in measured}
         reports = workers.compare(
             _MODULE,
             programs,
@@ -55,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         _print_quartiles(reports)
         for name, memory in found.items():
             print(f"{name:28s} {_described(memory)}")
-        if values.torch:
+        if "torch" in found:
             ratio = found["torch"]["step"] / found["ours"]["step"]
             print(f"memory of a step, torch : ours = {ratio:.1f}", flush=True)
 

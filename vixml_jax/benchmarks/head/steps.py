@@ -101,8 +101,10 @@ def pytorch(settings: dict[str, Any]) -> Program:
     from torch.nn import functional
 
     torch.set_num_threads(settings["threads"])
-    queries, labels, vectors = map(torch.from_numpy, data(settings))
-    params = [torch.nn.Parameter(vectors), torch.nn.Parameter(torch.zeros(settings["labels"]))]
+    device = "cuda" if settings["device"] == "gpu" else "cpu"
+    queries, labels, vectors = (torch.from_numpy(x).to(device) for x in data(settings))
+    zeros = torch.zeros(settings["labels"], device=device)
+    params = [torch.nn.Parameter(vectors), torch.nn.Parameter(zeros)]
     adam = torch.optim.Adam(params, lr=_RATE)
     scaled = 20.0 * queries
 
@@ -111,7 +113,8 @@ def pytorch(settings: dict[str, Any]) -> Program:
         return -log_probabilities.gather(1, labels).mean()
 
     def bce() -> torch.Tensor:
-        targets = torch.zeros(len(queries), settings["labels"]).scatter_(1, labels, 1.0)
+        targets = torch.zeros(len(queries), settings["labels"], device=device)
+        targets = targets.scatter_(1, labels, 1.0)
         logits = functional.linear(scaled, *params)
         total = functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         return total / labels.numel()

@@ -8,7 +8,6 @@ the process's peak resident memory is printed beside the plan.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import resource
@@ -18,29 +17,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import linen as nn
 
-from vixml_jax import command_line, frozen_weights, workdir
+from vixml_jax import command_line
 from vixml_jax.benchmarks import train_step
-from vixml_jax.config import BatchConfig, Config, LabelsConfig, LossConfig
+from vixml_jax.benchmarks.support import steps
+from vixml_jax.config import BatchConfig, Config, LabelsConfig
 from vixml_jax.models import published_towers as towers
 from vixml_jax.models.decoder import DecoderConfig
 from vixml_jax.parallel import sharding
 from vixml_jax.structs import Batch, PackedItems, Positives
-from vixml_jax.training import losses, optimizer
-from vixml_jax.training import train_state as state_lib
-from vixml_jax.training import train_step as train_step_lib
 from vixml_jax.training.memory_planner import GIB, MemoryPlan, plan_memory
 
 WIDTH = 128  # Positions of a row.
 NUM_LABELS = 65536
 
 
-def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, train_step_lib.TrainStep]:
-    """Model, optimizer, abstract state and step for one line of the table."""
+def build(settings: dict[str, Any]) -> steps.Parts:
+    """What one line of the table is about."""
     config = Config(
         labels=LabelsConfig(num_free=NUM_LABELS),
         batch=BatchConfig(microbatch_rows=settings["chunk"], row_width=WIDTH),
@@ -49,15 +44,14 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, train_step_lib.Train
     changes: dict[str, Any] = {"dtype": settings["dtype"], "scan": True, "remat": True}
     if isinstance(tower, DecoderConfig):
         changes["lora_rank"] = settings["rank"]
-    tower = dataclasses.replace(tower, **changes)
-    layout = train_step.layout_of(settings["tower"], 0)
-    model = workdir.build_model(config, tower, layout, NUM_LABELS, sharding.create_mesh())
-    tx = optimizer.make_optimizer(total_steps=10**6, **dataclasses.asdict(config.optimizer))
-    trained, frozen = frozen_weights.split(model.abstract_params, tower)
-    frozen = frozen_weights.as_stored(frozen, settings["dtype"])
-    like = state_lib.abstract_state(model, trained, frozen, tx, settings["batch"])
-    loss_fn = functools.partial(losses.total_loss, **dataclasses.asdict(LossConfig()))
-    return model, tx, like, train_step_lib.make_train_step(model, loss_fn, tx, like)
+    return steps.build(
+        config,
+        dataclasses.replace(tower, **changes),
+        train_step.layout_of(settings["tower"], 0),
+        num_queries=settings["batch"],
+        num_labels=NUM_LABELS,
+        mesh=sharding.create_mesh(),
+    )
 
 
 def random_batch(settings: dict[str, Any], shards: int) -> Batch:
@@ -87,28 +81,19 @@ def random_batch(settings: dict[str, Any], shards: int) -> Batch:
 
 def plan(settings: dict[str, Any]) -> MemoryPlan:
     """The memory plan of the compiled step."""
-    model, _, like, train = build(settings)
-    shards = sharding.num_row_shards(model.mesh)
-    batch = sharding.to_devices(random_batch(settings, shards), model.mesh)
-    return plan_memory(like, lambda: train.program(batch, jax.random.key(0)))
+    parts = build(settings)
+    mesh = parts.model.mesh
+    batch = sharding.to_devices(random_batch(settings, sharding.num_row_shards(mesh)), mesh)
+    return plan_memory(parts.like, lambda: parts.step.program(batch, jax.random.key(0)))
 
 
 def measure(settings: dict[str, Any]) -> int:
     """Growth of this process's peak resident memory when a step runs, in bytes."""
-    model, tx, like, train = build(settings)
-
-    def fresh(key: jax.Array) -> Any:
-        params = nn.unbox(model.init_params(key))
-        params, frozen = frozen_weights.split(params, model.tower.config)
-        frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(settings["dtype"])), frozen)
-        return sharding.pad((params, frozen), (like.params, like.frozen))
-
-    labels = model.table.init_state(np.zeros(NUM_LABELS, np.int32))
-    bank = state_lib.empty_bank(model, settings["batch"])
-    state = state_lib.place_state(like, *jax.jit(fresh)(jax.random.key(0)), tx, labels, bank)
-    shards = sharding.num_row_shards(model.mesh)
-    batch = sharding.to_devices(random_batch(settings, shards), model.mesh)
-    program = train.program(batch, jax.random.key(0))
+    parts = build(settings)
+    mesh = parts.model.mesh
+    state = steps.fresh_state(parts, jax.random.key(0))
+    batch = sharding.to_devices(random_batch(settings, sharding.num_row_shards(mesh)), mesh)
+    program = parts.step.program(batch, jax.random.key(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     state, scalars = program(state, batch, jax.random.key(0))
     if not np.isfinite(scalars["loss"]):

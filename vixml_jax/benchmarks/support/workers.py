@@ -36,6 +36,8 @@ class Worker:
                 **os.environ,
                 "VIXML_CORES": ",".join(map(str, cores)),
                 "OMP_NUM_THREADS": str(threads),
+                # On an accelerator all programs are in its memory at once.
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             },
         )
         self.pid = self._process.pid
