@@ -109,6 +109,7 @@ def test_mesh_axes_are_given_by_name(mesh, sizes):
     assert config.mesh_sizes(mesh) == expected
 
 
+@pytest.mark.eight_host_devices
 def test_mesh_for_another_number_of_devices_is_rejected():
     with pytest.raises(InputError) as error:
         workdir.make_mesh(config.Config(mesh="replica:3,tensor:2"))

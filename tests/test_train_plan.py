@@ -59,6 +59,7 @@ def totals(output):
     return sizes, float(step), *map(float, total.split(" of "))
 
 
+@pytest.mark.eight_host_devices
 def test_plan_is_that_of_train(data, tmp_path, capsys, monkeypatch):
     config = configuration(data, tmp_path / "run")
     planned = []

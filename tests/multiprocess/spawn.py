@@ -22,6 +22,7 @@ def start(module, arguments, *, num_processes, devices):
             text=True,
             env={
                 **os.environ,
+                "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             },
         )

@@ -70,7 +70,8 @@ def test_two_processes_stop_and_save_together(tmp_path):
         free_port.bind(("localhost", 0))
         address = f"localhost:{free_port.getsockname()[1]}"
     here = pathlib.Path(__file__).parent
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     env["PYTHONPATH"] = os.pathsep.join([str(here), *sys.path])
     script = str(here / "two_processes.py")
     started = [
