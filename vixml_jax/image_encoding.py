@@ -175,7 +175,7 @@ class ImageFinder:
             "reader": image_reader.VERSION,
         }
         store = EmbeddingStore(self._directory, width=config.width, about=about)
-        return VisionTower(config), params, processor, store
+        return VisionTower.on(jax.devices()[0], config), params, processor, store
 
     @property
     def used(self) -> bool:

@@ -17,6 +17,7 @@ from vixml_jax.data.store import Items
 from vixml_jax.labels.head import LabelHead
 from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.labels.table import LabelTable
+from vixml_jax.models import attention as attention_lib
 from vixml_jax.models.layers import unit
 from vixml_jax.models.tower import ShardLayout, Tower
 from vixml_jax.parallel import sharding
@@ -116,6 +117,19 @@ class Model:
         lengths = packing.item_lengths(items, width=self.row_width, layout=self.layout)
         return float(np.mean(lengths))
 
+    def attention(self, row_width: int, *, training: bool) -> attention_lib.Choice:
+        """The implementation of the tower's attention on this mesh.
+
+        Args:
+          row_width: Number of positions of a packed row.
+          training: Whether the program is a training step.
+        """
+        return attention_lib.choose(
+            self.tower.config.attention_needs(row_width, training=training),
+            self.mesh.devices.flat[0],
+            self.mesh.shape["tensor"],
+        )
+
     def tower_vectors(
         self,
         params: Any,
@@ -139,10 +153,11 @@ class Model:
         num_microbatches = 0
         if dropout is not None and self.microbatch_rows:
             num_microbatches = packed.tokens.shape[0] // devices // self.microbatch_rows
-        tower = sharding.unpad(params["tower"], self.abstract_params["tower"])
+        weights = sharding.unpad(params["tower"], self.abstract_params["tower"])
+        attention = self.attention(packed.tokens.shape[1], training=dropout is not None)
         with sharding.activation_sharding(self.mesh):
-            return self.tower.apply(
-                {"params": tower},
+            return self.tower.clone(attention=attention.implementation).apply(
+                {"params": weights},
                 packed,
                 num_items,
                 deterministic=dropout is None,

@@ -177,20 +177,6 @@ def test_dropout_rate_and_independence(rate, width):
             np.testing.assert_allclose(both, rate**2, atol=5 * rate / a.size**0.5)
 
 
-def test_attention_matches_numpy():
-    rng = np.random.default_rng(0)
-    q, k, v = rng.normal(size=(3, 2, 5, 3, 4)).astype(np.float32)  # [p, s, h, a] each.
-    mask = rng.random((2, 5, 5)) < 0.5
-    mask[0, 2] = False
-    scores = np.einsum("psha,ptha->phst", q, k, dtype=np.float64) / 2
-    scores = np.where(mask[:, None], scores, -1e30)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    expected = np.einsum("phst,ptha->psha", weights, v)
-    np.testing.assert_allclose(layers.attend(q, k, v, mask), expected, atol=1e-6)
-    np.testing.assert_allclose(expected[0, 2], v[0].mean(0), atol=1e-6)
-
-
 def test_gelu_and_its_derivative_are_exact():
     x = jnp.linspace(-8, 8, 2001)
     exact = torch.tensor(np.asarray(x), dtype=torch.float64, requires_grad=True)

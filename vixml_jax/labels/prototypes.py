@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vixml_jax.models import layers
+from vixml_jax.models import attention, layers
 
 
 class Combiner(nn.Module):
@@ -66,7 +66,7 @@ class Combiner(nn.Module):
             layers.Einsum("cse,eha->csha", sizes, xavier, name=name)(x)
             for name in ("query", "key", "value")
         )
-        y = layers.attend(q, k, v, None, rate=self.dropout, key=keys[0])
+        y = attention.attend(q, k, v, None, rate=self.dropout, key=keys[0])
         y = layers.Einsum("csha,hae->cse", sizes, narrow, name="out")(y)
         x = layers.LayerNorm("e", 1e-5, name="attention_norm")(
             x + layers.dropout(y, self.dropout, keys[1])

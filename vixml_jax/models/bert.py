@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from vixml_jax.models import attention as attention_lib
 from vixml_jax.models import layers
 from vixml_jax.parallel import axis_names
 
@@ -34,7 +35,8 @@ class BertConfig:
         model has none (DistilBERT, MPNet).
       distance_buckets: Number of attention biases by distance, which all layers share; 0: none.
       dropout: Dropout rate of the embeddings and of both branches of each block, in training.
-      attention_dropout: Dropout rate of the attention weights, in training.
+      attention_dropout: Probability with which a key is hidden from a position, in training; see
+        `attention.hide_keys`.
       layer_norm_eps: Added to variances.
       initializer_range: Standard deviation of freshly initialised weights.
       pooling: How the states of an item become its vector; see `layers.pooling_weights`.
@@ -79,6 +81,21 @@ class BertConfig:
         return {"d": self.width, "m": self.mlp_width, "h": heads, "a": head_width,
                 "w": self.vocab_size, "v": self.image_width}  # fmt: skip
 
+    def attention_needs(self, row_width: int, *, training: bool) -> attention_lib.Needs:
+        """What the tower asks of its attention.
+
+        Args:
+          row_width: Number of positions of a row.
+          training: Whether weights are dropped out.
+        """
+        beyond = "biases by distance" if self.distance_buckets else ""
+        if training and self.attention_dropout:
+            beyond = "dropout"
+        heads, head_width = self.num_heads, self.width // self.num_heads
+        return attention_lib.Needs(
+            self.dtype, row_width, heads, heads, head_width, beyond_items=beyond
+        )
+
     def einsum(self, equation: str, name: str) -> layers.Einsum:
         """A contraction whose weights are initialised as BERT's are."""
         normal = nn.initializers.normal(self.initializer_range)
@@ -113,12 +130,13 @@ class Block(nn.Module):
     """Self-attention and a feed-forward layer, each normalised after its residual sum."""
 
     config: BertConfig
+    attention: str
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "p s d"],
-        mask: Bool[Array, "p s s"],
+        allowed: Bool[Array, "p s s"] | Int[Array, "p s"],
         bias: Float[Array, "p h s s"] | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "p s d"], None]:
@@ -127,7 +145,8 @@ class Block(nn.Module):
         q = c.einsum("psd,dha->psha", "query")(x)
         k = c.einsum("psd,dha->psha", "key")(x)
         v = c.einsum("psd,dha->psha", "value")(x)
-        y = layers.attend(q, k, v, mask, bias=bias, rate=c.attention_dropout, key=keys[0])
+        allowed = attention_lib.hide_keys(allowed, c.attention_dropout, keys[0])
+        y = attention_lib.attend(q, k, v, allowed, bias=bias, implementation=self.attention)
         y = c.einsum("psha,had->psd", "out")(y)
         x = c.norm("attention_norm")(x + layers.dropout(y, c.dropout, keys[1]))
         y = layers.gelu(c.einsum("psd,dm->psm", "up")(x))
@@ -141,9 +160,14 @@ class Encoder(nn.Module):
 
     Adds position embeddings and token type 0, normalises, and runs the blocks. The parameters of
     the blocks are stacked, `[layers, ...]`, whether or not the blocks are scanned.
+
+    Attributes:
+      config: Sizes and computation settings.
+      attention: Implementation of the attention.
     """
 
     config: BertConfig
+    attention: str = attention_lib.XLA
 
     @nn.compact
     def __call__(
@@ -174,9 +198,9 @@ class Encoder(nn.Module):
             x = layers.dropout(x, c.dropout, first)
             keys = jax.random.split(rest, c.num_layers)
         x = layers.constrain(x.astype(c.dtype), "psd")
-        mask = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, None, :]
+        allowed = attention_lib.within_items(segments, self.attention)
         bias = self._distance_bias(positions) if c.distance_buckets else None
-        return layers.run_blocks(self, Block, c, x, (mask, bias), keys)
+        return layers.run_blocks(self, Block, x, (allowed, bias), keys)
 
     def _distance_bias(self, positions: Int[Array, "p s"]) -> Float[Array, "p h s s"]:
         """What is added to the attention scores of each pair of positions, by their distance."""

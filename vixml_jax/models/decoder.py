@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from vixml_jax.models import attention as attention_lib
 from vixml_jax.models import layers
 
 LORA_MAPS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -145,6 +146,28 @@ class DecoderConfig:
         """Factor applied to the output of an adapter."""
         return self.lora_alpha / math.sqrt(self.lora_rank)
 
+    def attention_needs(self, row_width: int, *, training: bool) -> attention_lib.Needs:
+        """What the tower asks of its attention.
+
+        Args:
+          row_width: Number of positions of a row.
+          training: Ignored, because these towers are trained without dropout.
+        """
+        del training
+        return attention_lib.Needs(
+            self.dtype,
+            row_width,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_width,
+            causal=self.causal,
+            beyond_items="sliding windows" if self.slides_within(row_width) else "",
+        )
+
+    def slides_within(self, row_width: int) -> bool:
+        """Whether sliding windows leave out keys of rows of a width."""
+        return bool(self.slides.any()) and row_width > self.window
+
     def einsum(self, equation: str, name: str, *, bias: bool = False) -> layers.Einsum:
         """A contraction, with an adapter if `lora_maps` names it."""
         adapted = self.lora_rank and name in self.lora_maps
@@ -174,6 +197,7 @@ class Block(nn.Module):
     """Grouped-query attention and a gated feed-forward layer, each with a norm in front."""
 
     config: DecoderConfig
+    attention: str
 
     @nn.compact
     def __call__(
@@ -191,7 +215,7 @@ class Block(nn.Module):
           slides: Whether this block has sliding-window attention.
         """
         c = self.config
-        mask, cos, sin = (
+        allowed, cos, sin = (
             views[0]
             if len(views) == 1
             else tuple(jnp.where(slides, local, full) for full, local in zip(*views, strict=True))
@@ -203,7 +227,15 @@ class Block(nn.Module):
         if c.qk_norm:
             q, k = c.norm("query_norm", "a")(q), c.norm("key_norm", "a")(k)
         q, k = layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
-        y = layers.attend_grouped(q, k, v, mask, scale=c.attention_scale or c.head_width**-0.5)
+        y = attention_lib.attend(
+            q,
+            k,
+            v,
+            allowed,
+            scale=c.attention_scale or None,
+            implementation=self.attention,
+            causal=c.causal,
+        )
         y = c.einsum("psha,had->psd", "out")(y)
         if c.post_norms:
             y = c.norm("attention_post_norm")(y)
@@ -221,9 +253,14 @@ class Decoder(nn.Module):
 
     The parameters of the blocks are stacked, `[layers, ...]`, whether or not the blocks are
     scanned.
+
+    Attributes:
+      config: Sizes and computation settings.
+      attention: Implementation of the attention.
     """
 
     config: DecoderConfig
+    attention: str = attention_lib.XLA
 
     @nn.compact
     def __call__(
@@ -244,16 +281,15 @@ class Decoder(nn.Module):
         """
         del deterministic
         c = self.config
-        column = jnp.arange(x.shape[1])
-        distance = column[:, None] - column[None, :]  # From each query back to each key.
-        mask = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, None, :]
-        if c.causal:
-            mask &= distance >= 0
-        views = [(mask, *layers.rope_angles(positions, c.rope.frequencies(c.head_width)))]
+        allowed = attention_lib.within_items(segments, self.attention, causal=c.causal)
+        views = [(allowed, *layers.rope_angles(positions, c.rope.frequencies(c.head_width)))]
         if c.slides.any():
-            local_mask = mask & (jnp.abs(distance) < c.window)
+            local = allowed
+            if c.slides_within(x.shape[1]):
+                column = jnp.arange(x.shape[1])
+                local &= jnp.abs(column[:, None] - column[None, :]) < c.window
             local_frequencies = c.local_rope.frequencies(c.head_width)
-            views.append((local_mask, *layers.rope_angles(positions, local_frequencies)))
+            views.append((local, *layers.rope_angles(positions, local_frequencies)))
         x = layers.constrain(x.astype(c.dtype), "psd")
-        x = layers.run_blocks(self, Block, c, x, (tuple(views),), c.slides)
+        x = layers.run_blocks(self, Block, x, (tuple(views),), c.slides)
         return c.norm("final_norm")(x)

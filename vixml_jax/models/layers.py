@@ -1,4 +1,4 @@
-"""Layers shared by the towers: contractions, norms, dropout, attention, lookup, pooling."""
+"""Layers shared by the towers: contractions, norms, dropout, lookup, pooling, stacks of blocks."""
 
 import math
 import operator
@@ -177,75 +177,24 @@ def rotate(
     return rotated.astype(x.dtype)
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
-    """Zeroes entries with probability `rate` and scales up the others; identity without a key.
+def kept(key: Key[Array, ""], shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
+    """Which entries dropout leaves: each is drawn on its own, and false with probability `rate`.
 
     The rate is rounded to a multiple of 1/65536: one 32-bit random number decides on two entries,
     because drawing random numbers is most of the cost of dropout on a CPU.
     """
+    size = shape[-1]
+    bits = jax.random.bits(key, (*shape[:-1], (size + 1) // 2), jnp.uint32)
+    bits = jnp.concatenate([bits >> 16, bits & 0xFFFF], axis=-1)[..., :size]
+    return bits >= round(rate * 65536)
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
+    """Zeroes entries with probability `rate` and scales up the others; identity without a key."""
     if key is None or rate == 0.0:
         return x
-    size, threshold = x.shape[-1], round(rate * 65536)
-    bits = jax.random.bits(key, (*x.shape[:-1], (size + 1) // 2), jnp.uint32)
-    bits = jnp.concatenate([bits >> 16, bits & 0xFFFF], axis=-1)[..., :size]
-    return jnp.where(bits >= threshold, x * (65536 / (65536 - threshold)), 0.0)
-
-
-def attend(
-    q: Float[Array, "p s h a"],
-    k: Float[Array, "p t h a"],
-    v: Float[Array, "p t h a"],
-    mask: Bool[Array, "p s t"] | None,
-    *,
-    bias: Float[Array, "p h s t"] | None = None,
-    rate: float = 0.0,
-    key: Key[Array, ""] | None = None,
-) -> Float[Array, "p s h a"]:
-    """Scaled dot-product attention with softmax in float32.
-
-    A position whose keys are all masked attends to all keys evenly.
-
-    Args:
-      q: Queries.
-      k: Keys.
-      v: Values.
-      mask: Which keys each position may attend to; None for all.
-      bias: Added to the scaled scores; None for nothing.
-      rate: Dropout rate of the attention weights.
-      key: Random key of the dropout; None for no dropout.
-    """
-    scores = jnp.einsum("psha,ptha->phst", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (q.shape[-1] ** -0.5)
-    if bias is not None:
-        scores = scores + bias
-    if mask is not None:
-        scores = jnp.where(mask[:, None], scores, -1e30)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1)  # [p, h, s]
-    weights = dropout(weights, rate, key).astype(v.dtype)
-    y = jnp.einsum("phst,ptha->psha", weights, v, preferred_element_type=jnp.float32)
-    # Normalised after the sum over keys, which saves a pass over [s, t] in both directions.
-    return (y / total.transpose(0, 2, 1)[..., None]).astype(v.dtype)
-
-
-def attend_grouped(
-    q: Float[Array, "p s h a"],
-    k: Float[Array, "p t g a"],
-    v: Float[Array, "p t g a"],
-    mask: Bool[Array, "p s t"] | None,
-    *,
-    scale: float,
-) -> Float[Array, "p s h a"]:
-    """Grouped-query attention: equal groups of query heads share a key head, without copies.
-
-    Uses cuDNN on a GPU in half precision. Without a mask every position attends to all keys.
-    """
-    heads = None if mask is None else mask[:, None]
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    cudnn = jax.default_backend() == "gpu" and half
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=heads, scale=scale, implementation="cudnn" if cudnn else "xla"
-    )
+    scale = 65536 / (65536 - round(rate * 65536))
+    return jnp.where(kept(key, x.shape, rate), x * scale, 0.0)
 
 
 def look_up(table: Float[Array, "w d"], ids: Int[Array, "p s"]) -> Float[Array, "p s d"]:
@@ -348,24 +297,24 @@ def last_of_segments(segments: Int[Array, "p s"]) -> Int[Array, "p s"]:
 def run_blocks(
     module: nn.Module,
     block: type[nn.Module],
-    config: Any,
     x: Float[Array, "p s d"],
     shared: tuple[Any, ...],
     each: Any,
 ) -> Float[Array, "p s d"]:
-    """Applies `config.num_layers` blocks in turn, as submodule "blocks" of `module`.
+    """Applies `num_layers` blocks in turn, as submodule "blocks" of `module`.
 
     The parameters are stacked, `[layers, ...]`, whether the blocks are scanned (`config.scan`) or
     unrolled.
 
     Args:
-      module: The calling module, inside its compact method.
-      block: Module class; `block(config)` maps (x, *shared, each[i]) to (x, None).
-      config: Has `num_layers`, `scan` and `remat`.
+      module: The calling module, inside its compact method. Its `config` has `num_layers`, `scan`
+        and `remat`; `attention` is the implementation of its attention.
+      block: Module class; `block(config, attention)` maps (x, *shared, each[i]) to (x, None).
       x: Input of the first block.
       shared: Arguments passed to every block.
       each: Argument that differs by block: arrays of leading size `num_layers`; None for none.
     """
+    config, attention = module.config, module.attention
     if config.scan or module.is_initializing():
         stack = nn.scan(
             nn.remat(block, prevent_cse=False) if config.remat else block,
@@ -375,9 +324,9 @@ def run_blocks(
             in_axes=(*(nn.broadcast for _ in shared), 0),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return stack(config, name="blocks")(x, *shared, each)[0]
+        return stack(config, attention, name="blocks")(x, *shared, each)[0]
 
-    unbound = block(config, parent=None)
+    unbound = block(config, attention, parent=None)
 
     def run(weights: dict, x: Array, argument: Any) -> Array:
         return unbound.apply({"params": weights}, x, *shared, argument)[0]

@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from vixml_jax.models import attention as attention_lib
 from vixml_jax.models import layers
 from vixml_jax.models.decoder import Rope
 
@@ -29,7 +30,8 @@ class ModernBertConfig:
       local_rope: Rotary embeddings of layers with local attention.
       max_positions: Context length of the pretraining; used in checks only.
       dropout: Dropout rate of the embeddings and within the feed-forward layer, in training.
-      attention_dropout: Dropout rate of the attention weights and of their output, in training.
+      attention_dropout: Probability with which a key is hidden from a position, in training (see
+        `attention.hide_keys`), and dropout rate of the output of the attention.
       norm_eps: Added to variances.
       window: Positions attend to those at a smaller distance, in layers with local attention.
       global_every: Every layer whose number (from 0) is a multiple of this has full attention.
@@ -83,6 +85,21 @@ class ModernBertConfig:
         """Which layers have local attention."""
         return np.arange(self.num_layers) % self.global_every != 0
 
+    def attention_needs(self, row_width: int, *, training: bool) -> attention_lib.Needs:
+        """What the tower asks of its attention.
+
+        Args:
+          row_width: Number of positions of a row.
+          training: Whether weights are dropped out.
+        """
+        beyond = "local layers" if self.slides.any() else ""
+        if training and self.attention_dropout:
+            beyond = "dropout"
+        heads = self.num_heads
+        return attention_lib.Needs(
+            self.dtype, row_width, heads, heads, self.head_width, beyond_items=beyond
+        )
+
     def einsum(self, equation: str, name: str) -> layers.Einsum:
         """A contraction without a bias."""
         normal = nn.initializers.normal(self.initializer_range)
@@ -103,6 +120,7 @@ class Block(nn.Module):
     """
 
     config: ModernBertConfig
+    attention: str
 
     @nn.compact
     def __call__(
@@ -122,12 +140,13 @@ class Block(nn.Module):
         c = self.config
         first, local, key = kind
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        mask, cos, sin = (jnp.where(local, a, b) for b, a in zip(*views, strict=True))
+        allowed, cos, sin = (jnp.where(local, a, b) for b, a in zip(*views, strict=True))
         y = jnp.where(first, x, c.norm("attention_norm")(x))
         qkv = c.einsum("psd,djha->psjha", "query_key_value")(y)
         q, k, v = (qkv[:, :, j] for j in range(3))
         q, k = layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
-        y = layers.attend(q, k, v, mask, rate=c.attention_dropout, key=keys[0])
+        allowed = attention_lib.hide_keys(allowed, c.attention_dropout, keys[0])
+        y = attention_lib.attend(q, k, v, allowed, implementation=self.attention)
         y = c.einsum("psha,had->psd", "out")(y)
         x = x + layers.dropout(y, c.attention_dropout, keys[1])
         up = c.einsum("psd,dum->psum", "up")(c.norm("mlp_norm")(x))
@@ -140,9 +159,14 @@ class ModernEncoder(nn.Module):
 
     The parameters of the blocks are stacked, `[layers, ...]`, whether or not the blocks are
     scanned.
+
+    Attributes:
+      config: Sizes and computation settings.
+      attention: Implementation of the attention.
     """
 
     config: ModernBertConfig
+    attention: str = attention_lib.XLA
 
     @nn.compact
     def __call__(
@@ -169,12 +193,13 @@ class ModernEncoder(nn.Module):
             x = layers.dropout(x, c.dropout, first)
             keys = jax.random.split(rest, c.num_layers)
         x = layers.constrain(x.astype(c.dtype), "psd")
-        mask = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, None, :]
-        near = jnp.abs(positions[:, :, None] - positions[:, None, :]) < c.window
+        allowed = local = attention_lib.within_items(segments, self.attention)
+        if c.slides.any():
+            local &= jnp.abs(positions[:, :, None] - positions[:, None, :]) < c.window
         views = tuple(
-            (allowed, *layers.rope_angles(positions, rope.frequencies(c.head_width)))
-            for allowed, rope in ((mask, c.rope), (mask & near, c.local_rope))
+            (keys_of, *layers.rope_angles(positions, rope.frequencies(c.head_width)))
+            for keys_of, rope in ((allowed, c.rope), (local, c.local_rope))
         )
         kinds = (np.arange(c.num_layers) == 0, c.slides, keys)
-        x = layers.run_blocks(self, Block, c, x, (views,), kinds)
+        x = layers.run_blocks(self, Block, x, (views,), kinds)
         return c.norm("final_norm")(x)

@@ -5,10 +5,12 @@ Sources: arXiv 2303.15343, arXiv 2502.14786 and `transformers`' SiglipVisionMode
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vixml_jax.models import attention as attention_lib
 from vixml_jax.models import layers
 from vixml_jax.parallel import axis_names
 
@@ -57,6 +59,14 @@ class SiglipConfig:
                 "a": self.width // self.num_heads, "s": self.num_patches, "j": 3,
                 "y": self.patch_size, "x": self.patch_size, "z": 3}  # fmt: skip
 
+    @property
+    def attention_needs(self) -> attention_lib.Needs:
+        """What the tower asks of the attention of its blocks."""
+        heads, head_width = self.num_heads, self.width // self.num_heads
+        return attention_lib.Needs(
+            self.dtype, self.num_patches, heads, heads, head_width, packed=False
+        )
+
     def einsum(self, equation: str, name: str) -> layers.Einsum:
         """A contraction with normally distributed initial weights."""
         init = nn.initializers.normal(0.02)
@@ -83,6 +93,7 @@ class Block(nn.Module):
     """Self-attention and a feed-forward layer, each with a norm in front."""
 
     config: SiglipConfig
+    attention: str
 
     @nn.compact
     def __call__(
@@ -91,7 +102,7 @@ class Block(nn.Module):
         c = self.config
         y = c.norm("attention_norm")(x)
         q, k, v = (c.einsum("isd,dha->isha", name)(y) for name in ("query", "key", "value"))
-        y = layers.attend_grouped(q, k, v, None, scale=q.shape[-1] ** -0.5)
+        y = attention_lib.attend(q, k, v, None, implementation=self.attention)
         x = x + c.einsum("isha,had->isd", "out")(y)
         x = x + Mlp(c, name="mlp")(c.norm("mlp_norm")(x))
         return layers.constrain(x, "isd"), None
@@ -110,15 +121,26 @@ class Pool(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(probe, (x.shape[0], 1, c.width)), x], axis=1)
         qkv = c.einsum("isd,djha->isjha", "query_key_value")(x)
         q, k, v = qkv[:, :1, 0], qkv[:, 1:, 1], qkv[:, 1:, 2]
-        y = layers.attend_grouped(q, k, v, None, scale=q.shape[-1] ** -0.5)
+        y = attention_lib.attend(q, k, v, None)
         y = c.einsum("isha,had->isd", "out")(y)
         return (y + Mlp(c, name="mlp")(c.norm("norm")(y)))[:, 0]
 
 
 class VisionTower(nn.Module):
-    """Maps pixels to the vectors of `get_image_features`, which are not normalised."""
+    """Maps pixels to the vectors of `get_image_features`, which are not normalised.
+
+    Attributes:
+      config: Sizes and computation settings.
+      attention: Implementation of the attention of the blocks.
+    """
 
     config: SiglipConfig
+    attention: str = attention_lib.XLA
+
+    @classmethod
+    def on(cls, device: jax.Device, config: SiglipConfig) -> "VisionTower":
+        """A tower for programs on one device."""
+        return cls(config, attention_lib.choose(config.attention_needs, device).implementation)
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "i height width z"]) -> Float[Array, "i d"]:
@@ -131,5 +153,5 @@ class VisionTower(nn.Module):
         x = c.einsum("isyxz,yxzd->isd", "patches")(x)
         boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), axis_names.logical("sd"))
         x = x + self.param("positions", boxed, (c.num_patches, c.width)).astype(c.dtype)
-        x = layers.run_blocks(self, Block, c, x, (), None)
+        x = layers.run_blocks(self, Block, x, (), None)
         return Pool(c, name="pool")(c.norm("final_norm")(x)).astype(jnp.float32)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from vixml_jax.models import attention as attention_lib
 from vixml_jax.models import layers
 from vixml_jax.models.bert import BertConfig, Encoder
 from vixml_jax.models.decoder import Decoder, DecoderConfig
@@ -49,9 +50,11 @@ class Tower(nn.Module):
 
     Attributes:
       config: Sizes and computation settings.
+      attention: Implementation of the attention; see `attention.choose`.
     """
 
     config: TowerConfig
+    attention: str = attention_lib.XLA
 
     @nn.compact
     def __call__(
@@ -125,7 +128,7 @@ class Tower(nn.Module):
             image_at=_local_ids(rows.image_at, images.shape[0], 1),
         )
         if not num_microbatches or self.is_initializing():
-            total, count = pooled(rows, ENCODERS[type(c)](c, name="encoder"))
+            total, count = pooled(rows, ENCODERS[type(c)](c, self.attention, name="encoder"))
         else:
             total, count = self._in_microbatches(
                 rows, num_microbatches, pooled, num_items, deterministic
@@ -147,7 +150,7 @@ class Tower(nn.Module):
         rows = jax.tree.map(
             lambda x: x.reshape(devices, num_microbatches, -1, width).swapaxes(0, 1), rows
         )
-        encoder = ENCODERS[type(c)](c, parent=None)
+        encoder = ENCODERS[type(c)](c, self.attention, parent=None)
         weights = nn.unbox(self.variables["params"]["encoder"])
         keys = None
         if not deterministic:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from vixml_jax import frozen_weights, workdir
 from vixml_jax.config import Config
 from vixml_jax.data.store import PreparedDataset
+from vixml_jax.modeling import Model
 from vixml_jax.parallel import sharding
 from vixml_jax.runtime import console
 from vixml_jax.training import memory_planner
@@ -99,6 +100,16 @@ def show_setup(
         f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {spell(mesh)}, batches "
         f"of {size:,} queries{packed}"
     )
+    if mesh.devices.flat[0].platform != "cpu":  # Where there is no other attention than XLA's.
+        console.status(attention(parts.model))
+
+
+def attention(model: Model) -> str:
+    """Returns a line about what computes the tower's attention, and why no fused kernel does."""
+    training, encoding = (model.attention(model.row_width, training=x) for x in (True, False))
+    if training == encoding:
+        return f"attention: {training}"
+    return f"attention: {training} in training, {encoding} in encoding"
 
 
 def _head(config: Config, parts: Parts, sizes: DataSizes) -> str:
