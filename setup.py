@@ -57,6 +57,12 @@ setuptools.setup(
             "torch==2.13.0",
         ],
         "gpu": ["jax[cuda12]>=0.10.0"],
+        # The compiler for GPUs alone, to plan runs on a machine without one.
+        "gpu-plan": [
+            "jax-cuda12-pjrt>=0.10.0",
+            "jax-cuda12-plugin>=0.10.0",
+            "nvidia-cudnn-cu12>=9.8,<10",
+        ],
         "tpu": ["jax[tpu]>=0.10.0"],
     },
 )

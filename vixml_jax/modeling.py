@@ -298,6 +298,10 @@ class Model:
         """Unit vectors of packed items; compiled once per shape."""
         return self._encode_block(params, packed, num_items)
 
+    def trace_encoding(self, params: Any, packed: PackedItems, num_items: int) -> jax.stages.Traced:
+        """The program of `encode_packed`, from shapes and shardings alone; not compiled."""
+        return self._encode_block.trace(params, packed, num_items)
+
     def new_prototypes(
         self,
         params: Any,

@@ -24,7 +24,7 @@ from vixml_jax.data import preprocessing
 from vixml_jax.data.on_demand import NotPreparedError
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
-from vixml_jax.parallel import accelerators, distributed
+from vixml_jax.parallel import absent_devices, accelerators, distributed
 from vixml_jax.runtime import compilation_cache, console, flag_fields, host_memory, tree_utils
 from vixml_jax.serving import artifacts
 from vixml_jax.storage import locks, object_store
@@ -43,8 +43,8 @@ from vixml_jax.training import trainer as trainer_lib
 from vixml_jax.training.checkpoints import Checkpoints, nbytes
 from vixml_jax.training.describe import final_model as describe_final_model
 from vixml_jax.training.epoch_loop import Position
-from vixml_jax.training.memory_planner import DataSizes
 from vixml_jax.training.metric_logger import CollapseGuard, MetricLogger
+from vixml_jax.training.planning import plan as planning
 from vixml_jax.training.preemption import StopSignal
 
 COMMON_FLAGS = (
@@ -87,81 +87,25 @@ def _open_data(config: Config, cache: str) -> PreparedDataset:
 def plan(
     config: Config, *, devices: str = "", sizes: str = "", data_cache: str = object_store.CACHE
 ) -> None:
-    """Prints the memory that a run needs per device.
+    """Prints the memory that a run needs per device, and the work and least time of its programs.
 
     Nothing is allocated on devices or written. Of a pretrained tower only its config.json is read.
 
     Args:
       config: Flags of the run.
-      devices: TPU slice to plan for, such as "v5e:16x16", which need not exist here; empty: the
-        devices of this machine.
+      devices: Devices to plan for, such as "v5e:16x16" or "h100:8", which need not exist here;
+        empty: the devices of this machine.
       sizes: "queries:N,labels:N" in place of the sizes of the data. Items are then assumed to have
         the `--max_tokens` of the prepared data.
       data_cache: Local directory for copies of data from an object store.
 
     Raises:
-      InputError: If the run does not fit, or there is no such slice.
+      InputError: If the run does not fit, or there are no such devices.
     """
-    mesh = workdir.make_mesh(config, memory_planner.slice_of(devices) if devices else None)
+    mesh = workdir.make_mesh(config, absent_devices.find(devices) if devices else None)
     with tempfile.TemporaryDirectory() as scratch:  # Built-in data are prepared here.
         dataset = _open_data(dataclasses.replace(config, workdir=scratch), data_cache)
-        config = checks.with_metrics(config, dataset)
-        tower, layout = build.make_tower(config, dataset)
-        planned_sizes = DataSizes.parse(sizes, build.sizes_of(dataset))
-        config = workdir.with_head_loss(config, *planned_sizes.density)
-        config = build.fit_batch(config, planned_sizes)
-        parts = build.assemble(config, tower, layout, planned_sizes, mesh)
-        lengths = [float(build.longest_item(layout, dataset))] * 2
-        if not sizes:
-            lengths = [parts.model.mean_length(side) for side in (dataset.train, dataset.labels)]
-        has_images = [side.images is not None for side in (dataset.train, dataset.labels)]
-        batch, key = memory_planner.abstract_batch(
-            parts.model,
-            config.batch.size,
-            sum(lengths),
-            has_images=has_images,
-            width=dataset.image_width,
-            labels_per_query=planned_sizes.labels_per_query,
-        )
-    kind = mesh.devices.flat[0].device_kind
-    chip = accelerators.find(kind)
-    published = ""
-    if chip:
-        published = f" ({chip.memory / 2**30:.0f} GiB, {chip.peak_flops / 1e12:.0f} TFLOP/s each)"
-    shape = f"a batch of {config.head.batch_size}"
-    if not config.head.only:
-        rows, width = batch.items.tokens.shape
-        shape = f"a batch of {config.batch.size} in {rows} rows of {width}"
-    print(
-        f"plan: {mesh.size} x {kind}{published}, --mesh={describe.spell(mesh)}; "
-        f"{planned_sizes.queries} queries, {planned_sizes.labels} labels; {shape}"
-    )
-    describe.show_arrays(parts, planned_sizes, print)
-    start = time.perf_counter()
-    plans = []
-    if not config.head.only:
-        plans.append(memory_planner.plan_memory(parts.like, lambda: parts.step.program(batch, key)))
-    if parts.head is not None:
-        head_batch, key = memory_planner.abstract_head_batch(
-            parts.model, config.head.batch_size, planned_sizes.labels_per_query
-        )
-        plans.append(
-            memory_planner.plan_memory(
-                parts.head.like,
-                lambda: parts.head.step.program(head_batch, key),
-                head_trainer.own_state(parts.head.like),
-            )
-        )
-    planned = memory_planner.with_process(
-        memory_planner.largest(plans),
-        parts.like,
-        memory_planner.evaluation_bytes(
-            parts.model, max(lengths), block=config.eval.block, labels=planned_sizes.labels
-        ),
-    )
-    planned.check()
-    print(planned)
-    print(f"compiled in {time.perf_counter() - start:.0f} s; the run fits")
+        planning.show(config, dataset, mesh, sizes)
 
 
 def _tower_trainer(
@@ -470,14 +414,14 @@ def define_flags() -> None:
     flags.DEFINE_boolean(
         "plan",
         False,
-        "Print the memory of large arrays per device, and stop. Nothing is allocated; the training "
-        "step is compiled. The status is 2 if the run does not fit.",
+        "Print the memory of large arrays per device and the least time of a step, and stop. "
+        "Nothing is allocated; the programs are compiled. The status is 2 if the run does not fit.",
     )
     flags.DEFINE_string(
         "plan_devices",
         "",
-        "TPU slice to plan for, such as v5e:16x16; it need not exist. Empty: the devices of this "
-        "machine.",
+        "Devices to plan for, which need not exist: a TPU slice such as v5e:16x16, or GPUs of one "
+        "machine such as h100:8. Empty: the devices of this machine.",
     )
     flags.DEFINE_string(
         "plan_size",

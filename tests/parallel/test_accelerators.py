@@ -1,11 +1,12 @@
 """The table of accelerators: device kinds of JAX, and consistency of the figures."""
 
+import sys
 import types
 
 import pytest
-from jax.experimental import topologies
 
-from vixml_jax.parallel import accelerators
+from vixml_jax.errors import InputError
+from vixml_jax.parallel import absent_devices, accelerators
 
 
 def kinds(*names):
@@ -13,18 +14,61 @@ def kinds(*names):
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_tpu_names_are_device_kinds_of_jax(name, monkeypatch):
+def test_tpu_names_are_device_kinds_of_jax(name):
     pytest.importorskip("libtpu")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    device = topologies.get_topology_desc(name, platform="tpu").devices[0]
-    assert f"/{name.split(':')[0]}" in accelerators.find(device.device_kind).source
+    device = absent_devices.find(name)[0]
+    kind = accelerators.TPUS[name.split(":")[0]][0]
+    assert device.device_kind == kind and device.platform == "tpu"
+    assert f"/{name.split(':')[0]}" in accelerators.find(kind).source
+
+
+@pytest.mark.parametrize("name", accelerators.GPUS)
+def test_absent_gpus_are_those_of_the_table(name):
+    pytest.importorskip("jax_cuda12_plugin", reason="the CUDA compiler (extra gpu-plan) is missing")
+    gpu = accelerators.GPUS[name]
+    devices = absent_devices.find(f"{name}:8")
+    assert len(devices) == 8 and {device.device_kind for device in devices} == {gpu.kind}
+    assert devices[0].platform == "gpu"
+    assert devices[0].compute_capability == ".".join(map(str, gpu.capability))
+
+
+def test_gpu_units_and_clocks_add_up_to_published_speeds():
+    """Each unit has a multiplication and an addition a clock."""
+    for gpu in accelerators.GPUS.values():
+        speed = 2 * gpu.cores * gpu.float32_units * gpu.clock * 1e9
+        assert speed == pytest.approx(accelerators.KNOWN[gpu.kind].float32_flops[2], rel=0.01)
+
+
+def test_the_target_of_a_gpu_has_the_published_figures():
+    text = absent_devices.gpu_target(accelerators.GPUS["l40s"])
+    for line in (
+        "major: 8 minor: 9", "core_count: 142", "memory_bandwidth: 864000000000",
+        "device_memory_size: 48000000000", "shared_memory_per_block_optin: 101376",
+        'device_description_str: "NVIDIA L40S"',
+    ):  # fmt: skip
+        assert line in text
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "h100", "h100:9", "h100:0", "h100:2x4", "v5e:8"])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(InputError, match=f"^--plan_devices={name}: expected a TPU slice "):
+        absent_devices.find(name)
+
+
+def test_a_missing_gpu_compiler_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_cuda12_plugin", None)
+    with pytest.raises(InputError) as refused:
+        absent_devices.find("h100:8")
+    assert str(refused.value) == (
+        "--plan_devices=h100:8: the GPU compiler is missing; pip install 'vixml_jax[gpu-plan]'"
+    )
 
 
 def test_interconnects_add_up_to_published_totals():
     """Published totals count all links of a chip in both directions, in GB/s."""
     published = {
         "TPU v5 lite": 400, "TPU v6 lite": 800, "TPU v5": 1200, "NVIDIA H100 80GB HBM3": 900,
-        "NVIDIA H200": 900, "NVIDIA A100-SXM4-80GB": 600,
+        "NVIDIA H200": 900, "NVIDIA B200": 1800, "NVIDIA A100-SXM4-80GB": 600, "NVIDIA L40S": 64,
     }  # fmt: skip
     for kind, total in published.items():
         spec = accelerators.find(kind)

@@ -1,5 +1,7 @@
 """Tests of the memory plan: stored arrays, microbatches, frozen parameters, and its messages."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,6 +219,28 @@ def test_a_refusal_on_a_gpu_says_how_jax_takes_more_of_its_memory(variables, tak
         "the environment (XLA_PYTHON_CLIENT_PREALLOCATE=false takes memory step by step and leaves "
         "the limit as it is)"
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "variables", "part"),
+    [
+        ("TPU v6 lite", "tpu", {"XLA_CLIENT_MEM_FRACTION": "0.5"}, 1.0),
+        ("NVIDIA H100 80GB HBM3", "gpu", {}, 0.75),
+        ("NVIDIA L40S", "gpu", {"XLA_CLIENT_MEM_FRACTION": "0.95"}, 0.95),
+        ("NVIDIA L40S", "gpu", {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, 0.5),
+    ],
+)
+def test_memory_of_absent_devices(kind, platform, variables, part, monkeypatch):
+    """The published memory; of a GPU the part that JAX takes."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    device = types.SimpleNamespace(device_kind=kind, platform=platform)
+    along = types.SimpleNamespace(device_set=[device])
+    like = types.SimpleNamespace(step=types.SimpleNamespace(sharding=along))
+    expected = int(part * accelerators.KNOWN[kind].memory)
+    assert memory_planner._device_memory(like) == expected
 
 
 def test_the_platform_of_a_plan_is_that_of_its_devices(monkeypatch):

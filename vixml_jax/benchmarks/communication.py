@@ -33,8 +33,8 @@ from vixml_jax.labels import head_update
 from vixml_jax.labels.head import LabelHead
 from vixml_jax.models import published_towers as towers
 from vixml_jax.models.decoder import DecoderConfig
+from vixml_jax.parallel import absent_devices, collectives, sharding
 from vixml_jax.parallel import accelerators as device_kinds
-from vixml_jax.parallel import collectives, sharding
 from vixml_jax.runtime import tree_utils
 from vixml_jax.structs import Positives
 from vixml_jax.training import build, flops
@@ -78,13 +78,13 @@ def setting(values: Any) -> Setting:
             size=values.batch, row_width=values.row_width, microbatch_rows=values.microbatch_rows
         ),
     )
-    slice_of = plan_lib.slice_of(values.devices) if values.devices else None
-    mesh = workdir.make_mesh(config, slice_of)
+    devices = absent_devices.find(values.devices) if values.devices else None
+    mesh = workdir.make_mesh(config, devices)
     sizes = plan_lib.DataSizes(values.queries, values.labels)
     parts = build.assemble(config, tower, train_step.layout_of(values.tower, 0), sizes, mesh)
     length = float(values.length)
     batch, key = plan_lib.abstract_batch(
-        parts.model, values.batch, length, images=(False, False), width=1
+        parts.model, values.batch, length, has_images=(False, False), width=1
     )
     return Setting(parts, values.batch, length, values.free_update == "sparse", batch, key)
 
@@ -225,8 +225,8 @@ def head_on_paper(head: LabelHead, size: int, positives: int) -> dict[str, float
 def analyse_head(values: Any) -> None:
     """Prints both counts for the label head."""
     mesh_config = Config(mesh=values.mesh)
-    slice_of = plan_lib.slice_of(values.devices) if values.devices else None
-    mesh = workdir.make_mesh(mesh_config, slice_of)
+    devices = absent_devices.find(values.devices) if values.devices else None
+    mesh = workdir.make_mesh(mesh_config, devices)
     head = LabelHead(
         mesh, values.labels, towers.config_of(values.tower).width, HeadConfig().mlp_width,
         values.loss, num_sampled=values.num_sampled,

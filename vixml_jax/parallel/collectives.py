@@ -6,17 +6,11 @@ from typing import NamedTuple
 
 import jax
 
+from vixml_jax.parallel import hlo_text
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
-          "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _COLLECTIVE = re.compile(rf"\s({'|'.join(KINDS)})(-start)?\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class Collective(NamedTuple):
@@ -67,21 +61,8 @@ def read_collectives(text: str) -> list[Collective]:
     A loop with an unknown number of iterations counts as infinite, which is an error if it holds a
     collective.
     """
-    bodies, entry = _computations(text)
-    times: dict[str, float] = dict.fromkeys(bodies, 0)
-    times[entry] = 1
-    # Callees come before their callers in the text.
-    for name in reversed(bodies):
-        for line in bodies[name]:
-            iterations = 1.0
-            if " while(" in line:
-                iterations = _iterations(line, bodies)
-            called = _CALLED.findall(line)
-            for branches in _BRANCHES.findall(line):
-                called += [part.strip().lstrip("%") for part in branches.split(",")]
-            for callee in called:
-                if callee in times and times[name]:
-                    times[callee] += times[name] * iterations
+    bodies, entry = hlo_text.computations(text)
+    times = hlo_text.executions(bodies, entry)
     found: list[Collective] = []
     index_of: dict[str, int] = {}  # Channel id -> index in `found`.
     for name, lines in bodies.items():
@@ -109,75 +90,14 @@ def read_collectives(text: str) -> list[Collective]:
     return found
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Instructions of each computation by its name, and the name of the entry computation."""
-    bodies: dict[str, list[str]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if not line.startswith(" "):
-            match = _COMPUTATION.match(line)
-            current = match[1] if match else None
-            if current:
-                bodies[current] = []
-                if line.startswith("ENTRY"):
-                    entry = current
-        elif current and _INSTRUCTION.match(line):
-            bodies[current].append(line)
-    return bodies, entry
-
-
-def _iterations(line: str, bodies: dict[str, list[str]]) -> float:
-    """Number of iterations of a loop; infinity if it is not in the text.
-
-    XLA for TPUs does not annotate it. There it follows from the condition, which compares a counter
-    with a constant: the counter starts at zero in all loops that JAX and XLA generate. Loops that
-    XLA generates to split a matrix product may count in larger steps than one.
-    """
-    known = _TRIPS.search(line)
-    if known:
-        return int(known[1])
-    condition, body = (
-        bodies.get(re.search(rf"{part}=%?([\w.\-]+)", line)[1], [])
-        for part in ("condition", "body")
-    )
-    values, counts = _scalars(condition), _scalars(body)
-    for instruction in condition:
-        below = re.search(
-            r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", instruction
-        )
-        if below and below[2] in values:
-            index = next(
-                int(counter[1])
-                for other in condition
-                if (counter := re.search(rf"%?{re.escape(below[1])} = .*index=(\d+)", other))
-            )
-            step = 1
-            root = next(other for other in reversed(body) if other.lstrip().startswith("ROOT"))
-            names = re.findall(r"%?([\w.\-]+)", re.search(r" tuple\((.*?)\)", root)[1])
-            for other in body:
-                if re.match(rf"\s+%?{re.escape(names[index])} = .* add\(", other):
-                    added = re.findall(r"%?([\w.\-]+)", re.search(r" add\((.*?)\)", other)[1])
-                    step = next((counts[name] for name in added if name in counts), 1)
-            return -(-values[below[2]] // step)
-    return math.inf
-
-
-def _scalars(lines: list[str]) -> dict[str, int]:
-    """Integer constants of a computation by name."""
-    pattern = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
-    return {match[1]: int(match[2]) for line in lines if (match := pattern.search(line))}
-
-
 def _parse(line: str, match: re.Match[str], times: int) -> Collective:
     kind, devices = match[1], _group_size(line)
-    arrays = _ARRAY.findall(line[: match.start()].split(" = ", 1)[1])
+    arrays = hlo_text.arrays(line[: match.start()].split(" = ", 1)[1])
     if match[2] and kind != "all-reduce":  # Yields operands, results, contexts.
-        arrays = [a for a in arrays if a[0] not in ("u32", "s32") or a[1]]
+        arrays = tuple(a for a in arrays if a.dtype not in ("u32", "s32") or a.shape)
         arrays = arrays[len(arrays) // 2 :]
-    shapes = tuple(tuple(int(n) for n in dims.split(",") if n) for _, dims in arrays)
-    size = sum(
-        _BYTES[dtype] * math.prod(shape) for (dtype, _), shape in zip(arrays, shapes, strict=True)
-    )
+    shapes = tuple(array.shape for array in arrays)
+    size = sum(array.size for array in arrays)
     if kind == "reduce-scatter":
         size *= devices
     named = re.search(r'op_name="([^"]*)"', line)

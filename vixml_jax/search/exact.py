@@ -161,8 +161,7 @@ class _DeviceRows:
             self._vectors = jax.device_put(vectors.values)
         else:
             self._vectors = sharding.spread_rows(vectors, num_labels, mesh)
-        devices = 1 if mesh is None else sharding.num_row_shards(mesh)
-        self._num_blocks = max(1, -(-(self._vectors.shape[0] // devices) // label_block))
+        self._num_blocks = _num_blocks(self._vectors.shape[0], label_block, mesh)
 
     def best(
         self, queries: Float[np.ndarray, "q e"], count: int, k: int, with_log_sum: bool
@@ -179,6 +178,40 @@ class _DeviceRows:
         )
         result = SearchResult(*(np.asarray(x)[:count] for x in found))
         return result, np.asarray(log_sum)[:count] if with_log_sum else None
+
+
+def _num_blocks(num_rows: int, label_block: int, mesh: Mesh | None) -> int:
+    """Blocks of at most `label_block` rows that each device scores."""
+    devices = 1 if mesh is None else sharding.num_row_shards(mesh)
+    return max(1, -(-(num_rows // devices) // label_block))
+
+
+def traced(
+    num_labels: int, width: int, mesh: Mesh, *, queries: int, label_block: int, k: int
+) -> jax.stages.Traced:
+    """The program that searches on the devices of a mesh, from shapes alone; not compiled.
+
+    Args:
+      num_labels: Number of labels.
+      width: Width of the vectors.
+      mesh: Devices over which the labels are sharded.
+      queries: Queries searched at a time.
+      label_block: Labels scored at a time on each device.
+      k: Labels found of each query.
+    """
+    rows = sharding.pad_rows(num_labels, mesh)
+    vectors = jax.ShapeDtypeStruct(
+        (rows, width), jnp.float32, sharding=sharding.rows_sharding(mesh)
+    )
+    block = jax.ShapeDtypeStruct((queries, width), jnp.float32, sharding=sharding.replicated(mesh))
+    return _top_k.trace(
+        vectors,
+        block,
+        k=k,
+        num_labels=num_labels,
+        num_blocks=_num_blocks(rows, label_block, mesh),
+        mesh=mesh,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="group")

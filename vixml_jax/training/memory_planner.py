@@ -29,6 +29,9 @@ HELP = (
     "--head.moments=bfloat16 or lower --head.label_block"
 )
 GPUS = ("gpu", "cuda", "rocm")  # `jax.Device.platform` of GPUs.
+# Variables that say which part of a GPU's memory JAX takes; the second is the old name, which JAX
+# still reads if the first is not set.
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def help_on(platform: str) -> str:
@@ -39,9 +42,7 @@ def help_on(platform: str) -> str:
     """
     if platform not in GPUS:
         return HELP
-    # The old name, which JAX still reads if the new one is not set.
-    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-    taken = next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "")
+    taken = next((f"{name}={os.environ[name]}" for name in _FRACTIONS if os.environ.get(name)), "")
     return (
         f"{HELP}; on a GPU the limit is the part of its memory that JAX takes, "
         f"{taken or '75% by default'}: if no other program uses the GPU, set "
@@ -132,7 +133,8 @@ def plan_memory(
     """
     held = {name: sum(size for *_, size in rows) for name, rows in _arrays(like).items()}
     try:
-        analysis = compiled().memory_analysis()
+        program = compiled()
+        analysis = program.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -145,15 +147,21 @@ def plan_memory(
             f"'{sizes[0] if sizes else str(error)[:200]}': the run does not fit; "
             f"{help_on(_platform(like))}"
         ) from error
-    additional = (
-        analysis.argument_size_in_bytes - bytes_per_device(like if of_step is None else of_step),
-        # The donated state is updated in place.
+    batch = analysis.argument_size_in_bytes - bytes_per_device(like if of_step is None else of_step)
+    step = max(0, batch) + beside_arguments(program)
+    return MemoryPlan(held, step, _device_memory(like), platform=_platform(like))
+
+
+def beside_arguments(program: jax.stages.Compiled) -> int:
+    """Bytes per device that a program needs beside its arguments: temporaries, outputs, itself."""
+    analysis = program.memory_analysis()
+    sizes = (
+        # Donated arrays are updated in place.
         analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         analysis.temp_size_in_bytes,
         analysis.generated_code_size_in_bytes,
     )
-    step = sum(max(0, size) for size in additional)
-    return MemoryPlan(held, step, _device_memory(like), platform=_platform(like))
+    return sum(max(0, size) for size in sizes)
 
 
 def with_process(plan: MemoryPlan, like: TrainState, evaluation: int) -> MemoryPlan:
@@ -206,13 +214,21 @@ def _platform(like: TrainState) -> str:
 
 
 def _device_memory(like: TrainState) -> int:
-    """Memory of a device of the state in bytes: as it reports, or else as published."""
+    """Memory of a device of the state in bytes: as it reports, or else as published.
+
+    Of an absent GPU it is the part that JAX takes.
+    """
     devices = like.step.sharding.device_set
-    local = [device for device in devices if device in set(jax.local_devices())]
+    local = [device for device in devices if device in jax.local_devices()]
     if local:
         return host_memory.device_memory(local[0])
     chip = accelerators.find(next(iter(devices)).device_kind)
-    return chip.memory if chip else 0
+    if chip is None:
+        return 0
+    if _platform(like) not in GPUS:
+        return chip.memory
+    taken = next((float(os.environ[name]) for name in _FRACTIONS if os.environ.get(name)), 0.75)
+    return int(taken * chip.memory)
 
 
 class _Array(NamedTuple):
@@ -316,45 +332,6 @@ class DataSizes(NamedTuple):
         return DataSizes(**sizes)
 
 
-def slice_of(name: str) -> Sequence[jax.Device]:
-    """The devices of a TPU slice that need not exist here; programs can only be compiled for them.
-
-    Args:
-      name: Kind and topology: "v5e:16x16" has 256 devices.
-
-    Raises:
-      InputError: If there is no such slice, or no compiler for it.
-    """
-    kind, _, topology = name.partition(":")
-    flag = f"--plan_devices={name}"
-    if kind not in accelerators.TPUS or not re.fullmatch(r"\d+x\d+(x\d+)?", topology):
-        raise InputError(
-            f"{flag}: expected {' or '.join(accelerators.TPUS)} and a topology, for example "
-            "v5e:16x16 or v5p:4x4x8"
-        )
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise InputError(f"{flag}: the TPU compiler is missing; pip install libtpu") from None
-    from jax.experimental import topologies
-
-    # Nothing is run, so no accelerator is needed. libtpu must neither query the metadata server for
-    # the kind of this machine nor insist on being the only process that uses it.
-    jax.config.update("jax_platforms", "cpu")
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    try:
-        return topologies.get_topology_desc(
-            name, platform="tpu", **accelerators.TPUS[kind][1]
-        ).devices
-    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{flag}: no such slice: {str(error).splitlines()[0]}") from None
-
-
 def abstract_batch(
     model: Model,
     size: int,
@@ -378,21 +355,40 @@ def abstract_batch(
     rows = model.row_sizes(length, size, shards)
     size = -(-size // shards) * shards
     num_images = size * model.layout.num_images * sum(has_images)
-    packed = jax.ShapeDtypeStruct((shards * rows.least, model.row_width), np.int32)
     ids = jax.ShapeDtypeStruct((size,), np.int32)
     batch = Batch(
-        PackedItems(
-            tokens=packed,
-            segments=packed,
-            positions=packed,
-            image_at=packed,
-            images=jax.ShapeDtypeStruct((num_images, width if num_images else 1), np.float16),
-        ),
+        _abstract_items(model, shards * rows.least, num_images, width),
         query_ids=ids,
         label_ids=ids,
         positives=_abstract_positives(size, shards, labels_per_query),
     )
     return sharding.abstract_on_devices(batch, model.mesh), _abstract_key(model)
+
+
+def abstract_block(
+    model: Model, size: int, length: float, *, images: bool, width: int
+) -> tuple[PackedItems, int]:
+    """Shapes, dtypes and shardings of a block of items to encode, and the number of items.
+
+    Args:
+      model: The model that the items are packed for.
+      size: Number of items, over all devices.
+      length: Mean number of positions of an item.
+      images: Whether the items have images.
+      width: Width of an image embedding.
+    """
+    shards = sharding.num_row_shards(model.mesh)
+    rows = model.row_sizes(length, size, shards).least
+    size = -(-size // shards) * shards
+    num_images = size * model.layout.num_images * images
+    items = _abstract_items(model, shards * rows, num_images, width)
+    return sharding.abstract_on_devices(items, model.mesh), size
+
+
+def _abstract_items(model: Model, rows: int, num_images: int, width: int) -> PackedItems:
+    packed = jax.ShapeDtypeStruct((rows, model.row_width), np.int32)
+    images = jax.ShapeDtypeStruct((num_images, width if num_images else 1), np.float16)
+    return PackedItems(packed, packed, packed, packed, images)
 
 
 def abstract_head_batch(

@@ -40,8 +40,12 @@ class TrainStep:
         """The program for batches of this shape, compiled at the first call with that shape."""
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self._programs:
-            self._programs[shapes] = self._jitted.lower(self._like, batch, key).compile()
+            self._programs[shapes] = self.traced(batch, key).lower().compile()
         return self._programs[shapes]
+
+    def traced(self, batch: Batch | HeadBatch, key: Array) -> jax.stages.Traced:
+        """The program for batches of this shape, traced but neither lowered nor compiled."""
+        return self._jitted.trace(self._like, batch, key)
 
     def __call__(
         self, state: TrainState, batch: Batch | HeadBatch, key: Array
