@@ -1,0 +1,1 @@
+"""Checks and measures an accelerator in one command; see `__main__`."""
