@@ -140,7 +140,7 @@ def traced(run: Run, kind: str, parts: build.Parts) -> tuple[jax.stages.Traced, 
 
 def image_program(config: SiglipConfig, images: int, mesh: Mesh) -> Program:
     """Compiles the embedding of images on one device, as `prepare` embeds them."""
-    tower, on_device = VisionTower(config), sharding.replicated(mesh)
+    tower, on_device = VisionTower.on(mesh.devices.flat[0], config), sharding.replicated(mesh)
     pixels = jax.ShapeDtypeStruct(
         (images, config.image_size, config.image_size, 3), jnp.float32, sharding=on_device
     )

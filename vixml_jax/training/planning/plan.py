@@ -73,6 +73,7 @@ def _show_setup(config: Config, parts: build.Parts, sizes: DataSizes, items: Len
         f"plan: {mesh.size} x {kind}{published}, --mesh={describe.spell(mesh)}; "
         f"{sizes.queries} queries, {sizes.labels} labels; {shape}"
     )
+    print(describe.attention(parts.model))
     describe.show_arrays(parts, sizes, print)
 
 
