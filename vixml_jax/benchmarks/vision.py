@@ -53,7 +53,7 @@ def _ours(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
     dtype = "float32" if settings["device"] == "cpu" else "bfloat16"
     config = SiglipConfig(**SIZES[settings["tower"]], dtype=dtype)
-    tower = VisionTower(config)
+    tower = VisionTower.on(jax.devices()[0], config)
     pixels = pixels_of(settings, config.image_size)
 
     def fresh(key: jax.Array) -> Any:

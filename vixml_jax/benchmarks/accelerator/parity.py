@@ -293,7 +293,7 @@ def _of_images(settings: dict[str, Any]) -> list[Row]:
     def encode(
         config: SiglipConfig, weights: Any, device: jax.Device, precision: str
     ) -> np.ndarray:
-        tower = VisionTower(config)
+        tower = VisionTower.on(device, config)
         weights, images = jax.device_put((weights, pixels), device)
         with jax.default_device(device), jax.default_matmul_precision(precision):
             run = jax.jit(lambda weights, images: tower.apply({"params": weights}, images))
