@@ -25,7 +25,7 @@ from vixml_jax.storage import digests
 from vixml_jax.structs import LabelState
 from vixml_jax.training import trainer
 
-SMALL = {"epochs": 2, "batch_size": 32, "mlp_width": 8, "learning_rate": 0.02}
+SMALL = {"epochs": 2, "batch_size": 32, "mlp_width": 8, "learning_rate": 0.02, "words": 50}
 HEADS = {
     "none": HeadConfig(),
     "only": HeadConfig(only=True, **SMALL),

@@ -189,11 +189,11 @@ def search_model(
     Returns:
       Metrics, counts and seconds per phase as `results`, and the search results.
     """
-    queries, relevance, pairs = dataset.split(split)
+    items, relevance, pairs = dataset.split(split)
     most = min(max(k, scoring.mixing.k if scoring.mixing else 0), max(len(dataset.train), k))
     cost.check_memory(
-        _RESULT_BYTES * len(queries) * most,
-        f"the results of {len(queries):,} queries, {most:,} each,",
+        _RESULT_BYTES * len(items) * most,
+        f"the results of {len(items):,} queries, {most:,} each,",
         "lower --eval.k or --knn.k",
     )
     seconds, clock = {}, time.perf_counter()
@@ -206,14 +206,14 @@ def search_model(
     scoring = scored.check(scoring)
     label_vectors = scored.labels()
     lap("encode_labels")
-    query_vectors = scored.queries(split)
+    queries = scored.queries(split)
     lap("encode_queries")
     searched = scored.label_rows(label_vectors)
     index = open_index(
         searched,
         kind=search,
         directory=os.path.join(index_dir, "labels") if index_dir else "",
-        queries=scored.search_vectors(query_vectors, scoring.fusion),
+        queries=scored.search_vectors(queries, scoring.fusion),
         weights=scoring.fusion or (),
         k=k,
         mesh=model.mesh,
@@ -223,14 +223,14 @@ def search_model(
     lap("index")
     tried, train_vectors, train_index = [], None, None
     if scoring.mixing is not None or tune:
-        train_vectors = query_vectors if split == "train" else scored.queries("train")
+        train_vectors = scored.vectors_of("train")
         lap("encode_training_queries")
         mixing_k = k if scoring.mixing is None else scoring.mixing.k
         train_index = open_index(
             train_vectors,
             kind=search,
             directory=os.path.join(index_dir, "training_queries") if index_dir else "",
-            queries=query_vectors,
+            queries=queries.vectors,
             k=min(mixing_k, len(train_vectors)),
             mesh=model.mesh,
             **dataclasses.asdict(search_config),
@@ -238,7 +238,7 @@ def search_model(
         lap("index_training_queries")
     if save is not None:
         if train_vectors is None and "head" in params:  # New labels are compared with them.
-            train_vectors = scored.queries("train")
+            train_vectors = scored.vectors_of("train")
         save(label_vectors.values, train_vectors)
     if tune:
         tried = tune_scoring(scored, index, train_index, scoring.fusion, tune, k)
@@ -246,11 +246,11 @@ def search_model(
         lap("tuning")
 
     alone = scoring.without_neighbours()
-    result = scored.search(index, query_vectors, pairs, k, alone.fusion)
+    result = scored.search(index, queries, pairs, k, alone.fusion)
     lap("search")
     settings = {"kind": search, **index.settings, "k": k}
     settings[f"recall@{k}"] = _recall(
-        index, searched, scored.search_vectors(query_vectors, alone.fusion), k, model, dataset
+        index, searched, scored.search_vectors(queries, alone.fusion), k, model, dataset
     )
     lap("recall")
     about: dict[str, Any] = {"metrics": measure(result, dataset, split)}
@@ -264,10 +264,10 @@ def search_model(
     if scoring.mixing is not None:
         mixing, found = scoring.mixing, result
         if scoring.fusion != alone.fusion:
-            found = scored.search(index, query_vectors, pairs, k, scoring.fusion)
-        itself = np.arange(len(query_vectors)) if split == "train" else None
+            found = scored.search(index, queries, pairs, k, scoring.fusion)
+        itself = np.arange(len(items)) if split == "train" else None
         num_near = min(max(mixing.k, k), len(train_vectors))
-        nearest = neighbours.nearest(train_index, query_vectors, num_near, itself)
+        nearest = neighbours.nearest(train_index, queries.vectors, num_near, itself)
         searches[NEIGHBOURS] = mixing_lib.mix_neighbours(
             found,
             nearest,
@@ -285,7 +285,7 @@ def search_model(
     results = {
         **about,
         "counts": {
-            "queries": len(queries),
+            "queries": len(items),
             "queries_without_labels": int(np.count_nonzero(np.diff(relevance.indptr) == 0)),
             "labels": dataset.num_labels,
             "filter_pairs": len(pairs),
@@ -320,16 +320,16 @@ def tune_scoring(
       with them the metrics are not better by the standard error of the difference.
     """
     dataset = scored.dataset
-    vectors = scored.queries("valid")
+    queries = scored.queries("valid")
     # The sample is random, but always the same.
-    rows = np.sort(np.random.default_rng(0).permutation(len(vectors))[:MAX_TUNING_QUERIES])
-    vectors = vectors[rows]
+    rows = np.sort(np.random.default_rng(0).permutation(len(queries.vectors))[:MAX_TUNING_QUERIES])
+    queries = queries.at(rows)
     _, relevance, pairs = dataset.split("valid")
     pairs = index_lib.pairs_of(pairs, rows)
     most = min(max(mixing_lib.KS), len(dataset.train))
     columns = min(k, max(5, *(int(name.partition("@")[2] or k) for name in names)))
     validation = tuning.Validation(
-        neighbours.nearest(train_index, vectors, max(most, k)),
+        neighbours.nearest(train_index, queries.vectors, max(most, k)),
         relevance[rows],
         dataset.train_relevance,
         pairs,
@@ -344,7 +344,7 @@ def tune_scoring(
         return float(np.mean([metrics[name] for name in names]))
 
     fusions = [trained] if trained is None else list(dict.fromkeys([trained, *tuning.FUSIONS]))
-    found = {fusion: scored.search(index, vectors, pairs, k, fusion) for fusion in fusions}
+    found = {fusion: scored.search(index, queries, pairs, k, fusion) for fusion in fusions}
     mixings = mixing_lib.grid(most, joint=trained is None)
     tried = tuning.tune(
         found, validation, evaluate, mixings, title="tuning" if scored.titles else ""

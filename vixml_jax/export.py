@@ -68,6 +68,7 @@ _QUERIES = {
     with torch.no_grad():
         states = tower(**texts).last_hidden_state
     mask = texts["attention_mask"]
+    read = texts["input_ids"][0][mask[0] > 0].tolist()
     weights = ({weights})[..., None]
     query = torch.nn.functional.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)
 """,
@@ -79,7 +80,8 @@ _QUERIES = {
     tower = transformers.AutoModel.from_pretrained("tower").eval()
     text = tokenizer("a query", truncation=True)["input_ids"]
     first, last = about["trimmed"]
-    ids = about["before"] + text[first : len(text) - last] + about["after"]
+    read = text[first : len(text) - last]
+    ids = about["before"] + read + about["after"]
     with torch.no_grad():
         states = tower(torch.tensor([ids])).last_hidden_state
     mask = torch.ones(1, len(ids))
@@ -92,9 +94,17 @@ _SCORES = """    scores = query.numpy() @ np.load("labels.npy").T
 _MLP = """    hidden = torch.nn.functional.gelu(query @ head["up_kernel"] + head["up_bias"])
     g = query + hidden @ head["down_kernel"] + head["down_bias"]
 """
+# The hashes of `labels.head_words`.
+_WORDS = """    t = np.array(read[: int(head["word_tokens"])], np.uint32)
+    a, b, c = (np.uint32(x) for x in (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D))
+    rows = np.concatenate([t * a, t[:-1] * a + (t[1:] + np.uint32(1)) * b])
+    rows = (rows ^ (rows >> np.uint32(15))) * c
+    rows = (rows ^ (rows >> np.uint32(13))) % np.uint32(len(head["words"]))
+    g = g + head["words"][rows.astype(np.int64)].sum(0) / max(1, len(rows)) ** 0.5
+"""
 _HEAD_SCORES = """    head = np.load("head.npz")
     head = {{name: torch.from_numpy(values) for name, values in head.items()}}
-{mlp}    g, a, c = torch.nn.functional.normalize(g, dim=-1), head["prototypes"], head["head"]
+{reading}    g, a, c = torch.nn.functional.normalize(g, dim=-1), head["prototypes"], head["head"]
     fused = torch.cat([a * query, c * g, c.expand(len(query), 1)], dim=1)
     labels = np.load("labels.npy")[:, : fused.shape[1]]  # The rest is padding.
     scores = fused.numpy() @ labels.T
@@ -113,7 +123,8 @@ def _snippet(config: TowerConfig, head: Any) -> str:
     if head is None:
         code += _SCORES
     else:
-        code += _HEAD_SCORES.format(mlp=_MLP if "mlp" in head else "    g = query\n")
+        reading = _MLP if "mlp" in head else "    g = query\n"
+        code += _HEAD_SCORES.format(reading=reading + (_WORDS if "words" in head else ""))
     return code + (_SENTENCE_TRANSFORMERS if is_encoder else "")
 
 
@@ -162,7 +173,7 @@ def write(
         )
     if head is not None:
         exporting.write_head(os.path.join(directory, exporting.HEAD), predictor)
-        rows.append("| head.npz | the network of the label head, and the weights a and c |\n")
+        rows.append("| head.npz | how the label head reads queries, and the weights a and c |\n")
     if about["images"]:
         exporting.write_projection(os.path.join(directory, "image_projection.npz"), params)
         rows.append("| image_projection.npz | image embeddings to inputs of the tower |\n")

@@ -218,6 +218,14 @@ class HeadConfig:
         lower_bound=0,
         upper_bound=1 << 19,
     )
+    words: int = flag(
+        0,
+        "Rows of the head's table of words; 0: it reads none. A token of a query and a pair of "
+        "adjacent tokens add the row that they are hashed to, to what the head reads of the "
+        "query.",
+        lower_bound=0,
+        upper_bound=1 << 24,
+    )
     label_block: int = flag(
         8192,
         "Labels that a device scores at a time. Memory grows with it, not with all labels.",

@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from vixml_jax.data import packing
-from vixml_jax.data.store import Items
+from vixml_jax.data.store import Items, Ragged
+from vixml_jax.labels import head as head_lib
+from vixml_jax.labels import head_words
 from vixml_jax.labels.head import LabelHead
 from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.labels.table import LabelTable
@@ -255,27 +257,55 @@ class Model:
         vectors, prototypes = np.split(both.values, 2, axis=1)
         return Shard(both.ids, vectors), Shard(both.ids, prototypes)
 
+    @property
+    def word_tokens(self) -> int:
+        """Tokens of a query that the head reads at most; 0 if it reads no words."""
+        if self.head is None or not self.head.num_words:
+            return 0
+        return max(1, min(head_words.MAX_TOKENS, self.row_width - self.layout.overhead))
+
+    def reader_of_words(
+        self, tokens: Ragged
+    ) -> Callable[[Int[np.ndarray, " b"]], Int[np.ndarray, "b t"]] | None:
+        """Returns a function from rows of texts to the tokens that the head reads of them.
+
+        Args:
+          tokens: Of all texts, as in the prepared data.
+
+        Returns:
+          The function; None if the head reads no words.
+        """
+        if not self.word_tokens:
+            return None
+        return functools.partial(
+            packing.text_tokens, tokens, layout=self.layout, length=self.word_tokens
+        )
+
     def head_queries(
-        self, params: Any, queries: Float[np.ndarray, "n e"]
+        self, params: Any, queries: Float[np.ndarray, "n e"], tokens: Ragged
     ) -> Float[np.ndarray, "n e"]:
-        """The vectors with which the head scores queries, from their unit vectors.
+        """The vectors with which the head scores queries.
 
         Args:
           params: Parameters of the model, those of the head among them.
           queries: Unit vectors of the tower.
+          tokens: Tokens of the same queries, as in the prepared data.
         """
         if not len(queries):
             return np.zeros(queries.shape, np.float32)
-        mlp = {name: value for name, value in params["head"].items() if name == "mlp"}
+        reading = head_lib.query_params(params["head"])
         if jax.process_count() > 1:  # Each applies the replicated network to its own queries.
-            mlp = jax.tree.map(np.asarray, mlp)
+            reading = jax.tree.map(np.asarray, reading)
         size = next((s for s in _HEAD_BLOCKS if s >= len(queries)), _HEAD_BLOCKS[-1])
+        read_words = self.reader_of_words(tokens)
         parts = []
         for start in range(0, len(queries), size):
-            block = queries[start : start + size]
-            padded = np.pad(block, ((0, size - len(block)), (0, 0)))
-            parts.append(np.asarray(self._head_block(mlp, padded))[: len(block)])
-        return np.concatenate(parts)
+            rows = np.arange(start, start + size)
+            rows = np.where(rows < len(queries), rows, -1)
+            block = np.pad(queries[start : start + size], ((0, np.sum(rows < 0)), (0, 0)))
+            words = read_words and read_words(rows)
+            parts.append(np.asarray(self._head_block(reading, block, words)))
+        return np.concatenate(parts)[: len(queries)]
 
     @functools.cached_property
     def _head_block(self) -> Any:

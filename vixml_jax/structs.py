@@ -41,6 +41,7 @@ class Batch(NamedTuple):
     label_ids: Int[Any, " c"]  # Row of the label set; -1 for padding. May repeat.
     # All labels of the queries, or those among the candidates if the step trains no label head.
     positives: Positives
+    tokens: Int[Any, "b t"] | None = None  # Of the queries' texts, if the head reads words.
 
 
 class HeadBatch(NamedTuple):
@@ -48,6 +49,7 @@ class HeadBatch(NamedTuple):
 
     query_ids: Int[Any, " b"]  # Row of the training set; -1 for padding of the last batch.
     positives: Positives
+    tokens: Int[Any, "b t"] | None = None  # See `Batch`.
 
 
 class LabelState(NamedTuple):
@@ -79,6 +81,17 @@ class Shard(NamedTuple):
 
     ids: Int[Any, " m"]  # Row ids in the full array, ascending.
     values: Float[Any, "m e"]
+
+
+class Queries(NamedTuple):
+    """Encoded queries, on the host."""
+
+    vectors: Float[Any, "q e"]  # Unit vectors of the tower.
+    head: Float[Any, "q e"] | None = None  # What the label head scores; None without a head.
+
+    def at(self, rows: Any) -> "Queries":
+        """The queries of these rows."""
+        return Queries(self.vectors[rows], None if self.head is None else self.head[rows])
 
 
 class SearchResult(NamedTuple):

@@ -353,6 +353,7 @@ def build_model(
             loss=head.loss,
             label_block=head.label_block,
             num_sampled=head.num_sampled if num_labels > head.sample_above else 0,
+            num_words=head.words,
         )
         if head.enabled
         else None,

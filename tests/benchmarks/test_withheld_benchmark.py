@@ -10,6 +10,7 @@ from tests import tiny
 from vixml_jax.benchmarks import withheld
 from vixml_jax.labels import head as head_lib
 from vixml_jax.search import fusion
+from vixml_jax.structs import Queries
 
 
 def test_a_source_without_some_labels(tmp_path):
@@ -77,10 +78,8 @@ def test_queries_search_by_prototypes_by_the_head_and_by_both(has_head):
     z, w, q, g = rng.normal(size=(4, 6, 5)).astype(np.float32)
     bias = rng.normal(size=6).astype(np.float32)
     weights = fusion.Fusion(3.0, 0.5) if has_head else None
-    predictor = types.SimpleNamespace(
-        fusion=weights, query_vectors=lambda queries: queries, head_queries=lambda queries: g
-    )
-    found = withheld.search_vectors(predictor, q)
+    queries = Queries(q, g if has_head else None)
+    found = withheld.search_vectors(types.SimpleNamespace(fusion=weights), queries)
     prototypes, head = q @ z.T, head_lib.SCALE * g @ w.T + bias
     if not has_head:
         np.testing.assert_array_equal(found[""], q)

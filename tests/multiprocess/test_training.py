@@ -75,7 +75,7 @@ def test_several_processes_train_the_same_run(data, one_process, tmp_path, num_p
 @pytest.mark.slow
 def test_several_processes_train_the_same_head(data, tmp_path):
     """Jointly with the tower, and then alone."""
-    head = HeadConfig(weight=0.5, refit=True, epochs=2, batch_size=32, mlp_width=8)
+    head = HeadConfig(weight=0.5, refit=True, epochs=2, batch_size=32, mlp_width=8, words=40)
     loop = dataclasses.replace(configuration(data, "").loop, epochs=1)
     runs = [
         trained(data, tmp_path / f"{n}", num_processes=n, devices=8 // n, head=head, loop=loop)[0]

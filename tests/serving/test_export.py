@@ -21,6 +21,7 @@ from vixml_jax.data.store import PreparedDataset
 from vixml_jax.models import hf_checkpoints
 from vixml_jax.serving import label_updates
 from vixml_jax.serving.predictor import Predictor
+from vixml_jax.structs import Queries
 
 KINDS = ["encoder", "adapted", "decoder", "head", pytest.param("roberta", marks=pytest.mark.slow)]
 READ_BACK = """
@@ -124,7 +125,7 @@ def test_the_program_computes_the_same_vectors_with_only_jax_installed(exported,
     command = [sys.executable, "-c", READ_BACK, *files, str(tmp_path / "found.npy")]
     subprocess.run(command, check=True, cwd=tmp_path)
     found = np.load(tmp_path / "found.npy")
-    expected = predictor.query_vectors(predictor.encode(texts))
+    expected = predictor.query_vectors(predictor.queries(texts))
     np.testing.assert_allclose(found, expected, atol=1e-4)
     scores = found.astype(np.float64) @ np.load(out / "labels.npy").T
     names = pq.read_table(out / "labels.parquet")["id"].to_pylist()
@@ -150,7 +151,7 @@ def test_exported_labels_are_the_searched_ones(exported):
     np.testing.assert_array_equal(vectors, predictor.label_vectors(rows))
     if predictor.fusion is None:
         # Vectors of an untrained tower are nearly equal: another label may be as good as itself.
-        best = predictor.label_vectors(predictor.search(vectors, 1).ids[:, 0])
+        best = predictor.label_vectors(predictor.search(Queries(vectors), 1).ids[:, 0])
         np.testing.assert_allclose(np.sum(best * vectors, axis=1), 1.0, atol=2e-6)
 
 

@@ -1,5 +1,6 @@
 """Predictions of a run with a label head, against dense scores in float64."""
 
+import itertools
 import os
 import shutil
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
+import tokenizers
 
 from tests import tiny
 from vixml_jax import saved_model
@@ -46,15 +48,29 @@ class Dense:
         self.head = jax.tree.map(lambda x: np.asarray(x, np.float64), params["head"])
         items = self.dataset.labels
         self.z = model.encode_labels(params, labels, items, block=32).values.astype(np.float64)
+        self.tokenizer = tokenizers.Tokenizer.from_file(self.dataset.tokenizer)
         train = model.encode_queries(params, self.dataset.train, block=32).values
         self.train = train.astype(np.float64)
 
-    def g(self, q):
+    def words(self, texts):
+        """The sum of the rows of a text's tokens and pairs, by the root of their number."""
+        table, found = self.head["words"], []
+        for encoded in self.tokenizer.encode_batch(list(texts)):
+            t = encoded.ids
+            mixed = [x * 0x9E3779B1 for x in t]
+            mixed += [x * 0x9E3779B1 + (y + 1) * 0x85EBCA77 for x, y in itertools.pairwise(t)]
+            mixed = [x % 2**32 for x in mixed]
+            mixed = [((x ^ (x >> 15)) * 0xC2B2AE3D) % 2**32 for x in mixed]
+            rows = [(x ^ (x >> 13)) % len(table) for x in mixed]
+            found.append(table[rows].sum(axis=0) / len(rows) ** 0.5)
+        return np.array(found)
+
+    def g(self, q, texts):
         """The vectors of queries in the head."""
         up, down = self.head["mlp"]["up"], self.head["mlp"]["down"]
         x = q @ up["kernel"] + up["bias"]
         gelu = x * 0.5 * (1 + scipy.special.erf(x / np.sqrt(2)))
-        g = q + gelu @ down["kernel"] + down["bias"]
+        g = q + gelu @ down["kernel"] + down["bias"] + self.words(texts)
         return g / np.linalg.norm(g, axis=1, keepdims=True)
 
     @property
@@ -62,10 +78,10 @@ class Dense:
         """[z; w; b] of each label."""
         return [*zip(self.z, self.head["vectors"], self.head["bias"], strict=False)]
 
-    def probabilities(self, q, rows):
+    def probabilities(self, q, texts, rows):
         z, w, b = map(np.array, zip(*rows, strict=True))
         a, c = self.fusion.prototypes, self.fusion.head
-        return scipy.special.softmax(a * q @ z.T + c * (SCALE * self.g(q) @ w.T + b), axis=1)
+        return scipy.special.softmax(a * q @ z.T + c * (SCALE * self.g(q, texts) @ w.T + b), axis=1)
 
     def neighbours(self, q, k, temperature, columns):
         """Labels of the k nearest training queries, which divide their share among their labels."""
@@ -102,7 +118,7 @@ def test_a_score_is_the_probability_among_all_labels(head_run, dense, search):
     predictor = Predictor.load(head_run.workdir, search=search, warm=False)
     texts = texts_of(np.random.default_rng(), 12)
     q = predictor.encode(texts).astype(np.float64)
-    p = dense.probabilities(q, dense.rows)
+    p = dense.probabilities(q, texts, dense.rows)
     near = dense.neighbours(q, head_run.knn.k, head_run.knn.temperature, range(20))
     names = [*dense.dataset.labels.ids]
     for weight in (head_run.knn.weight, 0.0):
@@ -149,7 +165,7 @@ def test_added_labels_count_and_removed_ones_do_not(workdir, head_run, dense, wi
                 live[name] = row, (x[:e], x[e : 2 * e] / SCALE, x[2 * e])
         predictor.refresh()
         columns = [column for column, _ in live.values()]
-        p = dense.probabilities(q, [row for _, row in live.values()])
+        p = dense.probabilities(q, texts, [row for _, row in live.values()])
         near = dense.neighbours(q, head_run.knn.k, head_run.knn.temperature, columns)
         expected = (1 - weight) * p + weight * near
         for row, found in zip(expected, scores_of(predictor, texts), strict=True):
@@ -227,18 +243,19 @@ def test_the_head_row_of_a_new_label(head_run, dense):
     u = predictor.encode(texts).astype(np.float64)
     np.testing.assert_allclose(without[:, :e], u, atol=1e-6)
     np.testing.assert_allclose(without[:, e : 2 * e], SCALE * u, rtol=1e-5, atol=1e-5)
-    logits = SCALE * dense.g(dense.train) @ dense.head["vectors"][:20].T + dense.head["bias"][:20]
+    g = dense.g(dense.train, dense.dataset.train.texts)
+    logits = SCALE * g @ dense.head["vectors"][:20].T + dense.head["bias"][:20]
     pairs = dense.dataset.train_relevance.nnz
     for x, own, label, count in zip(found, queries, u, counts, strict=True):
-        total = sum(dense.g(predictor.encode(own).astype(np.float64))) if own else 0.0
+        total = sum(dense.g(predictor.encode(own).astype(np.float64), own)) if own else 0.0
         w = (total + 3 * label) / (count + 3)
         np.testing.assert_allclose(x[e : 2 * e], SCALE * w, rtol=1e-4, atol=1e-4)
-        score = SCALE * dense.g(dense.train) @ w + x[2 * e]
+        score = SCALE * g @ w + x[2 * e]
         p = scipy.special.softmax(np.c_[logits, score], axis=1)[:, -1]
         expected = max(count, pairs / 20)
         assert p.mean() == pytest.approx(expected / (pairs + expected), rel=1e-3)
     z = cold_start.prototypes(
-        predictor, texts, None, u.astype(np.float32), [predictor.encode(x) for x in queries]
+        predictor, texts, None, u.astype(np.float32), [predictor.queries(x) for x in queries]
     )
     np.testing.assert_allclose(found[:, :e], z, atol=1e-6)
 

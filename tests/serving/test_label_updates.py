@@ -11,6 +11,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.serving import label_updates
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.storage import sealed
+from vixml_jax.structs import Queries
 
 
 @pytest.fixture
@@ -52,14 +53,14 @@ def test_search_equals_that_over_the_current_labels(workdir):
         assert predictor.num_labels == len(live)
         queries = random_vectors(rng, 7, len(vectors[0]))
         expected = np.stack(list(live.values())).astype(np.float64) @ queries.T
-        found = predictor.search(queries, len(live) + 2)
+        found = predictor.search(Queries(queries), len(live) + 2)
         assert (found.ids[:, -2:] < 0).all()
         for row, ids, scores in zip(expected.T, found.ids, found.scores, strict=True):
             np.testing.assert_allclose(scores[:-2], np.sort(row)[::-1], atol=1e-6)
             score_of = dict(zip(live, row, strict=True))
             for label, score in zip(ids[:-2], scores, strict=False):
                 assert score_of[predictor.label(label)[0]] == pytest.approx(score, abs=1e-6)
-    again = opened(workdir).search(queries, 5)
+    again = opened(workdir).search(Queries(queries), 5)
     np.testing.assert_array_equal(again.ids, found.ids[:, :5])
 
 
@@ -73,7 +74,7 @@ def test_a_removed_label_can_be_added_again(workdir):
     label_updates.add(str(workdir), predictor.artifacts, [name], ["another text"], vector)
     predictor.refresh()
     assert predictor.label(predictor.row_of(name)) == (name, "another text")
-    assert predictor.search(vector, 1).ids[0, 0] == predictor.row_of(name)
+    assert predictor.search(Queries(vector), 1).ids[0, 0] == predictor.row_of(name)
 
 
 def test_undo_takes_back_the_last_step_first(workdir):

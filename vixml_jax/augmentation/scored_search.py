@@ -17,7 +17,7 @@ from vixml_jax.search import index as index_lib
 from vixml_jax.search.fusion import Fusion
 from vixml_jax.search.index import Index
 from vixml_jax.storage.vector_store import VectorStore
-from vixml_jax.structs import LabelState, SearchResult, Shard
+from vixml_jax.structs import LabelState, Queries, SearchResult, Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,15 @@ class ScoredSearch:
 
         return Shard(ids, self._kept("labels", encode, len(ids)))
 
-    def queries(self, split: str) -> Float[np.ndarray, "n e"]:
+    def queries(self, split: str) -> Queries:
+        """The queries of a split, of all processes."""
+        vectors = self.vectors_of(split)
+        if "head" not in self.params:
+            return Queries(vectors)
+        tokens = getattr(self.dataset, split).tokens
+        return Queries(vectors, self.model.head_queries(self.params, vectors, tokens))
+
+    def vectors_of(self, split: str) -> Float[np.ndarray, "n e"]:
         """Unit vectors of the queries of a split, of all processes."""
         items = getattr(self.dataset, split)
 
@@ -89,24 +97,21 @@ class ScoredSearch:
         values = fusion_lib.label_vectors(prototypes.values, vectors.values, bias.values)
         return prototypes._replace(values=values)
 
-    def search_vectors(
-        self, queries: Float[np.ndarray, "q e"], fusion: Fusion | None
-    ) -> Float[np.ndarray, "q w"]:
+    def search_vectors(self, queries: Queries, fusion: Fusion | None) -> Float[np.ndarray, "q w"]:
         """Vectors of queries as they search: fused with the head, unless `fusion` is None."""
         if fusion is None:
-            return queries
-        head_queries = self.model.head_queries(self.params, queries)
-        return fusion_lib.query_vectors(queries, head_queries, fusion)
+            return queries.vectors
+        return fusion_lib.query_vectors(*queries, fusion)
 
     def search(
         self,
         index: Index,
-        queries: Float[np.ndarray, "q e"],
+        queries: Queries,
         pairs: Int[np.ndarray, "f 2"],
         k: int,
         fusion: Fusion | None,
     ) -> SearchResult:
-        """Returns the k best labels of unit query vectors, without filter pairs.
+        """Returns the k best labels of queries, without filter pairs.
 
         Scores are cosines, or probabilities if `fusion` is given.
         """

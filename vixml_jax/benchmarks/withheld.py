@@ -22,6 +22,7 @@ from scipy import sparse
 
 from vixml_jax import command_line
 from vixml_jax import workdir as workdir_lib
+from vixml_jax.data.store import Items
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation import metrics
 from vixml_jax.search.exact import ExactIndex
@@ -29,6 +30,7 @@ from vixml_jax.search.fusion import Fusion, query_vectors
 from vixml_jax.serving import cold_start
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.storage import atomic
+from vixml_jax.structs import Queries
 
 K = 100
 ROWS = "withheld.txt"
@@ -149,7 +151,7 @@ def compare(
     stay = np.setdiff1d(np.arange(total), gone)
     relevance, by_label = complete.test_relevance, complete.train_relevance.tocsc()
     queries, train = (
-        predictor.model.encode_queries(predictor.params, items, block=512, title=title).values
+        encode(predictor, items, title)
         for items, title in ((complete.test, "test queries"), (complete.train, "training queries"))
     )
     texts = [complete.labels.texts[row] for row in gone]
@@ -160,35 +162,38 @@ def compare(
             found[name + how] = measure(vectors, searched, relevance, gone)
 
     for most in _NAMES:
-        chosen = [train[examples_of(by_label, label, most, rng)] for label in gone]
+        chosen = [train.at(examples_of(by_label, label, most, rng)) for label in gone]
         vectors = np.empty((total, predictor.label_width), np.float32)
         vectors[stay] = predictor.label_vectors(np.arange(len(stay)))
         vectors[gone] = cold_start.with_examples(predictor, texts, None, alone, chosen)
         measure_all(_NAMES[most], predictor, vectors, queries)
-    queries = everything.model.encode_queries(
-        everything.params, complete.test, block=512, title="test queries"
-    ).values
+    queries = encode(everything, complete.test, "test queries")
     vectors = everything.label_vectors(np.arange(total))
     measure_all("trained on all", everything, vectors, queries)
     return found
 
 
-def search_vectors(
-    predictor: Predictor, queries: Float[np.ndarray, "q e"]
-) -> dict[str, Float[np.ndarray, "q w"]]:
+def encode(predictor: Predictor, items: Items, title: str) -> Queries:
+    """Encodes items of the prepared data as queries."""
+    vectors = predictor.model.encode_queries(predictor.params, items, block=512, title=title).values
+    if predictor.fusion is None:
+        return Queries(vectors)
+    return Queries(vectors, predictor.head_queries(vectors, items.tokens))
+
+
+def search_vectors(predictor: Predictor, queries: Queries) -> dict[str, Float[np.ndarray, "q w"]]:
     """Returns the vectors that queries are searched with, by the suffix of the row's name.
 
     Args:
       predictor: Of the run. If it has a label head, prototypes and head are also searched alone.
-      queries: Unit vectors.
+      queries: From `encode`.
     """
     if predictor.fusion is None:
-        return {"": predictor.query_vectors(queries)}
-    head_queries = predictor.head_queries(queries)
+        return {"": queries.vectors}
     weights = {
         ", prototypes": Fusion(1.0, 0.0), ", head": Fusion(0.0, 1.0), ", fused": predictor.fusion,
     }  # fmt: skip
-    return {name: query_vectors(queries, head_queries, x) for name, x in weights.items()}
+    return {name: query_vectors(*queries, x) for name, x in weights.items()}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,6 +11,9 @@ from vixml_jax.data import packing, sampling
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.structs import Batch, HeadBatch
 
+# From rows of the training set [b] to the tokens of their texts [b t]; -1 in both is padding.
+ReadWords = Callable[[Int[np.ndarray, " b"]], Int[np.ndarray, "b t"]]
+
 
 def epoch_batches(
     dataset: PreparedDataset,
@@ -24,6 +27,7 @@ def epoch_batches(
     weights: Float[np.ndarray, " l"] | None,
     rows: packing.RowSizes,
     all_positives: bool = False,
+    read_words: ReadWords | None = None,
     image_dropout: float = 0.0,
     shards: int = 1,
     read: Sequence[int] | None = None,
@@ -48,6 +52,7 @@ def epoch_batches(
       rows: Possible numbers of rows of a shard, queries and labels together.
       all_positives: Whether batches hold all labels of their queries, because steps train a label
         head; otherwise those among the labels of the batch.
+      read_words: Returns the tokens of queries that the label head reads; None: it reads none.
       image_dropout: Probability that the images of an item are left out of a batch.
       shards: Number of shards of a batch. Each has the same number of items, about the same number
         of tokens, and rows of its own; the batch is padded with ids -1 to a multiple. Batches
@@ -90,7 +95,8 @@ def epoch_batches(
         positives = sampling.positives_of(
             dataset.train_relevance, query_ids, usual, shards, read, among
         )
-        return Batch(items, query_ids[local], label_ids[local], positives)
+        tokens = read_words and read_words(query_ids[local])
+        return Batch(items, query_ids[local], label_ids[local], positives, tokens)
 
     return _iterator(make, -(-len(order) // batch_size), num_threads, prefetch)
 
@@ -101,6 +107,7 @@ def head_batches(
     *,
     batch_size: int,
     positives: int,
+    read_words: ReadWords | None = None,
     shards: int = 1,
     read: Sequence[int] | None = None,
     num_threads: int = 1,
@@ -113,7 +120,7 @@ def head_batches(
       order: Rows of the queries, in the order in which they are read.
       batch_size: Queries of a batch.
       positives: Usual number of labels of all queries of a shard; see `sampling.positives_of`.
-      shards: See `epoch_batches`, also for the other arguments.
+      read_words, shards: See `epoch_batches`, also for the other arguments.
     """
     read = range(shards) if read is None else read
     size = -(-batch_size // shards) * shards
@@ -123,9 +130,8 @@ def head_batches(
         real = order[index * batch_size : (index + 1) * batch_size]
         query_ids[: len(real)] = real
         local = query_ids.reshape(shards, -1)[np.asarray(read)].reshape(-1)
-        return HeadBatch(
-            local, sampling.positives_of(relevance, query_ids, positives, shards, read)
-        )
+        labels = sampling.positives_of(relevance, query_ids, positives, shards, read)
+        return HeadBatch(local, labels, read_words and read_words(local))
 
     return _iterator(make, -(-len(order) // batch_size), num_threads, prefetch)
 

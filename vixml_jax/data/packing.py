@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from vixml_jax.data import mapped_rows
-from vixml_jax.data.store import Items, ranges
+from vixml_jax.data.store import Items, Ragged, ranges
 from vixml_jax.structs import PackedItems
 
 # A part of an item: "text", "images", or the tokens of a piece of the prompt.
@@ -112,6 +112,35 @@ def _spans(
     seen, unseen = _prompt_length(layout.seen), _prompt_length(layout.unseen)
     prompt = np.where(real, np.where(images > 0, seen, unseen), 0)
     return _Spans(text_at, text, images_at, images, prompt)
+
+
+def text_tokens(
+    tokens: Ragged,
+    ids: Int[np.ndarray, " n"],
+    *,
+    layout: Layout,
+    length: int,
+) -> Int[np.ndarray, "n t"]:
+    """The first tokens of texts, each in a row of its own, without what `layout.trim` drops.
+
+    Args:
+      tokens: Tokens of all texts.
+      ids: The texts; -1 for a row without tokens.
+      layout: How an item is written.
+      length: Tokens of a row, t.
+
+    Returns:
+      Token ids, int32; -1 behind the end of a text.
+    """
+    values, offsets = tokens
+    real = ids >= 0
+    at = np.where(real, ids, 0)
+    start = np.asarray(offsets[at]) + layout.trim[0]
+    count = np.asarray(offsets[at + 1]) - layout.trim[1] - start
+    count = np.where(real, np.clip(count, 0, length), 0)
+    result = np.full((len(ids), length), -1, np.int32)
+    result[np.arange(length) < count[:, None]] = values[ranges(start, count)]
+    return result
 
 
 def item_lengths(

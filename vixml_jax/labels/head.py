@@ -4,7 +4,8 @@ It goes beyond the paper, whose training compares a query with the labels of its
 linear layer over all labels is what Renée (one-versus-all) and DEXML (arXiv 2310.10636) train.
 
 With q a unit query vector, g = unit(q + MLP(q)) and w_l, b_l the vector and the bias of label l,
-the logit of the label is s_l = SCALE * g.w_l + b_l.
+the logit of the label is s_l = SCALE * g.w_l + b_l. A head that reads words adds those of the query
+to q + MLP(q) (`head_words`).
 
 Logits are computed in blocks of labels (`blocked_logits`), so memory grows with the size of a batch
 times that of a block, never with the number of labels. On a mesh, each device holds the rows of its
@@ -22,6 +23,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from vixml_jax.labels import head_words
 from vixml_jax.labels.blocked_logits import ABSENT, Labels, Pairs, scores
 from vixml_jax.models.layers import unit
 from vixml_jax.parallel import sharding
@@ -57,9 +59,9 @@ class ScoredBatch(NamedTuple):
 class LabelHead:
     """The label head without its parameters.
 
-    Parameters are {"vectors": [n, e], "bias": [n], "mlp": {"up", "down"}}, float32. Rows of labels
-    are sharded over (replica, fsdp) and padded as those of the label table; the MLP is replicated,
-    and absent if `mlp_width` is 0.
+    Parameters are {"vectors": [n, e], "bias": [n], "mlp": {"up", "down"}, "words": [v, e]},
+    float32. Rows of labels are sharded over (replica, fsdp) and padded as those of the label table;
+    the MLP and the table of words are replicated, and absent if `mlp_width` or `num_words` is 0.
 
     Attributes:
       mesh: Mesh over which the rows are sharded.
@@ -70,6 +72,7 @@ class LabelHead:
       label_block: Labels of one device that are scored at a time.
       num_sampled: Labels, over all devices, that a step scores beside those of its queries; 0: it
         scores all labels.
+      num_words: Rows of the table of words, v; 0: the head reads no words.
     """
 
     mesh: Mesh
@@ -79,6 +82,7 @@ class LabelHead:
     loss: str
     label_block: int = 8192
     num_sampled: int = 0
+    num_words: int = 0
 
     def init_params(self, key: Array) -> Any:
         """Parameters boxed with logical axes: zero vectors and biases, and an MLP that returns 0.
@@ -101,6 +105,8 @@ class LabelHead:
                     "bias": jnp.zeros((self.width,)),
                 },
             }
+        if self.num_words:
+            params["words"] = jnp.zeros((self.num_words, self.width))
         return params
 
     def with_labels(
@@ -121,13 +127,28 @@ class LabelHead:
                              jnp.log(jnp.maximum(frequency, 1e-7)), bias)  # fmt: skip
         return {**params, "vectors": vectors, "bias": bias}
 
-    def queries(self, params: Any, queries: Float[Array, "b e"]) -> Float[Array, "b e"]:
-        """g = unit(q + MLP(q)) of unit query vectors q."""
-        if "mlp" not in params:
-            return unit(queries)
-        up, down = params["mlp"]["up"], params["mlp"]["down"]
-        hidden = jax.nn.gelu(queries @ up["kernel"] + up["bias"], approximate=False)
-        return unit(queries + hidden @ down["kernel"] + down["bias"])
+    def queries(
+        self,
+        params: Any,
+        queries: Float[Array, "b e"],
+        tokens: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b e"]:
+        """g = unit(q + MLP(q) + words) of unit query vectors q.
+
+        Args:
+          params: Those of `query_params` are used.
+          queries: Unit vectors.
+          tokens: Of the queries' texts, as `packing.text_tokens` returns them; None if the head
+            reads no words.
+        """
+        g = queries
+        if "mlp" in params:
+            up, down = params["mlp"]["up"], params["mlp"]["down"]
+            hidden = jax.nn.gelu(queries @ up["kernel"] + up["bias"], approximate=False)
+            g = g + hidden @ down["kernel"] + down["bias"]
+        if "words" in params:
+            g = g + head_words.add_up(params["words"], tokens)
+        return unit(g)
 
     def select(self, positives: Positives, key: Array) -> Selection | None:
         """Draws the labels that a step scores; None: it scores all.
@@ -184,6 +205,7 @@ class LabelHead:
         positives: Positives,
         row_mask: Bool[Array, " b"],
         selection: Selection | None = None,
+        tokens: Int[Array, "b t"] | None = None,
     ) -> Float[Array, ""]:
         """Mean loss of the real queries of a batch over all labels.
 
@@ -201,6 +223,7 @@ class LabelHead:
           positives: All labels of the queries.
           row_mask: True for real queries.
           selection: The labels that are scored; None: all.
+          tokens: See `queries`.
         """
 
         def local(g: Array, vectors: Array, bias: Array, batch: ScoredBatch) -> Array:
@@ -209,11 +232,17 @@ class LabelHead:
 
         sharded = jax.shard_map(local, mesh=self.mesh, in_specs=P(ROWS), out_specs=P())
         batch = self.scored_batch(positives, row_mask, selection)
-        return sharded(self.scaled(params, queries), params["vectors"], params["bias"], batch)
+        g = self.scaled(params, queries, tokens)
+        return sharded(g, params["vectors"], params["bias"], batch)
 
-    def scaled(self, params: Any, queries: Float[Array, "b e"]) -> Float[Array, "b e"]:
-        """SCALE * g of unit query vectors."""
-        return SCALE * self.queries(params, queries)
+    def scaled(
+        self,
+        params: Any,
+        queries: Float[Array, "b e"],
+        tokens: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b e"]:
+        """SCALE * g; arguments as of `queries`."""
+        return SCALE * self.queries(params, queries, tokens)
 
     def scored_batch(
         self, positives: Positives, row_mask: Bool[Array, " b"], selection: Selection | None
@@ -278,6 +307,11 @@ class LabelHead:
 
     def _per_shard(self, local: Any) -> Any:
         return jax.shard_map(local, mesh=self.mesh, in_specs=P(ROWS), out_specs=P(ROWS))
+
+
+def query_params(params: Any) -> Any:
+    """The parameters of the head that turn query vectors into g: its MLP and its words."""
+    return {name: value for name, value in params.items() if name in ("mlp", "words")}
 
 
 def is_row(path: tuple[Any, ...]) -> bool:

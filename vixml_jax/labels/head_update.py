@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vixml_jax.labels.blocked_logits import (
     Block,
@@ -20,7 +20,7 @@ from vixml_jax.labels.blocked_logits import (
     for_blocks,
     scores,
 )
-from vixml_jax.labels.head import LabelHead, ScoredBatch, Selection, is_row
+from vixml_jax.labels.head import LabelHead, ScoredBatch, Selection, is_row, query_params
 from vixml_jax.parallel.sharding import ROWS
 from vixml_jax.structs import Positives
 
@@ -34,6 +34,7 @@ def update(
     row_mask: Bool[Array, " b"],
     optimizer: optax.GradientTransformation,
     selection: Selection | None = None,
+    tokens: Int[Array, "b t"] | None = None,
 ) -> tuple[Any, Any, dict[str, Float[Array, ""]]]:
     """The result of `optimizer.update` with the gradient of `head.loss_of`.
 
@@ -42,7 +43,7 @@ def update(
       params: {"head": parameters}; for them and for all arguments that are not named here, see
         `LabelHead.loss_of`.
       opt_state: State of the optimizer; with a selection, moments of the selected rows only.
-      queries, positives, row_mask, selection: See there. The queries get no gradient.
+      queries, positives, row_mask, selection, tokens: See there. The queries get no gradient.
       optimizer: Updates each entry by its own gradient, as Adam does.
 
     Returns:
@@ -118,8 +119,8 @@ def update(
         in_specs=(P(ROWS), P(ROWS), P(ROWS), P()),
         out_specs=(P(), P(ROWS), P(), P(ROWS)),
     )
-    mlp = {name: value for name, value in params["head"].items() if name == "mlp"}
-    g, pull = jax.vjp(lambda mlp: head.scaled(mlp, queries), mlp)
+    reading = query_params(params["head"])
+    g, pull = jax.vjp(lambda reading: head.scaled(reading, queries, tokens), reading)
     rows, others = split((params, opt_state))
     batch = head.scored_batch(positives, row_mask, selection)
     loss, d_g, squares, rows = sharded(g, rows, batch, others)

@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 from scipy import sparse
 
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.data import store
-from vixml_jax.data.store import PreparedDataset, Texts
+from vixml_jax.data.store import PreparedDataset, Ragged, Texts
 from vixml_jax.errors import InputError
 from vixml_jax.storage import atomic, held, npy_files, regular_files, sealed
 
@@ -29,6 +29,8 @@ _ARRAYS_0_1 = {
     "train_indptr": "memory_indptr",
     "train_labels": "memory_labels",
 }
+
+_NUM_SAMPLED = 4096  # Training queries that new labels are compared with at most.
 
 _Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
@@ -80,6 +82,8 @@ class ServingArtifacts:
       vectors: Unit prototypes of the labels. What a label head holds of a label is not here, but
         with the parameters of the model.
       train_vectors: Unit vectors of the training queries; None: saved without training neighbours.
+      sample_tokens: Tokens of the training queries `sample_rows`; none in artifacts of versions
+        that did not write them, whose heads read no words.
       train_relevance: Their labels, [training queries, labels], ones; None: likewise.
     """
 
@@ -89,6 +93,7 @@ class ServingArtifacts:
     texts: Texts
     vectors: Float32[np.ndarray, "n e"]
     train_vectors: Float32[np.ndarray, "t e"] | None = None
+    sample_tokens: Ragged | None = None
     train_relevance: sparse.csr_matrix | None = None
 
     @functools.cached_property
@@ -128,10 +133,16 @@ class ServingArtifacts:
         vectors = array("vectors")
         train = {}
         if about.has_train_vectors:
+            sample = Ragged(np.zeros(0, np.int32), np.zeros(1, np.int64))
+            if "sample_tokens" in about.arrays:
+                sample = Ragged(array("sample_tokens"), array("sample_tokens_offsets"))
             queries, indptr, indices = (
                 array(name) for name in ("train_vectors", "train_indptr", "train_labels")
             )
             ragged("train_indptr", indices, indptr, len(queries))
+            if "sample_tokens" in about.arrays:
+                rows = len(sample_rows(len(queries)))
+                ragged("sample_tokens_offsets", *sample, rows)
             if len(indices) and not 0 <= indices.min() <= indices.max() < about.num_labels:
                 raise InputError(
                     f"{_file(path, 'train_labels')}: rows of labels outside 0 to "
@@ -141,7 +152,9 @@ class ServingArtifacts:
                 (np.ones(len(indices), np.float32), indices, indptr),
                 shape=(len(queries), about.num_labels),
             )
-            train = {"train_vectors": queries, "train_relevance": relevance}
+            train = {
+                "train_vectors": queries, "train_relevance": relevance, "sample_tokens": sample,
+            }  # fmt: skip
         _check_tokenizer(path, about)
         return ServingArtifacts(path, about, **texts, vectors=vectors, **train)
 
@@ -261,6 +274,11 @@ def save(
             linked |= _link_or_write(writer, "train_vectors", train_vectors)
             writer.add("train_indptr", np.asarray(dataset.train_relevance.indptr))
             writer.add("train_labels", np.asarray(dataset.train_relevance.indices))
+            values, offsets = dataset.train.tokens
+            rows = sample_rows(len(dataset.train))
+            starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+            writer.add("sample_tokens", values[store.ranges(starts, lengths)])
+            writer.add("sample_tokens_offsets", np.concatenate([[0], np.cumsum(lengths)]))
         shutil.copyfile(dataset.tokenizer, os.path.join(temporary, store.TOKENIZER))
         offsets = dataset.train.tokens.offsets
         about = About(
@@ -277,6 +295,11 @@ def save(
             tokenizer=_digest(os.path.join(temporary, store.TOKENIZER), path),
         )
         sealed.write(os.path.join(temporary, ABOUT), msgspec.structs.asdict(about))
+
+
+def sample_rows(count: int) -> Int[np.ndarray, " s"]:
+    """The training queries, of `count`, with which new labels are compared; ascending."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:_NUM_SAMPLED])
 
 
 def _link_or_write(

@@ -8,12 +8,13 @@ from jaxtyping import Float
 
 from vixml_jax.labels.head import SCALE
 from vixml_jax.search import fusion
+from vixml_jax.serving import artifacts as artifacts_lib
 from vixml_jax.serving.label_view import HeadRows
 from vixml_jax.serving.predictor import Predictor
+from vixml_jax.structs import Queries
 
 NUM_NEAREST = 10  # Labels of the run whose mean centroid is the prior of a new label's centroid.
 PRIOR_COUNT = 3.0  # Weight of what is known without examples, in example queries.
-_NUM_COMPARED = 4096  # Training queries that new labels are compared with at most.
 _BLOCK = 256  # New labels compared at a time.
 _LARGEST_BIAS, _STEPS = 100.0, 50  # Bounds of a bias, and halvings of the interval between them.
 
@@ -34,8 +35,9 @@ def label_vectors(
     """
     vectors = predictor.encode(texts, images)
     counts = [len(queries) for queries in examples or [()] * len(texts)]
-    encoded = predictor.encode([query for queries in examples or () for query in queries])
-    of_label = np.split(encoded, np.cumsum(counts)[:-1])
+    encoded = predictor.queries([query for queries in examples or () for query in queries])
+    ends = np.cumsum(counts)
+    of_label = [encoded.at(slice(a, b)) for a, b in zip(ends - counts, ends, strict=True)]
     return with_examples(predictor, texts, images, vectors, of_label)
 
 
@@ -44,7 +46,7 @@ def with_examples(
     texts: Sequence[str],
     images: Sequence[Any] | None,
     vectors: Float[np.ndarray, "m e"],
-    examples: Sequence[Float[np.ndarray, "_ e"]],
+    examples: Sequence[Queries],
 ) -> Float[np.ndarray, "m w"]:
     """Returns the vectors of new labels as they are searched.
 
@@ -54,7 +56,7 @@ def with_examples(
       predictor: Of the run.
       texts, images: Of the labels; see `label_vectors`.
       vectors: The tower's unit vectors of the labels.
-      examples: Unit vectors of the example queries of each label; may be empty.
+      examples: The example queries of each label, which may have none.
     """
     found = prototypes(predictor, texts, images, vectors, examples)
     if predictor.head_rows is None:
@@ -67,7 +69,7 @@ def prototypes(
     texts: Sequence[str],
     images: Sequence[Any] | None,
     vectors: Float[np.ndarray, "m e"],
-    examples: Sequence[Float[np.ndarray, "_ e"]],
+    examples: Sequence[Queries],
 ) -> Float[np.ndarray, "m e"]:
     """Returns unit prototypes of new labels; without examples, the tower's vectors.
 
@@ -80,13 +82,13 @@ def prototypes(
     Args:
       predictor, texts, images, vectors, examples: See `with_examples`.
     """
-    counts = np.array([len(queries) for queries in examples], np.float32)
+    counts = np.array([len(queries.vectors) for queries in examples], np.float32)
     rows = np.flatnonzero(counts)
     if predictor.model.combiner is None or not len(rows):
         return vectors
     nearest = predictor.nearest_labels(vectors[rows], NUM_NEAREST)
     free, centroids = predictor.free_and_centroids(nearest)
-    means = np.stack([examples[row].mean(axis=0) for row in rows])
+    means = np.stack([examples[row].vectors.mean(axis=0) for row in rows])
     weights = (counts / (counts + PRIOR_COUNT))[rows, None]
     result = vectors.copy()
     result[rows] = predictor.prototypes(
@@ -101,7 +103,7 @@ def prototypes(
 def head_rows(
     predictor: Predictor,
     vectors: Float[np.ndarray, "m e"],
-    examples: Sequence[Float[np.ndarray, "_ e"]],
+    examples: Sequence[Queries],
 ) -> HeadRows:
     """Returns what the label head holds of new labels: a vector and a bias for each.
 
@@ -118,10 +120,8 @@ def head_rows(
       predictor: Of a run with a label head.
       vectors, examples: See `with_examples`.
     """
-    counts = np.array([len(queries) for queries in examples])
-    encoded = predictor.head_queries(np.concatenate([vectors[:0], *examples]))
-    of_label = np.split(encoded, np.cumsum(counts)[:-1])
-    sums = np.array([queries.sum(axis=0) for queries in of_label]).reshape(vectors.shape)
+    counts = np.array([len(queries.vectors) for queries in examples])
+    sums = np.array([queries.head.sum(axis=0) for queries in examples]).reshape(vectors.shape)
     rows = (sums + PRIOR_COUNT * vectors) / (counts[:, None] + PRIOR_COUNT)
     pairs = predictor.artifacts.train_relevance.nnz
     own = np.maximum(counts, pairs / len(predictor.artifacts.ids))
@@ -140,9 +140,9 @@ def _biases(
       rows: Vectors of the labels in the head.
       share: Mean probability of each label, in (0, 1).
     """
-    queries = predictor.artifacts.train_vectors
-    chosen = np.sort(np.random.default_rng(0).permutation(len(queries))[:_NUM_COMPARED])
-    g = predictor.head_queries(queries[chosen])
+    artifacts = predictor.artifacts
+    chosen = artifacts_lib.sample_rows(len(artifacts.train_vectors))
+    g = predictor.head_queries(artifacts.train_vectors[chosen], artifacts.sample_tokens)
     log_sum = predictor.head_log_sum(g).astype(np.float64)
     biases = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), _BLOCK):

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vixml_jax.data import store
+from vixml_jax.data.packing import Layout
 from vixml_jax.errors import InputError
 from vixml_jax.modeling import Model
 from vixml_jax.models import hf_export, sentence_modules
@@ -48,9 +49,9 @@ def host_tower(model: Model, params: Any) -> Any:
 
 
 def host_head(predictor: Predictor) -> Any:
-    """Returns the network of the label head as numpy arrays in float32; None without a head.
+    """Returns how the label head reads queries, as numpy arrays in float32; None without a head.
 
-    It is {} for a head that reads the vectors of queries as they are.
+    That is its network and its table of words; {} if it reads the vectors of queries as they are.
     """
     if predictor.fusion is None:
         return None
@@ -153,6 +154,15 @@ def program(
         )
     layout, config = model.layout, model.tower.config
     first = layout.num_images if layout.reserve_images else 0
+    before, after = (len(part) for part in prompt_of(layout))
+
+    def text_tokens(ids: Int[Array, "b t"], mask: Int[Array, "b t"]) -> Int[Array, "b w"]:
+        """The tokens between the parts of the prompt, as many as the head reads."""
+        at = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+        count = jnp.sum(mask, axis=1, keepdims=True) - before - after
+        count = jnp.minimum(count, model.word_tokens)
+        shifted = jnp.roll(ids, -before, axis=1)
+        return jnp.where(at < count, shifted, -1)
 
     def encode(ids: Int[Array, "b t"], mask: Int[Array, "b t"]) -> Float[Array, "b w"]:
         rows = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 0)
@@ -170,7 +180,7 @@ def program(
         constant = jnp.full_like(vectors[:, :1], fusion.head)
         parts = [
             fusion.prototypes * vectors,
-            fusion.head * model.head.queries(head, vectors),
+            fusion.head * model.head.queries(head, vectors, text_tokens(ids, mask)),
             constant,
         ]
         missing = fusion_lib.width(vectors.shape[1]) - 2 * vectors.shape[1] - 1
@@ -217,7 +227,7 @@ def write_program(path: str, predictor: Predictor, tower: Any, texts: list[str])
     serialized = program(predictor.model, tower, host_head(predictor), fusion).serialize()
     deserialized = jax.export.deserialize(serialized)
     vectors = np.asarray(deserialized.call(*rows_of(predictor, texts)))
-    difference = float(np.abs(vectors - predictor.query_vectors(predictor.encode(texts))).max())
+    difference = float(np.abs(vectors - predictor.query_vectors(predictor.queries(texts))).max())
     tolerance = TOLERANCE * max((1.0, *(fusion or ())))
     if not difference <= tolerance:
         raise InputError(
@@ -284,14 +294,20 @@ def write_labels(directory: str, view: LabelView) -> None:
     array.flush()
 
 
-def describe(predictor: Predictor, config: TowerConfig) -> dict[str, Any]:
-    """Returns export.json: how other programs compute the run's vectors and scores."""
-    layout = predictor.model.layout
+def prompt_of(layout: Layout) -> tuple[list[int], list[int]]:
+    """Returns the tokens before and after the text of a query without images."""
     at = layout.unseen.index("text")
     before, after = (
         [token for part in parts for token in part]
         for parts in (layout.unseen[:at], layout.unseen[at + 1 :])
     )
+    return before, after
+
+
+def describe(predictor: Predictor, config: TowerConfig) -> dict[str, Any]:
+    """Returns export.json: how other programs compute the run's vectors and scores."""
+    layout = predictor.model.layout
+    before, after = prompt_of(layout)
     return {
         "pooling": config.pooling,
         "unit_length": True,
@@ -308,13 +324,16 @@ def describe(predictor: Predictor, config: TowerConfig) -> dict[str, Any]:
 
 
 def write_head(path: str, predictor: Predictor) -> None:
-    """Writes head.npz: the network of the label head, and the weights of prototypes and head.
+    """Writes head.npz: how the label head reads queries, and the weights of prototypes and head.
 
-    Without a hidden layer (`--head.mlp_width=0`) it holds the weights alone.
+    Without a hidden layer (`--head.mlp_width=0`) and words it holds the weights alone.
     """
     arrays = {name: np.float32(weight) for name, weight in predictor.fusion._asdict().items()}
-    for layer, parameters in host_head(predictor).get("mlp", {}).items():
+    head = host_head(predictor)
+    for layer, parameters in head.get("mlp", {}).items():
         arrays |= {f"{layer}_{name}": value for name, value in parameters.items()}
+    if "words" in head:
+        arrays |= {"words": head["words"], "word_tokens": np.int32(predictor.model.word_tokens)}
     with atomic.file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 

@@ -115,5 +115,5 @@ def _write(
     scored = ScoredSearch(
         model, params, labels, dataset, config.eval.block, store, True, distributed.ALONE
     )
-    train = scored.queries("train") if with_train else None
+    train = scored.vectors_of("train") if with_train else None
     artifacts.save(path, dataset, saved.step, scored.labels().values, train)

@@ -17,8 +17,9 @@ from vixml_jax.augmentation import mixing as mixing_lib
 from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.augmentation.settings import Scoring
 from vixml_jax.config import SearchConfig
-from vixml_jax.data.store import Items
+from vixml_jax.data.store import Items, Ragged
 from vixml_jax.errors import InputError
+from vixml_jax.labels.head import query_params
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import sharding
 from vixml_jax.search import fusion as fusion_lib
@@ -33,7 +34,7 @@ from vixml_jax.serving.label_updates import LabelUpdates
 from vixml_jax.serving.label_view import HeadRows, LabelView
 from vixml_jax.serving.query_items import ItemReader
 from vixml_jax.storage import object_store
-from vixml_jax.structs import LabelState, PackedItems, SearchResult
+from vixml_jax.structs import LabelState, PackedItems, Queries, SearchResult
 
 K = 10  # Default number of labels per query.
 
@@ -175,8 +176,8 @@ class Predictor:
         if "head" in params:
             head_rows = HeadRows(*(shard.values for shard in model.head_rows(params)))
             searched = fusion_lib.label_vectors(searched, *head_rows)
-            mlp = {name: value for name, value in params["head"].items() if name == "mlp"}
-            params = {**params, "head": mlp}  # The rows are on the host and in the index.
+            # The rows are on the host and in the index.
+            params = {**params, "head": query_params(params["head"])}
         else:
             scoring = scoring._replace(fusion=None)
 
@@ -268,7 +269,7 @@ class Predictor:
         view = self.view
         items = self.items(texts, images)
         pairs = _filter_pairs(view, never, len(texts))
-        found = self._search(view, self._encode_items(items), min(k, view.num_labels), pairs)
+        found = self._search(view, self._queries(items), min(k, view.num_labels), pairs)
         empty = np.array([not text.strip() for text in texts], bool)
         if items.images is not None:
             empty &= np.diff(items.images.offsets) == 0
@@ -295,15 +296,22 @@ class Predictor:
         """
         return self.view.label_vectors(rows)
 
-    def query_vectors(self, vectors: Float[np.ndarray, "q e"]) -> Float[np.ndarray, "q w"]:
+    def query_vectors(self, queries: Queries) -> Float[np.ndarray, "q w"]:
         """Returns what is searched with: unit vectors of queries, fused with those of the head."""
         if self.fusion is None:
-            return vectors
-        return fusion_lib.query_vectors(vectors, self.head_queries(vectors), self.fusion)
+            return queries.vectors
+        return fusion_lib.query_vectors(*queries, self.fusion)
 
-    def head_queries(self, vectors: Float[np.ndarray, "q e"]) -> Float[np.ndarray, "q e"]:
-        """Returns the vectors with which the label head scores queries, from their unit vectors."""
-        return self.model.head_queries(self.params, vectors)
+    def head_queries(
+        self, vectors: Float[np.ndarray, "q e"], tokens: Ragged
+    ) -> Float[np.ndarray, "q e"]:
+        """Returns the vectors with which the label head scores queries.
+
+        Args:
+          vectors: Unit vectors of the queries.
+          tokens: Their tokens.
+        """
+        return self.model.head_queries(self.params, vectors, tokens)
 
     def head_log_sum(self, head_queries: Float[np.ndarray, "q e"]) -> Float[np.ndarray, " q"]:
         """Returns the log of the sum of exp(logit) over the labels of the run, of the head alone.
@@ -325,11 +333,11 @@ class Predictor:
 
     def search(
         self,
-        vectors: Float[np.ndarray, "q e"],
+        queries: Queries,
         k: int,
         pairs: Int[np.ndarray, "f 2"] | None = None,
     ) -> SearchResult:
-        """Returns the k best labels of unit query vectors, with scores as in `Prediction`.
+        """Returns the k best labels of queries, with scores as in `Prediction`.
 
         Labels that were added are found, labels that were removed are not.
 
@@ -338,25 +346,25 @@ class Predictor:
         lacks its own part), and so do the compiled programs.
 
         Args:
-          vectors: Of the queries.
+          queries: From `queries`.
           k: Columns of the result; rows are shorter where there are fewer labels.
           pairs: (query, label) that must not be found.
         """
-        return self._search(self.view, vectors, k, pairs)
+        return self._search(self.view, queries, k, pairs)
 
     def _search(
         self,
         view: LabelView,
-        vectors: Float[np.ndarray, "q e"],
+        queries: Queries,
         k: int,
         pairs: Int[np.ndarray, "f 2"] | None,
     ) -> SearchResult:
         """Searches the labels of a view; see `search`."""
-        result = index_lib.empty_result(len(vectors), k)
+        result = index_lib.empty_result(len(queries.vectors), k)
         retrieved = min(max(k, self._min_results), view.num_labels)
-        for batch in self._planner.batches(len(vectors)):
-            block = np.zeros((batch.size, vectors.shape[1]), np.float32)
-            block[: batch.count] = vectors[batch.rows]
+        for batch in self._planner.batches(len(queries.vectors)):
+            more = ((0, batch.size - batch.count), (0, 0))
+            block = Queries(*(x if x is None else np.pad(x, more) for x in queries.at(batch.rows)))
             block_pairs = np.zeros((0, 2), np.int64)
             if pairs is not None:
                 rows = np.arange(batch.rows.start, batch.rows.stop)
@@ -371,7 +379,7 @@ class Predictor:
             )
             if self.mixing is not None:
                 num_near = min(max(self.mixing.k, retrieved), view.relevance.shape[0])
-                near = self._train_index.search(block, num_near)
+                near = self._train_index.search(block.vectors, num_near)
                 found = mixing_lib.mix_neighbours(
                     found,
                     near,
@@ -429,6 +437,23 @@ class Predictor:
         """Returns unit vectors of queries, using the programs that `warm_up` compiles."""
         return self._encode_items(self.items(texts, images))
 
+    def queries(self, texts: Sequence[str], images: Sequence[Any] | None = None) -> Queries:
+        """Returns encoded queries, as `search` takes them."""
+        return self._queries(self.items(texts, images))
+
+    def _queries(self, items: Items) -> Queries:
+        vectors = self._encode_items(items)
+        if self.head_rows is None:
+            return Queries(vectors)
+        head = np.empty_like(vectors)
+        for batch in self._planner.batches(len(items)):
+            more = batch.size - batch.count  # Padded, so that few programs are compiled.
+            offsets = items.tokens.offsets[batch.rows.start : batch.rows.stop + 1]
+            tokens = Ragged(items.tokens.values, np.pad(offsets, (0, more), "edge"))
+            block = np.pad(vectors[batch.rows], ((0, more), (0, 0)))
+            head[batch.rows] = self.head_queries(block, tokens)[: batch.count]
+        return Queries(vectors, head)
+
     def _encode_items(self, items: Items) -> Float[np.ndarray, "q e"]:
         def run(packed: PackedItems, batch: batching.Batch) -> Any:
             packed = sharding.to_devices(packed, self.model.mesh)
@@ -467,9 +492,9 @@ class Predictor:
         max_size = planner.size_for(max_queries)
         for size in (size for size in planner.sizes if size <= max_size):
             for words in (1, *(width - beside_words for width in planner.widths)):
-                vectors = self.encode(["a " * max(1, words)] * size)
+                queries = self.queries(["a " * max(1, words)] * size)
             for pairs in (None, np.zeros((1, 2), np.int64)):
-                self.search(vectors, k, pairs)
+                self.search(queries, k, pairs)
             longest = "a " * self.artifacts.about.max_tokens
             self.encode([longest] * size, images and images * size)
 

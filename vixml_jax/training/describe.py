@@ -117,6 +117,7 @@ def _head(config: Config, parts: Parts, sizes: DataSizes) -> str:
     head, options = parts.model.head, config.head
     sampled = f", {head.num_sampled:,} of them drawn per step" if head.num_sampled else ""
     network = f"MLP of {head.mlp_width:,}" if head.mlp_width else "no MLP"
+    network += f", {head.num_words:,} words" if head.num_words else ""
     when = [f"in each step with weight {options.weight:g}"] if options.weight else []
     if options.refit:
         when.append(f"{options.epochs} epochs after the last")

@@ -361,6 +361,7 @@ def abstract_batch(
         query_ids=ids,
         label_ids=ids,
         positives=_abstract_positives(size, shards, labels_per_query),
+        tokens=_abstract_words(model, size),
     )
     return sharding.abstract_on_devices(batch, model.mesh), _abstract_key(model)
 
@@ -404,9 +405,15 @@ def abstract_head_batch(
     shards = sharding.num_shards(model.mesh)
     size = -(-size // shards) * shards
     batch = HeadBatch(
-        jax.ShapeDtypeStruct((size,), np.int32), _abstract_positives(size, shards, labels_per_query)
+        jax.ShapeDtypeStruct((size,), np.int32),
+        _abstract_positives(size, shards, labels_per_query),
+        _abstract_words(model, size),
     )
     return sharding.abstract_on_devices(batch, model.mesh), _abstract_key(model)
+
+
+def _abstract_words(model: Model, size: int) -> jax.ShapeDtypeStruct | None:
+    return jax.ShapeDtypeStruct((size, model.word_tokens), np.int32) if model.word_tokens else None
 
 
 def _abstract_positives(size: int, shards: int, labels_per_query: float) -> Positives:

@@ -124,7 +124,12 @@ def make_train_step(
             )
             if head is not None:
                 scalars["loss_head"] = head.loss_of(
-                    params["head"], queries, batch.positives, batch.query_ids >= 0, selection
+                    params["head"],
+                    queries,
+                    batch.positives,
+                    batch.query_ids >= 0,
+                    selection,
+                    batch.tokens,
                 )
                 loss += head_weight * scalars["loss_head"]
             return loss, (scalars, queries)
@@ -194,6 +199,7 @@ def make_head_step(
             batch.query_ids >= 0,
             optimizer,
             selection,
+            batch.tokens,
         )
         if selection is not None:
             params = _put(head, selection, state.params, params)

@@ -103,6 +103,7 @@ class Trainer(EpochLoop):
             "shards": shards,
             "read": shards_to_read(model.mesh, shards),
             "all_positives": joint,
+            "read_words": model.reader_of_words(dataset.train.tokens) if joint else None,
             "rows": model.row_sizes(
                 model.mean_length(dataset.train) + model.mean_length(dataset.labels),
                 batch.size,
