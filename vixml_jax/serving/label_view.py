@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
+from vixml_jax.errors import InputError
 from vixml_jax.search import fusion as fusion_lib
 from vixml_jax.search.index import Index
 from vixml_jax.search.updates import UpdatedIndex
@@ -78,6 +79,31 @@ class LabelView:
     def label_vectors(self, rows: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m w"]:
         """Returns the vectors of labels as they are searched: prototypes, fused with the head."""
         return _vectors(self.artifacts, self.head_rows, self.updates, rows)
+
+    def filter_pairs(
+        self, never: Sequence[Sequence[str]] | None, count: int
+    ) -> Int[np.ndarray, "f 2"] | None:
+        """Returns (query, label) pairs of the labels that must not be predicted.
+
+        Args:
+          never: For each query, ids of labels; None: there are none.
+          count: Number of queries.
+
+        Raises:
+          InputError: If an id is unknown, or there are filters for another number of queries.
+        """
+        if never is None or not any(never):
+            return None
+        if len(never) != count:
+            raise InputError(f"found filters for {len(never)} queries, expected {count}")
+        pairs = []
+        for query, names in enumerate(never):
+            for name in names:
+                row = self.row_of(name)
+                if row is None:
+                    raise InputError(f"query {query}: unknown label {name!r} in its filter")
+                pairs.append((query, row))
+        return np.array(pairs)
 
 
 def label_width(artifacts: ServingArtifacts, head_rows: HeadRows | None) -> int:

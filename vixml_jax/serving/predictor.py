@@ -268,7 +268,7 @@ class Predictor:
             raise InputError(f"k={k}: expected at least 1")
         view = self.view
         items = self.items(texts, images)
-        pairs = _filter_pairs(view, never, len(texts))
+        pairs = view.filter_pairs(never, len(texts))
         found = self._search(view, self._queries(items), min(k, view.num_labels), pairs)
         empty = np.array([not text.strip() for text in texts], bool)
         if items.images is not None:
@@ -497,21 +497,3 @@ class Predictor:
                 self.search(queries, k, pairs)
             longest = "a " * self.artifacts.about.max_tokens
             self.encode([longest] * size, images and images * size)
-
-
-def _filter_pairs(
-    view: LabelView, never: Sequence[Sequence[str]] | None, count: int
-) -> Int[np.ndarray, "f 2"] | None:
-    """Returns (query, label) pairs of the labels that must not be predicted."""
-    if never is None or not any(never):
-        return None
-    if len(never) != count:
-        raise InputError(f"found filters for {len(never)} queries, expected {count}")
-    pairs = []
-    for query, names in enumerate(never):
-        for name in names:
-            row = view.row_of(name)
-            if row is None:
-                raise InputError(f"query {query}: unknown label {name!r} in its filter")
-            pairs.append((query, row))
-    return np.array(pairs)
