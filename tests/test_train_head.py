@@ -179,7 +179,8 @@ def test_restored_model_has_the_head(finished):
         assert (step, tiny.saved(config.workdir).vectors_step) == (steps, steps - HEAD_STEPS)
         queries = model.encode_queries(params, dataset.train, block=32).values
         vectors, bias = model.head_rows(params)
-        scores = model.head_queries(params, queries) @ vectors.values.T * 20 + bias.values
+        g = model.head_queries(params, queries, dataset.train.tokens)
+        scores = g @ vectors.values.T * 20 + bias.values
         best = np.argsort(-scores)[:, :2]
         found = np.take_along_axis(dataset.train_relevance.toarray(), best, axis=1).mean()
         assert found > 0.25  # A random pair of labels gives 0.1.
@@ -262,8 +263,8 @@ def test_opening_lines_and_progress_tell_of_the_head(data, tmp_path, capsys):
     train.train(config)
     output = capsys.readouterr().out.splitlines()
     assert output[2] == (
-        "head: softmax over 20 labels (2.0 labels per query), MLP of 8, trained 2 epochs after the "
-        "last"
+        "head: softmax over 20 labels (2.0 labels per query), MLP of 8, 50 words, trained 2 epochs "
+        "after the last"
     )
     lines = [line for line in output if "epoch " in line and ", step " in line]
     assert lines[0].startswith("epoch 1/1, step 6 of 12: loss ") and "violators" in lines[0]
