@@ -131,6 +131,7 @@ def test_missing_tpu_compiler_is_reported(data, tmp_path, monkeypatch):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_plan_for_absent_tpus(data, tmp_path):
     """Eight TPUs, 100,001 labels and a decoder of which only the configuration exists."""
     checkpoint = tower(tmp_path / "qwen", "qwen2.5-0.5b", **TINY)
