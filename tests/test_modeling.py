@@ -1,4 +1,6 @@
-"""The model on a mesh: activations are constrained to it."""
+"""The model: activations are constrained to its mesh, products have the precision of the run."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -6,10 +8,11 @@ import pytest
 from flax import linen as nn
 
 from vixml_jax import workdir
-from vixml_jax.config import Config
+from vixml_jax.config import Config, LabelsConfig, ModelConfig
 from vixml_jax.data.packing import Layout
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.parallel import sharding
+from vixml_jax.serving import exporting
 from vixml_jax.structs import PackedItems
 
 TOWER = BertConfig(
@@ -57,3 +60,37 @@ def test_activations_are_sharded_over_the_mesh(packed):
     params = nn.unbox(plain.init_params(jax.random.key(0)))
     expected = plain.tower.apply({"params": params["tower"]}, packed, 16, deterministic=True)
     np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+def test_all_products_of_tower_and_prototypes_have_the_precision_of_the_run(packed, precision):
+    """Also those of the gradient, of rematerialised layers, and of an exported program."""
+    config = Config(
+        model=ModelConfig(matmul_precision=precision),
+        labels=LabelsConfig(num_free=4, num_heads=4, mlp_width=8),
+    )
+    tower = dataclasses.replace(TOWER, scan=True, remat=True)
+    mesh = sharding.create_mesh(1, 1, 1, devices=jax.devices()[:1])
+    model = workdir.build_model(config, tower, Layout(), 5, mesh)
+    abstract = nn.unbox(model.abstract_params)
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract)
+    centroids = np.zeros((16, 32), np.float32)
+
+    def total(params):
+        vectors = model.tower_vectors(params, packed, 16, dropout=jax.random.key(1))
+        prototypes = model.prototypes(
+            params, None, vectors, None, free=centroids, centroids=centroids
+        )
+        return prototypes.sum()
+
+    traced = str(jax.make_jaxpr(jax.grad(total))(params))
+    name = f"Precision.{precision.upper()}"
+    products = traced.count("dot_general[")
+    assert products > 3 * 6  # Forward, again for the backward pass, and backward.
+    expected = 0 if precision == "default" else products
+    assert traced.count(f"precision=({name}, {name})") == expected
+
+    program = exporting.program(model, params["tower"]).mlir_module()
+    products = program.count("stablehlo.dot_general")
+    expected = 0 if precision == "default" else products
+    assert products and program.count(f"precision = [{precision.upper()}, ") == expected

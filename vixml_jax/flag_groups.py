@@ -54,6 +54,13 @@ class ModelConfig:
     dtype: str = flag(
         "float32", "Data type that the tower computes in.", choices=("float32", "bfloat16")
     )
+    matmul_precision: str = flag(
+        "default",
+        "Precision of float32 products of tower and prototypes. default: TF32 on GPUs, one pass of "
+        "bfloat16 on TPUs; high: TF32 on GPUs, three passes on TPUs; highest: float32. CPUs always "
+        "compute in float32.",
+        choices=("default", "high", "highest"),
+    )
     scan: bool = flag(
         False,
         "Compile one layer and loop over it. Compilation is faster, but steps of small towers are "

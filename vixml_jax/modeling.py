@@ -1,5 +1,7 @@
 """The model: tower, prototype network, label table and head; embeddings of whole data sets."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,11 +25,12 @@ from vixml_jax.models import attention as attention_lib
 from vixml_jax.models.layers import unit
 from vixml_jax.models.tower import ShardLayout, Tower
 from vixml_jax.parallel import sharding
-from vixml_jax.runtime import progress
+from vixml_jax.runtime import background, progress
 from vixml_jax.structs import LabelState, PackedItems, Shard
 
 # Numbers of queries that the label head reads at a time, so that few programs are compiled.
 _HEAD_BLOCKS = (1, 8, 64, 512, 4096)
+_BLOCKS_AHEAD = 2  # Blocks of items that are packed, and that are sent to the devices, ahead.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +45,8 @@ class Model:
       mesh: Mesh on which the model runs.
       row_width: Number of positions of a packed row.
       layout: Layout of items.
+      matmul_precision: Precision of float32 products in tower and prototype network: "default" of
+        the device, "high" or "highest", as `jax.lax.Precision` has them.
       microbatch_rows: Rows per device that the tower processes at a time in training; 0 for all.
       head: The label head; None if the run has none. Its parameters are `params["head"]`, which are
         absent as long as nothing has trained it.
@@ -53,6 +58,7 @@ class Model:
     mesh: Mesh
     row_width: int
     layout: packing.Layout
+    matmul_precision: str = "default"
     microbatch_rows: int = 0
     head: LabelHead | None = None
 
@@ -76,6 +82,12 @@ class Model:
             if self.combiner.uses_free:
                 params["free"] = sharding.boxed(self.table.init_free(free_key), "fe")
         return params
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """The context in which tower and prototype network are traced; gradients follow them."""
+        if self.matmul_precision == "default":  # Of the device, or as JAX is configured.
+            return contextlib.nullcontext()
+        return jax.default_matmul_precision(self.matmul_precision)
 
     @property
     def uses_centroids(self) -> bool:
@@ -157,7 +169,7 @@ class Model:
             num_microbatches = packed.tokens.shape[0] // devices // self.microbatch_rows
         weights = sharding.unpad(params["tower"], self.abstract_params["tower"])
         attention = self.attention(packed.tokens.shape[1], training=dropout is not None)
-        with sharding.activation_sharding(self.mesh):
+        with sharding.activation_sharding(self.mesh), self.precision():
             return self.tower.clone(attention=attention.implementation).apply(
                 {"params": weights},
                 packed,
@@ -198,14 +210,15 @@ class Model:
         if centroids is None and self.combiner.uses_centroid:
             centroids = self.table.gather_centroids(labels, label_ids)
         combiner = sharding.unpad(params["combiner"], self.abstract_params["combiner"])
-        return self.combiner.apply(
-            {"params": combiner},
-            vectors,
-            free,
-            centroids,
-            deterministic=dropout is None,
-            rngs=None if dropout is None else {"dropout": dropout},
-        )
+        with self.precision():
+            return self.combiner.apply(
+                {"params": combiner},
+                vectors,
+                free,
+                centroids,
+                deterministic=dropout is None,
+                rngs=None if dropout is None else {"dropout": dropout},
+            )
 
     def encode_queries(self, params: Any, items: Items, *, block: int, title: str = "") -> Shard:
         """Unit vectors of the items, float32, on the host.
@@ -385,7 +398,7 @@ class Model:
     def _stream(
         self, encode: Any, items: Items, block: int, title: str, width: int | None = None
     ) -> Shard:
-        """Encodes items in blocks; the devices encode one block while the host packs the next.
+        """Encodes items in blocks; a thread packs the next ones while the devices encode.
 
         Each device encodes the items of its own rows, so that the results need no communication.
         """
@@ -398,36 +411,42 @@ class Model:
         )
         width = width or self.table.width
         vectors = np.empty((len(local_shards), per_shard, width), np.float32)
-        pending: tuple[int, Any] | None = None
 
-        def store(pending: tuple[int, Any]) -> None:
-            start, encoded = pending
+        def pack(start: int) -> tuple[int, PackedItems, Int[np.ndarray, "shards m"]]:
+            rows_of_shard = start + np.arange(size)
+            ids = np.arange(shards)[:, None] * per_shard + rows_of_shard
+            ids[(ids >= num) | (rows_of_shard >= per_shard)] = -1
+            packed = packing.pack(
+                items,
+                ids.reshape(-1),
+                width=self.row_width,
+                layout=self.layout,
+                rows=rows,
+                blocks=shards,
+                read=local_shards,
+            )
+            return start, packed, ids
+
+        def store(start: int, encoded: Array) -> None:
             count = min(size, per_shard - start)
             values = sharding.shard_of(encoded, encoded.shape[0], mesh).values
             values = values.reshape(len(local_shards), size, -1)
             vectors[:, start : start + count] = values[:, :count]
 
-        with progress.track(title, num, shown=bool(title)) as update:
-            for start in range(0, per_shard, size):
-                rows_of_shard = start + np.arange(size)
-                ids = np.arange(shards)[:, None] * per_shard + rows_of_shard  # [shards, size]
-                ids[(ids >= num) | (rows_of_shard >= per_shard)] = -1
-                packed = packing.pack(
-                    items,
-                    ids.reshape(-1),
-                    width=self.row_width,
-                    layout=self.layout,
-                    rows=rows,
-                    blocks=shards,
-                    read=local_shards,
-                )
+        encoding: collections.deque[tuple[int, Array]] = collections.deque()
+        blocks = background.ahead(pack, range(0, per_shard, size), _BLOCKS_AHEAD)
+        with (
+            progress.track(title, num, shown=bool(title)) as update,
+            contextlib.closing(blocks),
+        ):
+            for start, packed, ids in blocks:
                 local_ids = ids[local_shards].reshape(-1).astype(np.int32)
                 encoded = encode(*sharding.to_devices((packed, local_ids), mesh))
-                if pending is not None:
-                    store(pending)
-                pending = (start, encoded)
+                encoding.append((start, encoded))
+                if len(encoding) > _BLOCKS_AHEAD:
+                    store(*encoding.popleft())
                 update(np.count_nonzero(ids >= 0))
-        if pending is not None:
-            store(pending)
+            while encoding:
+                store(*encoding.popleft())
         ids = sharding.row_ids(num, mesh)
         return Shard(ids, vectors.reshape(-1, width)[: len(ids)])

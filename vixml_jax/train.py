@@ -25,7 +25,14 @@ from vixml_jax.data.on_demand import NotPreparedError
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 from vixml_jax.parallel import absent_devices, accelerators, distributed
-from vixml_jax.runtime import compilation_cache, console, flag_fields, host_memory, tree_utils
+from vixml_jax.runtime import (
+    compilation_cache,
+    console,
+    determinism,
+    flag_fields,
+    host_memory,
+    tree_utils,
+)
 from vixml_jax.serving import artifacts
 from vixml_jax.storage import locks, object_store
 from vixml_jax.storage.vector_store import VectorStore
@@ -393,6 +400,8 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--plan_devices and --plan_size have no effect without --plan: add --plan")
     profile = step_timer.parse_window(values.profile_steps)
     host_memory.bound_freed_pages()
+    if values.deterministic:
+        determinism.enable()
     distributed.start(values.coordinator, values.num_processes, values.process_index)
     # JAX can write programs for absent devices to the cache, but cannot read them back.
     compilation_cache.enable("" if values.plan_devices else values.compile_cache)
@@ -434,6 +443,12 @@ def define_flags() -> None:
         "",
         "Steps to profile, START:END: those after START up to END. The profile is written to the "
         "run directory.",
+    )
+    flags.DEFINE_boolean(
+        "deterministic",
+        False,
+        "Use deterministic operations alone on GPUs. A run that is resumed is then bit for bit one "
+        "without interruption; steps are slower. CPUs and TPUs need no flag.",
     )
     compilation_cache.define_flag()
     object_store.define_flag()

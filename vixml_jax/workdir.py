@@ -344,6 +344,7 @@ def build_model(
         mesh=mesh,
         row_width=config.batch.row_width,
         layout=layout,
+        matmul_precision=config.model.matmul_precision,
         microbatch_rows=config.batch.microbatch_rows,
         head=LabelHead(
             mesh=mesh,

@@ -19,7 +19,7 @@ from vixml_jax import train
 from vixml_jax.config import LoraConfig, PromptConfig
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.models import hf_checkpoints
-from vixml_jax.serving import label_updates
+from vixml_jax.serving import exporting, label_updates
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.structs import Queries
 
@@ -115,8 +115,6 @@ def test_transformers_computes_the_same_vectors(exported):
 
 
 def test_the_program_computes_the_same_vectors_with_only_jax_installed(exported, tmp_path):
-    from vixml_jax.serving import exporting
-
     predictor, out = exported
     texts = random_texts(np.random.default_rng(), 9)
     ids, mask = exporting.rows_of(predictor, texts)
@@ -207,10 +205,36 @@ def test_wrong_flags_are_refused(run, tmp_path):
 
 def test_a_program_that_differs_is_not_written(run, predictor, tmp_path):
     from vixml_jax.errors import InputError
-    from vixml_jax.serving import exporting
 
     tower = exporting.host_tower(predictor.model, predictor.params)
     tower = {**tower, "word_embeddings": tower["word_embeddings"][::-1]}
     with pytest.raises(InputError, match="differ from those of the run by"):
         exporting.write_program(str(tmp_path / "x"), predictor, tower, ["a1 b2", "a3"])
     assert not (tmp_path / "x").exists()
+
+
+def test_tolerance_follows_the_precision_of_products():
+    """Entries of products whose factors were rounded as the device rounds them stay within it."""
+    rng = np.random.default_rng()
+    factors = rng.normal(size=(64, 384)), rng.normal(size=(384, 384)) / np.sqrt(384)
+
+    def unit(bits):
+        def rounded(x):
+            mantissa, exponent = np.frexp(x)
+            return np.ldexp(np.round(mantissa * 2.0**bits) / 2.0**bits, exponent)
+
+        product = rounded(factors[0]) @ rounded(factors[1])
+        return product / np.linalg.norm(product, axis=1, keepdims=True)
+
+    significant = {
+        ("cpu", "default", "float32"): 24,
+        ("gpu", "highest", "float32"): 24,
+        ("gpu", "default", "float32"): 11,
+        ("tpu", "default", "float32"): 8,
+        ("cpu", "default", "bfloat16"): 8,
+    }
+    for setting, bits in significant.items():
+        tolerance = exporting.tolerance_of(*setting)
+        assert np.abs(unit(bits) - unit(52)).max() < tolerance
+        if bits < 24:  # A tower has many products, so the rounding of one is not much below.
+            assert np.abs(unit(bits) - unit(52)).max() > tolerance / 100

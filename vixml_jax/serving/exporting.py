@@ -32,7 +32,6 @@ from vixml_jax.storage import atomic
 from vixml_jax.structs import PackedItems
 
 TOWER, PROGRAM, ABOUT, HEAD = "tower", "tower.stablehlo", "export.json", "head.npz"
-TOLERANCE = 1e-4  # Largest difference of an entry of a unit vector, times the vector's weight.
 _ROWS = 1 << 14  # Labels written at a time.
 _MAX_PROGRAM_BYTES = 1_900_000_000  # The serialised format is limited to 2 GB.
 _PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # Used as padding if the tokenizer has them.
@@ -173,7 +172,8 @@ def program(
             image_at=jnp.full_like(ids, -1),
             images=jnp.zeros((0, max(1, config.image_width)), jnp.float16),
         )
-        vectors = model.tower.apply({"params": tower}, packed, ids.shape[0], deterministic=True)
+        with model.precision():
+            vectors = model.tower.apply({"params": tower}, packed, ids.shape[0], deterministic=True)
         vectors = unit(vectors)
         if fusion is None:
             return vectors
@@ -208,6 +208,21 @@ def rows_of(predictor: Predictor, texts: list[str]) -> tuple[np.ndarray, np.ndar
     return ids, mask
 
 
+def tolerance_of(platform: str, precision: str, dtype: str) -> float:
+    """Largest difference of an entry of a unit vector that other rows of the same text may make.
+
+    Args:
+      platform: `jax.Device.platform` of the devices that compute the vectors.
+      precision: As `--model.matmul_precision`.
+      dtype: As `--model.dtype`.
+    """
+    if dtype == "bfloat16" or (platform == "tpu" and precision == "default"):
+        return 1e-2  # Products of 8 significant bits.
+    if platform == "cpu" or precision == "highest":
+        return 1e-4
+    return 1e-3  # TF32, or three passes of bfloat16.
+
+
 def write_program(path: str, predictor: Predictor, tower: Any, texts: list[str]) -> float:
     """Writes the query side as StableHLO, after checking that it computes the vectors of the run.
 
@@ -228,7 +243,10 @@ def write_program(path: str, predictor: Predictor, tower: Any, texts: list[str])
     deserialized = jax.export.deserialize(serialized)
     vectors = np.asarray(deserialized.call(*rows_of(predictor, texts)))
     difference = float(np.abs(vectors - predictor.query_vectors(predictor.queries(texts))).max())
-    tolerance = TOLERANCE * max((1.0, *(fusion or ())))
+    model = predictor.model
+    tolerance = tolerance_of(
+        model.mesh.devices.flat[0].platform, model.matmul_precision, model.tower.config.dtype
+    ) * max((1.0, *(fusion or ())))
     if not difference <= tolerance:
         raise InputError(
             f"{path}: vectors of the program differ from those of the run by {difference:.1e}, "
