@@ -1,6 +1,6 @@
 """The words of a query, which the label head reads beside the vector of the tower.
 
-Linear models of words, such as XR-Linear and Parabel, remember what a rare word stands for, which
+Linear models of words, such as XR-Linear and Parabel, learn what a rare word stands for, which
 the vector of a tower blurs. So the head has a trained vector for each token and for each pair of
 adjacent tokens, and adds up those of the query's text (a bag of words and pairs of words, as in
 fastText, arXiv 1607.01759). Tokens and pairs share the rows of one table by hashing.
