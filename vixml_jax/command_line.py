@@ -280,9 +280,10 @@ def short_help(main: Callable[..., None], own: Sequence[str], common: Sequence[s
             "  ".join(map(_spelled, names)), WIDTH, initial_indent="  ", subsequent_indent="  ",
             break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
+    lines.append("")
     if "loop.epochs" in own:
-        lines += ["", f"Presets (--preset=NAME): {', '.join(presets())}"]
-    lines += ["", "--help=all explains every flag. --quiet and --verbose print less and more."]
+        lines.append(f"Presets (--preset=NAME): {', '.join(presets())}")
+    lines.append("--help=all explains every flag. --quiet and --verbose print less and more.")
     return "\n".join(lines)
 
 
