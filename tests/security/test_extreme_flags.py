@@ -190,7 +190,7 @@ def test_a_run_with_huge_numbers_works(data, tmp_path):
         "train", f"--data={data}", f"--workdir={run}", "--model.num_layers=1", "--model.width=16",
         "--model.num_heads=2", "--model.mlp_width=32", "--batch.row_width=16", "--loop.epochs=1",
         "--labels.num_heads=2", "--labels.mlp_width=32", "--head.weight=0.5", "--head.mlp_width=0",
-        "--mesh=fsdp:1", "--eval.block=32", "--knn.weight=0.1", "--knn.k=65536",
+        "--eval.block=32", "--knn.weight=0.1", "--knn.k=65536",
         *(f"--{name}={huge}" for name in (
             "batch.size", "labels.num_free", "eval.k", "head.label_block", "loop.save_every",
             "loop.log_every", "head.sample_above", "batch.cluster_start",
