@@ -180,6 +180,9 @@ def test_separate_group_of_flags_has_bounds(flag):
         (b'{"seed": 3.5}', "--seed: expected int, got float"),
         (b'{"lora": {"maps": "query"}}', "--lora.maps: expected array, got str"),
         (b'{"loop": {"keep": 1, "max_to_keep": 2}}', "unknown settings loop.keep"),
+        (b'{"a":' * 99 + b'{"b": 1}' + b"}" * 99, "unknown settings a.a." + "a." * 36 + "a..."),
+        (json.dumps({f"x{n}": 1 for n in range(20)}).encode(), "x0, x1, x10, x11, x12, x13, x14, "),
+        (json.dumps({f"x{n}": 1 for n in range(20)}).encode(), "x15 and 12 more"),
     ],
 )
 def test_damaged_files_are_input_errors(tmp_path, content, message):

@@ -218,7 +218,9 @@ def from_dict(tree: dict[str, Any]) -> Config:
     known = {name for name, _, _ in flag_fields.leaves(Config())}
     unknown = sorted(flag_fields.names(tree) - known)
     if unknown:
-        raise InputError(f"unknown settings {', '.join(unknown)}")
+        shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in unknown[:8]]
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        raise InputError(f"unknown settings {', '.join(shown)}{more}")
     try:
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
