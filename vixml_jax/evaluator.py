@@ -223,7 +223,7 @@ def search_model(
     lap("index")
     tried, train_vectors, train_index = [], None, None
     if scoring.mixing is not None or tune:
-        train_vectors = scored.vectors_of("train")
+        train_vectors = queries.vectors if split == "train" else scored.vectors_of("train")
         lap("encode_training_queries")
         mixing_k = k if scoring.mixing is None else scoring.mixing.k
         train_index = open_index(

@@ -133,16 +133,14 @@ class ServingArtifacts:
         vectors = array("vectors")
         train = {}
         if about.has_train_vectors:
-            sample = Ragged(np.zeros(0, np.int32), np.zeros(1, np.int64))
-            if "sample_tokens" in about.arrays:
-                sample = Ragged(array("sample_tokens"), array("sample_tokens_offsets"))
             queries, indptr, indices = (
                 array(name) for name in ("train_vectors", "train_indptr", "train_labels")
             )
             ragged("train_indptr", indices, indptr, len(queries))
+            sample = Ragged(np.zeros(0, np.int32), np.zeros(1, np.int64))
             if "sample_tokens" in about.arrays:
-                rows = len(sample_rows(len(queries)))
-                ragged("sample_tokens_offsets", *sample, rows)
+                sample = Ragged(array("sample_tokens"), array("sample_tokens_offsets"))
+                ragged("sample_tokens_offsets", *sample, len(sample_rows(len(queries))))
             if len(indices) and not 0 <= indices.min() <= indices.max() < about.num_labels:
                 raise InputError(
                     f"{_file(path, 'train_labels')}: rows of labels outside 0 to "
