@@ -94,13 +94,8 @@ _SCORES = """    scores = query.numpy() @ np.load("labels.npy").T
 _MLP = """    hidden = torch.nn.functional.gelu(query @ head["up_kernel"] + head["up_bias"])
     g = query + hidden @ head["down_kernel"] + head["down_bias"]
 """
-# The hashes of `labels.head_words`.
-_WORDS = """    t = np.array(read[: int(head["word_tokens"])], np.uint32)
-    a, b, c = (np.uint32(x) for x in (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D))
-    rows = np.concatenate([t * a, t[:-1] * a + (t[1:] + np.uint32(1)) * b])
-    rows = (rows ^ (rows >> np.uint32(15))) * c
-    rows = (rows ^ (rows >> np.uint32(13))) % np.uint32(len(head["words"]))
-    g = g + head["words"][rows.astype(np.int64)].sum(0) / max(1, len(rows)) ** 0.5
+_WORDS = """    words = [token % len(head["words"]) for token in read[: int(head["word_tokens"])]]
+    g = g + head["words"][words].sum(0) / max(1, len(words)) ** 0.5
 """
 _HEAD_SCORES = """    head = np.load("head.npz")
     head = {{name: torch.from_numpy(values) for name, values in head.items()}}

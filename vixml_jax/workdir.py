@@ -354,7 +354,7 @@ def build_model(
             loss=head.loss,
             label_block=head.label_block,
             num_sampled=head.num_sampled if num_labels > head.sample_above else 0,
-            num_words=head.words,
+            num_words=min(head.words, tower.vocab_size),
         )
         if head.enabled
         else None,

@@ -31,6 +31,11 @@ class Batch(NamedTuple):
         """Items without padding."""
         return self.rows.stop - self.rows.start
 
+    @property
+    def padding(self) -> int:
+        """Items of padding."""
+        return self.size - self.count
+
 
 class BatchPlanner:
     """Decides how items are split into batches and packed into rows.

@@ -82,7 +82,7 @@ class LabelView:
 
     def filter_pairs(
         self, never: Sequence[Sequence[str]] | None, count: int
-    ) -> Int[np.ndarray, "f 2"] | None:
+    ) -> Int[np.ndarray, "f 2"]:
         """Returns (query, label) pairs of the labels that must not be predicted.
 
         Args:
@@ -93,7 +93,7 @@ class LabelView:
           InputError: If an id is unknown, or there are filters for another number of queries.
         """
         if never is None or not any(never):
-            return None
+            never = [()] * count
         if len(never) != count:
             raise InputError(f"found filters for {len(never)} queries, expected {count}")
         pairs = []
@@ -103,7 +103,7 @@ class LabelView:
                 if row is None:
                     raise InputError(f"query {query}: unknown label {name!r} in its filter")
                 pairs.append((query, row))
-        return np.array(pairs)
+        return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def label_width(artifacts: ServingArtifacts, head_rows: HeadRows | None) -> int:

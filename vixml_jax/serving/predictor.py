@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,20 +21,20 @@ from vixml_jax.data.store import Items, Ragged
 from vixml_jax.errors import InputError
 from vixml_jax.labels.head import query_params
 from vixml_jax.modeling import Model
-from vixml_jax.parallel import sharding
 from vixml_jax.search import fusion as fusion_lib
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.factory import open_index
 from vixml_jax.search.fusion import Fusion
 from vixml_jax.search.index import Index
-from vixml_jax.serving import batching, label_updates, label_view, opening
+from vixml_jax.serving import batching, label_updates, label_view, opening, query_items
 from vixml_jax.serving.artifacts import ServingArtifacts
+from vixml_jax.serving.coalescing import Coalescer
 from vixml_jax.serving.label_updates import LabelUpdates
 from vixml_jax.serving.label_view import HeadRows, LabelView
-from vixml_jax.serving.query_items import ItemReader
+from vixml_jax.serving.query_encoder import QueryEncoder, padded
 from vixml_jax.storage import object_store
-from vixml_jax.structs import LabelState, PackedItems, Queries, SearchResult
+from vixml_jax.structs import LabelState, Queries, SearchResult
 
 K = 10  # Default number of labels per query.
 
@@ -56,6 +56,14 @@ class Prediction(NamedTuple):
     id: str
     text: str
     score: float
+
+
+class _Call(NamedTuple):
+    """What `Predictor.__call__` searches for; see there."""
+
+    items: Items
+    k: int
+    never: Sequence[Sequence[str]] | None
 
 
 class Predictor:
@@ -106,16 +114,9 @@ class Predictor:
         self.fusion, self.mixing = scoring.fusion, scoring.mixing
         self._run_index, self._train_index = index, train_index
         self._min_results = min_results
-        tower, about = model.tower.config, artifacts.about
-        self.image_width = tower.image_width if model.layout.num_images else 0
-        self._reader = ItemReader(artifacts.path, about.max_tokens, self.image_width)
-        self._planner = batching.BatchPlanner(
-            num_shards=sharding.num_row_shards(model.mesh),
-            row_width=model.row_width,
-            layout=model.layout,
-            mean_tokens=about.mean_tokens,
-            max_tokens=about.max_tokens,
-        )
+        self._encoder = QueryEncoder(model, params, artifacts)
+        self.image_width = self._encoder.image_width
+        self._calls = Coalescer(self._run_calls, self._encoder.planner.sizes[-1])
         self._refreshing = threading.Lock()
         self.refresh()
 
@@ -251,8 +252,13 @@ class Predictor:
         k: int = K,
         min_score: float = -np.inf,
         never: Sequence[Sequence[str]] | None = None,
+        timeout: float | None = None,
     ) -> list[list[Prediction]]:
         """Returns the best labels of each query, best first; none for a query without content.
+
+        Calls that several threads make at the same time run together (`serving.coalescing`), which
+        takes less time than one after the other. The last digits of a score depend on what a query
+        runs together with, as sums are rounded in another order.
 
         Args:
           texts: Texts of the queries.
@@ -260,19 +266,22 @@ class Predictor:
           k: Maximum number of labels per query.
           min_score: Labels with a lower score are left out.
           never: For each query, ids of labels that must not be predicted.
+          timeout: Seconds to wait for the calls of other threads; None: any time.
 
         Raises:
           InputError: If texts or images are malformed, or an id of `never` is unknown.
+          TimeoutError: If there is no result within `timeout`.
         """
         if k < 1:
             raise InputError(f"k={k}: expected at least 1")
-        view = self.view
-        items = self.items(texts, images)
-        pairs = view.filter_pairs(never, len(texts))
-        found = self._search(view, self._queries(items), min(k, view.num_labels), pairs)
+        call = _Call(self.items(texts, images), k, never)
+        # How many labels are retrieved changes scores, so it is the same in all calls of a batch.
+        view, found = self._calls(
+            call, size=len(texts), kind=max(k, self._min_results), timeout=timeout
+        )
         empty = np.array([not text.strip() for text in texts], bool)
-        if items.images is not None:
-            empty &= np.diff(items.images.offsets) == 0
+        if call.items.images is not None:
+            empty &= np.diff(call.items.images.offsets) == 0
         found.ids[empty] = -1
         return [
             [
@@ -282,6 +291,33 @@ class Predictor:
             ]
             for ids, scores in zip(found.ids, found.scores, strict=True)
         ]
+
+    def _run_calls(
+        self, calls: Sequence[_Call]
+    ) -> list[tuple[LabelView, SearchResult] | InputError]:
+        """Returns for each call the labels that it saw and those that it found, or its error."""
+        view = self.view
+        pairs: list[Int[np.ndarray, "f 2"] | InputError] = []
+        for call in calls:
+            try:
+                pairs.append(view.filter_pairs(call.never, len(call.items)))
+            except InputError as error:
+                pairs.append(error)
+        valid = [i for i, found in enumerate(pairs) if not isinstance(found, InputError)]
+        if not valid:
+            return pairs
+        starts = np.cumsum([0, *(len(calls[i].items) for i in valid)])
+        shifted = [pairs[i] + [start, 0] for i, start in zip(valid, starts[:-1], strict=True)]
+        found = self._search(
+            view,
+            self._encoder.queries(query_items.joined([calls[i].items for i in valid])),
+            min(max(calls[i].k for i in valid), view.num_labels),
+            np.concatenate(shifted),
+        )
+        results: list[Any] = [*pairs]
+        for i, start, end in zip(valid, starts[:-1], starts[1:], strict=True):
+            results[i] = view, SearchResult(*(x[start:end, : calls[i].k] for x in found))
+        return results
 
     @property
     def label_width(self) -> int:
@@ -311,7 +347,7 @@ class Predictor:
           vectors: Unit vectors of the queries.
           tokens: Their tokens.
         """
-        return self.model.head_queries(self.params, vectors, tokens)
+        return self._encoder.head_queries(vectors, tokens)
 
     def head_log_sum(self, head_queries: Float[np.ndarray, "q e"]) -> Float[np.ndarray, " q"]:
         """Returns the log of the sum of exp(logit) over the labels of the run, of the head alone.
@@ -362,9 +398,10 @@ class Predictor:
         """Searches the labels of a view; see `search`."""
         result = index_lib.empty_result(len(queries.vectors), k)
         retrieved = min(max(k, self._min_results), view.num_labels)
-        for batch in self._planner.batches(len(queries.vectors)):
-            more = ((0, batch.size - batch.count), (0, 0))
-            block = Queries(*(x if x is None else np.pad(x, more) for x in queries.at(batch.rows)))
+        for batch in self._encoder.planner.batches(len(queries.vectors)):
+            block = Queries(
+                *(x if x is None else padded(x, batch.size) for x in queries.at(batch.rows))
+            )
             block_pairs = np.zeros((0, 2), np.int64)
             if pairs is not None:
                 rows = np.arange(batch.rows.start, batch.rows.stop)
@@ -421,55 +458,17 @@ class Predictor:
         centroids: Float[np.ndarray, "m e"],
     ) -> Float[np.ndarray, "m e"]:
         """Returns unit prototypes of new labels, from their content and the combiner's inputs."""
-
-        def run(packed: PackedItems, batch: batching.Batch) -> Any:
-            padded = [np.zeros((batch.size, free.shape[1]), np.float32) for _ in range(2)]
-            for array, values in zip(padded, (free, centroids), strict=True):
-                array[: batch.count] = values[batch.rows]
-            arguments = sharding.to_devices((packed, *padded), self.model.mesh)
-            return self.model.new_prototypes(self.params, *arguments)
-
-        return self._in_batches(run, self.items(texts, images))
+        return self._encoder.prototypes(self.items(texts, images), free, centroids)
 
     def encode(
         self, texts: Sequence[str], images: Sequence[Any] | None = None
     ) -> Float[np.ndarray, "q e"]:
         """Returns unit vectors of queries, using the programs that `warm_up` compiles."""
-        return self._encode_items(self.items(texts, images))
+        return self._encoder.encode(self.items(texts, images))
 
     def queries(self, texts: Sequence[str], images: Sequence[Any] | None = None) -> Queries:
         """Returns encoded queries, as `search` takes them."""
-        return self._queries(self.items(texts, images))
-
-    def _queries(self, items: Items) -> Queries:
-        vectors = self._encode_items(items)
-        if self.head_rows is None:
-            return Queries(vectors)
-        head = np.empty_like(vectors)
-        for batch in self._planner.batches(len(items)):
-            more = batch.size - batch.count  # Padded, so that few programs are compiled.
-            offsets = items.tokens.offsets[batch.rows.start : batch.rows.stop + 1]
-            tokens = Ragged(items.tokens.values, np.pad(offsets, (0, more), "edge"))
-            block = np.pad(vectors[batch.rows], ((0, more), (0, 0)))
-            head[batch.rows] = self.head_queries(block, tokens)[: batch.count]
-        return Queries(vectors, head)
-
-    def _encode_items(self, items: Items) -> Float[np.ndarray, "q e"]:
-        def run(packed: PackedItems, batch: batching.Batch) -> Any:
-            packed = sharding.to_devices(packed, self.model.mesh)
-            return self.model.encode_packed(self.params, packed, batch.size)
-
-        return self._in_batches(run, items)
-
-    def _in_batches(
-        self, run: Callable[[PackedItems, batching.Batch], Any], items: Items
-    ) -> Float[np.ndarray, "q e"]:
-        """Packs items in batches and concatenates the vectors that `run` returns for them."""
-        vectors = np.empty((len(items), self.model.table.width), np.float32)
-        for batch in self._planner.batches(len(items)):
-            packed = self._planner.pack(items, batch)
-            vectors[batch.rows] = np.asarray(run(packed, batch))[: batch.count]
-        return vectors
+        return self._encoder.queries(self.items(texts, images))
 
     def items(self, texts: Sequence[str], images: Sequence[Any] | None = None) -> Items:
         """Returns texts and images in the form of prepared data.
@@ -477,23 +476,17 @@ class Predictor:
         Raises:
           InputError: If texts or images are malformed.
         """
-        return self._reader.read(texts, images)
+        return self._encoder.items(texts, images)
 
     def has_only_unknown_tokens(self, items: Items) -> list[bool]:
         """Whether the text of each item has tokens, none of which the tokenizer knows."""
-        return self._reader.has_only_unknown_tokens(items)
+        return self._encoder.has_only_unknown_tokens(items)
 
     def warm_up(self, k: int = K, max_queries: int = batching.SIZES[-1]) -> None:
         """Compiles the programs for calls of up to `max_queries` queries, so that none waits."""
-        image = np.zeros((self.model.layout.num_images, self.image_width))
-        images = [image] if self.image_width else None
-        layout, planner = self.model.layout, self._planner
-        beside_words = layout.overhead + self._reader.num_special - sum(layout.trim)
-        max_size = planner.size_for(max_queries)
-        for size in (size for size in planner.sizes if size <= max_size):
-            for words in (1, *(width - beside_words for width in planner.widths)):
-                queries = self.queries(["a " * max(1, words)] * size)
+
+        def search(queries: Queries) -> None:
             for pairs in (None, np.zeros((1, 2), np.int64)):
                 self.search(queries, k, pairs)
-            longest = "a " * self.artifacts.about.max_tokens
-            self.encode([longest] * size, images and images * size)
+
+        self._encoder.warm_up(search, max_queries)

@@ -90,6 +90,23 @@ class ItemReader:
         return Ragged(np.concatenate(rows), offsets)
 
 
+def joined(parts: Sequence[Items]) -> Items:
+    """Returns the items of several calls of `ItemReader.read`, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    no_texts = Texts(np.zeros(0, np.uint8), np.zeros(sum(map(len, parts)) + 1, np.int64))
+    images = None
+    if parts[0].images is not None:
+        images = _joined([part.images for part in parts])
+    return Items(no_texts, _joined([part.tokens for part in parts]), images)
+
+
+def _joined(parts: Sequence[Ragged]) -> Ragged:
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+    values = np.concatenate([part.values for part in parts])
+    return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+
 def _checked_text(text: Any, query: int) -> str:
     """Returns the beginning of a text, after checking that it can be encoded."""
     if not isinstance(text, str):
