@@ -6,6 +6,12 @@ import re
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
+SERVE = [
+    "prometheus-client>=0.20",
+    "python-multipart>=0.0.18",
+    "starlette>=0.46",
+    "uvicorn>=0.34",
+]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
 setuptools.setup(
@@ -22,6 +28,7 @@ setuptools.setup(
     package_data={
         "vixml_jax": ["py.typed", "presets/*.flags"],
         "vixml_jax.report": ["templates/*"],
+        "vixml_jax.service": ["templates/*"],
     },
     entry_points={"console_scripts": ["vixml_jax = vixml_jax.__main__:main"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1],
@@ -36,8 +43,10 @@ setuptools.setup(
         "datasets": ["datasets>=3.0"],
         "docs": DOCS,
         "gcs": ["gcsfs>=2024.6"],
+        "serve": SERVE,
         "test": [
             *DOCS,
+            *SERVE,
             "beartype>=0.20",
             "datasets>=3.0",
             "gcsfs>=2024.6",

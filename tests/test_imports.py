@@ -16,6 +16,7 @@ LAYERS = (
     ("evaluate",),
     ("predict", "prepare"),
     ("command_line",),
+    ("service",),
     ("serving", "training", "report"),
     ("evaluator",),
     ("augmentation",),
@@ -38,13 +39,13 @@ RANK = {package: rank for rank, layer in enumerate(LAYERS) for package in layer}
 # Beside the layers: packages that run without JAX.
 WITHOUT_JAX = ("data", "evaluation", "errors", "config", "flag_groups", "command_line", "structs")
 HEAVY = {
-    "grain", "jinja2", "markdown_it", "matplotlib", "orbax", "scann", "tensorboardX",
-    "tensorflow_datasets", "torch", "tqdm", "transformers",
+    "grain", "jinja2", "markdown_it", "matplotlib", "orbax", "prometheus_client", "scann",
+    "starlette", "tensorboardX", "tensorflow_datasets", "torch", "tqdm", "transformers", "uvicorn",
 }  # fmt: skip
 # Modules outside models/ that define or initialise Flax modules.
 FLAX = {"labels/prototypes.py", "parallel/sharding.py", "training/build.py"}
 # Modules of packages that are commands too, and that the package itself loads on demand.
-COMMANDS = {"evaluation/compare.py", "report/curves.py"}
+COMMANDS = {"evaluation/compare.py", "report/curves.py", "service/serve.py"}
 
 
 def imports(path):
@@ -89,7 +90,7 @@ def test_imports_go_downwards(path):
 def test_heavy_libraries_are_imported_where_they_are_used(path):
     for name, top in imports(path):
         first = name.split(".")[0]
-        if top and package_of(path) not in ("benchmarks", "report"):
+        if top and package_of(path) not in ("benchmarks", "report", "service"):
             assert first not in HEAVY, f"{path} imports {first} at its top"
         if package_of(path) in WITHOUT_JAX:
             assert first not in ("jax", "flax", "optax"), f"{path} imports {name}"

@@ -312,7 +312,7 @@ def test_store_without_images(tmp_path):
     store = EmbeddingStore(str(tmp_path / "s"), width=4, about={})
     assert store.vectors().shape == (0, 4)
     row_of, faults = image_encoding.embed_files(
-        None, {}, [str(tmp_path / "no.png")], store, None, batch=2, keep_aspect=False, threads=1
+        None, [str(tmp_path / "no.png")], store, batch=2, threads=1
     )
     assert row_of == {} and list(faults.values()) == ["cannot be read: no such file"]
     assert jax.tree.leaves(store.row_of) == []

@@ -7,10 +7,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float32
 
 from vixml_jax.data.images import (
     download,
@@ -28,34 +28,101 @@ from vixml_jax.models.siglip import VisionTower
 from vixml_jax.runtime import progress
 
 
+class ImageEncoder:
+    """A frozen vision tower and how it wants its pixels; several threads may use it.
+
+    Attributes:
+      width: Of the embeddings.
+      about: What the embeddings depend on, as JSON.
+    """
+
+    def __init__(self, model: str, *, keep_aspect: bool, dtype: str):
+        """Loads the tower.
+
+        Args:
+          model: Directory or Hugging Face name of a SigLIP model.
+          keep_aspect: See `image_files.load_pixels`.
+          dtype: Compute dtype of the model.
+
+        Raises:
+          InputError: If there is no such model, or it cannot embed images.
+        """
+        self._processor = check_model(model)
+        config, params = hf_checkpoints.load_hf_vision(model, dtype=dtype)
+        config = dataclasses.replace(config, dtype=dtype)
+        self._keep_aspect, self.width = keep_aspect, config.width
+        self.about = {
+            "model": model,
+            "config": dataclasses.asdict(config),
+            "processor": json.loads(json.dumps(self._processor)),
+            "keep_aspect": keep_aspect,
+            "reader": image_reader.VERSION,
+        }
+        tower = VisionTower.on(jax.devices()[0], config)
+        self._params = jax.device_put(params)
+        self._encode = jax.jit(lambda params, pixels: tower.apply({"params": params}, pixels))
+
+    def pixels(self, source: ImageSource) -> Float32[np.ndarray, "h w 3"] | str:
+        """Pixels of an image as the tower reads them, or why they cannot be decoded."""
+        try:
+            return image_files.load_pixels(source, self._processor, keep_aspect=self._keep_aspect)
+        except (OSError, ValueError) as error:
+            return " ".join(str(error).split())
+
+    def encode(
+        self, pixels: Sequence[Float32[np.ndarray, "h w 3"]], size: int
+    ) -> tuple[Float32[np.ndarray, "b v"], Bool[np.ndarray, " b"]]:
+        """Embeds images.
+
+        Args:
+          pixels: Of at most `size` images.
+          size: Images to which the batch is padded; each size is a program of its own.
+
+        Returns:
+          The embeddings, and which of them are finite in float16.
+        """
+        batch = np.zeros((size, self._processor.height, self._processor.width, 3), np.float32)
+        for row, image in enumerate(pixels):
+            batch[row] = image
+        vectors = np.asarray(self._encode(self._params, batch))[: len(pixels)]
+        with np.errstate(over="ignore"):
+            return vectors, np.isfinite(vectors.astype(np.float16)).all(axis=1)
+
+
+def encoder_of(images: str, dtype: str) -> ImageEncoder | None:
+    """Returns the vision model that embedded the images of a run; None: none did.
+
+    Args:
+      images: Of the run's serving artifacts.
+      dtype: Compute dtype of the model.
+    """
+    model, _, aspect = images.rpartition(", ")
+    return ImageEncoder(model, keep_aspect=aspect == "aspect kept", dtype=dtype) if model else None
+
+
+NOT_FINITE = "the embedding is not finite in float16"
+
+
 def embed_files(
-    tower: VisionTower,
-    params: Any,
+    encoder: ImageEncoder,
     sources: Sequence[ImageSource],
     store: EmbeddingStore,
-    processor: image_files.ImageProcessor,
     *,
     batch: int,
-    keep_aspect: bool,
     threads: int,
 ) -> tuple[dict[ImageSource, int], dict[ImageSource, str]]:
     """Embeds images that are not in the store yet, each distinct content once, in order.
 
     Args:
-      tower: A vision tower.
-      params: Parameters of the tower.
+      encoder: Of the images.
       sources: Paths of the files, or their contents; several may have the same content.
       store: Stored embeddings, to which the new ones are added.
-      processor: Size and normalisation of the pixels.
       batch: Number of images embedded at a time.
-      keep_aspect: See `image_files.load_pixels`.
       threads: Number of threads that read and decode files.
 
     Returns:
       The row in the store for each image, and the reason for each image without embedding.
     """
-    encode = jax.jit(lambda params, pixels: tower.apply({"params": params}, pixels))
-    params = jax.device_put(params)
     sources = list(dict.fromkeys(sources))
     errors: dict[str, str] = {}  # By digest.
 
@@ -65,13 +132,6 @@ def embed_files(
             return image_reader.digest(source)
         except OSError as error:
             return error
-
-    def decode(source: ImageSource) -> np.ndarray | str:
-        """Pixels of an image, or why they cannot be decoded."""
-        try:
-            return image_files.load_pixels(source, processor, keep_aspect=keep_aspect)
-        except (OSError, ValueError) as error:
-            return " ".join(str(error).split())
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         digests = dict(zip(sources, pool.map(digest_of, sources), strict=True))
@@ -83,14 +143,9 @@ def embed_files(
         with progress.track("images", len(new), shown=bool(new)) as update:
             for start in range(0, len(new), batch):
                 part = new[start : start + batch]
-                decoded = list(pool.map(decode, (source for _, source in part)))
+                decoded = list(pool.map(encoder.pixels, (source for _, source in part)))
                 valid = [i for i, pixels in enumerate(decoded) if not isinstance(pixels, str)]
-                pixels = np.zeros((batch, processor.height, processor.width, 3), np.float32)
-                for row, i in enumerate(valid):
-                    pixels[row] = decoded[i]
-                vectors = np.asarray(encode(params, pixels))[: len(valid)]
-                with np.errstate(over="ignore"):
-                    finite = np.isfinite(vectors.astype(np.float16)).all(axis=1)
+                vectors, finite = encoder.encode([decoded[i] for i in valid], batch)
                 store.add(
                     [part[i][0] for i, ok in zip(valid, finite, strict=True) if ok],
                     vectors[finite],
@@ -108,7 +163,7 @@ def embed_files(
         elif digest in store.row_of:
             row_of[source] = store.row_of[digest]
         else:
-            faults[source] = errors.get(digest, "the embedding is not finite in float16")
+            faults[source] = errors.get(digest, NOT_FINITE)
     return row_of, faults
 
 
@@ -162,20 +217,11 @@ class ImageFinder:
         self._named = 0
 
     @functools.cached_property
-    def _tower(self) -> tuple[Any, ...]:
-        """Vision tower, parameters, image processor and store; loaded when first needed."""
-        processor = check_model(self._model)
-        config, params = hf_checkpoints.load_hf_vision(self._model, dtype=self._dtype)
-        config = dataclasses.replace(config, dtype=self._dtype)
-        about = {
-            "model": self._model,
-            "config": dataclasses.asdict(config),
-            "processor": json.loads(json.dumps(processor)),
-            "keep_aspect": self._keep_aspect,
-            "reader": image_reader.VERSION,
-        }
-        store = EmbeddingStore(self._directory, width=config.width, about=about)
-        return VisionTower.on(jax.devices()[0], config), params, processor, store
+    def _opened(self) -> tuple[ImageEncoder, EmbeddingStore]:
+        """Vision tower and store; opened when first needed."""
+        encoder = ImageEncoder(self._model, keep_aspect=self._keep_aspect, dtype=self._dtype)
+        store = EmbeddingStore(self._directory, width=encoder.width, about=encoder.about)
+        return encoder, store
 
     @property
     def used(self) -> bool:
@@ -224,17 +270,14 @@ class ImageFinder:
           images: The images of each item: paths, URLs or contents.
           origins: Names of some of the paths, for messages.
         """
-        tower, params, processor, store = self._tower
+        encoder, store = self._opened
         file_of, faults = self._download(source for item in images for source in item)
         files = [[file_of[source] for source in item if source in file_of] for item in images]
         row_of, broken = embed_files(
-            tower,
-            params,
+            encoder,
             [file for item in files for file in item],
             store,
-            processor,
             batch=self._batch,
-            keep_aspect=self._keep_aspect,
             threads=os.cpu_count() or 1,
         )
         self._named += sum(map(len, images))

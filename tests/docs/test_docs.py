@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.report import chromium
+from tests import chromium
 from vixml_jax import __main__ as commands
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.report import chromium
+from tests import chromium
 from tests.report.pages import make_page
 
 

@@ -144,14 +144,14 @@ def read(workdir: str, artifacts: ServingArtifacts, width: int) -> LabelUpdates:
       InputError: If a step is missing or damaged, or was made for another model.
     """
     while True:
-        before = _state(workdir)
+        before = state(workdir)
         try:
             updates = _read(workdir, artifacts, width)
         except InputError:
-            if _state(workdir) == before:
+            if state(workdir) == before:
                 raise
             continue  # A step was taken back while it was read.
-        if _state(workdir) == before:
+        if state(workdir) == before:
             return updates
 
 
@@ -245,7 +245,7 @@ def _directory(workdir: str) -> str:
     return workdir_lib.path_of(workdir, DIRECTORY, _DIRECTORY_0_1)
 
 
-def _state(workdir: str) -> list[tuple[str, int, int]]:
+def state(workdir: str) -> list[tuple[str, int, int]]:
     """What changes whenever a step is written or taken back."""
     found = []
     # The directory of the steps as well: a step may be written and taken back between two looks.

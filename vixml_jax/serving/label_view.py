@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +59,11 @@ class LabelView:
         count = len(self.artifacts.ids)
         source, at = (self.artifacts, row) if row < count else (self.updates, row - count)
         return source.ids[at], source.texts[at]
+
+    def rows(self, start: int = 0) -> Iterator[int]:
+        """Yields the rows of the labels that can be found, from `start` on."""
+        count = len(self.artifacts.ids) + len(self.updates.ids)
+        return (row for row in range(start, count) if row not in self._removed)
 
     def row_of(self, name: str) -> int | None:
         """Returns the row of a label by its id; None if there is no such label."""

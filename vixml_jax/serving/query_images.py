@@ -4,9 +4,39 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from vixml_jax.data.images import image_reader
 from vixml_jax.serving.requests import Query
+
+
+def ignored_images(
+    width: int,
+    embeddings: Float[np.ndarray, "j v"] | None,
+    *,
+    has_files: bool,
+    reads_files: bool,
+) -> str:
+    """Returns why the images of a query are ignored; empty: they are not.
+
+    Args:
+      width: Width of the image embeddings that the model reads; 0: it reads none.
+      embeddings: Of the query's images, if it has them.
+      has_files: Whether the query has image files.
+      reads_files: Whether the vision model is there that embedded the run's images.
+    """
+    if (has_files or embeddings is not None) and not width:
+        return "images are ignored: the run was trained without images"
+    if embeddings is not None and embeddings.shape[1] != width:
+        return (
+            f"the image is ignored: its embedding has width {embeddings.shape[1]}, expected {width}"
+        )
+    if has_files and not reads_files:
+        return (
+            "image files are ignored: the run's data came with image embeddings; pass embeddings "
+            "of the same model"
+        )
+    return ""
 
 
 class QueryImages:
@@ -30,21 +60,14 @@ class QueryImages:
         vectors: list[np.ndarray | None] = [query.embeddings for query in queries]
         notes = [""] * len(queries)
         for i, query in enumerate(queries):
-            embeddings = query.embeddings
-            if (query.images or embeddings is not None) and not self._width:
+            notes[i] = ignored_images(
+                self._width,
+                query.embeddings,
+                has_files=bool(query.images),
+                reads_files=self._finder is not None,
+            )
+            if query.embeddings is not None and query.embeddings.shape[1] != self._width:
                 vectors[i] = None
-                notes[i] = "images are ignored: the run was trained without images"
-            elif embeddings is not None and embeddings.shape[1] != self._width:
-                vectors[i] = None
-                notes[i] = (
-                    f"the image is ignored: its embedding has width {embeddings.shape[1]}, "
-                    f"expected {self._width}"
-                )
-            elif query.images and self._finder is None:
-                notes[i] = (
-                    "image files are ignored: the run's data came with image embeddings; pass "
-                    "embeddings of the same model"
-                )
         named = [i for i, query in enumerate(queries) if query.images and not notes[i]]
         if named and self._finder is not None:
             embedded = self._finder.embed("--queries", [queries[i].images for i in named])

@@ -1,4 +1,4 @@
-"""A headless browser for tests of the report."""
+"""A headless browser for tests of pages."""
 
 import contextlib
 import os
