@@ -7,6 +7,7 @@ texts in the order of the data. Ours is a `Predictor`; PyTorch pads texts to the
 and searches by `matmul` and `topk`. Programs take turns on the same cores.
 """
 
+import functools
 import itertools
 import os
 import tempfile
@@ -30,12 +31,12 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     """In a child process: the programs, each of which has been run once."""
     dataset = inputs.open_data(settings["data"])
     texts = list(itertools.islice(dataset.train.texts, _QUERIES))
-    rng = np.random.default_rng(0)
-    width = towers.config_of(settings["tower"]).width
-    labels = rng.standard_normal((settings["labels"], width), np.float32)
-    labels /= np.linalg.norm(labels, axis=1, keepdims=True)
-    make = _ours if programs[0].startswith("ours") else _torch
-    answer = make(dataset, labels, settings)
+    rng, labels = np.random.default_rng(0), random_labels(settings)
+    if programs[0].startswith("ours"):
+        predictor = our_predictor(dataset, labels, settings)
+        answer = functools.partial(predictor, k=K)
+    else:
+        answer = torch_answers(dataset, labels, settings)
 
     def alone() -> dict[str, Any]:
         seconds = []
@@ -59,9 +60,16 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     return prepared
 
 
-def _ours(
-    dataset: Any, labels: np.ndarray, settings: dict[str, Any]
-) -> Callable[[list[str]], list[Any]]:
+def random_labels(settings: dict[str, Any]) -> np.ndarray:
+    """Random unit vectors [labels, e], the same for every program."""
+    width = towers.config_of(settings["tower"]).width
+    shape = settings["labels"], width
+    labels = np.random.default_rng(1).standard_normal(shape, np.float32)
+    return labels / np.linalg.norm(labels, axis=1, keepdims=True)
+
+
+def our_predictor(dataset: Any, labels: np.ndarray, settings: dict[str, Any]) -> Any:
+    """A `Predictor` of a tower with random weights; all its programs are compiled."""
     import dataclasses
 
     import jax
@@ -102,12 +110,13 @@ def _ours(
             scoring=COSINES,
         )
     predictor.warm_up(K, settings["batch"])
-    return lambda texts: predictor(texts, k=K)
+    return predictor
 
 
-def _torch(
+def torch_answers(
     dataset: Any, labels: np.ndarray, settings: dict[str, Any]
 ) -> Callable[[list[str]], list[Any]]:
+    """A function from texts to the names and scores of their best labels, by PyTorch."""
     import torch
 
     from vixml_jax.benchmarks.baselines import torch_models
