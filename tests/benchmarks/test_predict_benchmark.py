@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vixml_jax.benchmarks import predict
+from vixml_jax.benchmarks.serving import predict
 from vixml_jax.models import published_towers as towers
 
 SETTINGS = {"tower": "all-minilm-l6", "labels": 50, "batch": 3, "singles": 2, "threads": 1}

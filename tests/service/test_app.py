@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.service.conftest import TOKEN, serving
 from vixml_jax.service import backend, openapi
-from vixml_jax.serving import label_updates
+from vixml_jax.serving import explaining, label_updates
 from vixml_jax.serving.predictor import Predictor
 
 TEXTS = ["a3 b4", "b7 a1", "a9 b0"]
@@ -64,6 +64,23 @@ def test_predictions_are_those_of_the_predictor(service):
     images = rng.normal(size=(2, 12)).astype(np.float32)
     found = client.ask({"text": TEXTS[0], "embeddings": images.tolist()})
     assert_same(found, as_rows(predictor(TEXTS[:1], [images])))
+
+
+def test_explanations_are_those_of_explain(service):
+    client, _, predictor = service
+    never = [predictor(["a3 b4"])[0][0].id]
+    query = {"text": "a3 b4", "never": never}
+    status, _, answer = client("/explain", {"query": query, "k": 3})
+    assert status == 200
+    answer, expected = json.loads(answer), explaining.explain(predictor, "a3 b4", k=3, never=never)
+    assert [x["id"] for x in answer["labels"]] == [x.label.id for x in expected.labels]
+    for found, other in zip(answer["labels"], expected.labels, strict=True):
+        assert found["score"] == pytest.approx(other.label.score, abs=1e-5)
+        assert found["prototype"] == pytest.approx(other.prototype, abs=1e-5)
+    near = [(x["text"], x["labels"]) for x in answer["neighbours"]]
+    assert near == [(None, x.labels) for x in expected.neighbours] and len(near) == 5
+    for body in ({}, {"query": {}}, {"query": {"text": "a1"}, "k": 0}):
+        assert client("/explain", body)[0] == 400
 
 
 def test_image_files_as_json_and_as_a_form(service, images):

@@ -34,7 +34,9 @@ def test_a_query_by_keyboard(page, service):
     page.locator("#parts li").nth(1).wait_for()
     expected = service[2](["a3 b4"])[0]
     names = page.locator("#labels li span").all_inner_texts()
-    assert names == [label.text for label in expected]
+    assert [name.split("\n")[0] for name in names] == [label.text for label in expected]
+    assert all("prototype" in name for name in names)
+    assert page.locator("#near li").count() == 5
     scores = page.locator("#labels li output").all_inner_texts()
     assert scores == [f"{label.score:.4f}" for label in expected]
     assert page.locator("#parts li span").all_inner_texts() == ["a3", "b4"]

@@ -212,6 +212,12 @@ def make(backend: Backend, *, token: str, origins: tuple[str, ...], max_body: in
         metrics.queries.inc(len(asked.queries))
         return _json(response)
 
+    async def explain(request: Request) -> Response:
+        arrived = time.monotonic()
+        asked = await decoded(request, schema.ExplainRequest)
+        with backend.admitted(1):
+            return _json(await in_thread(backend.explain, asked, arrived))
+
     def allowed(endpoint: Handler) -> Handler:
         """The endpoint, for requests with the token."""
 
@@ -298,6 +304,7 @@ def make(backend: Backend, *, token: str, origins: tuple[str, ...], max_body: in
         Route("/", page, methods=["GET"]),
         Route("/static/{name}", static, methods=["GET"]),
         Route("/predict", predict, methods=["POST"]),
+        Route("/explain", explain, methods=["POST"]),
         Route("/labels", allowed(list_labels), methods=["GET"]),
         Route("/labels", allowed(add_labels), methods=["POST"]),
         Route("/labels/remove", allowed(remove_labels), methods=["POST"]),

@@ -18,7 +18,7 @@ from vixml_jax import errors
 from vixml_jax.errors import InputError
 from vixml_jax.image_encoding import NOT_FINITE, ImageEncoder
 from vixml_jax.service import schema
-from vixml_jax.serving import cold_start, label_updates
+from vixml_jax.serving import cold_start, explaining, label_updates
 from vixml_jax.serving.coalescing import Coalescer
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.serving.query_images import ignored_images
@@ -45,10 +45,12 @@ class Opened(NamedTuple):
     Attributes:
       predictor: Of the run, warmed up.
       images: The vision model that embedded the run's images; None: image files are not read.
+      train_texts: Of the training queries; None: the data of the run are not there.
     """
 
     predictor: Predictor
     images: ImageEncoder | None
+    train_texts: Sequence[str] | None = None
 
 
 class Settings(NamedTuple):
@@ -96,13 +98,13 @@ class Backend:
         """Opens the run, then looks for label updates until the service ends."""
         try:
             opened = self._open_run()
+            seen = label_updates.state(opened.predictor.workdir)
+            self._opened = opened
         except BaseException as error:  # Reported by the main thread.
             self.failure = error
             return
         finally:
             self._loaded.set()
-        seen = label_updates.state(opened.predictor.workdir)
-        self._opened = opened
         while not self._closed.wait(self.settings.refresh_s):
             found = label_updates.state(opened.predictor.workdir)
             if found != seen:
@@ -183,21 +185,9 @@ class Backend:
           InputError: If a query is malformed.
           Unavailable: If there is no answer in time.
         """
-        opened, limit = self.opened, self.settings.timeout_s
-        deadline = arrived + min(limit, request.timeout_s or limit)
-
-        def left() -> float:
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
-                raise TimeoutError
-            return seconds
-
-        try:
-            images, notes = self._image_vectors(opened, request.queries, left)
-            for number, (query, vectors) in enumerate(zip(request.queries, images, strict=True)):
-                if not query.text.strip() and vectors is None:
-                    reason = notes[number] or "neither text nor image; expected one of them"
-                    raise InputError(f"query {number}: {reason}")
+        opened = self.opened
+        with self._in_time(arrived, request.timeout_s) as left:
+            images, notes = self._checked_images(opened, request.queries, left)
             found = opened.predictor(
                 [query.text for query in request.queries],
                 images,
@@ -206,16 +196,83 @@ class Backend:
                 never=[query.never for query in request.queries],
                 timeout=left(),
             )
-        except TimeoutError:
-            raise Unavailable(
-                f"no answer within {deadline - arrived:g} s, as too many queries wait", 503, 1
-            ) from None
         return schema.PredictResponse(
             results=[
                 schema.Result(labels=[schema.Label(**x._asdict()) for x in labels], note=note)
                 for labels, note in zip(found, notes, strict=True)
             ]
         )
+
+    def explain(self, request: schema.ExplainRequest, arrived: float) -> schema.ExplainResponse:
+        """Explains the labels of a query, which the caller has admitted; see `predict`."""
+        opened = self.opened
+        with self._in_time(arrived, None) as left:
+            (images,), (note,) = self._checked_images(opened, [request.query], left)
+        query = request.query
+        found = explaining.explain(
+            opened.predictor, query.text, images, k=request.k, never=query.never
+        )
+        texts = opened.train_texts
+        return schema.ExplainResponse(
+            labels=[
+                schema.ExplainedLabel(
+                    **x.label._asdict(),
+                    prototype=x.prototype,
+                    head=x.head,
+                    neighbours=x.neighbours,
+                )
+                for x in found.labels
+            ],
+            neighbours=[
+                schema.NearQuery(
+                    text=texts[near.row] if texts is not None else None,
+                    similarity=near.similarity,
+                    labels=near.labels,
+                )
+                for near in found.neighbours
+            ],
+            note=note,
+        )
+
+    @contextlib.contextmanager
+    def _in_time(self, arrived: float, seconds: float | None) -> Iterator[Callable[[], float]]:
+        """Yields a function that returns the seconds that are left.
+
+        Args:
+          arrived: When the request did.
+          seconds: That it may take; None: as many as the service allows.
+
+        Raises:
+          Unavailable: If there are none left.
+        """
+        deadline = arrived + min(self.settings.timeout_s, seconds or self.settings.timeout_s)
+
+        def left() -> float:
+            if (found := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            return found
+
+        try:
+            yield left
+        except TimeoutError:
+            raise Unavailable(
+                f"no answer within {deadline - arrived:g} s, as too many queries wait", 503, 1
+            ) from None
+
+    def _checked_images(
+        self, opened: Opened, queries: Sequence[schema.Query], left: Callable[[], float]
+    ) -> tuple[list[np.ndarray | None], list[str]]:
+        """The result of `_image_vectors`; every query has a text or an image.
+
+        Raises:
+          InputError: If one has neither.
+        """
+        images, notes = self._image_vectors(opened, queries, left)
+        for number, (query, vectors) in enumerate(zip(queries, images, strict=True)):
+            if not query.text.strip() and vectors is None:
+                reason = notes[number] or "neither text nor image; expected one of them"
+                raise InputError(f"query {number}: {reason}")
+        return images, notes
 
     def _image_vectors(
         self,

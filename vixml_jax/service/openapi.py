@@ -42,6 +42,14 @@ ENDPOINTS = (
         schema.PredictRequest,
     ),
     Endpoint(
+        "POST",
+        "/explain",
+        "Returns the labels of a query, the parts of their scores, and the nearest training "
+        "queries.",
+        schema.ExplainResponse,
+        schema.ExplainRequest,
+    ),
+    Endpoint(
         "GET",
         "/labels",
         "Lists the labels that can be found.",
@@ -101,9 +109,9 @@ def _errors(endpoint: Endpoint) -> set[str]:
     statuses = {"401", "403"} if endpoint.needs_token else set()
     if endpoint.request is not None:
         statuses |= {"400", "413", "415"}
-    if endpoint.path == "/predict":
+    if endpoint.path in ("/predict", "/explain"):
         statuses.add("429")
-    if endpoint.needs_token or endpoint.path in ("/predict", "/readyz"):
+    if endpoint.needs_token or endpoint.path in ("/predict", "/explain", "/readyz"):
         statuses.add("503")
     return statuses
 

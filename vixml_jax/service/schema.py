@@ -68,6 +68,41 @@ class PredictResponse(msgspec.Struct, kw_only=True):
     results: list[Result]
 
 
+class ExplainRequest(_Body):
+    """A query whose labels are to be explained."""
+
+    query: Query
+    k: K = 10
+
+
+class ExplainedLabel(Label, kw_only=True):
+    """A label that was found, and the parts of its score."""
+
+    prototype: Annotated[float, Meta(description="Part of the prototype in the logit, or cosine.")]
+    head: Annotated[
+        float | None, Meta(description="Part of the label head in the logit; null without one.")
+    ] = None
+    neighbours: Annotated[
+        float | None, Meta(description="What training neighbours add to the score.")
+    ] = None
+
+
+class NearQuery(msgspec.Struct, kw_only=True):
+    """A training query near the query."""
+
+    text: Annotated[str | None, Meta(description="Null where the data of the run are not there.")]
+    similarity: Annotated[float, Meta(description="Cosine of both vectors.")]
+    labels: list[str]
+
+
+class ExplainResponse(msgspec.Struct, kw_only=True):
+    """Why a query has its labels."""
+
+    labels: list[ExplainedLabel]
+    neighbours: list[NearQuery]
+    note: Annotated[str, Meta(description="What was ignored of the query, and why.")] = ""
+
+
 class NewLabel(_Body):
     """A label to be added."""
 

@@ -1,5 +1,6 @@
 """Serves a run over HTTP: predictions, changes of labels, health and metrics, and a page to try."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from absl import flags
 
 from vixml_jax import command_line, image_encoding
 from vixml_jax import config as config_lib
+from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.config import SearchConfig
 from vixml_jax.errors import InputError
@@ -66,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--workdir: missing; expected a run directory that train wrote")
     check_libraries()
     from vixml_jax.service import app, backend, server
+    from vixml_jax.serving import explaining
 
     token = read_token(values.token_file)
     bound = server.bind(values.host, values.port)
@@ -82,14 +85,13 @@ def main(argv: Sequence[str]) -> None:
             data_cache=values.data_cache,
             mesh=values.mesh,
         )
+        explaining.explain(predictor, "a")  # Compiles its programs.
         images = image_encoding.encoder_of(predictor.artifacts.about.images, values.image_dtype)
-        address = server.address_of(bound)
-        print(
-            f"{values.workdir}: {predictor.num_labels:,} labels at {address}, "
-            f"API at {address}/docs; labels can{'' if token else 'not'} be changed",
-            flush=True,
-        )
-        return backend.Opened(predictor, images if predictor.image_width else None)
+        texts = None
+        with contextlib.suppress(InputError):  # The data may be elsewhere by now.
+            config = workdir_lib.read_config(values.workdir, data=values.data)
+            texts = workdir_lib.open_run_dataset(config, values.data_cache).train.texts
+        return backend.Opened(predictor, images if predictor.image_width else None, texts)
 
     console.status(f"{values.workdir}: opening the run")
     settings = backend.Settings(
@@ -102,7 +104,16 @@ def main(argv: Sequence[str]) -> None:
         origins=tuple(values.origins),
         max_body=values.max_body_mib << 20,
     )
-    ended_by = server.run(application, service, bound, values.timeout_s)
+
+    def announce() -> None:
+        address, count = server.address_of(bound), service.opened.predictor.num_labels
+        print(
+            f"{values.workdir}: {count:,} labels at {address}, API at {address}/docs; labels "
+            f"can{'' if token else 'not'} be changed",
+            flush=True,
+        )
+
+    ended_by = server.run(application, service, bound, values.timeout_s, announce)
     service.close()
     if service.failure is not None:
         raise service.failure

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from starlette.applications import Starlette
@@ -73,13 +73,20 @@ def make(app: Starlette, grace_s: float) -> uvicorn.Server:
     return _Server(config)
 
 
-def run(app: Starlette, backend: Backend, bound: socket.socket, grace_s: float) -> str:
+def run(
+    app: Starlette,
+    backend: Backend,
+    bound: socket.socket,
+    grace_s: float,
+    announce: Callable[[], None],
+) -> str:
     """Answers requests until a signal arrives, then those that have begun.
 
     Args:
       app, backend: Of the service.
       bound: Socket to listen on.
       grace_s: Seconds that requests which have begun may still take.
+      announce: Called once queries are answered.
 
     Returns:
       Name of the signal; empty if the run cannot be opened.
@@ -95,12 +102,14 @@ def run(app: Starlette, backend: Backend, bound: socket.socket, grace_s: float) 
         if not over.wait(grace_s + signals.GRACE_S):
             signals.leave(*signals.ending(number, resumable=False))
 
-    def end_on_failure() -> None:
+    def wait() -> None:
         backend.wait_until_loaded()
-        if backend.failure is not None:
+        if backend.failure is None:
+            announce()
+        else:
             server.should_exit = True
 
-    threading.Thread(target=end_on_failure, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
     with signals.handling(stop, end_late), bound:
         server.run(sockets=[bound])
     return received[0] if received else ""

@@ -1,6 +1,7 @@
 """Predictor: opens a trained run once and returns labels for new queries, from any thread."""
 
 import dataclasses
+import functools
 import os
 import threading
 from collections.abc import Sequence
@@ -358,6 +359,13 @@ class Predictor:
         weights = Fusion(0.0, 1.0)
         fused = fusion_lib.query_vectors(np.zeros_like(head_queries), head_queries, weights)
         return self._run_index.search_normalised(fused, 1).log_sum
+
+    @functools.cached_property
+    def train_index(self) -> Index | None:
+        """Over the vectors of the training queries; None: the run keeps none."""
+        if self._train_index is not None or self.artifacts.train_vectors is None:
+            return self._train_index
+        return ExactIndex(self.artifacts.train_vectors, mesh=self.model.mesh)
 
     def label(self, row: int) -> tuple[str, str]:
         """Returns id and text of a label; rows of added labels follow those of the run."""

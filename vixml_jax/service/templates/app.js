@@ -4,15 +4,15 @@ const part = (id) => document.getElementById(id);
 const form = part("form"), text = part("text"), image = part("image");
 let asked = 0; // Answers to earlier queries are dropped.
 
-async function post(queries, k) {
-  const response = await fetch("/predict", {
+async function post(path, body) {
+  const response = await fetch(path, {
     method: "POST",
     headers: { "content-type": "application/json" },
-    body: JSON.stringify({ queries, k }),
+    body: JSON.stringify(body),
   });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error);
-  return answer.results;
+  return answer;
 }
 
 function base64(file) {
@@ -24,14 +24,27 @@ function base64(file) {
   });
 }
 
-function item(name, value, share) {
+function item(name, value, share, more = "") {
   const row = document.createElement("li"), label = document.createElement("span");
-  const number = document.createElement("output");
+  const number = document.createElement("output"), small = document.createElement("small");
   label.textContent = name;
   number.textContent = value;
+  small.textContent = more;
+  label.append(small);
   row.style.setProperty("--share", Math.max(0, Math.min(1, share)));
   row.append(label, number);
   return row;
+}
+
+// Where the score of a label comes from.
+function parts(label) {
+  const of = (name, value) => value == null ? [] : [`${name} ${value.toFixed(2)}`];
+  const change = label.neighbours;
+  return [
+    ...of("prototype", label.prototype),
+    ...of("head", label.head),
+    ...(change == null ? [] : [`neighbours ${change < 0 ? "" : "+"}${change.toFixed(4)}`]),
+  ].join(" · ");
 }
 
 // The query without each of its words, and without its images.
@@ -52,17 +65,23 @@ async function ask(event) {
   try {
     const images = await Promise.all([...image.files].map(base64));
     const query = { text: text.value, images };
-    const [result] = await post([query], Number(part("k").value));
+    const result = await post("/explain", { query, k: Number(part("k").value) });
     if (turn !== asked) return;
     const first = result.labels[0];
     part("labels").replaceChildren(...result.labels.map((label) =>
-      item(label.text || label.id, label.score.toFixed(4), label.score / (first.score || 1))));
+      item(label.text || label.id, label.score.toFixed(4), label.score / (first.score || 1),
+        parts(label))));
+    part("near").replaceChildren(...result.neighbours.map((near) =>
+      item(near.text ?? "a training query", near.similarity.toFixed(2), near.similarity,
+        near.labels.join(", "))));
+    part("neighbours").hidden = !result.neighbours.length;
     part("note").textContent = result.note || (first ? "" : "No label was found.");
     part("parts").replaceChildren();
     part("answer").hidden = false;
     const others = variants(query);
     if (!first || !others.length) return;
-    const found = await post(others.map(([, other]) => other), 100);
+    const queries = others.map(([, other]) => other);
+    const found = (await post("/predict", { queries, k: 100 })).results;
     if (turn !== asked) return;
     const falls = others.map(([name], i) => {
       const same = found[i].labels.find((label) => label.id === first.id);

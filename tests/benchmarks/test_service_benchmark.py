@@ -3,7 +3,7 @@
 import pytest
 
 from tests import tiny
-from vixml_jax.benchmarks import serve
+from vixml_jax.benchmarks.serving import service
 from vixml_jax.models import published_towers as towers
 
 SETTINGS = {
@@ -17,12 +17,12 @@ def data(tmp_path_factory):
     return tiny.make_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("program", serve.PROGRAMS)
+@pytest.mark.parametrize("program", service.PROGRAMS)
 def test_a_round_of_load(data, program, monkeypatch):
     small = {**towers.about("all-minilm-l6"), "num_hidden_layers": 1}
     monkeypatch.setitem(towers.CONFIGS, "sentence-transformers/all-MiniLM-L6-v2", small)
     names = [f"{program}, 1 client", f"{program}, 6 clients"]
-    prepared = serve.prepare(names, {**SETTINGS, "data": data})
+    prepared = service.prepare(names, {**SETTINGS, "data": data})
     for about, run in prepared.values():
         assert about == {"queries": 30}
         report = run()

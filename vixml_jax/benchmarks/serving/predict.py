@@ -1,6 +1,6 @@
 """Prediction throughput and latency, compared with the same model in PyTorch.
 
-    python -m vixml_jax.benchmarks.predict [--towers=all-minilm-l6,qwen2.5-0.5b --labels=131072]
+    python -m vixml_jax.benchmarks.serving.predict [--towers=all-minilm-l6 --labels=131072]
 
 From texts to the best ten labels: tokenizer, tower, search. Random weights and labels, float32,
 texts in the order of the data. Ours is a `Predictor`; PyTorch pads texts to the longest of a batch
@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
     for tower in values.towers:
         settings = {"tower": tower} | {name: values[name].value for name in names}
         reports = workers.compare(
-            "vixml_jax.benchmarks.predict",
+            "vixml_jax.benchmarks.serving.predict",
             PROGRAMS if values.baseline == "torch" else PROGRAMS[:2],
             [("ours, alone", "torch, alone"), ("ours, many", "torch, many")],
             settings,

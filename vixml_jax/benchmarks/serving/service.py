@@ -1,6 +1,6 @@
 """Throughput and latency of the service under load, compared with PyTorch behind the same server.
 
-    python -m vixml_jax.benchmarks.serve [--tower=all-minilm-l6 --labels=131072 --clients=1,16,128]
+    python -m vixml_jax.benchmarks.serving.service [--labels=131072 --clients=1,16,128]
 
 Clients on the same machine each send a query, wait for its ten labels, and send the next. Ours is
 `vixml_jax serve`, with a deadline; the baseline answers each request in a thread with the model in
@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import command_line
-from vixml_jax.benchmarks import predict
+from vixml_jax.benchmarks.serving import predict
 from vixml_jax.benchmarks.support import inputs, workers
 
 _QUERIES = 2048  # Different texts that clients draw from.
@@ -54,7 +54,7 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
             "texts": texts,
         }
         done = subprocess.run(
-            [sys.executable, "-m", "vixml_jax.benchmarks.serve", "--load"],
+            [sys.executable, "-m", "vixml_jax.benchmarks.serving.service", "--load"],
             input=json.dumps(ask),
             capture_output=True,
             text=True,
@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
     compared = ["ours"] + ([values.baseline] if values.baseline != "none" else [])
     programs = [f"{name}, {load}" for name in compared for load in loads]
     reports = workers.compare(
-        "vixml_jax.benchmarks.serve",
+        "vixml_jax.benchmarks.serving.service",
         programs,
         [(f"ours, {load}", f"{name}, {load}") for name in compared[1:] for load in loads],
         settings,
