@@ -243,6 +243,17 @@ def test_memory_of_absent_devices(kind, platform, variables, part, monkeypatch):
     assert memory_planner._device_memory(like) == expected
 
 
+@pytest.mark.parametrize("value", ["half", "0", "-1", "nan", "inf", "95%"])
+def test_a_fraction_that_is_none_is_refused(value, monkeypatch):
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
+    device = types.SimpleNamespace(device_kind="NVIDIA L40S", platform="gpu")
+    along = types.SimpleNamespace(device_set=[device])
+    like = types.SimpleNamespace(step=types.SimpleNamespace(sharding=along))
+    with pytest.raises(InputError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={value} in the env"):
+        memory_planner._device_memory(like)
+
+
 def test_the_platform_of_a_plan_is_that_of_its_devices(monkeypatch):
     like = state_of(sharding.create_mesh(2, 2, 2))
 

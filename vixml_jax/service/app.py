@@ -169,7 +169,10 @@ def make(backend: Backend, *, token: str, origins: tuple[str, ...], max_body: in
             raise HTTPException(
                 415, f"found content type {found[:60]!r}, expected application/json"
             )
-        return msgspec.json.decode(await body(request), type=kind)
+        try:
+            return msgspec.json.decode(await body(request), type=kind)
+        except UnicodeDecodeError as error:
+            raise InputError(f"byte {error.start} of a text is not UTF-8") from None
 
     async def form(request: Request) -> schema.PredictRequest:
         """A query that was sent as a form."""

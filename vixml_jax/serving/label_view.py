@@ -106,7 +106,7 @@ class LabelView:
             for name in names:
                 row = self.row_of(name)
                 if row is None:
-                    raise InputError(f"query {query}: unknown label {name!r} in its filter")
+                    raise InputError(f"query {query}: unknown label {name[:60]!r} in its filter")
                 pairs.append((query, row))
         return np.array(pairs, np.int64).reshape(-1, 2)
 

@@ -34,6 +34,27 @@ GPUS = ("gpu", "cuda", "rocm")  # `jax.Device.platform` of GPUs.
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
+def _fraction_taken() -> tuple[float, str]:
+    """The part of a GPU's memory that JAX takes, and what says so.
+
+    Raises:
+      InputError: If a variable that says so holds no number above 0.
+    """
+    for name in _FRACTIONS:
+        if value := os.environ.get(name):
+            try:
+                fraction = float(value)
+            except ValueError:
+                fraction = float("nan")
+            if not 0.0 < fraction < float("inf"):
+                raise InputError(
+                    f"{name}={value[:20]} in the environment: expected the part of a GPU's memory "
+                    "that JAX may take, such as 0.95"
+                )
+            return fraction, f"{name}={value}"
+    return 0.75, "75% by default"
+
+
 def help_on(platform: str) -> str:
     """What reduces the memory of a run, or gives it more.
 
@@ -42,10 +63,9 @@ def help_on(platform: str) -> str:
     """
     if platform not in GPUS:
         return HELP
-    taken = next((f"{name}={os.environ[name]}" for name in _FRACTIONS if os.environ.get(name)), "")
     return (
         f"{HELP}; on a GPU the limit is the part of its memory that JAX takes, "
-        f"{taken or '75% by default'}: if no other program uses the GPU, set "
+        f"{_fraction_taken()[1]}: if no other program uses the GPU, set "
         "XLA_CLIENT_MEM_FRACTION=0.95 in the environment "
         "(XLA_PYTHON_CLIENT_PREALLOCATE=false takes memory step by step and leaves the limit as it "
         "is)"
@@ -227,8 +247,7 @@ def _device_memory(like: TrainState) -> int:
         return 0
     if _platform(like) not in GPUS:
         return chip.memory
-    taken = next((float(os.environ[name]) for name in _FRACTIONS if os.environ.get(name)), 0.75)
-    return int(taken * chip.memory)
+    return int(_fraction_taken()[0] * chip.memory)
 
 
 class _Array(NamedTuple):
