@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import threading
 import time
 from concurrent import futures
@@ -27,7 +28,13 @@ def memory(process):
 def test_memory_and_answers_while_labels_change(workdir, tmp_path):
     path = tmp_path / "token"
     path.write_text(TOKEN)
-    service = Serve(workdir, f"--token_file={path}", "--timeout_s=60")
+    with Serve(workdir, f"--token_file={path}", "--timeout_s=60") as service:
+        soak(service)
+        assert service.end(signal.SIGTERM)[0] == 0
+
+
+def soak(service):
+    """Asks and changes labels for `SECONDS`."""
     client, stop = service.client, threading.Event()
     texts = [f"a{i} b{(3 * i + 1) % 10}" for i in range(10)]
     # With the label and without it. It says whether it was found, and no other label may differ.
@@ -69,4 +76,3 @@ def test_memory_and_answers_while_labels_change(workdir, tmp_path):
     first, last = max(sizes[:quarter]), max(sizes[-quarter:])
     print(f"{sum(counts)} queries, {first >> 20} MiB at first, {last >> 20} MiB at the end")
     assert last < _GROWTH * first
-    assert service.end(15)[0] == 0
