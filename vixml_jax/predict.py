@@ -5,13 +5,9 @@ python -m vixml_jax.predict --workdir=runs/shop --add_labels=new.csv
 python -m vixml_jax.predict --workdir=runs/shop --undo
 """
 
-import collections
-import contextlib
-import functools
-import json
+import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -24,194 +20,21 @@ from vixml_jax.config import SearchConfig
 from vixml_jax.data.images import download
 from vixml_jax.data.sources.columns import Columns
 from vixml_jax.errors import InputError
-from vixml_jax.runtime import compilation_cache, host_memory, progress
-from vixml_jax.serving import cold_start, label_updates, requests
+from vixml_jax.runtime import compilation_cache, host_memory
+from vixml_jax.serving import cold_start, label_updates, prediction_files, requests
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.serving.query_images import QueryImages
 from vixml_jax.serving.requests import Query
-from vixml_jax.storage import atomic, object_store, regular_files
+from vixml_jax.storage import object_store, regular_files
+from vixml_jax.storage.resumable import Place
 
 COMMON_FLAGS = (
     "workdir", "queries", "out", "k", "min_score", "filters", "text", "add_labels",
     "remove_labels", "undo", "list_changes", "search",
 )  # fmt: skip
 _ACTIONS = ("queries", "add_labels", "remove_labels", "undo", "list_changes")
-_BLOCK = 1024  # Queries predicted together.
-_SHOWN = 5  # Invalid rows, and notes, listed at the end.
-_MAX_NOTES = 1000  # Different notes that are counted one by one.
 _DIALECT = ("encoding", "delimiter", "quotechar")
-
-
-def predict_rows(
-    predictor: Predictor,
-    query_images: QueryImages,
-    block: Sequence[Query],
-    *,
-    k: int,
-    min_score: float,
-    never: Callable[[str], list[str]],
-) -> Iterator[dict[str, Any]]:
-    """Yields the output row of each query, in order.
-
-    A row has `id` and `labels`; a note if something was ignored; `best_score` if no label reaches
-    `min_score`; for an invalid query, `line` and `error`.
-
-    Args:
-      predictor: Of the run.
-      query_images: Embeds the images of the queries.
-      block: The queries.
-      k: Maximum number of labels per query.
-      min_score: Labels with a lower score are left out.
-      never: Returns the ids of labels that must not be predicted, given the id of a query.
-    """
-    images, image_notes = query_images.embed(block)
-    row_errors, notes, filters = [], [], []
-    for query, vectors, note in zip(block, images, image_notes, strict=True):
-        names = [*query.listed, *(never(query.id) if query.id else [])]
-        unknown = [name for name in names if predictor.row_of(name) is None]
-        error = query.error
-        if not error and not query.text.strip() and vectors is None:
-            error = note or "neither text nor image; expected one of them"
-        if unknown:
-            note = note or f"unknown label {unknown[0]!r} in the filter"
-        row_errors.append(error)
-        notes.append(note)
-        filters.append([name for name in names if name not in unknown])
-    valid = [i for i, error in enumerate(row_errors) if not error]
-    texts = [block[i].text for i in valid]
-    items = predictor.items(texts, [images[i] for i in valid])
-    unknown_tokens = predictor.has_only_unknown_tokens(items)
-    for i, is_unknown in zip(valid, unknown_tokens, strict=True):
-        if is_unknown and images[i] is None:
-            notes[i] = notes[i] or "the text has no token that the tokenizer knows"
-    predictions = iter(
-        predictor(
-            texts,
-            [images[i] for i in valid],
-            k=k,
-            never=[filters[i] for i in valid],
-        )
-        if valid
-        else []
-    )
-    for query, error, note in zip(block, row_errors, notes, strict=True):
-        row: dict[str, Any] = {"id": query.id, "labels": []}
-        if error:
-            row |= {"line": query.line, "error": error}
-        else:
-            found = next(predictions)
-            row["labels"] = [label._asdict() for label in found if label.score >= min_score]
-            if found and not row["labels"]:
-                row["best_score"] = found[0].score
-            row |= {"note": note} if note else {}
-        yield row
-
-
-def predict_file(
-    predictor: Predictor,
-    query_images: QueryImages,
-    rows: Iterator[Query],
-    values: flags.FlagValues,
-) -> None:
-    """Predicts the labels of all queries of a file, and writes them block by block."""
-    k = values.k
-    if k > predictor.num_labels:
-        print(f"--k={k}: the run has only {predictor.num_labels} labels; all of them are ranked")
-        k = predictor.num_labels
-    filters = requests.read_filters(values.filters) if values.filters else {}
-    min_score = -np.inf if values.min_score is None else values.min_score
-    tally = _Tally()
-    with (
-        errors.writing(f"--out={values.out}"),
-        atomic.file(values.out) as temporary,
-        open(temporary, "w", encoding="utf-8") as out,
-        progress.track("queries", _count_lines(values.queries), unit="query") as advance,
-    ):
-        for block in requests.in_blocks(rows, _BLOCK):
-            for row in predict_rows(
-                predictor,
-                query_images,
-                block,
-                k=k,
-                min_score=min_score,
-                never=lambda name: filters.get(name, []),
-            ):
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                tally.add(row)
-            advance(len(block))
-        if tally.num_errors == tally.count:
-            raise InputError(
-                f"{values.queries}: none of the {tally.count} rows is a valid query; the first "
-                f"error is: {tally.errors[0][1]}"
-            )
-    for line in tally.lines(values.out):
-        print(line)
-    predicted = tally.count - tally.num_errors
-    print(f"{predicted} of {tally.count} queries predicted, up to {k} labels each: {values.out}")
-
-
-class _Tally:
-    """Counts what is not as expected in the rows of a file of predictions.
-
-    Attributes:
-      count: Rows.
-      num_errors: Rows of invalid queries.
-      errors: Line and error of the first of them.
-      below: The best scores of queries without a label of at least --min_score.
-    """
-
-    def __init__(self) -> None:
-        self.count = self.num_errors = 0
-        self.errors: list[tuple[int, str]] = []
-        self.below: list[float] = []
-        self._notes: collections.Counter[str] = collections.Counter()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Counts a row of `predict_rows`."""
-        self.count += 1
-        if "error" in row:
-            self.num_errors += 1
-            self.errors += [(row["line"], row["error"])][: _SHOWN - len(self.errors)]
-        if "best_score" in row:
-            self.below.append(row["best_score"])
-        if "note" in row:
-            is_counted = row["note"] in self._notes or len(self._notes) < _MAX_NOTES
-            self._notes[row["note"] if is_counted else "other notes"] += 1
-
-    def lines(self, path: str) -> list[str]:
-        """Lines about the first errors and the most frequent notes.
-
-        Args:
-          path: Of the file of predictions.
-        """
-        lines = [f"invalid query in line {line}: {error}" for line, error in self.errors]
-        if self.num_errors > len(self.errors):
-            more = self.num_errors - len(self.errors)
-            lines.append(f'and {more} more, each with its "error" in {path}')
-        shown = self._notes.most_common(_SHOWN)
-        lines += [f"note of {_queries(count)}: {note}" for note, count in shown]
-        if more := self._notes.total() - sum(count for _, count in shown):
-            lines.append(f'notes of {more} more, each with its "note" in {path}')
-        if self.below:
-            lines.append(
-                f"{_queries(len(self.below))} without labels: none reaches --min_score; the best "
-                f"scores are {min(self.below):.2g} to {max(self.below):.2g}"
-            )
-        return lines
-
-
-def _queries(count: int) -> str:
-    return "1 query" if count == 1 else f"{count:,} queries"
-
-
-def _count_lines(path: str) -> int | None:
-    """Approximate number of rows of a plain text table; None: not known without parsing it."""
-    if not path.endswith((".jsonl", ".ndjson", ".json", ".csv", ".tsv")):
-        return None
-    with contextlib.suppress(InputError), regular_files.open_binary(path) as file:
-        blocks = iter(functools.partial(file.read, 1 << 20), b"")
-        return sum(block.count(b"\n") for block in blocks)
-    return None
+_READING = ("id_column", "text", "image_column", "embedding_column", *_DIALECT)
 
 
 def _options(values: flags.FlagValues) -> requests.Options:
@@ -335,7 +158,7 @@ def main(argv: Sequence[str]) -> None:
     )
     query_images = QueryImages(predictor.image_width, _image_finder(predictor, values))
     if values.queries:
-        predict_file(predictor, query_images, rows, values)
+        prediction_files.predict_file(predictor, query_images, rows, _request(values))
     elif values.add_labels:
         add_labels(predictor, query_images, values.add_labels, labels)
     else:
@@ -357,6 +180,11 @@ def _check_flags(values: flags.FlagValues) -> None:
     for name in ("queries", "add_labels", "remove_labels", "filters"):
         if values[name].value and not os.path.isfile(values[name].value):
             raise InputError(f"--{name}={values[name].value}: no such file")
+    if values.process_index >= values.num_processes:
+        raise InputError(
+            f"--process_index={values.process_index}: expected 0 to {values.num_processes - 1}, "
+            f"because of --num_processes={values.num_processes}"
+        )
     if values.queries:
         _check_out(values.out)
     both_exist = values.queries and os.path.exists(values.out)
@@ -377,6 +205,23 @@ def _check_out(path: str) -> None:
         raise InputError(f"--out={path}: {parent} is not a directory")
     if not os.access(parent, os.W_OK):
         raise InputError(f"--out={path}: {parent} cannot be written to; choose another path")
+
+
+def _request(values: flags.FlagValues) -> prediction_files.Request:
+    """What the flags ask to predict."""
+    names = ("search", "image_dtype", *_READING)
+    return prediction_files.Request(
+        values.queries,
+        values.k,
+        -np.inf if values.min_score is None else values.min_score,
+        values.filters,
+        Place(values.out, values.process_index, values.num_processes),
+        values.resume or values.num_processes > 1,
+        [
+            *(values[name].value for name in names),
+            dataclasses.asdict(config_lib.group_from_flags("search", SearchConfig, values)),
+        ],
+    )
 
 
 def _image_finder(
@@ -411,6 +256,21 @@ def define_flags() -> None:
         "probability that a label drawn from those of the query is this one. Otherwise it is a "
         "cosine, or with training neighbours a share among the labels found.",
     )
+    flags.DEFINE_boolean(
+        "resume",
+        False,
+        "Keep what a stopped process has predicted, and go on with it when the same command is run "
+        "again. So it is with several processes.",
+    )
+    flags.DEFINE_integer(
+        "num_processes",
+        1,
+        "Processes that share the queries. Each writes a file of its own: "
+        "predictions-00002-of-00004.jsonl for process 2 of 4.",
+        lower_bound=1,
+        upper_bound=100_000,
+    )
+    flags.DEFINE_integer("process_index", 0, "Index of this process, from 0.", lower_bound=0)
     text(
         "filters",
         "",

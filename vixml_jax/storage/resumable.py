@@ -1,0 +1,166 @@
+"""Files of lines that are written in parts, by a process each, and go on where one was killed.
+
+Part 2 of 4 of `out.jsonl` is `out-00002-of-00004.jsonl`. While it is written it is called
+`<part>.unfinished`, and is locked by its writer (`flock`). `<part>.json` says what it holds: a
+later writer goes on only with what it would write itself. When the last part is finished,
+`out.manifest.json` lists all of them.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+import msgspec
+
+from vixml_jax.errors import InputError
+from vixml_jax.storage import json_files, regular_files
+
+_UNFINISHED, _ABOUT, _MANIFEST = ".unfinished", ".json", ".manifest.json"
+_BLOCK = 1 << 20
+
+
+class About(msgspec.Struct, kw_only=True):
+    """What a part holds.
+
+    Attributes:
+      of: Digest of all that its lines depend on.
+      lines: Number of lines; None: it is not finished.
+      sha256: Of its content; empty: it is not finished.
+    """
+
+    of: str
+    lines: int | None = None
+    sha256: str = ""
+
+
+class Place(NamedTuple):
+    """Where a part belongs.
+
+    Attributes:
+      path: Of all parts together.
+      index: Of the part, from 0.
+      count: Number of parts.
+    """
+
+    path: str
+    index: int = 0
+    count: int = 1
+
+    @property
+    def part(self) -> str:
+        """Path of the part; that of the whole if there is one part only."""
+        if self.count == 1:
+            return self.path
+        root, extension = os.path.splitext(self.path)
+        return f"{root}-{self.index:05d}-of-{self.count:05d}{extension}"
+
+
+class Unfinished(NamedTuple):
+    """A part that is being written.
+
+    Attributes:
+      file: To write lines to.
+      kept: Complete lines that an earlier process has written.
+    """
+
+    file: BinaryIO
+    kept: list[bytes]
+
+
+def finished(place: Place, of: str) -> About | None:
+    """What a part holds that is finished; None: it is not, or is of something else.
+
+    Args:
+      place: Of the part.
+      of: Digest of all that its lines depend on.
+    """
+    about = _read_about(place)
+    if about is None or about.of != of or about.lines is None or not os.path.isfile(place.part):
+        return None
+    with regular_files.open_binary(place.part) as file:
+        return about if _digest_and_lines(file) == (about.sha256, about.lines) else None
+
+
+def _digest_and_lines(file: BinaryIO) -> tuple[str, int]:
+    digest, lines = hashlib.sha256(), 0
+    while block := file.read(_BLOCK):
+        digest.update(block)
+        lines += block.count(b"\n")
+    return digest.hexdigest(), lines
+
+
+@contextlib.contextmanager
+def writing(place: Place, of: str) -> Iterator[Unfinished]:
+    """Yields a part to go on with; it gets its name at the end of the context.
+
+    If the context is left by an exception, what is written stays to be gone on with.
+
+    Args:
+      place: Of the part.
+      of: Digest of all that its lines depend on.
+
+    Raises:
+      InputError: If another process writes the same part.
+    """
+    path = place.part + _UNFINISHED
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{path}: another process writes it; give each process a --process_index of its own"
+            ) from None
+        about = _read_about(place)
+        if about is None or about.of != of:
+            file.truncate(0)  # Before it is said to be of something else.
+            json_files.write(place.part + _ABOUT, msgspec.to_builtins(About(of=of)))
+        kept = [line for line in file if line.endswith(b"\n")]
+        size = sum(map(len, kept))
+        file.truncate(size)
+        file.seek(size)
+        yield Unfinished(file, kept)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        sha256, lines = _digest_and_lines(file)
+        done = About(of=of, lines=lines, sha256=sha256)
+        # In this order: killed in between, the next writer finds all lines and ends at once.
+        json_files.write(place.part + _ABOUT, msgspec.to_builtins(done))
+        os.replace(path, place.part)
+    _write_manifest(place, of)
+
+
+def _read_about(place: Place) -> About | None:
+    path = place.part + _ABOUT
+    if not os.path.lexists(path):
+        return None
+    return json_files.read(path, About, f"remove {path}; the part is then written anew")
+
+
+def _write_manifest(place: Place, of: str) -> None:
+    """Writes the list of all parts, once all are finished."""
+    places = [place._replace(index=index) for index in range(place.count)]
+    if place.count == 1 or not all(os.path.isfile(one.part) for one in places):
+        return
+    parts = [finished(one, of) for one in places]
+    if all(parts):
+        listed = [
+            {"file": os.path.basename(one.part), "lines": part.lines, "sha256": part.sha256}
+            for one, part in zip(places, parts, strict=True)
+        ]
+        total = sum(part.lines for part in parts)
+        root, _ = os.path.splitext(place.path)
+        json_files.write(root + _MANIFEST, {"of": of, "lines": total, "parts": listed})
+
+
+def digest_of(*values: object, files: tuple[str, ...] = ()) -> str:
+    """A digest of values, of JSON types, and of the contents of files."""
+    found = hashlib.sha256(msgspec.json.encode(values))
+    for path in files:
+        with regular_files.open_binary(path) as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
