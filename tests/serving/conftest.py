@@ -35,7 +35,7 @@ def head_run(run, tmp_path_factory):
         run,
         workdir=str(tmp_path_factory.mktemp("head") / "run"),
         head=dataclasses.replace(
-            run.head, refit=True, epochs=4, batch_size=16, learning_rate=0.03, mlp_width=8, words=97
+            run.head, refit=True, epochs=4, batch_size=16, learning_rate=0.03, mlp_width=8, words=29
         ),
         fusion=dataclasses.replace(run.fusion, prototypes=4.0, head=1.5),
     )

@@ -1,6 +1,5 @@
 """Predictions of a run with a label head, against dense scores in float64."""
 
-import itertools
 import os
 import shutil
 
@@ -53,15 +52,10 @@ class Dense:
         self.train = train.astype(np.float64)
 
     def words(self, texts):
-        """The sum of the rows of a text's tokens and pairs, by the root of their number."""
+        """The sum of the rows of a text's tokens, by the root of their number."""
         table, found = self.head["words"], []
         for encoded in self.tokenizer.encode_batch(list(texts)):
-            t = encoded.ids
-            mixed = [x * 0x9E3779B1 for x in t]
-            mixed += [x * 0x9E3779B1 + (y + 1) * 0x85EBCA77 for x, y in itertools.pairwise(t)]
-            mixed = [x % 2**32 for x in mixed]
-            mixed = [((x ^ (x >> 15)) * 0xC2B2AE3D) % 2**32 for x in mixed]
-            rows = [(x ^ (x >> 13)) % len(table) for x in mixed]
+            rows = [token % len(table) for token in encoded.ids]
             found.append(table[rows].sum(axis=0) / len(rows) ** 0.5)
         return np.array(found)
 
