@@ -227,9 +227,9 @@ class HeadConfig:
     )
     words: int = flag(
         0,
-        "Rows of the head's table of words, of which no more are used than the tokenizer has "
-        "tokens; 0: it reads none. Each token of a query adds its row to what the head reads of "
-        "the query.",
+        "Rows of the head's table of words; 0: it reads none. Each token of a query adds its row "
+        "to what the head reads of the query. No more rows are used than the tokenizer has "
+        "tokens.",
         lower_bound=0,
         upper_bound=1 << 24,
     )
