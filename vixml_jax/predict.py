@@ -270,7 +270,9 @@ def define_flags() -> None:
         lower_bound=1,
         upper_bound=100_000,
     )
-    flags.DEFINE_integer("process_index", 0, "Index of this process, from 0.", lower_bound=0)
+    flags.DEFINE_integer(
+        "process_index", 0, "Index of this process, from 0.", lower_bound=0, upper_bound=99_999
+    )
     text(
         "filters",
         "",

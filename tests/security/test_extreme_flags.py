@@ -21,7 +21,7 @@ from vixml_jax.training import build, checks
 ROOT = pathlib.Path(__file__).parents[2]
 INTEGERS = (10**9, 10**12, 10**30, -1, -(10**9), 0)
 FLOATS = (1e300, float("nan"), float("inf"), -1.0, -1e300, 1e-300, 0.0)
-COMMANDS = ("train", "prepare", "evaluate", "predict", "evaluation.compare")
+COMMANDS = ("train", "prepare", "evaluate", "predict", "evaluation.compare", "service.serve")
 _REASONS = ("expected", "a batch of", "leaves no", "is above", "is not a multiple", "need")
 # Flags that may be huge, and why. A new flag either has an upper bound, or a reason here.
 HARMLESS = {

@@ -12,7 +12,7 @@ from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items
 from vixml_jax.structs import PackedItems
 
-SIZES = (1, 4, 16, 64, 256)  # Items per batch; one or two compiled programs each.
+SIZES = (1, 4, 16, 64, 128, 256)  # Items per batch; one or two compiled programs each.
 
 
 class Batch(NamedTuple):
