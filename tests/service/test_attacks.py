@@ -144,7 +144,7 @@ def test_malformed_http(service, data):
 def test_bodies_that_never_end(workdir):
     """They end after the deadline, and hold no thread that others need."""
     predictor = Predictor.load(workdir, warm=False)
-    with serving(lambda: backend.Opened(predictor, None), timeout_s=2.0) as (client, service):
+    with serving(lambda: backend.Opened(predictor, None), timeout_s=8.0) as (client, service):
         service.wait_until_loaded()
         predictor(["a1"])
         host, port = client.address.removeprefix("http://").split(":")
@@ -157,7 +157,7 @@ def test_bodies_that_never_end(workdir):
             connection.sendall(head)
         started = time.monotonic()
         assert client("/predict", {"queries": [{"text": "a1"}]})[0] == 200
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 8.0  # It waited for none of them.
         for connection in slow[:5]:
             assert b" 408 " in connection.recv(1 << 16)
         for connection in slow:
