@@ -167,7 +167,7 @@ def test_other_requests_have_an_error_that_says_why(service):
         ("/nothing", None, "", 404),
         ("/static/../app.py", None, "", 404),
         ("/static/index.html", None, "", 404),
-        ("/predict", b"x" * (1 << 21), "application/json", 413),
+        ("/predict", b"x" * ((1 << 20) + 1000), "application/json", 413),
         ("/predict", b"x", "multipart/form-data; boundary=y", 400),
         ("/predict", b"x", "multipart/form-data", 400),
     ):

@@ -1,6 +1,7 @@
 """Hostile requests: refused in a line, never an error of the service, and others are answered."""
 
 import base64
+import contextlib
 import io
 import json
 import socket
@@ -128,14 +129,12 @@ def test_malformed_http(service, data):
     client, _, _ = service
     host, port = client.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
         answer = b""
-        try:
+        with contextlib.suppress(OSError):
+            connection.sendall(data)  # The service may close it before the end.
+            connection.shutdown(socket.SHUT_WR)
             while part := connection.recv(1 << 16):
                 answer += part
-        except ConnectionResetError:
-            pass
     assert b" 500 " not in answer.split(b"\r\n")[0]
     assert b"root:" not in answer and b"Starlette" not in answer
     assert client("/healthz")[0] == 200
@@ -175,10 +174,7 @@ def test_a_chunked_body_is_bounded(service):
         answers = []
         reader = threading.Thread(target=lambda: answers.append(connection.recv(1 << 16)))
         reader.start()
-        try:
-            for _ in range(1000):
-                connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
-        except (ConnectionResetError, BrokenPipeError):
-            pass
+        for _ in range(17):  # A little more than a MiB, so that nothing is sent to a closed end.
+            connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
         reader.join(30)
     assert b" 413 " in answers[0]
