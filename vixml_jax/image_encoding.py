@@ -89,6 +89,16 @@ class ImageEncoder:
             return vectors, np.isfinite(vectors.astype(np.float16)).all(axis=1)
 
 
+def model_of(images: str) -> tuple[str, bool]:
+    """Returns the vision model of a run's serving artifacts, and whether it keeps the aspect.
+
+    Args:
+      images: As in the artifacts; empty: no model embedded the images.
+    """
+    model, _, aspect = images.rpartition(", ")
+    return model, aspect == "aspect kept"
+
+
 def encoder_of(images: str, dtype: str) -> ImageEncoder | None:
     """Returns the vision model that embedded the images of a run; None: none did.
 
@@ -96,8 +106,8 @@ def encoder_of(images: str, dtype: str) -> ImageEncoder | None:
       images: Of the run's serving artifacts.
       dtype: Compute dtype of the model.
     """
-    model, _, aspect = images.rpartition(", ")
-    return ImageEncoder(model, keep_aspect=aspect == "aspect kept", dtype=dtype) if model else None
+    model, keep_aspect = model_of(images)
+    return ImageEncoder(model, keep_aspect=keep_aspect, dtype=dtype) if model else None
 
 
 NOT_FINITE = "the embedding is not finite in float16"

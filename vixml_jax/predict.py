@@ -13,19 +13,22 @@ import numpy as np
 from absl import flags
 
 from vixml_jax import command_line, errors, image_encoding, run_data
-from vixml_jax import config as config_lib
 from vixml_jax import workdir as workdir_lib
-from vixml_jax.augmentation import settings as settings_lib
-from vixml_jax.config import SearchConfig
 from vixml_jax.data.images import download
 from vixml_jax.data.sources.columns import Columns
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import compilation_cache, host_memory
-from vixml_jax.serving import cold_start, label_updates, prediction_files, requests
+from vixml_jax.serving import (
+    cold_start,
+    label_updates,
+    prediction_files,
+    predictor_flags,
+    requests,
+)
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.serving.query_images import QueryImages
 from vixml_jax.serving.requests import Query
-from vixml_jax.storage import object_store, regular_files
+from vixml_jax.storage import regular_files
 from vixml_jax.storage.resumable import Place
 
 COMMON_FLAGS = (
@@ -146,16 +149,7 @@ def main(argv: Sequence[str]) -> None:
     # Files are opened before the model, so that a wrong one costs no time.
     rows = requests.read_queries(values.queries, options) if values.queries else iter(())
     labels = requests.read_labels(values.add_labels, options) if values.add_labels else []
-    predictor = Predictor.load(
-        values.workdir,
-        search=values.search,
-        search_config=config_lib.group_from_flags("search", SearchConfig, values),
-        values=values,
-        data=values.data,
-        data_cache=values.data_cache,
-        mesh=values.mesh,
-        warm=False,
-    )
+    predictor = predictor_flags.load(values, warm=False)
     query_images = QueryImages(predictor.image_width, _image_finder(predictor, values))
     if values.queries:
         prediction_files.predict_file(predictor, query_images, rows, _request(values))
@@ -219,7 +213,7 @@ def _request(values: flags.FlagValues) -> prediction_files.Request:
         values.resume or values.num_processes > 1,
         [
             *(values[name].value for name in names),
-            dataclasses.asdict(config_lib.group_from_flags("search", SearchConfig, values)),
+            dataclasses.asdict(predictor_flags.search_config(values)),
         ],
     )
 
@@ -228,14 +222,14 @@ def _image_finder(
     predictor: Predictor, values: flags.FlagValues
 ) -> image_encoding.ImageFinder | None:
     """Embeds image files as `prepare` did; None: the run's data came with embeddings or none."""
-    model, _, aspect = predictor.artifacts.about.images.rpartition(", ")
+    model, keep_aspect = image_encoding.model_of(predictor.artifacts.about.images)
     if not model:
         return None
     directory = workdir_lib.path_of(values.workdir, "images", "pictures")
     return image_encoding.ImageFinder(
         model,
         directory,
-        keep_aspect=aspect == "aspect kept",
+        keep_aspect=keep_aspect,
         batch=16,
         dtype=values.image_dtype,
         bounds=download.DownloadSettings(allow_private=values.allow_private_hosts),
@@ -315,28 +309,10 @@ def define_flags() -> None:
         "Character around the fields of csv and tsv; 'none': there is none. Default: as in the "
         "data of the run, else '\"' in csv and none in tsv.",
     )
-    flags.DEFINE_enum(
-        "image_dtype", "float32", ["float32", "bfloat16"], "Precision of the vision model."
-    )
     flags.DEFINE_boolean(
         "allow_private_hosts", False, "Also download images from private addresses."
     )
-    flags.DEFINE_enum(
-        "search",
-        "exact",
-        ["exact", "scann"],
-        "Exact or approximate search of labels.",
-    )
-    text(
-        "data",
-        "",
-        "Prepared data of the run, if they have moved. Read once, to write the serving artifacts.",
-    )
-    text("mesh", "", "Mesh, if not as in training. 'fsdp:-1' fits any number of devices.")
-    settings_lib.define_flags()
-    config_lib.define_group("search", SearchConfig)
-    compilation_cache.define_flag()
-    object_store.define_flag()
+    predictor_flags.define()
 
 
 if __name__ == "__main__":

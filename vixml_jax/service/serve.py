@@ -8,14 +8,11 @@ from collections.abc import Sequence
 from absl import flags
 
 from vixml_jax import command_line, image_encoding
-from vixml_jax import config as config_lib
 from vixml_jax import workdir as workdir_lib
-from vixml_jax.augmentation import settings as settings_lib
-from vixml_jax.config import SearchConfig
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import compilation_cache, console, host_memory, signals
-from vixml_jax.serving.predictor import Predictor
-from vixml_jax.storage import object_store, text_files
+from vixml_jax.serving import predictor_flags
+from vixml_jax.storage import text_files
 
 COMMON_FLAGS = (
     "workdir", "host", "port", "token_file", "search", "timeout_s", "max_queries", "max_pending",
@@ -76,15 +73,7 @@ def main(argv: Sequence[str]) -> None:
     compilation_cache.enable(values.compile_cache)
 
     def open_run() -> backend.Opened:
-        predictor = Predictor.load(
-            values.workdir,
-            search=values.search,
-            search_config=config_lib.group_from_flags("search", SearchConfig, values),
-            values=values,
-            data=values.data,
-            data_cache=values.data_cache,
-            mesh=values.mesh,
-        )
+        predictor = predictor_flags.load(values, warm=True)
         explaining.explain(predictor, "a")  # Compiles its programs.
         images = image_encoding.encoder_of(predictor.artifacts.about.images, values.image_dtype)
         texts = None
@@ -166,22 +155,7 @@ def define_flags() -> None:
         0.05,
         3600.0,
     )
-    flags.DEFINE_enum(
-        "image_dtype", "float32", ["float32", "bfloat16"], "Precision of the vision model."
-    )
-    flags.DEFINE_enum(
-        "search", "exact", ["exact", "scann"], "Exact or approximate search of labels."
-    )
-    text(
-        "data",
-        "",
-        "Prepared data of the run, if they have moved. Read once, to write the serving artifacts.",
-    )
-    text("mesh", "", "Mesh, if not as in training. 'fsdp:-1' fits any number of devices.")
-    settings_lib.define_flags()
-    config_lib.define_group("search", SearchConfig)
-    compilation_cache.define_flag()
-    object_store.define_flag()
+    predictor_flags.define()
 
 
 if __name__ == "__main__":
