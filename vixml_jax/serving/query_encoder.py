@@ -72,15 +72,18 @@ class QueryEncoder:
 
     def queries(self, items: Items) -> Queries:
         """Returns unit vectors of queries, and those for the label head if the run has one."""
-        vectors = self.encode(items)
+        return self._with_head(self.encode(items), items.tokens)
+
+    def _with_head(self, vectors: Float[np.ndarray, "q e"], tokens: Ragged) -> Queries:
+        """Unit vectors of queries, and those for the label head if the run has one."""
         if "head" not in self.params:
             return Queries(vectors)
         head = np.empty_like(vectors)
-        for batch in self.planner.batches(len(items)):
-            offsets = items.tokens.offsets[batch.rows.start : batch.rows.stop + 1]
-            tokens = Ragged(items.tokens.values, np.pad(offsets, (0, batch.padding), "edge"))
+        for batch in self.planner.batches(len(vectors)):
+            offsets = tokens.offsets[batch.rows.start : batch.rows.stop + 1]
+            of_block = Ragged(tokens.values, np.pad(offsets, (0, batch.padding), "edge"))
             block = padded(vectors[batch.rows], batch.size)
-            head[batch.rows] = self.head_queries(block, tokens)[: batch.count]
+            head[batch.rows] = self.head_queries(block, of_block)[: batch.count]
         return Queries(vectors, head)
 
     def head_queries(
@@ -122,18 +125,29 @@ class QueryEncoder:
     def warm_up(self, search: Callable[[Queries], object], max_queries: int) -> None:
         """Compiles the programs for up to `max_queries` queries, so that none waits.
 
+        Those of the tower are not run: on a CPU, that would take longer than to compile them, or to
+        load them from the compilation cache.
+
         Args:
           search: Searches for the labels of queries.
           max_queries: Queries of a call.
         """
         layout, planner = self.model.layout, self.planner
-        image = np.zeros((layout.num_images, self.image_width))
-        images = [image] if self.image_width else None
+        image = np.zeros((layout.num_images, self.image_width)) if self.image_width else None
         beside_words = layout.overhead + self._reader.num_special - sum(layout.trim)
         max_size = planner.size_for(max_queries)
         for size in (size for size in planner.sizes if size <= max_size):
             for words in (1, *(width - beside_words for width in planner.widths)):
-                queries = self.queries(self.items(["a " * max(1, words)] * size))
-            search(queries)
-            longest = "a " * self._max_tokens
-            self.encode(self.items([longest] * size, images and images * size))
+                items = self._compile("a " * max(1, words), None, size)
+            self._compile("a " * self._max_tokens, image, size)
+            vectors = np.zeros((size, self.model.table.width), np.float32)
+            search(self._with_head(vectors, items.tokens))
+
+    def _compile(self, text: str, image: Float[np.ndarray, "j v"] | None, size: int) -> Items:
+        """Compiles the program that encodes a batch of equal items, and returns the items."""
+        items = self.items([text] * size, None if image is None else [image] * size)
+        packed = self.planner.pack(items, Batch(slice(0, size), size))
+        packed = sharding.to_devices(packed, self.model.mesh)
+        # A later call with these shapes finds the program.
+        self.model.trace_encoding(self.params, packed, size).lower().compile()
+        return items
