@@ -29,7 +29,7 @@ from vixml_jax.runtime import background, progress
 from vixml_jax.structs import LabelState, PackedItems, Shard
 
 # Numbers of queries that the label head reads at a time, so that few programs are compiled.
-_HEAD_BLOCKS = (1, 8, 64, 512, 4096)
+_HEAD_BLOCKS = (8, 64, 512, 4096)
 _BLOCKS_AHEAD = 2  # Blocks of items that are packed, and that are sent to the devices, ahead.
 
 

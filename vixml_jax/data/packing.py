@@ -180,6 +180,16 @@ def balance(lengths: Int[np.ndarray, " n"], blocks: int) -> Int[np.ndarray, " n"
     return rounds.T.reshape(-1)
 
 
+def num_rows(lengths: Int[np.ndarray, "x n"], width: int) -> int:
+    """Number of rows that `pack` needs for the fullest of x blocks.
+
+    Args:
+      lengths: Length of each item; 0 takes no positions.
+      width: Positions of a row.
+    """
+    return _fill_blocks(lengths, width, RowSizes())[2]
+
+
 def pack(
     items: Items,
     ids: Int[np.ndarray, " n"],

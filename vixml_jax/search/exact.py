@@ -89,7 +89,7 @@ class ExactIndex:
         log_sums = np.full(len(queries), -np.inf, np.float32)
         # All blocks have one size, so one program is compiled; few queries are padded to a power
         # of two.
-        size = min(self._query_block, 1 << max(3, (len(queries) - 1).bit_length()))
+        size = min(self._query_block, index.padded_size(len(queries)))
         block = np.zeros((size, queries.shape[1]), np.float32)
         for start in range(0, len(queries) if few else 0, size):
             part = slice(start, min(start + size, len(queries)))

@@ -134,6 +134,19 @@ def drop_filtered(result: SearchResult, pairs: Int[np.ndarray, "f 2"], k: int) -
     return pad_columns(SearchResult(scores[:, :k], ids[:, :k]), k)
 
 
+def padded_size(count: int) -> int:
+    """Returns the number of queries to which `count` are padded, so that few programs are compiled.
+
+    It is a power of two, at least 8.
+    """
+    return 1 << max(3, (count - 1).bit_length())
+
+
+def padded_sizes(most: int) -> list[int]:
+    """Returns what `padded_size` returns for up to `most` queries."""
+    return sorted({padded_size(1 << n) for n in range(most.bit_length())} | {padded_size(most)})
+
+
 def empty_result(num_queries: int, k: int) -> SearchResult:
     """Returns a result in which every label is absent (id -1, score -inf)."""
     shape = num_queries, k

@@ -1,6 +1,5 @@
 """Packs any number of queries into batches of few shapes, so that few programs are compiled."""
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,38 +11,47 @@ from vixml_jax.data.packing import Layout
 from vixml_jax.data.store import Items
 from vixml_jax.structs import PackedItems
 
-SIZES = (1, 4, 16, 64, 128, 256)  # Items per batch; one or two compiled programs each.
+MAX_SIZE = 256  # Items of a batch.
+_SPARE = 2.0  # Items that a batch has room for, in terms of those of mean length that fill it.
 
 
-class Batch(NamedTuple):
-    """Consecutive items that go through the tower together.
+class Shape(NamedTuple):
+    """The shape of a batch, with a compiled program of its own.
 
     Attributes:
-      rows: Their rows among all items.
-      size: Items to which the batch is padded, one of few sizes.
+      rows: Packed rows on each device.
+      width: Positions of a row.
+      size: Items that it has room for on each device.
     """
 
-    rows: slice
+    rows: int
+    width: int
     size: int
 
-    @property
-    def count(self) -> int:
-        """Items without padding."""
-        return self.rows.stop - self.rows.start
 
-    @property
-    def padding(self) -> int:
-        """Items of padding."""
-        return self.size - self.count
+class PackedBatch(NamedTuple):
+    """Items packed for the devices.
+
+    Attributes:
+      packed: The rows.
+      size: Items that they have room for on all devices together.
+      at: Where among these the items are.
+    """
+
+    packed: PackedItems
+    size: int
+    at: Int[np.ndarray, " b"]
 
 
 class BatchPlanner:
     """Decides how items are split into batches and packed into rows.
 
     Attributes:
-      sizes: Items per batch, ascending; multiples of the number of shards.
-      widths: Positions of a row that holds one text of mean length, of 1.5 times the mean length,
-        and of the maximum length; ascending.
+      max_size: Items of a batch at most.
+      shapes: All shapes of batches. First those with a single item on each device, whose rows are
+        as narrow as a text of mean length allows, one of 1.5 times the mean length, and one of the
+        maximum length; then those with 1, 2, ... rows of full width, up to what `max_size` items of
+        maximum length need.
     """
 
     def __init__(
@@ -65,47 +73,80 @@ class BatchPlanner:
           max_tokens: Tokens after which texts are cut.
         """
         self._num_shards, self._row_width, self._layout = num_shards, row_width, layout
-        self.sizes = sorted({-(-size // num_shards) * num_shards for size in SIZES})
+        largest = -(-MAX_SIZE // num_shards)  # Items on a device.
+        self.max_size = largest * num_shards
         longest = min(row_width, max_tokens + layout.overhead)
-        self.widths = [
+        mean, more = (
             min(longest, round(factor * mean_tokens) + layout.overhead) for factor in (1, 1.5)
-        ]
-        self.widths.append(longest)
+        )
+        self._narrow = [Shape(1, width, 1) for width in sorted({mean, more, longest})]
+        self._wide = []
+        most = -(-largest // (row_width // longest))
+        for rows in _row_counts(most):
+            room = max(2, round(_SPARE * rows * row_width / mean))
+            size = largest if rows == most else min(largest, room)
+            self._wide.append(Shape(rows, row_width, size))
+        self.shapes = self._narrow + self._wide
 
-    def size_for(self, count: int) -> int:
-        """Returns the smallest batch size that holds `count` items, at most the largest size."""
-        return next((size for size in self.sizes if size >= count), self.sizes[-1])
+    def batches(self, count: int) -> Iterator[slice]:
+        """Yields the rows of each batch of `count` items."""
+        for start in range(0, count, self.max_size):
+            yield slice(start, min(start + self.max_size, count))
 
-    def batches(self, count: int) -> Iterator[Batch]:
-        """Yields the batches of `count` items."""
-        for start in range(0, count, self.sizes[-1]):
-            stop = min(start + self.sizes[-1], count)
-            yield Batch(slice(start, stop), self.size_for(stop - start))
+    def pack(self, items: Items, rows: slice) -> PackedBatch:
+        """Packs a batch of items in the smallest shape that holds them.
 
-    def pack(self, items: Items, batch: Batch) -> PackedItems:
-        """Packs a batch of items into rows, of which there are two shapes per batch size.
-
-        The first shape has rows for items of mean length, with a margin for chance and for unused
-        ends of rows; the second for items of maximum length. Where each device gets a single item,
-        the row is as narrow as one of `widths` allows.
+        Args:
+          items: Any number.
+          rows: The items of the batch, at most `max_size`.
         """
-        ids: Int[np.ndarray, " b"] = np.full(batch.size, -1)
-        ids[: batch.count] = np.arange(batch.rows.start, batch.rows.stop)
-        per_shard = batch.size // self._num_shards
-        width, layout = self._row_width, self._layout
-        mean, *_, longest = self.widths
-        if per_shard == 1:
-            tokens = np.diff(items.tokens.offsets).max(initial=0) - sum(layout.trim)
-            width = next((w for w in self.widths if tokens + layout.overhead <= w), longest)
-            return packing.pack(items, ids, width=width, layout=layout, blocks=self._num_shards)
-        most = -(-per_shard // (width // longest))
-        expected = per_shard * mean * (1.1 + per_shard**-0.5) / width
-        few = min(most, max(1, math.ceil(expected)))
+        ids = np.arange(rows.start, rows.stop)
+        shards, layout = self._num_shards, self._layout
+        order = np.arange(len(ids))
+        shard, place = order % shards, order // shards  # So that all devices have as many items.
+        each = -(-len(ids) // shards)
+        if each <= 1:
+            offsets = items.tokens.offsets[rows.start : rows.stop + 1]
+            longest = np.diff(offsets).max(initial=0) - sum(layout.trim) + layout.overhead
+            shape = next((x for x in self._narrow if longest <= x.width), self._narrow[-1])
+        else:
+            lengths = np.zeros((shards, each), np.int64)
+            lengths[shard, place] = packing.item_lengths(
+                items, ids, width=self._row_width, layout=layout
+            )
+            needed = packing.num_rows(lengths, self._row_width)
+            shape = next(x for x in self._wide if x.rows >= needed and x.size >= each)
+        at = shard * shape.size + place
+        in_batch = np.full(shards * shape.size, -1)
+        in_batch[at] = ids
+        return PackedBatch(self._packed(items, in_batch, shape), len(in_batch), at)
+
+    def empty(self, items: Items, shape: Shape) -> PackedBatch:
+        """Returns a batch without items, which shows the arrays of a shape.
+
+        Args:
+          items: Any; whether they have images matters.
+          shape: One of `shapes`.
+        """
+        ids = np.full(self._num_shards * shape.size, -1)
+        return PackedBatch(self._packed(items, ids, shape), len(ids), ids[:0])
+
+    def _packed(self, items: Items, ids: Int[np.ndarray, " b"], shape: Shape) -> PackedItems:
+        """Items packed in a shape that holds them."""
         return packing.pack(
             items,
             ids,
-            width=width,
-            layout=layout,
+            width=shape.width,
+            layout=self._layout,
             blocks=self._num_shards,
-            rows=packing.RowSizes(few, max(1, most - few)),
+            rows=packing.RowSizes(shape.rows),
         )
+
+
+def _row_counts(most: int) -> Iterator[int]:
+    """Yields 1 to 8, then powers of two and the numbers halfway between them, up to `most`."""
+    rows = 1
+    while rows < most:
+        yield rows
+        rows += 1 if rows < 8 else 1 << rows.bit_length() - 2
+    yield most

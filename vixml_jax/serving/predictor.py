@@ -28,12 +28,12 @@ from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.factory import open_index
 from vixml_jax.search.fusion import Fusion
 from vixml_jax.search.index import Index
-from vixml_jax.serving import batching, label_updates, label_view, opening, query_items
+from vixml_jax.serving import label_updates, label_view, opening, query_items
 from vixml_jax.serving.artifacts import ServingArtifacts
 from vixml_jax.serving.coalescing import Coalescer
 from vixml_jax.serving.label_updates import LabelUpdates
 from vixml_jax.serving.label_view import HeadRows, LabelView
-from vixml_jax.serving.query_encoder import QueryEncoder, padded
+from vixml_jax.serving.query_encoder import QueryEncoder
 from vixml_jax.storage import object_store
 from vixml_jax.structs import LabelState, Queries, SearchResult
 
@@ -117,7 +117,7 @@ class Predictor:
         self._min_results = min_results
         self._encoder = QueryEncoder(model, params, artifacts)
         self.image_width = self._encoder.image_width
-        self._calls = Coalescer(self._run_calls, self._encoder.planner.sizes[-1])
+        self._calls = Coalescer(self._run_calls, self._encoder.planner.max_size)
         self._refreshing = threading.Lock()
         self.refresh()
 
@@ -406,14 +406,11 @@ class Predictor:
         """Searches the labels of a view; see `search`."""
         result = index_lib.empty_result(len(queries.vectors), k)
         retrieved = min(max(k, self._min_results), view.num_labels)
-        for batch in self._encoder.planner.batches(len(queries.vectors)):
-            block = Queries(
-                *(x if x is None else padded(x, batch.size) for x in queries.at(batch.rows))
-            )
+        for rows in self._encoder.planner.batches(len(queries.vectors)):
+            block = queries.at(rows)
             block_pairs = np.zeros((0, 2), np.int64)
             if pairs is not None:
-                rows = np.arange(batch.rows.start, batch.rows.stop)
-                block_pairs = index_lib.pairs_of(pairs, rows)
+                block_pairs = index_lib.pairs_of(pairs, np.arange(rows.start, rows.stop))
             has_head = self.fusion is not None
             found = index_lib.search_filtered(
                 view.index,
@@ -434,9 +431,8 @@ class Predictor:
                     block_pairs,
                     as_probabilities=has_head,
                 )
-            found = SearchResult(*(x[: batch.count, :k] for x in found))
-            found = index_lib.pad_columns(found, k)
-            result.scores[batch.rows], result.ids[batch.rows] = found
+            found = SearchResult(*(x[:, :k] for x in found))
+            result.scores[rows], result.ids[rows] = index_lib.pad_columns(found, k)
         return result
 
     def nearest_labels(self, vectors: Float[np.ndarray, "q e"], k: int) -> Int[np.ndarray, "q k"]:
@@ -490,11 +486,12 @@ class Predictor:
         """Whether the text of each item has tokens, none of which the tokenizer knows."""
         return self._encoder.has_only_unknown_tokens(items)
 
-    def warm_up(self, k: int = K, max_queries: int = batching.SIZES[-1]) -> None:
-        """Compiles the programs for calls of up to `max_queries` queries, so that none waits."""
+    def warm_up(self) -> None:
+        """Compiles the programs for any number of queries, so that none waits."""
 
         def search(queries: Queries) -> None:
-            for pairs in (None, np.zeros((1, 2), np.int64)):
-                self.search(queries, k, pairs)
+            count = len(queries.vectors)
+            for pairs in (None, np.stack([np.arange(count), np.zeros(count, np.int64)], axis=1)):
+                self.search(queries, K, pairs)
 
-        self._encoder.warm_up(search, max_queries)
+        self._encoder.warm_up(search)

@@ -109,7 +109,7 @@ def our_predictor(dataset: Any, labels: np.ndarray, settings: dict[str, Any]) ->
             train_index=None,
             scoring=COSINES,
         )
-    predictor.warm_up(K, settings["batch"])
+    predictor.warm_up()
     return predictor
 
 
