@@ -70,15 +70,13 @@ def add_labels(
         if note:
             print(f"{path}, line {label.line}: {note}")
     texts = [label.text for label in labels]
-    examples = [[query for query in label.listed if query.strip()] for label in labels]
-    vectors = cold_start.label_vectors(predictor, texts, images, examples)
+    ids, examples = [label.id for label in labels], [label.listed for label in labels]
     with errors.writing(f"--workdir={predictor.workdir}"):
-        step = label_updates.add(
-            predictor.workdir, predictor.artifacts, [label.id for label in labels], texts, vectors
-        )
+        step = cold_start.add_labels(predictor, ids, texts, images, examples)
     predictor.refresh()
+    with_examples = sum(any(query.strip() for query in listed) for listed in examples)
     print(
-        f"{_labels(len(labels))} added, {sum(map(bool, examples))} with example queries; the run "
+        f"{_labels(len(labels))} added, {with_examples} with example queries; the run "
         f"has {_labels(predictor.num_labels)} now: {step}; --undo takes this back"
     )
 

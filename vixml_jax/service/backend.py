@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float16, Float32
+from jaxtyping import Float16
 
 from vixml_jax import errors
 from vixml_jax.errors import InputError
@@ -370,11 +370,8 @@ class Backend:
                     reason = note or "neither text nor image; expected one of them"
                     raise InputError(f"label {label.id[:60]!r}: {reason}")
             texts = [label.text for label in labels]
-            examples = [[text for text in label.examples if text.strip()] for label in labels]
-            vectors: Float32[np.ndarray, "m w"] = cold_start.label_vectors(
-                predictor, texts, images, examples
-            )
-            label_updates.add(predictor.workdir, predictor.artifacts, names, texts, vectors)
+            examples = [label.examples for label in labels]
+            cold_start.add_labels(predictor, names, texts, images, examples)
         return schema.Changed(changed=names, num_labels=predictor.num_labels)
 
     def remove_labels(self, request: schema.RemoveRequest) -> schema.Changed:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from vixml_jax.labels.head import SCALE
 from vixml_jax.search import fusion
 from vixml_jax.serving import artifacts as artifacts_lib
+from vixml_jax.serving import label_updates
 from vixml_jax.serving.label_view import HeadRows
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.structs import Queries
@@ -17,6 +18,29 @@ NUM_NEAREST = 10  # Labels of the run whose mean centroid is the prior of a new 
 PRIOR_COUNT = 3.0  # Weight of what is known without examples, in example queries.
 _BLOCK = 256  # New labels compared at a time.
 _LARGEST_BIAS, _STEPS = 100.0, 50  # Bounds of a bias, and halvings of the interval between them.
+
+
+def add_labels(
+    predictor: Predictor,
+    ids: Sequence[str],
+    texts: Sequence[str],
+    images: Sequence[Any] | None,
+    examples: Sequence[Sequence[str]],
+) -> str:
+    """Adds labels to the run of a predictor, which finds them after its next `refresh`.
+
+    Args:
+      predictor, texts, images, examples: See `label_vectors`.
+      ids: Of the labels.
+
+    Returns:
+      The directory of the label update.
+
+    Raises:
+      InputError: If the run has a label with one of these ids, or they are malformed.
+    """
+    vectors = label_vectors(predictor, texts, images, examples)
+    return label_updates.add(predictor.workdir, predictor.artifacts, ids, texts, vectors)
 
 
 def label_vectors(
@@ -31,11 +55,13 @@ def label_vectors(
       predictor: Of the run.
       texts: Texts of the labels.
       images: Embeddings of their images, as a predictor takes them.
-      examples: Texts of queries for which each label is relevant; may be empty.
+      examples: Texts of queries for which each label is relevant; may be empty. Blank ones are
+        left out.
     """
     vectors = predictor.encode(texts, images)
-    counts = [len(queries) for queries in examples or [()] * len(texts)]
-    encoded = predictor.queries([query for queries in examples or () for query in queries])
+    given = [[query for query in queries if query.strip()] for queries in examples or ()]
+    counts = [len(queries) for queries in given or [[]] * len(texts)]
+    encoded = predictor.queries([query for queries in given for query in queries])
     ends = np.cumsum(counts)
     of_label = [encoded.at(slice(a, b)) for a, b in zip(ends - counts, ends, strict=True)]
     return with_examples(predictor, texts, images, vectors, of_label)
