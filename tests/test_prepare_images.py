@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 
-import jax
 import numpy as np
 import pyarrow
 import pytest
@@ -17,11 +16,12 @@ from absl import flags
 from PIL import Image
 from pyarrow import parquet
 
-from vixml_jax import image_encoding, prepare
+from vixml_jax import prepare
 from vixml_jax.data.images import image_files
-from vixml_jax.data.images.image_embeddings import EmbeddingStore
+from vixml_jax.data.images.embedding_store import EmbeddingStore
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
+from vixml_jax.image_encoding.finder import ImageFinder
 
 SIZE = 16
 
@@ -102,7 +102,14 @@ def test_image_files_are_embedded(model, source, tmp_path, capsys):
 
 
 def test_interrupted_embedding_resumes(model, source, tmp_path, monkeypatch):
-    path = model[0]
+    path, rng = model[0], np.random.default_rng()
+    names = [f"images/d{i}.png" for i in range(10)]
+    for name in names:
+        image(rng).save(source / name)
+    with open(source / "trn_images.txt", "a") as file:  # The third item has two images so far.
+        file.seek(file.tell() - 1)
+        file.truncate()
+        file.write("".join(f"\t{name}" for name in names) + "\n")
     expected = run(source, tmp_path / "expected", path)
     add = EmbeddingStore.add
 
@@ -114,8 +121,8 @@ def test_interrupted_embedding_resumes(model, source, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out", path)
     monkeypatch.undo()
-    store = tmp_path / "out.images"
-    assert len((store / "digests.txt").read_text().split()) == 2
+    store = tmp_path / "out.images" / "part"
+    assert len((store / "digests.txt").read_text().split()) == 7  # One of eight is broken.
     # As if killed in the next batch: one and a half vectors, and part of a digest.
     with open(store / "vectors.f16", "ab") as file:
         file.write(b"x" * 24)
@@ -127,7 +134,8 @@ def test_interrupted_embedding_resumes(model, source, tmp_path, monkeypatch):
         embedded.append(path) or load(path, *a, **k),
     )  # fmt: skip
     again = run(source, tmp_path / "out", path)
-    assert sorted(name.rsplit("/", 1)[1] for name in embedded) == ["c.png", "half.png"]
+    found = sorted(name.rsplit("/", 1)[1] for name in embedded)
+    assert found == [*(f"d{i}.png" for i in range(4, 10)), "half.png"]
     np.testing.assert_array_equal(again.train.images.values, expected.train.images.values)
     np.testing.assert_array_equal(again.test.images.values, expected.test.images.values)
 
@@ -179,7 +187,7 @@ def test_a_directory_with_other_data_is_refused_before_images_are_read(
 ):
     run(source, tmp_path / "out", model[0])
     embed = []
-    monkeypatch.setattr(image_encoding.ImageFinder, "embed", lambda *a: embed.append(a))
+    monkeypatch.setattr(ImageFinder, "embed_dataset", lambda *a, **k: embed.append(a))
     with pytest.raises(InputError, match=r"prepared data set that differs in max_tokens"):
         run(source, tmp_path / "out", model[0], max_tokens=9)
     with pytest.raises(InputError, match=r"--valid=0.5: .*at least|--split_by=group:x|no column"):
@@ -306,16 +314,6 @@ def test_invalid_image_files_are_listed(model, tmp_path, monkeypatch):
     for name, fault in faults.items():
         line = next(line for line in broken.split("\n") if f"{os.sep}{name}\t" in line)
         assert fault in line
-
-
-def test_store_without_images(tmp_path):
-    store = EmbeddingStore(str(tmp_path / "s"), width=4, about={})
-    assert store.vectors().shape == (0, 4)
-    row_of, faults = image_encoding.embed_files(
-        None, [str(tmp_path / "no.png")], store, batch=2, threads=1
-    )
-    assert row_of == {} and list(faults.values()) == ["cannot be read: no such file"]
-    assert jax.tree.leaves(store.row_of) == []
 
 
 @pytest.fixture

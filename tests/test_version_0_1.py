@@ -131,7 +131,9 @@ def test_its_embeddings_of_query_images_are_used(tmp_path, monkeypatch, names, u
     about = types.SimpleNamespace(images="model, stretched")
     predictor = types.SimpleNamespace(artifacts=types.SimpleNamespace(about=about))
     values = types.SimpleNamespace(
-        workdir=str(tmp_path), image_dtype="float32", allow_private_hosts=False
+        workdir=str(tmp_path), image_dtype="float32", allow_private_hosts=False, num_processes=1
     )
-    monkeypatch.setattr(predict.image_encoding, "ImageFinder", lambda _, path, **__: path)
+    monkeypatch.setattr(predict, "ImageFinder", lambda _, path, **__: path)
     assert predict._image_finder(predictor, values) == str(tmp_path / used)
+    values.num_processes, values.process_index = 3, 1  # Each process has a store of its own.
+    assert predict._image_finder(predictor, values) == str(tmp_path / f"{used}-00001-of-00003")

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from vixml_jax import command_line, errors, image_encoding, run_data
+from vixml_jax import command_line, errors, run_data
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.data.images import download
 from vixml_jax.data.sources.columns import Columns
 from vixml_jax.errors import InputError
+from vixml_jax.image_encoding import encoder
+from vixml_jax.image_encoding.finder import ImageFinder
 from vixml_jax.runtime import compilation_cache, host_memory
 from vixml_jax.serving import (
     cold_start,
@@ -28,7 +30,7 @@ from vixml_jax.serving import (
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.serving.query_images import QueryImages
 from vixml_jax.serving.requests import Query
-from vixml_jax.storage import regular_files
+from vixml_jax.storage import regular_files, resumable
 from vixml_jax.storage.resumable import Place
 
 COMMON_FLAGS = (
@@ -172,11 +174,7 @@ def _check_flags(values: flags.FlagValues) -> None:
     for name in ("queries", "add_labels", "remove_labels", "filters"):
         if values[name].value and not os.path.isfile(values[name].value):
             raise InputError(f"--{name}={values[name].value}: no such file")
-    if values.process_index >= values.num_processes:
-        raise InputError(
-            f"--process_index={values.process_index}: expected 0 to {values.num_processes - 1}, "
-            f"because of --num_processes={values.num_processes}"
-        )
+    resumable.check_index(values.process_index, values.num_processes)
     if values.queries:
         _check_out(values.out)
     both_exist = values.queries and os.path.exists(values.out)
@@ -216,15 +214,15 @@ def _request(values: flags.FlagValues) -> prediction_files.Request:
     )
 
 
-def _image_finder(
-    predictor: Predictor, values: flags.FlagValues
-) -> image_encoding.ImageFinder | None:
+def _image_finder(predictor: Predictor, values: flags.FlagValues) -> ImageFinder | None:
     """Embeds image files as `prepare` did; None: the run's data came with embeddings or none."""
-    model, keep_aspect = image_encoding.model_of(predictor.artifacts.about.images)
+    model, keep_aspect = encoder.model_of(predictor.artifacts.about.images)
     if not model:
         return None
     directory = workdir_lib.path_of(values.workdir, "images", "pictures")
-    return image_encoding.ImageFinder(
+    if values.num_processes > 1:  # Each adds embeddings to a store of its own.
+        directory = Place(directory, values.process_index, values.num_processes).part
+    return ImageFinder(
         model,
         directory,
         keep_aspect=keep_aspect,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from vixml_jax import command_line, errors
-from vixml_jax.data import prepare_line, preprocessing
+from vixml_jax.data import prepare_line, preprocessing, summary
 from vixml_jax.data.images import download, image_reader, named_images
 from vixml_jax.data.problems import Problems
 from vixml_jax.data.sources import catalog, columns
@@ -22,10 +22,11 @@ from vixml_jax.data.sources.delimited import Dialect
 from vixml_jax.data.sources.raw import RawDataset
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console
-from vixml_jax.storage import atomic, locks, object_store, text_files
+from vixml_jax.storage import atomic, locks, object_store, resumable, text_files
+from vixml_jax.storage.resumable import Place
 
 if TYPE_CHECKING:
-    from vixml_jax import image_encoding
+    from vixml_jax.image_encoding.finder import ImageFinder
 
 COMMON_FLAGS = (
     "source",
@@ -70,6 +71,12 @@ def run(values: flags.FlagValues) -> None:
         )
     if not values.out and not values.dry_run:
         raise InputError("--out: missing; expected a directory to write")
+    resumable.check_index(values.process_index, values.num_processes)
+    if values.num_processes > 1 and not values.images:
+        raise InputError(
+            f"--num_processes={values.num_processes}: expected --images=MODEL with it, since "
+            "processes share the images; texts are tokenized by one process on all its cores"
+        )
     for name in ("source", "labels_source", "out"):
         text_files.check_path(os.path.abspath(values[name].value), name)
     if values.source == preprocessing.GLYPHS:
@@ -89,16 +96,27 @@ def run(values: flags.FlagValues) -> None:
         raw = _read(values, spool)
         settings = _settings(values, preprocessing.sizes_of(raw))
         aspect = "aspect kept" if values.keep_aspect else "stretched"
+        embedding = {}
+        if finder is not None:
+            embedding["image_source"] = f"{values.images}, {aspect}"
+            embedding["embed_images"] = functools.partial(
+                finder.embed_dataset, finishing=functools.partial(_finishing, values)
+            )
         dataset = preprocessing.prepare(
             raw,
             values.out,
             settings,
-            image_source="" if finder is None else f"{values.images}, {aspect}",
-            embed_images=named_images.drop if finder is None else finder.embed_dataset,
             arguments=prepare_line.arguments(values),
             overwrite=values.overwrite,
+            **embedding,
         )
-    print(preprocessing.describe(dataset))
+    if dataset is None:
+        print(
+            f"process {values.process_index} of {values.num_processes} has embedded its part of "
+            f"the images; {finder.unfinished}"
+        )
+        return
+    print(summary.describe(dataset))
     if finder is not None and finder.used:
         print(finder.describe())
 
@@ -120,7 +138,7 @@ def _dry_run(values: flags.FlagValues, settings: preprocessing.Settings) -> None
         raw, notes = preprocessing.split_and_filter(raw, settings)
         raw = named_images.check_files(raw) if values.images else named_images.drop(raw)
         problems.stop()
-        print(preprocessing.preview(raw, notes))
+        print(summary.preview(raw, notes))
     problems.report()
     console.status("dry run: nothing was written")
 
@@ -183,7 +201,7 @@ def _settings(
     return preprocessing.Settings(**given)
 
 
-def _image_finder(values: flags.FlagValues) -> "image_encoding.ImageFinder | None":
+def _image_finder(values: flags.FlagValues) -> "ImageFinder | None":
     """Embeds image files, if --images is given."""
     if not values.images:
         return None
@@ -191,10 +209,10 @@ def _image_finder(values: flags.FlagValues) -> "image_encoding.ImageFinder | Non
         raise InputError(
             f"--images={values.images}: 'glyphs' comes with image embeddings; leave out --images"
         )
-    from vixml_jax import image_encoding
+    from vixml_jax.image_encoding import encoder, finder
 
-    image_encoding.check_model(values.images)
-    return image_encoding.ImageFinder(
+    encoder.check_model(values.images)
+    return finder.ImageFinder(
         values.images,
         os.path.normpath(values.out) + ".images",
         keep_aspect=values.keep_aspect,
@@ -205,20 +223,41 @@ def _image_finder(values: flags.FlagValues) -> "image_encoding.ImageFinder | Non
             max_bytes=values.max_image_mib << 20,
             allow_private=values.allow_private_hosts,
         ),
+        place=_place(values),
     )
+
+
+def _place(values: flags.FlagValues) -> Place:
+    """Which of how many processes this is."""
+    return Place(os.path.abspath(values.out), values.process_index, values.num_processes)
 
 
 @contextlib.contextmanager
 def _spool(values: flags.FlagValues) -> Iterator[str]:
-    """A temporary directory for the contents of tables, on the disk of --out, which is locked."""
-    parent, name = os.path.split(os.path.abspath(values.out))
+    """A temporary directory for the contents of tables, on the disk of --out, which is locked.
+
+    One of several processes locks its part of --out alone.
+    """
+    parent, name = os.path.split(_place(values).part)
+    if values.num_processes > 1:  # All must find the same directory for their locks.
+        os.makedirs(parent, exist_ok=True)
     while not os.path.isdir(parent):  # Parents of --out are created only after all is read.
         parent = os.path.dirname(parent)
-    with (
-        locks.exclusive(parent, doing=f"preparing --out={values.out}", name=f".{name}.lock"),
-        atomic.scratch(os.path.join(parent, name)) as spool,
-    ):
+    with _locked(values, parent, name), atomic.scratch(os.path.join(parent, name)) as spool:
         yield spool
+
+
+def _finishing(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
+    """The lock of --out, which a single process holds already."""
+    if values.num_processes == 1:
+        return contextlib.nullcontext()
+    return _locked(values, *os.path.split(os.path.abspath(values.out)))
+
+
+def _locked(
+    values: flags.FlagValues, parent: str, name: str
+) -> contextlib.AbstractContextManager[None]:
+    return locks.exclusive(parent, doing=f"preparing --out={values.out}", name=f".{name}.lock")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -307,7 +346,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     integer(
         "image_batch",
         64,
-        "Number of images embedded together.",
+        "Number of images embedded together. It is rounded up to a multiple of the number of "
+        "devices, which share each batch.",
         lower_bound=1,
         upper_bound=1 << 12,
     )
@@ -365,6 +405,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "data set, which is recognised by its name or sizes, else 2.6.",
     )
     integer("seed", 0, "Seed of random splits and of the built-in data.")
+    integer(
+        "num_processes",
+        1,
+        "Processes that share the images, on one or several hosts. Each is started by the same "
+        "command with a --process_index of its own and the same disk; the one that is the last to "
+        "end writes the data set.",
+        lower_bound=1,
+        upper_bound=100_000,
+    )
+    integer("process_index", 0, "Index of this process, from 0.", lower_bound=0, upper_bound=99_999)
     switch("overwrite", False, "Replace a prepared data set in --out.")
     text(
         "data_dir",

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from vixml_jax.data import preprocessing
+from vixml_jax.data import preprocessing, summary
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 
@@ -104,7 +104,7 @@ def test_prepared_arrays_match_the_source(tmp_path, item_images):
     assert info["test_without_labels_kept"] == int(np.sum(~held["tst"]["relevance"].any(axis=1)))
     assert (dataset.image_width, dataset.propensity_a, dataset.propensity_b) == (5, 0.5, 0.4)
     assert dataset.vocab_size == tokenizer.get_vocab_size()
-    description = preprocessing.describe(dataset).split("\n")
+    description = summary.describe(dataset).split("\n")
     dropped = 30 - len(kept)
     noun = "query" if dropped == 1 else "queries"
     assert f"train: dropped {dropped} {noun} without labels" in description

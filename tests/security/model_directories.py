@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from tests.security import mutations, test_tokenizers
-from vixml_jax import image_encoding
 from vixml_jax.data.images import image_files
 from vixml_jax.data.text import batch_tokenizer
 from vixml_jax.data.text import tokenizer as tokenizer_lib
 from vixml_jax.errors import InputError
+from vixml_jax.image_encoding import encoder
 from vixml_jax.models import hf_checkpoints
 
 TEXTS = ["green wool scarf", "a", "", "Ünï 漢字 \U0001f600 12, x!", "scarf " * 40]
@@ -98,9 +98,11 @@ def read(directory):
     """
     directory = str(directory)
     if os.path.basename(directory) == "siglip":
-        processor = image_encoding.check_model(directory)
+        processor = encoder.check_model(directory)
         config, params = hf_checkpoints.load_hf_vision(directory)
-        other = {"pixels": image_files.load_pixels(_image(), processor)}
+        other = {
+            "pixels": image_files.normalize(image_files.load_pixels(_image(), processor), processor)
+        }
     else:
         tokenizer = tokenizer_lib.load(directory, 16)
         tokens = batch_tokenizer.encode(tokenizer, TEXTS)

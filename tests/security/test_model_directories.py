@@ -11,9 +11,9 @@ import time
 import pytest
 
 from tests.security import model_directories, mutations, worker
-from vixml_jax import image_encoding
 from vixml_jax.data.text import tokenizer as tokenizer_lib
 from vixml_jax.errors import InputError
+from vixml_jax.image_encoding import encoder
 from vixml_jax.models import hf_checkpoints, hf_configs, hf_files, hf_names
 
 MODULE = "tests.security.model_directories"
@@ -147,7 +147,7 @@ def test_processors_of_images_are_checked(changes, fault, copy):
     path = copy("siglip") / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(InputError) as error:
-        image_encoding.check_model(str(path.parent))
+        encoder.check_model(str(path.parent))
     assert "preprocessor_config.json" in str(error.value) and fault in str(error.value)
 
 

@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 
 from tests import tiny
-from vixml_jax.image_encoding import ImageEncoder
+from vixml_jax.image_encoding.encoder import ImageEncoder
 from vixml_jax.service import app, backend, server
 from vixml_jax.serving import label_updates
 from vixml_jax.serving.predictor import Predictor

@@ -7,7 +7,7 @@ import math
 import os
 from typing import Any
 
-from vixml_jax.data import prepare_line, preprocessing, store
+from vixml_jax.data import prepare_line, preprocessing, store, summary
 from vixml_jax.data.images import named_images
 from vixml_jax.data.preprocessing import Settings
 from vixml_jax.data.sources import catalog, raw, tabular_files
@@ -128,7 +128,7 @@ def _prepare(source: str, path: str, settings: Settings) -> PreparedDataset:
     other = prepare_line.first(source, f"data/{_stem(source)}", **given)
     lines = [
         *contents.summary,
-        preprocessing.describe(dataset),
+        summary.describe(dataset),
         f"inverse propensity: {constants}",
         f"other columns, texts, images or settings: {other}",
     ]

@@ -7,8 +7,11 @@ from typing import Any
 from absl import flags
 
 COMMAND = "python -m vixml_jax.prepare"
-# Flags of `prepare` that say where to write, or only how much to print.
-_NOT_KEPT = ("out", "overwrite", "dry_run", "catalog", "quiet", "verbose", "verbosity")
+# Flags of `prepare` that say where to write, which process does it, or only how much to print.
+_NOT_KEPT = (
+    "out", "overwrite", "dry_run", "catalog", "quiet", "verbose", "verbosity", "num_processes",
+    "process_index",
+)  # fmt: skip
 # Settings of `dataset.json` that are flags under the same names.
 _SETTINGS = (
     "tokenizer", "max_tokens", "encoding", "valid", "test", "split_by", "filters", "propensity_a",

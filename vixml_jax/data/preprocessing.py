@@ -1,7 +1,7 @@
 """Data preparation: a source is read, split, filtered, tokenized and written, chunk by chunk."""
 
+import contextlib
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from vixml_jax.data.card import card
 from vixml_jax.data.images import image_embeddings, named_images
 from vixml_jax.data.sources import catalog, glyphs, tabular, xml_repository
 from vixml_jax.data.sources.delimited import USUAL, Dialect
-from vixml_jax.data.sources.raw import SPLITS, RawDataset, RawItems, RawQueries
+from vixml_jax.data.sources.raw import RawDataset, RawItems, RawQueries
 from vixml_jax.data.store import PreparedDataset, Writer
 from vixml_jax.data.text import batch_tokenizer
 from vixml_jax.data.text import tokenizer as tokenizer_lib
@@ -35,9 +35,10 @@ _LARGEST = {
     "propensity_b": 10_000.0,
 }
 _CHUNK_ROWS = 1 << 14  # Ids written at a time.
-_SHOWN_LABELS = 6  # Labels per query in a preview.
 _AUTO, _NONE = "auto", "none"
 FILTERS = (_AUTO, _NONE)
+# Embeds the images that a source names, within a context; None: other processes still embed some.
+EmbedImages = Callable[[RawDataset], contextlib.AbstractContextManager[RawDataset | None]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,10 +97,10 @@ def prepare(
     settings: Settings,
     *,
     image_source: str = "",
-    embed_images: Callable[[RawDataset], RawDataset] = named_images.drop,
+    embed_images: EmbedImages = lambda raw: contextlib.nullcontext(named_images.drop(raw)),
     arguments: Sequence[str] | None = None,
     overwrite: bool = False,
-) -> PreparedDataset:
+) -> PreparedDataset | None:
     """Prepares a data set and opens it; an existing one with the same settings is kept.
 
     Args:
@@ -108,9 +109,13 @@ def prepare(
       settings: The settings.
       image_source: Description of how images are embedded, stored in `dataset.json`.
       embed_images: Embeds the images that the source names. This may take hours, and is the last
-        step that reads the source: all checks are made before.
+        step that reads the source: all checks are made before. Within its context the data set is
+        written. It may yield None: other processes still embed some.
       arguments: Flags of the command, stored in `dataset.json` for `prepare_line.again`.
       overwrite: Whether to replace a prepared data set in `out`.
+
+    Returns:
+      The data set; None: it is left to another process.
 
     Raises:
       InputError: If the source is not valid, or `out` contains something else.
@@ -128,7 +133,26 @@ def prepare(
         return _reuse(out, stored_settings)
     store.check_free(out, overwrite)
     raw, notes = split_and_filter(raw, settings)
-    raw = embed_images(raw)
+    with embed_images(raw) as embedded:
+        if embedded is None:
+            return None
+        given = {} if arguments is None else {"arguments": list(arguments)}
+        _write(embedded, out, settings, notes | {"settings": stored_settings} | given, overwrite)
+    return PreparedDataset.open(out)
+
+
+def _write(
+    raw: RawDataset, out: str, settings: Settings, notes: dict[str, Any], overwrite: bool
+) -> None:
+    """Tokenizes and writes a data set, whose images are embedded.
+
+    Args:
+      raw: The data set.
+      out: Directory to create.
+      settings: The settings.
+      notes: More of `dataset.json`.
+      overwrite: Whether to replace a prepared data set in `out`.
+    """
     with store.write(out, overwrite=overwrite) as writer:
         tokenizer = _make_tokenizer(settings, raw)
         parts = {split: queries.items for split, queries in raw.splits.items()}
@@ -150,12 +174,9 @@ def prepare(
             "max_tokens": settings.max_tokens,
             "propensity_a": settings.propensity_a,
             "propensity_b": settings.propensity_b,
-            "settings": stored_settings,
-            **({} if arguments is None else {"arguments": list(arguments)}),
         }
         writer.finish(info, tokenizer.to_str())
         card.write(PreparedDataset.open(writer.directory), writer.directory)
-    return PreparedDataset.open(out)
 
 
 def note_glyphs(flag: str) -> None:
@@ -375,124 +396,3 @@ def _write_items(
         counts["images"] = int(offsets[-1])
         counts["with_image"] = int(np.count_nonzero(np.diff(offsets)))
     return counts
-
-
-def preview(raw: RawDataset, notes: dict[str, Any], *, rows: int = 10) -> str:
-    """Returns how a source was read: columns, sizes, warnings and the first rows of each split.
-
-    Args:
-      raw: The data set, from `split_and_filter`.
-      notes: The notes, from `split_and_filter`.
-      rows: Number of rows to show of each split.
-    """
-    table = [("", "queries", "labels", "per query", "images")]
-    for split, queries in raw.splits.items():
-        count, num_relevant, images = queries.items.count, queries.relevance.nnz, 0
-        if queries.items.images is not None:
-            images = int(queries.items.images.offsets(np.arange(count))[-1])
-        per_query = f"{num_relevant / max(1, count):.2f}"
-        table.append((split, f"{count:,}", f"{num_relevant:,}", per_query, f"{images:,}"))
-    label_counts = np.bincount(raw.train.relevance.indices, minlength=raw.labels.count)
-    num_unused = np.count_nonzero(label_counts == 0)
-    lines = [*raw.summary, *raw.notes, "", *_align(table)]
-    lines.append(f"{raw.labels.count:,} labels, {num_unused:,} of them without a training query")
-    lines += filters.describe(notes["filters"])
-    lines += _describe_rows(
-        notes, {split: queries.items.count for split, queries in raw.splits.items()}
-    )
-    lines += _sample_rows(raw, rows)
-    lines += [f"warning: {warning}" for warning in raw.warnings]
-    return "\n".join(lines).lstrip("\n")
-
-
-def _sample_rows(raw: RawDataset, rows: int) -> list[str]:
-    """A table with the first rows of each split: id, text and labels."""
-    texts, labels = {}, {}
-    for split, queries in raw.splits.items():
-        first = itertools.chain.from_iterable(queries.items.read_texts())
-        texts[split] = list(itertools.islice(first, rows))
-        indptr = queries.relevance.indptr[: len(texts[split]) + 1]
-        labels[split] = np.split(queries.relevance.indices[: indptr[-1]], indptr[1:-1])
-    wanted = {int(label) for split in labels for row in labels[split] for label in row}
-    all_texts = enumerate(itertools.chain.from_iterable(raw.labels.read_texts()))
-    label_text = {label: _shorten(text, 30) for label, text in all_texts if label in wanted}
-    lines = []
-    for split, split_texts in texts.items():
-        table = [("  id", "text", "labels")]
-        for row, text in enumerate(split_texts):
-            row_labels = labels[split][row]
-            shown = [label_text[int(label)] for label in row_labels[:_SHOWN_LABELS]]
-            if len(row_labels) > _SHOWN_LABELS:
-                shown.append(f"{len(row_labels) - _SHOWN_LABELS} more")
-            item_id = _shorten(raw.splits[split].items.name(row), 20)
-            table.append((f"  {item_id}", _shorten(text, 60), "; ".join(shown)))
-        lines += ["", f"First rows of {split}:", *_align(table, align="<")]
-    return [*lines, ""]
-
-
-def _align(table: list[tuple[str, ...]], align: str = ">") -> list[str]:
-    """Lines of a table; the first column is aligned to the left, the others as `align` says."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    alignments = ["<", *align * (len(widths) - 1)]
-    return [
-        "  ".join(
-            f"{cell:{alignment}{width}}"
-            for cell, alignment, width in zip(row, alignments, widths, strict=True)
-        ).rstrip()
-        for row in table
-    ]
-
-
-def _shorten(text: str, length: int) -> str:
-    """A text on one line, of at most `length` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _describe_rows(notes: dict[str, Any], counts: dict[str, int]) -> list[str]:
-    """Lines on the rows of the source: how many there are, and where they went.
-
-    Args:
-      notes: From `split_and_filter`.
-      counts: Number of queries of each split.
-    """
-    lines, left_out = [], 0
-    for split, outcome in itertools.product(("train", "valid", "test"), ("dropped", "kept")):
-        if count := notes.get(f"{split}_without_labels_{outcome}"):
-            left_out += count if outcome == "dropped" else 0
-            noun = "query" if count == 1 else "queries"
-            lines.append(f"{split}: {outcome} {count:,} {noun} without labels")
-    if "rows_read" in notes:  # Not in data sets of version 0.3 and before.
-        facts = [f"{count:,} {split}" for split, count in counts.items()]
-        facts += [f"{left_out:,} left out"] if left_out else []
-        lines.insert(0, f"{notes['rows_read']:,} queries read: {', '.join(facts)}")
-    return lines
-
-
-def describe(dataset: PreparedDataset) -> str:
-    """Returns the sizes of a prepared data set, its warnings and its location."""
-    info = dataset.info
-    table = [("", "items", "tokens", "images", "items with images")]
-    for part, counts in info["counts"].items():
-        numbers = (counts[name] for name in ("items", "tokens", "images", "with_image"))
-        table.append((part, *(f"{number:,}" for number in numbers)))
-    lines = _align(table)
-    facts = [
-        f"{info['relevant_pairs']['train'] / info['num_train']:.2f} labels per training query",
-        f"vocabulary of {info['vocab_size']:,} tokens",
-    ]
-    if info["image_width"]:
-        facts.append(f"image embeddings of {info['image_width']:,} dimensions")
-    lines.append("; ".join(facts))
-    lines += filters.describe(info["filters"])
-    lines += _describe_rows(
-        info, {split: info[f"num_{split}"] for split in SPLITS if f"num_{split}" in info}
-    )
-    lines += info.get("notes", [])
-    lines += [f"warning: {warning}" for warning in info["warnings"]]
-    path = os.path.abspath(dataset.path)
-    lines.append(f"{dataset.name}: prepared in {path}")
-    card_path = os.path.join(path, card.TEXT)
-    if os.path.exists(card_path):  # Old data sets have no card.
-        lines.append(f"data card: {card_path}")
-    return "\n".join(lines)

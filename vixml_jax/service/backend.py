@@ -16,7 +16,7 @@ from jaxtyping import Float16
 
 from vixml_jax import errors
 from vixml_jax.errors import InputError
-from vixml_jax.image_encoding import NOT_FINITE, ImageEncoder
+from vixml_jax.image_encoding.encoder import NOT_FINITE, ImageEncoder
 from vixml_jax.service import schema
 from vixml_jax.serving import cold_start, explaining, label_updates
 from vixml_jax.serving.coalescing import Coalescer
@@ -321,8 +321,8 @@ class Backend:
         valid = [i for i, image in enumerate(pixels) if not isinstance(image, str)]
         results: list[Float16[np.ndarray, " v"] | str] = [*pixels]
         if valid:
-            size = 1 if len(valid) == 1 else _IMAGES
-            vectors, finite = encoder.encode([pixels[i] for i in valid], size)
+            size = encoder.batch_size(1 if len(valid) == 1 else _IMAGES)
+            vectors, finite = encoder.start([pixels[i] for i in valid], size)()
             for i, row, is_finite in zip(valid, vectors, finite, strict=True):
                 results[i] = row.astype(np.float16) if is_finite else NOT_FINITE
         return results

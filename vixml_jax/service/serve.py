@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from vixml_jax import command_line, image_encoding
+from vixml_jax import command_line
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.errors import InputError
+from vixml_jax.image_encoding import encoder
 from vixml_jax.runtime import compilation_cache, console, host_memory, signals
 from vixml_jax.serving import predictor_flags
 from vixml_jax.storage import text_files
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     def open_run() -> backend.Opened:
         predictor = predictor_flags.load(values, warm=True)
         explaining.explain(predictor, "a")  # Compiles its programs.
-        images = image_encoding.encoder_of(predictor.artifacts.about.images, values.image_dtype)
+        images = encoder.encoder_of(predictor.artifacts.about.images, values.image_dtype)
         texts = None
         with contextlib.suppress(InputError):  # The data may be elsewhere by now.
             config = workdir_lib.read_config(values.workdir, data=values.data)

@@ -58,6 +58,19 @@ class Place(NamedTuple):
         return f"{root}-{self.index:05d}-of-{self.count:05d}{extension}"
 
 
+def check_index(index: int, count: int) -> None:
+    """Checks `--process_index`.
+
+    Raises:
+      InputError: If it is not below `--num_processes`.
+    """
+    if index >= count:
+        raise InputError(
+            f"--process_index={index}: expected 0 to {count - 1}, because of "
+            f"--num_processes={count}"
+        )
+
+
 class Unfinished(NamedTuple):
     """A part that is being written.
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from vixml_jax.data import preprocessing
+from vixml_jax.data import preprocessing, summary
 from vixml_jax.data.card import card, plots, stats
 from vixml_jax.data.images.image_embeddings import RawImages
 from vixml_jax.data.sources.raw import RawDataset, RawItems, RawQueries, canonical
@@ -337,7 +337,7 @@ def test_prepare_writes_the_card_and_the_hash_does_not_depend_on_it(tmp_path, mo
         assert image.size == (plots.WIDTH, 4 * plots.PANEL_HEIGHT)
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert len(np.unique(pixels, axis=0)) > 50
-    assert f"data card: {out / 'dataset.md'}" in preprocessing.describe(dataset)
+    assert f"data card: {out / 'dataset.md'}" in summary.describe(dataset)
     again = prepare(make_raw(5), tmp_path / "again")
     for name in ("dataset.md", "dataset.png"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
@@ -345,7 +345,7 @@ def test_prepare_writes_the_card_and_the_hash_does_not_depend_on_it(tmp_path, mo
     without = prepare(make_raw(5), tmp_path / "without")
     assert without.content_hash == again.content_hash == dataset.content_hash
     assert not (tmp_path / "without" / "dataset.md").exists()
-    assert "data card" not in preprocessing.describe(without)
+    assert "data card" not in summary.describe(without)
     assert "dataset.md" not in json.dumps(dataset.info)
 
 

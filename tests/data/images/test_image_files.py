@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import transformers
@@ -34,11 +35,17 @@ def test_pixels_match_transformers(mode, processor, tmp_path):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     expected = hf_processor(image.convert("RGB"), return_tensors="np")
-    np.testing.assert_allclose(
-        image_files.load_pixels(str(tmp_path / "x.png"), image_files.read_processor(path)),
-        expected["pixel_values"][0].transpose(1, 2, 0),
-        atol=1e-6,
-    )
+    processor = image_files.read_processor(path)
+    pixels = image_files.load_pixels(str(tmp_path / "x.png"), processor)
+    assert pixels.dtype == np.uint8
+    for normalized in (  # On the host, and within a program.
+        image_files.normalize(pixels, processor),
+        jax.jit(lambda pixels: image_files.normalize(pixels, processor))(pixels),
+    ):
+        assert normalized.dtype == np.float32
+        np.testing.assert_allclose(
+            normalized, expected["pixel_values"][0].transpose(1, 2, 0), atol=1e-6
+        )
 
 
 def test_aspect_is_kept_with_white_padding(processor, tmp_path):
@@ -46,9 +53,9 @@ def test_aspect_is_kept_with_white_padding(processor, tmp_path):
     pixels = image_files.load_pixels(
         str(tmp_path / "x.png"), image_files.read_processor(processor[1]), keep_aspect=True
     )
-    expected = np.ones((SIZE, SIZE, 3), np.float32)  # White, normalised.
-    expected[4:12, :, 1:] = -1.0  # Red.
-    np.testing.assert_allclose(pixels, expected, atol=1e-6)
+    expected = np.full((SIZE, SIZE, 3), 255, np.uint8)
+    expected[4:12, :, 1:] = 0  # Red.
+    np.testing.assert_array_equal(pixels, expected)
 
 
 def test_defaults_of_missing_fields(tmp_path):

@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from tests.data.sources import random_tables
 from tests.data.sources.test_tabular import labels_of, read, texts_of
-from vixml_jax.data import preprocessing
+from vixml_jax.data import preprocessing, summary
 from vixml_jax.data.sources.delimited import USUAL
 from vixml_jax.errors import InputError
 
@@ -304,7 +304,7 @@ def test_queries_without_labels_are_not_held_out(tmp_path, kind):
     assert counts == {"train": 34, "test": 18, "valid": 8}  # 0.3 of 60, and 0.2 of the other 42.
     assert all((np.diff(q.relevance.indptr) > 0).all() for q in raw.splits.values())
     assert notes["rows_read"] == 90 and notes["train_without_labels_dropped"] == 30
-    lines = preprocessing.preview(raw, notes).split("\n")
+    lines = summary.preview(raw, notes).split("\n")
     assert "90 queries read: 34 train, 8 valid, 18 test, 30 left out" in lines
 
 
@@ -315,4 +315,4 @@ def test_queries_without_labels_of_a_given_test_split_are_kept_and_told(tmp_path
     raw = read(tmp_path / "d", tmp_path / "spool")
     raw, notes = preprocessing.split_and_filter(raw, preprocessing.Settings())
     assert raw.test.items.count == 4 and notes["test_without_labels_kept"] == 2
-    assert "7 queries read: 2 train, 4 test, 1 left out" in preprocessing.preview(raw, notes)
+    assert "7 queries read: 2 train, 4 test, 1 left out" in summary.preview(raw, notes)

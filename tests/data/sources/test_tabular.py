@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from tests.data.sources import compare_formats, random_tables
-from vixml_jax.data import preprocessing, store
+from vixml_jax.data import preprocessing, store, summary
 from vixml_jax.data.sources import readers, tabular
 from vixml_jax.data.sources.columns import Columns
 from vixml_jax.data.sources.delimited import USUAL
@@ -311,7 +311,7 @@ def test_preview_shows_rows_and_counts(tmp_path):
     raw, notes = preprocessing.split_and_filter(
         read(tmp_path / "d", tmp_path / "s"), preprocessing.Settings()
     )
-    lines = preprocessing.preview(raw, notes).split("\n")
+    lines = summary.preview(raw, notes).split("\n")
     for split in ("train", "test"):
         texts = held[split]["text"]
         if split == "train":
@@ -330,7 +330,7 @@ def test_preview_by_hand(tmp_path):
     )
     raw = read(tmp_path / "shop.csv", tmp_path / "spool")
     raw, notes = preprocessing.split_and_filter(raw, preprocessing.Settings(test=0.34, seed=1))
-    assert preprocessing.preview(raw, notes).split("\n") == [
+    assert summary.preview(raw, notes).split("\n") == [
         f"queries: {tmp_path / 'shop.csv'}",
         "  id        'id' (inferred)",
         "  text      '{title}' (inferred)",

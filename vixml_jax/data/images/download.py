@@ -78,7 +78,11 @@ def is_url(text: str) -> bool:
 
 
 def download(
-    urls: Sequence[str], directory: str, *, settings: DownloadSettings = DownloadSettings()
+    urls: Sequence[str],
+    directory: str,
+    *,
+    others: Sequence[str] = (),
+    settings: DownloadSettings = DownloadSettings(),
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Downloads URLs; returns the path of each file, and the reason of each failure.
 
@@ -91,6 +95,7 @@ def download(
         the hosts of these URLs.
       directory: Created if it does not exist. The name of a file is the SHA-256 of its URL, in a
         subdirectory: `ab/ab12...`.
+      others: URLs that other processes download. Redirects may lead to their hosts, too.
       settings: Limits of the downloads.
 
     Returns:
@@ -101,8 +106,10 @@ def download(
       OSError: If a file cannot be written. Files downloaded before are kept.
     """
     faults: dict[str, str] = {}
-    hosts = set()
-    path_of = {}
+    hosts, path_of = set(), {}
+    for url in others:
+        with contextlib.suppress(ValueError):
+            hosts.add(url_safety.parse(url).host)
     for url in dict.fromkeys(urls):
         try:
             hosts.add(url_safety.parse(url).host)

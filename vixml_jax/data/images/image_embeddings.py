@@ -1,11 +1,10 @@
 """Image embeddings of items: found beside the texts of a source, or made from image files."""
 
-import contextlib
 import fnmatch
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float16, Int
@@ -15,8 +14,7 @@ from vixml_jax.data.images import safe_pickle
 from vixml_jax.data.sources.raw import ItemImages
 from vixml_jax.data.store import ranges
 from vixml_jax.errors import InputError
-from vixml_jax.runtime import console
-from vixml_jax.storage import json_files, npy_files
+from vixml_jax.storage import npy_files
 
 _BLOCK = 1 << 22  # Values read at a time.
 _MAX_IMAGES = 100  # Images of an item; a damaged map must not ask for all memory.
@@ -284,81 +282,3 @@ class RaggedImages(NamedTuple):
             values = np.asarray(self.vectors[taken[start : start + step]])
             mapped_rows.release(self.vectors)
             yield values
-
-
-class EmbeddingStore:
-    """Embeddings of image files by their content, float16, appended as they are computed.
-
-    The directory has `vectors.f16` (rows), `digests.txt` (SHA-256 of the image file of each row,
-    one a line) and `about.json` (the model). Rows that an interrupted run left incomplete are
-    removed when the directory is opened, so that the work continues where it stopped.
-
-    Attributes:
-      row_of: Row of each SHA-256.
-    """
-
-    def __init__(self, directory: str, *, width: int, about: Mapping[str, Any]):
-        """Opens or creates the directory.
-
-        Args:
-          directory: Where the files are.
-          width: Width of an embedding.
-          about: The model and its settings, as JSON. Embeddings for which only `reader` differs,
-            the version of `image_reader`, are removed.
-
-        Raises:
-          InputError: If the directory has embeddings of another model.
-        """
-        os.makedirs(directory, exist_ok=True)
-        self._width = width
-        self._vectors = os.path.join(directory, "vectors.f16")
-        self._digests = os.path.join(directory, "digests.txt")
-        path = os.path.join(directory, "about.json")
-        if os.path.exists(path):
-            remedy = f"remove {directory} to embed the images again"
-            stored = json_files.read(path, dict[str, Any], remedy)
-            if stored != dict(about) and stored | {"reader": about.get("reader")} == dict(about):
-                console.status(
-                    f"{directory}: the images are embedded again, because they are read in another "
-                    "way now: upright, on white, and with more than 8 bits"
-                )
-                self._start(path, about)
-            elif stored != dict(about):
-                raise InputError(
-                    f"{path}: embeddings of another model or with other settings (found {stored}, "
-                    f"expected {dict(about)}); {remedy}"
-                )
-        else:
-            self._start(path, about)
-        for name in (self._vectors, self._digests):
-            open(name, "ab").close()
-        with open(self._digests, encoding="ascii") as file:
-            digests = file.read().split("\n")[:-1]  # The last line may be incomplete.
-        digests = digests[: os.path.getsize(self._vectors) // (2 * width)]
-        os.truncate(self._vectors, len(digests) * 2 * width)
-        os.truncate(self._digests, len(digests) * 65)
-        self.row_of = {digest: row for row, digest in enumerate(digests)}
-
-    def _start(self, path: str, about: Mapping[str, Any]) -> None:
-        """Writes `about.json` for an empty store, and removes embeddings of before."""
-        for name in (self._digests, self._vectors):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(name)
-        json_files.write(path, dict(about))
-
-    def add(self, digests: Sequence[str], vectors: Float[np.ndarray, "k v"]) -> None:
-        """Appends the vectors of new files."""
-        with open(self._vectors, "ab") as file:
-            file.write(np.ascontiguousarray(vectors, np.float16).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        with open(self._digests, "a", encoding="ascii") as file:
-            file.write("".join(digest + "\n" for digest in digests))
-        first = len(self.row_of)
-        self.row_of |= {digest: first + i for i, digest in enumerate(digests)}
-
-    def vectors(self) -> Float16[np.ndarray, "m v"]:
-        """All rows, memory-mapped."""
-        if not self.row_of:
-            return np.zeros((0, self._width), np.float16)
-        return np.memmap(self._vectors, np.float16, "r", shape=(len(self.row_of), self._width))

@@ -1,11 +1,11 @@
 """Image files named by a source: their paths, and their pixels for a vision model."""
 
 import os
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import UInt8
 
 from vixml_jax.data.images import image_reader
 from vixml_jax.data.images.image_reader import ImageSource
@@ -119,12 +119,14 @@ def read_processor(path: str) -> ImageProcessor:
 
 def load_pixels(
     source: ImageSource, processor: ImageProcessor, *, keep_aspect: bool = False
-) -> Float32[np.ndarray, "height width 3"]:
-    """The normalised pixels of an image, at the size that the vision model expects.
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of an image, at the size that the vision model expects; see `normalize`.
+
+    Pillow resizes bytes to bytes, as the image processors of `transformers` do.
 
     Args:
       source: An image file or its content; see `image_reader.read`.
-      processor: Size and normalisation.
+      processor: Size and filter.
       keep_aspect: Shrink the image to fit and pad it with white, as the paper does, instead of
         stretching it.
 
@@ -143,5 +145,15 @@ def load_pixels(
         image.paste(small, ((frame[0] - size[0]) // 2, (frame[1] - size[1]) // 2))
     else:
         image = image.resize(frame, processor.resample)
-    pixels = np.asarray(image, np.float32) * np.float32(processor.scale)
-    return (pixels - np.float32(processor.mean)) / np.float32(processor.std)
+    return np.asarray(image)
+
+
+def normalize(pixels: Any, processor: ImageProcessor) -> Any:
+    """The values that the vision model reads, float32, of bytes; also within a program of JAX.
+
+    Args:
+      pixels: Of one or several images, [..., height, width, 3].
+      processor: Scale, mean and standard deviation.
+    """
+    values = pixels.astype(np.float32) * np.float32(processor.scale)
+    return (values - np.float32(processor.mean)) / np.float32(processor.std)

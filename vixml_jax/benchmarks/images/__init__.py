@@ -1,0 +1,1 @@
+"""Speed of reading, decoding and resizing image files, by threads and by processes."""
