@@ -86,7 +86,8 @@ def test_explanations_are_those_of_explain(service):
 def test_image_files_as_json_and_as_a_form(service, images):
     client, _, predictor = service
     contents = [png(seed) for seed in range(3)]
-    vectors, _ = images.encode([images.pixels(content) for content in contents], 3)
+    pixels = [images.pixels(content) for content in contents]
+    vectors, _ = images.start(pixels, images.batch_size(3))()
     expected = as_rows(predictor(["a3 b4"], [vectors], k=4))
     encoded = [base64.b64encode(content).decode() for content in contents]
     assert_same(client.ask({"text": "a3 b4", "images": encoded}, k=4), expected)

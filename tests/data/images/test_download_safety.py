@@ -46,6 +46,12 @@ def test_redirect_to_another_host_is_refused(server, network, tmp_path):
     fault = fault_of(server.url("/a", "a.example"), tmp_path, DownloadSettings())
     assert fault == "redirected to b.example, a host of none of the URLs"
     assert network.lookups["b.example"] == 0 and server.count("/b") == 0
+    # Another process downloads from that host.
+    url = server.url("/a", "a.example")
+    paths, _ = download.download(
+        [url], str(tmp_path), others=[server.url("/x", "b.example"), "http://["]
+    )
+    assert pathlib.Path(paths[url]).read_bytes() == b"b" and server.count("/x") == 0
 
 
 def test_redirect_to_a_private_address_is_refused(server, network, tmp_path):
