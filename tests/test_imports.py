@@ -45,7 +45,9 @@ HEAVY = {
 # Modules outside models/ that define or initialise Flax modules.
 FLAX = {"labels/prototypes.py", "parallel/sharding.py", "training/build.py"}
 # Modules of packages that are commands too, and that the package itself loads on demand.
-COMMANDS = {"evaluation/compare.py", "report/curves.py", "service/serve.py"}
+COMMANDS = {
+    "evaluation/compare.py", "report/curves.py", "report/dashboard.py", "service/serve.py"
+}  # fmt: skip
 
 
 def imports(path):

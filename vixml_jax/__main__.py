@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("vixml_jax.train", "train a model and evaluate it"),
     "evaluate": ("vixml_jax.evaluate", "evaluate a run, write its report, tune it"),
     "compare": ("vixml_jax.evaluation.compare", "compare two runs, query by query"),
+    "report": ("vixml_jax.report.dashboard", "compare runs on a page: curves, metrics, flags"),
     "predict": ("vixml_jax.predict", "predict labels of new queries; add and remove labels"),
     "serve": ("vixml_jax.service.serve", "answer queries over HTTP"),
     "export": ("vixml_jax.export", "export a run for other programs"),

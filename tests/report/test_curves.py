@@ -39,12 +39,12 @@ def test_minutes_of_steps(tmp_path):
     ]
     run = write_run(tmp_path / "run", lines, test=30.0)
     _, steps, _ = curves.read_curve(run, "P@1")
-    assert curves.minutes_at(run, steps) == [1.5, 2.5]
+    assert curves.minutes_at(lines, steps) == curves._minutes(run, steps) == [1.5, 2.5]
     old = write_run(tmp_path / "old", [{"step": 3, "P@1": 1.0}])
     with pytest.raises(
         InputError, match=r"without seconds, as version 0\.2 wrote them; use --x=step"
     ):
-        curves.minutes_at(old, [3])
+        curves._minutes(old, [3])
 
 
 def test_other_directory_is_rejected(tmp_path):

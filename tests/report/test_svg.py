@@ -101,13 +101,44 @@ def test_lines_pass_through_their_points(log_x):
 
 
 def test_series_have_different_marks():
-    rows = {name: [(0.0, float(i)), (1.0, i + 1.0)] for i, name in enumerate("abc")}
+    rows = {name: [(0.0, float(i)), (1.0, i + 1.0)] for i, name in enumerate("abcdef")}
     _, chart = parse(svg.lines("t", "d", rows, xlabel="x", ylabel="y"))
-    marks = [shapes(chart, f"m{i}")[0] for i in range(3)]
-    marks = {(mark.tag, len(mark.get("d", ""))) for mark in marks}
-    assert len(marks) == 3
+    marks = [shapes(chart, f"m{i}")[0] for i in range(svg.MAX_LINES)]
+    # Without their places: an inverted triangle has the path of one, turned over.
+    marks = {(mark.tag, re.sub(r"M\S+ \S+", "", mark.get("d", ""))) for mark in marks}
+    assert len(marks) == svg.MAX_LINES == 6
+    with pytest.raises(ValueError, match="expected at most 6 series, found 7"):
+        svg.lines("t", "d", rows | {"g": rows["a"]}, xlabel="x", ylabel="y")
     with pytest.raises(ValueError, match="expected at most 3 series, found 4"):
-        svg.lines("t", "d", rows | {"d": rows["a"]}, xlabel="x", ylabel="y")
+        svg.bars("t", "d", {name: {"g": 1.0} for name in "abcd"})
+
+
+def test_a_series_keeps_its_number_where_others_are_missing():
+    points = [(0.0, 1.0), (1.0, 2.0)]
+    series = {"b": points, "e": points}
+    root, chart = parse(svg.lines("t", "d", series, xlabel="x", ylabel="y", numbers=[1, 4]))
+    assert [len(shapes(chart, f"l{i}")) for i in range(6)] == [0, 1, 0, 0, 1, 0]
+    drawn = [item.find("svg/path").get("class") for item in root.find("ul")]
+    assert drawn == ["l1", "l4"]
+    root, _ = parse(svg.lines("t", "d", {"b": points}, xlabel="x", ylabel="y", numbers=[1]))
+    assert [item.find("svg").tail for item in root.find("ul")] == ["b"]
+
+
+def test_intervals_are_where_their_values_are():
+    rows = {"P@1": (1.5, -0.5, 2.0), HOSTILE: (-3.0, -4.0, 1.0), "R@10": (6.0, 5.0, 7.0)}
+    _, chart = parse(
+        svg.intervals("t", "d", rows, xlabel="points", series=[0, 3, 3], with_zero=True)
+    )
+    lines = [shape for shape in chart if shape.get("class") in ("i0", "i3")]
+    ends = [[float(x) for x in re.findall(r"[MH]([\d.]+)", line.get("d"))] for line in lines]
+    (zero,) = shapes(chart, "zero")
+    zero = float(re.match(r"M([\d.]+)", zero.get("d"))[1])
+    scale = (ends[2][1] - ends[2][0]) / 2.0
+    for (_, low, high), found in zip(rows.values(), ends, strict=True):
+        assert found == pytest.approx([zero + scale * low, zero + scale * high], abs=0.3)
+    mark = chart.find("g/circle")
+    assert float(mark.get("cx")) == pytest.approx(zero + scale * 1.5, abs=0.3)
+    assert chart.findall("g/title")[1].text == f"{HOSTILE}: -3.00 [-4.00, 1.00]"
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 3.0, 99.99, 100.0, 123456.0])

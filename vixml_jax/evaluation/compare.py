@@ -1,5 +1,6 @@
 """Compares two evaluated runs query by query, with confidence intervals and p-values."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +82,8 @@ def read_both(paths: Sequence[str], *, other_data: bool = False) -> list[tuple[P
             "compared only on the same queries"
         )
     for path, (_, about) in zip(paths, evaluations, strict=True):
-        trained_on = _content_hash(path)
+        run = run_of(path)
+        trained_on = run and content_hash(run)
         if trained_on not in (None, about.content_hash) and not other_data:
             raise InputError(
                 f"{path}: evaluated on other data (content hash {about.content_hash[:12]}) than "
@@ -91,10 +93,13 @@ def read_both(paths: Sequence[str], *, other_data: bool = False) -> list[tuple[P
     return evaluations
 
 
-def _content_hash(path: str) -> str | None:
-    """Content hash of the data that the run of a file was trained on; None: there is no run."""
-    run = run_of(path)
-    return run and _read(os.path.join(run, "tower.json")).get("content_hash")
+def content_hash(run: str) -> str | None:
+    """Returns the content hash of the data that a run was trained on; None: it is not recorded.
+
+    Raises:
+      InputError: If the directory has no readable tower.json.
+    """
+    return _read(os.path.join(run, "tower.json")).get("content_hash")
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -120,13 +125,25 @@ def different_flags(paths: Sequence[str]) -> list[str]:
     runs = [run_of(path) for path in paths]
     if None in runs:
         return []
-    one, other = (dict(_flags(_read(os.path.join(run, "config.json")))) for run in runs)
-    names = [name for name in dict.fromkeys([*one, *other]) if name not in _PLACES]
+    settings = [dict(_flags(_read(os.path.join(run, "config.json")))) for run in runs]
     return [
-        f"--{name}: A {_show(one, name)}, B {_show(other, name)}"
-        for name in names
-        if one.get(name) != other.get(name)
+        f"--{name}: A {one}, B {other}" for name, (one, other) in differing_values(settings).items()
     ]
+
+
+def differing_values(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Returns the values of the flags in which runs differ, as they are given, by flag.
+
+    Args:
+      settings: Of each run, the values of its flags. One that is missing is shown as 'none'. Flags
+        that say where a run is are left out.
+    """
+    names = [name for name in dict.fromkeys(itertools.chain(*settings)) if name not in _PLACES]
+    return {
+        name: [_show(values, name) for values in settings]
+        for name in names
+        if any(values.get(name) != settings[0].get(name) for values in settings)
+    }
 
 
 def _flags(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 from absl import flags
 from etils import epath
 
@@ -20,7 +21,7 @@ COMMON_FLAGS = ("runs", "x", "out")
 
 
 def read_lines(workdir: str) -> list[dict[str, Any]]:
-    """Returns the lines of a run's metrics.jsonl.
+    """Returns the lines of a run's metrics.jsonl, but for one that is being written.
 
     Raises:
       InputError: If the directory has no readable metrics.jsonl.
@@ -29,7 +30,8 @@ def read_lines(workdir: str) -> list[dict[str, Any]]:
     remedy = "expected a run directory written by train"
     content = json_files.read_bytes(path, remedy, max_bytes=_MAX_LINES_BYTES)
     try:
-        lines = [json.loads(line) for line in content.decode().splitlines()]
+        whole = content[: content.rfind(b"\n") + 1]  # The last line may be half written.
+        lines = [json.loads(line) for line in whole.decode().splitlines()]
         return msgspec.convert(lines, list[dict[str, Any]])
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}; {remedy}") from None
@@ -64,23 +66,57 @@ def read_curve(workdir: str, name: str) -> tuple[str, list[int], list[float]]:
     return split, list(values), list(values.values())
 
 
-def minutes_at(workdir: str, steps: Sequence[int]) -> list[float]:
-    """Returns the wall-clock minutes of training after which each of the steps was done.
+def minutes_at(lines: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> list[float]:
+    """Returns the minutes of training after which each of the steps was done.
+
+    The time between two starts of a run is no time of training, and neither is that of steps which
+    were lost with a start and done again by the next.
 
     Args:
-      workdir: Run directory.
+      lines: Of metrics.jsonl, each with its `seconds`.
       steps: Numbers of steps, each at least the first that was logged.
-
-    Raises:
-      InputError: If the directory has no readable metrics.jsonl, or its lines have no times.
     """
+    logged = [line["step"] for line in lines]
+    last = np.maximum.accumulate([line["seconds"] for line in lines])
+    at = np.searchsorted(logged, steps, side="right") - 1
+    return (last[at] / 60.0).tolist()
+
+
+def _minutes(workdir: str, steps: Sequence[int]) -> list[float]:
     lines = read_lines(workdir)
     if not all("seconds" in line for line in lines):
         raise InputError(
             f"{os.path.join(workdir, 'metrics.jsonl')}: has lines without seconds, as version 0.2 "
             "wrote them; use --x=step"
         )
-    return [max(line["seconds"] for line in lines if line["step"] <= step) / 60.0 for step in steps]
+    return minutes_at(lines, steps)
+
+
+def epochs_at(lines: Sequence[Mapping[str, Any]], steps: Iterable[float]) -> list[float]:
+    """Returns the epochs that were done after steps: 1.5 in the middle of the second epoch.
+
+    The last step of each epoch is logged, so epochs that ended have their true sizes. The newest
+    epoch may go on; it is taken to be as long as the one before it, if both train the same, and
+    else to end with the newest line.
+
+    Args:
+      lines: Of metrics.jsonl.
+      steps: Numbers of steps.
+    """
+    ends, of_head = {0: 0}, {}  # Last step, and kind, by number of epochs done.
+    for line in lines:
+        ends[line["epoch"] + 1] = line["step"]
+        of_head[line["epoch"] + 1] = of_head.get(line["epoch"] + 1, False) or is_of_head(line)
+    done, last = list(ends), list(ends.values())
+    if len(last) > 2 and of_head[done[-1]] == of_head[done[-2]]:
+        last[-1] = max(last[-1], 2 * last[-2] - last[-3])
+    return np.interp(list(steps), last, done).tolist()
+
+
+def is_of_head(line: Mapping[str, Any]) -> bool:
+    """Returns whether a line is of an epoch in which only the label head is trained."""
+    rates = {name for name in line if name.startswith("learning_rate/")}
+    return rates == {"learning_rate/head"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -99,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
         for run, style in zip(values.runs, ("o-", "s--", "^:", "d-.") * 9, strict=False):
             split, steps, percent = read_curve(run, name)
             label = os.path.basename(run.rstrip("/")) + (", valid" if split == "valid" else "")
-            x = minutes_at(run, steps) if values.x == "minutes" else steps
+            x = steps if values.x == "step" else _minutes(run, steps)
             panel.plot(x, percent, style, label=label)
         panel.set(title=f"{name}, percent", xlabel=values.x)
         panel.grid(alpha=0.3)

@@ -145,7 +145,7 @@ def assemble(
     losses: tuple[list[tuple[float, float]], ...] = ([], [])
     for line in lines:
         if "loss" in line:
-            losses[_is_of_head(line)].append((line["step"], line["loss"]))
+            losses[curves.is_of_head(line)].append((line["step"], line["loss"]))
     search = {name: value for name, value in results["search"].items() if name != "curve"}
     return Page(
         dataset=dataset.name,
@@ -214,12 +214,6 @@ def _score(results: Mapping[str, Any]) -> str:
     if "fusion" in results:
         return "probability"
     return "mixed" if "mixing" in results else "cosine"
-
-
-def _is_of_head(line: Mapping[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl is of an epoch in which only the label head is trained."""
-    rates = {name for name in line if name.startswith("learning_rate/")}
-    return rates == {"learning_rate/head"}
 
 
 def _join(values: Mapping[str, Any]) -> str:

@@ -1,20 +1,35 @@
-"""The report as a single HTML file, which loads nothing from the network and has no script."""
+"""Reports as a single HTML file, which loads nothing from the network and has no script."""
 
 import base64
 import functools
 import hashlib
 import importlib.resources
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 
 from vixml_jax.report import sections, svg
 from vixml_jax.report.page import Page
+from vixml_jax.report.sections import Section
 from vixml_jax.runtime import console
 
 
 def render(page: Page) -> str:
-    """Returns the HTML of a report."""
+    """Returns the HTML of the report of an evaluation."""
+    return document(
+        f"{page.dataset}, {page.split}", sections.summary(page), sections.all_sections(page)
+    )
+
+
+def document(title: str, summary: str, shown: Sequence[Section]) -> str:
+    """Returns a page as HTML.
+
+    Args:
+      title: Title and main heading of the page.
+      summary: What the page shows, in a few sentences.
+      shown: Its sections.
+    """
     templates = environment()
     written = [
         {
@@ -22,7 +37,7 @@ def render(page: Page) -> str:
             "anchor": section.title.lower().replace(" ", "-"),
             "html": templates.get_template(section.template).render(section.data),
         }
-        for section in sections.all_sections(page)
+        for section in shown
     ]
     style = stylesheet()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -31,7 +46,12 @@ def render(page: Page) -> str:
         "form-action 'none'"
     )
     return templates.get_template("page.html.j2").render(
-        page=page, sections=written, policy=policy, style=style, patterns=svg.patterns()
+        title=title,
+        summary=summary,
+        sections=written,
+        policy=policy,
+        style=style,
+        patterns=svg.patterns(),
     )
 
 

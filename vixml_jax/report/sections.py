@@ -27,6 +27,19 @@ class Section(NamedTuple):
     data: Mapping[str, Any] | None
 
 
+def summary(page: Page) -> str:
+    """Returns what was evaluated, in a few sentences."""
+    unlabelled = (
+        f" ({page.unlabelled:,} of them without labels, which count as misses)"
+        if page.unlabelled
+        else ""
+    )
+    return (
+        f"{page.queries:,} queries{unlabelled}, {page.labels:,} labels, {page.search} search. "
+        "Values are in percent; brackets show 95 % bootstrap intervals over queries."
+    )
+
+
 def all_sections(page: Page) -> list[Section]:
     """Returns the sections that have something to show."""
     sections = [
@@ -180,7 +193,7 @@ def _learning_curves(page: Page) -> Mapping[str, Any] | None:
         svg.lines(
             title,
             f"{what} at {len(points)} steps.",
-            {"loss": _thinned(points)},
+            {"loss": thinned(points)},
             xlabel="step",
             ylabel="loss",
         )
@@ -193,7 +206,7 @@ def _learning_curves(page: Page) -> Mapping[str, Any] | None:
             svg.lines(
                 f"Metrics on {page.curves_split} during training",
                 f"{', '.join(curves)} in percent, by step.",
-                {name: _thinned(points) for name, points in curves.items()},
+                {name: thinned(points) for name, points in curves.items()},
                 xlabel="step",
                 ylabel="percent",
             )
@@ -201,7 +214,7 @@ def _learning_curves(page: Page) -> Mapping[str, Any] | None:
     return {"charts": charts} if charts else None
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Returns means of consecutive points, so that at most _MAX_POINTS are left."""
     size = -(-len(points) // _MAX_POINTS)
     groups = (points[i : i + size] for i in range(0, len(points), size))

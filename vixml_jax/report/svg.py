@@ -1,4 +1,4 @@
-"""Charts of the report as inline SVG: horizontal bars, vertical columns, and lines.
+"""Charts of reports as inline SVG: horizontal bars, vertical columns, lines, and intervals.
 
 Series are distinguished by hatching, dashes and marks as well as by colour. Colours are CSS classes
 (s0, s1 ...) that the style sheet defines for light and dark. A chart is 360 units wide, about the
@@ -10,12 +10,14 @@ The functions return markup with all text escaped.
 import html
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 WIDTH = 360
 _LEFT, _RIGHT, _TOP = 40, 8, 8
-_MARKS = ("circle", "square", "triangle")  # Marks of the first, second and third series.
-MAX_SERIES = len(_MARKS)
+_MARKS = ("circle", "square", "triangle", "diamond", "inverted triangle", "cross")  # By series.
+MAX_LINES = len(_MARKS)
+MAX_SERIES = 3  # Of bars and columns, which are told apart by hatching.
+_NAMES = 66  # Width of the names beside intervals.
 _ids = itertools.count()
 
 
@@ -43,7 +45,7 @@ def bars(
             parts.append(_text(width + 6, y + 11, f"{values[name]:.1f}{unit}", "value"))
             y += 16
         y += 9
-    return _chart(title, description, parts, y, series)
+    return _chart(title, description, parts, y, _bar_keys(series))
 
 
 def columns(
@@ -85,7 +87,7 @@ def columns(
                 f"<title>{html.escape(name)}: {value:.2f}</title></rect>"
             )
     parts.append(_text((_LEFT + WIDTH) / 2, bottom + 33, xlabel, "middle muted"))
-    return _chart(title, description, parts, bottom + 40, series)
+    return _chart(title, description, parts, bottom + 40, _bar_keys(series))
 
 
 def lines(
@@ -98,6 +100,7 @@ def lines(
     log_x: bool = False,
     log_y: bool = False,
     from_zero: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> str:
     """Returns lines through the points of each series, with marks if the points are few.
 
@@ -108,8 +111,10 @@ def lines(
       xlabel, ylabel: Labels of the axes.
       log_x, log_y: Whether the axis is logarithmic.
       from_zero: Whether the y axis starts at 0, if no value is below it; not with `log_y`.
+      numbers: Number of each series, which gives its colour and mark; None: from 0 on.
     """
-    _check(title, series)
+    numbers = range(len(series)) if numbers is None else numbers
+    _check(title, series, MAX_LINES)
     points = [point for row in series.values() for point in row]
     scale_x, scale_y = (math.log10 if log else float for log in (log_x, log_y))
     xs, ys = [scale_x(x) for x, _ in points], [scale_y(y) for _, y in points]
@@ -130,40 +135,88 @@ def lines(
     ticks = _log_ticks(left, right) if log_x else _ticks(left, right, 4)
     for tick in ticks:
         parts.append(_text(at(tick, first_y)[0], bottom + 15, _number(tick), "middle"))
-    for i, row in enumerate(series.values()):
+    for i, row in zip(numbers, series.values(), strict=True):
         positions = [at(*point) for point in row]
         path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in positions)
         parts.append(f'<path class="l{i}" d="{path}"/>')
         if len(positions) <= 40:
             parts += [_mark(i, x, y) for x, y in positions]
     parts.append(_text((_LEFT + WIDTH) / 2, bottom + 33, xlabel, "middle muted"))
-    return _chart(title, description, parts, bottom + 40, series, marks=True)
+    is_clear = len(series) == 1 and 0 in numbers
+    keys = {} if is_clear else {name: key(i) for i, name in zip(numbers, series, strict=True)}
+    return _chart(title, description, parts, bottom + 40, keys)
 
 
-def _check(title: str, series: Mapping[str, object]) -> None:
-    if len(series) > MAX_SERIES:
-        raise ValueError(f"{title}: expected at most {MAX_SERIES} series, found {len(series)}")
+def intervals(
+    title: str,
+    description: str,
+    rows: Mapping[str, tuple[float, float, float]],
+    *,
+    xlabel: str,
+    series: Sequence[int],
+    with_zero: bool = False,
+) -> str:
+    """Returns a mark on a line from one end of an interval to the other, a row for each name.
+
+    Args:
+      title: Title of the chart.
+      description: Description for screen readers.
+      rows: By name, the value and its interval: (value, low, high). Names are short.
+      xlabel: Label of the axis.
+      series: Of each row, the number of the series that gives its colour and mark.
+      with_zero: Whether the axis contains 0, where there is a line then.
+    """
+    ends = [end for row in rows.values() for end in row] + [0.0] * with_zero
+    low, high = _widened(min(ends), max(ends))
+    bottom = _TOP + 24 * len(rows)
+
+    def at(x: float) -> float:
+        return _NAMES + 8 + (x - low) / (high - low) * (WIDTH - _NAMES - 16)
+
+    parts = []
+    for tick in _ticks(low, high, 4):
+        kind = "zero" if with_zero and not tick else "grid"
+        parts.append(f'<path class="{kind}" d="M{at(tick):.1f} {_TOP} V{bottom}"/>')
+        parts.append(_text(at(tick), bottom + 15, _number(tick), "middle"))
+    for (name, (value, start, end)), i, y in zip(
+        rows.items(), series, range(_TOP + 12, bottom, 24), strict=True
+    ):
+        parts.append(_text(0, y + 4, name))
+        parts.append(f'<path class="i{i}" d="M{at(start):.1f} {y} H{at(end):.1f}"/>')
+        parts.append(
+            f"<g>{_mark(i, at(value), y)}<title>{html.escape(name)}: {value:.2f} "
+            f"[{start:.2f}, {end:.2f}]</title></g>"
+        )
+    parts.append(_text((_NAMES + WIDTH) / 2, bottom + 33, xlabel, "middle muted"))
+    return _chart(title, description, parts, bottom + 40, {})
+
+
+def key(series: int) -> str:
+    """Returns the line and the mark of a series, to be shown beside its name."""
+    return _small(f'<path class="l{series}" d="M0 6.5 L26 6.5"/>{_mark(series, 13, 6.5)}')
+
+
+def _check(title: str, series: Mapping[str, object], most: int = MAX_SERIES) -> None:
+    if len(series) > most:
+        raise ValueError(f"{title}: expected at most {most} series, found {len(series)}")
 
 
 def _chart(
-    title: str,
-    description: str,
-    parts: Sequence[str],
-    height: float,
-    series: Mapping[str, object],
-    *,
-    marks: bool = False,
+    title: str, description: str, parts: Sequence[str], height: float, keys: Mapping[str, str]
 ) -> str:
-    """Returns a figure: caption, legend if there are several series, and the chart."""
+    """Returns a figure: caption, legend if there are keys, and the chart.
+
+    Args:
+      title, description: Of the chart.
+      parts: Its shapes and texts.
+      height: Its height.
+      keys: By name of each series, the key that stands before the name in the legend.
+    """
     number = next(_ids)
     legend = ""
-    if len(series) > 1:
-        keys = "".join(
-            f'<li><svg class="key" viewBox="0 0 26 13" aria-hidden="true">{_key(i, marks)}</svg>'
-            f"{html.escape(name)}</li>"
-            for i, name in enumerate(series)
-        )
-        legend = f'<ul class="legend">{keys}</ul>'
+    if keys:
+        items = "".join(f"<li>{key}{html.escape(name)}</li>" for name, key in keys.items())
+        legend = f'<ul class="legend">{items}</ul>'
     return (
         f"<figure><figcaption>{html.escape(title)}</figcaption>{legend}"
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
@@ -188,10 +241,15 @@ def patterns() -> str:
     )
 
 
-def _key(series: int, marks: bool) -> str:
-    if marks:
-        return f'<path class="l{series}" d="M0 6.5 L26 6.5"/>{_mark(series, 13, 6.5)}'
-    return f'<rect class="s{series}" x="1" y="1" width="24" height="11"/>'
+def _bar_keys(series: Collection[str]) -> dict[str, str]:
+    if len(series) == 1:
+        return {}
+    shape = '<rect class="s{}" x="1" y="1" width="24" height="11"/>'
+    return {name: _small(shape.format(i)) for i, name in enumerate(series)}
+
+
+def _small(shapes: str) -> str:
+    return f'<svg class="key" viewBox="0 0 26 13" aria-hidden="true">{shapes}</svg>'
 
 
 def _mark(series: int, x: float, y: float) -> str:
@@ -201,8 +259,17 @@ def _mark(series: int, x: float, y: float) -> str:
             return f'<circle {name} cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
         case "square":
             return f'<rect {name} x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
-        case _:
+        case "triangle":
             return f'<path {name} d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
+        case "diamond":
+            return f'<path {name} d="M{x:.1f} {y - 4.5:.1f} l4.5 4.5 l-4.5 4.5 l-4.5 -4.5 z"/>'
+        case "inverted triangle":
+            return f'<path {name} d="M{x:.1f} {y + 4:.1f} l4 -7 h-8 z"/>'
+        case _:
+            return (
+                f'<path {name} d="M{x - 1.2:.1f} {y - 4:.1f} h2.4 v2.8 h2.8 v2.4 h-2.8 v2.8 h-2.4 '
+                f'v-2.8 h-2.8 v-2.4 h2.8 z"/>'
+            )
 
 
 def _y_axis(ticks: Sequence[tuple[float, float]], label: str) -> list[str]:
