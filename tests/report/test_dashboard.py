@@ -271,6 +271,19 @@ def test_command_writes_the_page_or_refuses(tmp_path):
             delattr(flags.FLAGS, name)
 
 
+@pytest.mark.parametrize("name,content,message", [
+    ("metrics.jsonl", '{"step": 1, "loss": 1.0}\n', "lines without step or epoch"),
+    ("metrics.jsonl", '{"step": 1, "epoch": "<b>"}\n', "Expected `int | float`, got `str`"),
+    ("evaluation/test-exact.json", '{"P@1": "<b>"}', "Expected `float`, got `str`"),
+    ("tower.json", "{", "tower.json: .*expected a file that train wrote"),
+])  # fmt: skip
+def test_damaged_files_are_refused(tmp_path, name, content, message):
+    run = write_run(tmp_path / "run", 0)
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        make(run)
+
+
 def test_names_are_short_and_different():
     assert runs.short_names(["/x/a/run", "y/b/run/"]) == ["a/run", "b/run"]
     assert runs.short_names(["/x/a", "/x/b"]) == ["a", "b"]

@@ -20,7 +20,7 @@ METRICS = ("P@1", "PSP@5", "R@100")
 COMMON_FLAGS = ("runs", "x", "out")
 
 
-def read_lines(workdir: str) -> list[dict[str, Any]]:
+def read_lines(workdir: str) -> list[dict[str, int | float]]:
     """Returns the lines of a run's metrics.jsonl, but for one that is being written.
 
     Raises:
@@ -32,7 +32,7 @@ def read_lines(workdir: str) -> list[dict[str, Any]]:
     try:
         whole = content[: content.rfind(b"\n") + 1]  # The last line may be half written.
         lines = [json.loads(line) for line in whole.decode().splitlines()]
-        return msgspec.convert(lines, list[dict[str, Any]])
+        return msgspec.convert(lines, list[dict[str, int | float]])
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}; {remedy}") from None
 
@@ -66,7 +66,7 @@ def read_curve(workdir: str, name: str) -> tuple[str, list[int], list[float]]:
     return split, list(values), list(values.values())
 
 
-def minutes_at(lines: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> list[float]:
+def minutes_at(lines: Sequence[Mapping[str, float]], steps: Sequence[int]) -> list[float]:
     """Returns the minutes of training after which each of the steps was done.
 
     The time between two starts of a run is no time of training, and neither is that of steps which
@@ -92,7 +92,7 @@ def _minutes(workdir: str, steps: Sequence[int]) -> list[float]:
     return minutes_at(lines, steps)
 
 
-def epochs_at(lines: Sequence[Mapping[str, Any]], steps: Iterable[float]) -> list[float]:
+def epochs_at(lines: Sequence[Mapping[str, float]], steps: Iterable[float]) -> list[float]:
     """Returns the epochs that were done after steps: 1.5 in the middle of the second epoch.
 
     The last step of each epoch is logged, so epochs that ended have their true sizes. The newest
@@ -113,7 +113,7 @@ def epochs_at(lines: Sequence[Mapping[str, Any]], steps: Iterable[float]) -> lis
     return np.interp(list(steps), last, done).tolist()
 
 
-def is_of_head(line: Mapping[str, Any]) -> bool:
+def is_of_head(line: Mapping[str, float]) -> bool:
     """Returns whether a line is of an epoch in which only the label head is trained."""
     rates = {name for name in line if name.startswith("learning_rate/")}
     return rates == {"learning_rate/head"}

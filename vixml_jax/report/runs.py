@@ -1,11 +1,11 @@
 """Content of the page that compares runs, read from their directories alone."""
 
-import itertools
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 from etils import epath
 
 from vixml_jax import config as config_lib
@@ -13,7 +13,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.evaluation import bootstrap, compare
 from vixml_jax.evaluation.bootstrap import Comparison
 from vixml_jax.report import curves
-from vixml_jax.runtime import flag_fields
+from vixml_jax.runtime import console, flag_fields
 from vixml_jax.storage import json_files
 
 # Scorings of an evaluation: the end of the name of its file of metrics per query; the names of its
@@ -150,11 +150,11 @@ def read(paths: Sequence[str], split: str, search: str) -> Runs:
 def short_names(paths: Sequence[str]) -> list[str]:
     """Returns the shortest ends of paths in which all of them differ."""
     parts = [path.rstrip("/").split("/") for path in paths]
-    for length in itertools.count(1):
+    for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names) or length > max(map(len, parts)):
+        if len(set(names)) == len(names):
             return names
-    raise AssertionError
+    return list(paths)
 
 
 def evaluate_command(path: str, split: str, search: str) -> str:
@@ -169,6 +169,11 @@ def _read_run(letter: str, name: str, path: str, evaluation: str) -> Run:
     config = config_lib.load(os.path.join(path, "config.json"))
     is_logged = json_files.is_there(os.path.join(path, "metrics.jsonl"))
     lines = curves.read_lines(path) if is_logged else []
+    if not all("step" in line and "epoch" in line for line in lines):
+        raise InputError(
+            f"{os.path.join(path, 'metrics.jsonl')}: has lines without step or epoch; expected a "
+            "file that train wrote"
+        )
     losses: tuple[list, list] = ([], [])
     for line in lines:
         if "loss" in line:
@@ -177,25 +182,25 @@ def _read_run(letter: str, name: str, path: str, evaluation: str) -> Run:
     for metric in curves.METRICS if is_logged else ():
         split, steps, values = curves.read_curve(path, metric)
         if steps:
-            points = _points(path, lines, list(zip(steps, values, strict=True)))
+            points = _points(lines, list(zip(steps, values, strict=True)))
             drawn[metric] = Curve(split, points)
     return Run(
         letter=letter,
-        name=name,
+        name=console.printable(name),
         path=path,
         data=config.data,
         content_hash=compare.content_hash(path) or "",
         settings={name: value for name, _, value in flag_fields.leaves(config)},
         is_logged=is_logged,
-        losses=_points(path, lines, losses[False]),
-        head_losses=_points(path, lines, losses[True]),
+        losses=_points(lines, losses[False]),
+        head_losses=_points(lines, losses[True]),
         curves=drawn,
         scores=_scores(path, evaluation),
     )
 
 
 def _points(
-    path: str, lines: Sequence[Mapping[str, Any]], values: Sequence[tuple[int, float]]
+    lines: Sequence[Mapping[str, float]], values: Sequence[tuple[int, float]]
 ) -> list[Point]:
     """The points of pairs of step and value."""
     steps = [step for step, _ in values]
@@ -222,8 +227,10 @@ def _scores(path: str, evaluation: str) -> dict[str, Scores]:
         metrics = {name: values[name] for name in values if "@" in name or name == "MRR"}
         if metrics:
             bounds = results.get("intervals", {}).get(of_intervals, {})
-            intervals = {name: tuple(ends) for name, ends in bounds.items()}
-            found[scoring] = Scores(metrics, intervals)
+            try:
+                found[scoring] = msgspec.convert((metrics, bounds), Scores)
+            except msgspec.ValidationError as error:
+                raise InputError(f"{file}: {error}; evaluate the run again") from None
     return found
 
 
