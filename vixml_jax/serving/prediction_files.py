@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -138,14 +139,14 @@ def predict_file(
         return
     with (
         errors.writing(f"--out={place.path}"),
-        _output(place, of) as (out, kept),
+        _output(place, of) as (out, kept, num_kept),
         progress.track("queries", _count_lines(request.path), unit="query") as advance,
     ):
         for line in kept:
             tally.add(json.loads(line))
         blocks = requests.in_blocks(rows, _BLOCK)
         own = itertools.islice(blocks, place.index, None, place.count)
-        for block in _after(own, len(kept)):
+        for block in _after(own, num_kept):
             for row in predict_rows(
                 predictor,
                 query_images,
@@ -167,7 +168,7 @@ def predict_file(
     for line in tally.lines(place.part):
         print(line)
     predicted = tally.count - tally.num_errors
-    before = f", {len(kept)} of them before" if kept else ""
+    before = f", {num_kept} of them before" if num_kept else ""
     print(
         f"{predicted} of {tally.count} queries predicted{before}, up to {k} labels each: "
         f"{place.part}"
@@ -175,8 +176,8 @@ def predict_file(
 
 
 @contextlib.contextmanager
-def _output(place: Place, of: str) -> Iterator[tuple[BinaryIO, list[bytes]]]:
-    """Yields the file to write to, and the lines that an earlier process wrote to it.
+def _output(place: Place, of: str) -> Iterator[tuple[BinaryIO, Iterator[bytes], int]]:
+    """Yields the file to write to, the lines that an earlier process wrote to it, and their number.
 
     Args:
       place: Of the file.
@@ -184,10 +185,10 @@ def _output(place: Place, of: str) -> Iterator[tuple[BinaryIO, list[bytes]]]:
     """
     if of:
         with resumable.writing(place, of) as unfinished:
-            yield unfinished
+            yield unfinished.file, unfinished.kept(), unfinished.num_kept
         return
     with atomic.file(place.part) as temporary, open(temporary, "wb") as out:
-        yield out, []
+        yield out, iter(()), 0
 
 
 def _after(blocks: Iterator[Sequence[Query]], count: int) -> Iterator[Sequence[Query]]:
@@ -217,13 +218,14 @@ class _Tally:
       count: Rows.
       num_errors: Rows of invalid queries.
       errors: Line and error of the first of them.
-      below: The best scores of queries without a label of at least --min_score.
+      num_below: Queries without a label of at least --min_score.
+      below: The lowest and highest of their best scores.
     """
 
     def __init__(self) -> None:
         self.count = self.num_errors = 0
         self.errors: list[tuple[int, str]] = []
-        self.below: list[float] = []
+        self.num_below, self.below = 0, (math.inf, -math.inf)
         self._notes: collections.Counter[str] = collections.Counter()
 
     def add(self, row: dict[str, Any]) -> None:
@@ -233,7 +235,9 @@ class _Tally:
             self.num_errors += 1
             self.errors += [(row["line"], row["error"])][: _SHOWN - len(self.errors)]
         if "best_score" in row:
-            self.below.append(row["best_score"])
+            low, high = self.below
+            self.num_below += 1
+            self.below = min(low, row["best_score"]), max(high, row["best_score"])
         if "note" in row:
             is_counted = row["note"] in self._notes or len(self._notes) < _MAX_NOTES
             self._notes[row["note"] if is_counted else "other notes"] += 1
@@ -252,10 +256,11 @@ class _Tally:
         lines += [f"note of {_queries(count)}: {note}" for note, count in shown]
         if more := self._notes.total() - sum(count for _, count in shown):
             lines.append(f'notes of {more} more, each with its "note" in {path}')
-        if self.below:
+        if self.num_below:
+            low, high = self.below
             lines.append(
-                f"{_queries(len(self.below))} without labels: none reaches --min_score; the best "
-                f"scores are {min(self.below):.2g} to {max(self.below):.2g}"
+                f"{_queries(self.num_below)} without labels: none reaches --min_score; the best "
+                f"scores are {low:.2g} to {high:.2g}"
             )
         return lines
 

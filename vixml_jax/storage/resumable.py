@@ -9,6 +9,7 @@ later writer goes on only with what it would write itself. When the last part is
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -76,11 +77,18 @@ class Unfinished(NamedTuple):
 
     Attributes:
       file: To write lines to.
-      kept: Complete lines that an earlier process has written.
+      path: Of the file.
+      num_kept: Number of lines that an earlier process has written, all of them complete.
     """
 
     file: BinaryIO
-    kept: list[bytes]
+    path: str
+    num_kept: int
+
+    def kept(self) -> Iterator[bytes]:
+        """Yields the lines that an earlier process has written, one by one."""
+        with open(self.path, "rb") as file:
+            yield from itertools.islice(file, self.num_kept)
 
 
 def finished(place: Place, of: str) -> About | None:
@@ -131,11 +139,8 @@ def writing(place: Place, of: str) -> Iterator[Unfinished]:
         if about is None or about.of != of:
             file.truncate(0)  # Before it is said to be of something else.
             json_files.write(place.part + _ABOUT, msgspec.to_builtins(About(of=of)))
-        kept = [line for line in file if line.endswith(b"\n")]
-        size = sum(map(len, kept))
-        file.truncate(size)
-        file.seek(size)
-        yield Unfinished(file, kept)
+        num_kept = _keep_complete_lines(file)
+        yield Unfinished(file, path, num_kept)
         file.flush()
         os.fsync(file.fileno())
         file.seek(0)
@@ -145,6 +150,19 @@ def writing(place: Place, of: str) -> Iterator[Unfinished]:
         json_files.write(place.part + _ABOUT, msgspec.to_builtins(done))
         os.replace(path, place.part)
     _write_manifest(place, of)
+
+
+def _keep_complete_lines(file: BinaryIO) -> int:
+    """Cuts a file after its last line break, where it is left; returns the number of lines."""
+    lines = size = end = 0
+    while block := file.read(_BLOCK):
+        if b"\n" in block:
+            lines += block.count(b"\n")
+            end = size + block.rindex(b"\n") + 1
+        size += len(block)
+    file.truncate(end)
+    file.seek(end)
+    return lines
 
 
 def _read_about(place: Place) -> About | None:
