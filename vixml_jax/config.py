@@ -94,6 +94,12 @@ class Config:
                 f"--batch.size={self.batch.size} has at most {self.batch.size - 1} negatives per "
                 "row"
             )
+        widths = self.loss.widths
+        if min(widths, default=1) < 1 or len({*widths}) < len(widths):
+            raise InputError(
+                f"--loss.widths={','.join(map(str, widths))}: expected different numbers from 1 to "
+                "the width of the tower"
+            )
         if self.model.num_images >= self.batch.row_width:
             raise InputError(
                 f"--model.num_images={self.model.num_images} leaves no positions for text in rows "

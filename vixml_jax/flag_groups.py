@@ -168,6 +168,12 @@ class LossConfig:
     tie_gradient: bool = flag(
         True, "Gradient 0.5 where a hinge is exactly zero, as published. Off: gradient 0."
     )
+    widths: list[int] = flag(
+        [],
+        "Widths at which vectors are to be usable, such as 64,128,256. The loss, and that of the "
+        "label head, is the mean over the first 64, 128, 256 and all numbers of the vectors. Empty: "
+        "all numbers alone, as published.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -162,6 +162,7 @@ def _tower_trainer(
         )["metrics"],
         split=split,
         joint=config.head.weight > 0,
+        widths=config.loss.widths,
         later_steps=build.head_steps(config, len(dataset.train)),
         **common,
     )

@@ -355,6 +355,7 @@ def build_model(
             label_block=head.label_block,
             num_sampled=head.num_sampled if num_labels > head.sample_above else 0,
             num_words=min(head.words, tower.vocab_size),
+            widths=tuple(sorted({*config.loss.widths} - {tower.width})),
         )
         if head.enabled
         else None,

@@ -7,6 +7,11 @@ With q a unit query vector, g = unit(q + MLP(q)) and w_l, b_l the vector and the
 the logit of the label is s_l = SCALE * g.w_l + b_l. A head that reads words adds those of the query
 to q + MLP(q) (`head_words`).
 
+With `widths`, the loss is also that of the first W columns of g, of unit length again, and of w, for
+each of these widths, and the mean over them and the full width (Matryoshka representation learning,
+arXiv 2205.13147). Such a prefix, padded with zeros, is one more query of the batch with the same
+labels, so nothing else changes.
+
 Logits are computed in blocks of labels (`blocked_logits`), so memory grows with the size of a batch
 times that of a block, never with the number of labels. On a mesh, each device holds the rows of its
 labels and scores them against all queries of the batch. Devices exchange the vectors of the batch's
@@ -25,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vixml_jax.labels import head_words
 from vixml_jax.labels.blocked_logits import ABSENT, Labels, Pairs, scores
-from vixml_jax.models.layers import unit
+from vixml_jax.models.layers import prefix, unit
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.sharding import ROWS
 from vixml_jax.structs import Positives
@@ -73,6 +78,7 @@ class LabelHead:
       num_sampled: Labels, over all devices, that a step scores beside those of its queries; 0: it
         scores all labels.
       num_words: Rows of the table of words, v; 0: the head reads no words.
+      widths: Widths below `width` for which it is trained as well.
     """
 
     mesh: Mesh
@@ -83,6 +89,7 @@ class LabelHead:
     label_block: int = 8192
     num_sampled: int = 0
     num_words: int = 0
+    widths: tuple[int, ...] = ()
 
     def init_params(self, key: Array) -> Any:
         """Parameters boxed with logical axes: zero vectors and biases, and an MLP that returns 0.
@@ -240,14 +247,32 @@ class LabelHead:
         params: Any,
         queries: Float[Array, "b e"],
         tokens: Int[Array, "b t"] | None = None,
-    ) -> Float[Array, "b e"]:
-        """SCALE * g; arguments as of `queries`."""
-        return SCALE * self.queries(params, queries, tokens)
+    ) -> Float[Array, "p e"]:
+        """SCALE * g of the queries: of each its prefixes of `widths`, padded with zeros, and it.
+
+        Arguments are as of `queries`. Without `widths`, p is b.
+        """
+        g = self.queries(params, queries, tokens)
+        if self.widths:
+            prefixes = [
+                jnp.pad(prefix(g, width), ((0, 0), (0, self.width - width)))
+                for width in (*self.widths, self.width)
+            ]
+            g = jnp.stack(prefixes, axis=1).reshape(-1, self.width)
+        return SCALE * g
 
     def scored_batch(
         self, positives: Positives, row_mask: Bool[Array, " b"], selection: Selection | None
     ) -> ScoredBatch:
-        """What `on_device` needs; arguments as of `loss_of`."""
+        """What `on_device` needs; arguments as of `loss_of`.
+
+        The queries are those that `scaled` returns.
+        """
+        if count := len(self.widths):
+            query, label = (jnp.repeat(x, count + 1) for x in positives)
+            copy = jnp.arange(len(query), dtype=query.dtype) % (count + 1)
+            query = jnp.where(query >= 0, query * (count + 1) + copy, query)
+            positives, row_mask = Positives(query, label), jnp.repeat(row_mask, count + 1)
         if selection is None:
             at = jnp.arange(sharding.pad_rows(self.num_labels, self.mesh), dtype=jnp.int32)
             absent = jnp.where(at < self.num_labels, 0.0, ABSENT)
@@ -264,7 +289,7 @@ class LabelHead:
         """Within `shard_map`: what a device scores for the whole batch.
 
         Args:
-          g: Scaled vectors of this device's queries.
+          g: Scaled vectors of this device's queries, from `scaled`.
           vectors, bias: Rows of its labels.
           batch: Its part.
 

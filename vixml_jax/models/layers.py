@@ -347,3 +347,8 @@ def unit(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
     """Rows scaled to unit length; a zero row stays zero (floor 1e-12, as in the paper's code)."""
     norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
     return x / norm
+
+
+def prefix(x: Float[Array, "... e"], width: int) -> Float[Array, "... w"]:
+    """The first columns of unit vectors, of unit length again; all columns are left as they are."""
+    return x if width == x.shape[-1] else unit(x[..., :width])

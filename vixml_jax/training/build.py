@@ -244,6 +244,11 @@ def assemble(
             f"--labels.num_heads={config.labels.num_heads}: expected at most {tower.width}, the "
             "width of the tower"
         )
+    if max(config.loss.widths, default=0) > tower.width:
+        raise InputError(
+            f"--loss.widths={','.join(map(str, config.loss.widths))}: expected at most "
+            f"{tower.width}, the width of the tower"
+        )
     model = workdir.build_model(config, tower, layout, sizes.labels, mesh)
     head_parts = None
     if config.head.only or config.head.refit:

@@ -11,6 +11,7 @@ Frozen weights need no gradient, and neither do images, which are inputs.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +50,11 @@ class Flops(NamedTuple):
 
 
 def step_flops(
-    config: TowerConfig, combiner: Combiner | None, batch: Batch, head: LabelHead | None = None
+    config: TowerConfig,
+    combiner: Combiner | None,
+    batch: Batch,
+    head: LabelHead | None = None,
+    widths: Sequence[int] = (),
 ) -> float:
     """Operations of one training step.
 
@@ -58,13 +63,15 @@ def step_flops(
       combiner: The prototype network, or None.
       batch: A batch on the host.
       head: The label head, if the step trains it; the batch then has all labels of its queries.
+      widths: Widths of vectors beside the full one that the loss compares (`--loss.widths`).
     """
     queries, labels = (
         int(np.count_nonzero(ids >= 0)) for ids in (batch.query_ids, batch.label_ids)
     )
     images = int(np.count_nonzero(batch.items.image_at >= 0))
     total = tower_flops(config, item_lengths(batch.items), images)
-    total += similarity_flops(queries, labels, config.width, 1 if combiner is None else 2)
+    compared = sum({*widths, config.width})
+    total += similarity_flops(queries, labels, compared, 1 if combiner is None else 2)
     if combiner is not None:
         total += combiner_flops(combiner, labels, config.width)
     if head is not None:
@@ -170,7 +177,8 @@ def head_flops(
     scored = head.num_labels
     if head.num_sampled:
         scored = min(scored, head.num_sampled + num_positives)
-    logits = 2.0 * num_queries * scored * head.width
+    # The prefixes of a query are queries of their own, padded with zeros.
+    logits = 2.0 * num_queries * (1 + len(head.widths)) * scored * head.width
     layer = 2.0 * num_queries * head.width * head.mlp_width  # One of two layers of the same size.
     return Flops(logits + 2 * layer, 3 * logits + (5 if frozen_queries else 6) * layer)
 
@@ -181,7 +189,8 @@ def similarity_flops(num_queries: int, num_labels: int, width: int, matrices: in
     Args:
       num_queries: Rows of a matrix.
       num_labels: Columns of a matrix.
-      width: Width of the vectors; both sides need gradients.
+      width: Width of the vectors, or the sum of the widths at which they are compared; both sides
+        need gradients.
       matrices: Number of matrices.
     """
     forward = 2.0 * matrices * num_queries * num_labels * width
@@ -227,7 +236,8 @@ def estimate(config: Config, num_queries: int, length: int) -> Estimate:
     tower = dataclasses.replace(tower, **changes)
     lengths = np.full(2 * size, length + num_images)
     total = tower_flops(tower, lengths, 2 * size * num_images)
-    total += similarity_flops(size, size, tower.width, 2 if config.labels.prototypes else 1)
+    compared = sum({*config.loss.widths, tower.width})
+    total += similarity_flops(size, size, compared, 2 if config.labels.prototypes else 1)
     if config.labels.prototypes:
         labels = config.labels
         combiner = Combiner(labels.num_heads, labels.mlp_width, labels.dropout)

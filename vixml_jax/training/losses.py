@@ -11,7 +11,8 @@ a single device.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from vixml_jax.models.layers import prefix
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.sharding import ROWS
 from vixml_jax.structs import Positives
@@ -52,6 +54,7 @@ def total_loss(
     softmax_temperature: float = 0.05,
     regulariser: float = 0.1,
     tie_gradient: bool = True,
+    widths: Sequence[int] = (),
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The sum of the four terms, or the query -> label term alone where there are no prototypes.
@@ -75,6 +78,10 @@ def total_loss(
       softmax_temperature: See `softmax_loss`.
       regulariser: Weight of the prototype margin term.
       tie_gradient: See `triplet_loss`.
+      widths: With some, the result is the mean over them and e of the result for the first columns
+        of all vectors, scaled to unit length again (Matryoshka representation learning, arXiv
+        2205.13147). Each width has its own hardest negatives; the positives drawn are the same for
+        all.
       mesh: Rows are sharded over its (replica, fsdp) axes, which changes the result by rounding
         only; None: one device holds all rows.
 
@@ -96,7 +103,8 @@ def total_loss(
             softmax_loss, temperature=softmax_temperature, decoupled=kind == "decoupled_softmax"
         )
     terms = functools.partial(
-        _terms,
+        _mean_terms,
+        widths=sorted({*widths, queries.shape[1]}),
         contrast=contrast,
         regulariser=regulariser,
         num_negatives=num_negatives,
@@ -122,6 +130,22 @@ def total_loss(
         positives,
         key,
     )
+
+
+def _mean_terms(
+    queries: Float[Array, "b e"],
+    labels: Float[Array, "c e"],
+    prototypes: Float[Array, "c e"] | None,
+    *others: Any,
+    widths: Sequence[int],
+    **settings: Any,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The mean over widths of the results of `_terms` for the first columns of the vectors."""
+    found = []
+    for width in widths:
+        vectors = jax.tree.map(lambda x: prefix(x, width), (queries, labels, prototypes))  # noqa: B023
+        found.append(_terms(*vectors, *others, **settings))
+    return jax.tree.map(lambda *x: sum(x) / len(x), *found)
 
 
 def _terms(

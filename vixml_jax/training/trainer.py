@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Trainer(EpochLoop):
         with it.
       stop: Tells whether a signal requested the run to stop.
       joint: Whether steps train the label head; batches then hold all labels of their queries.
+      widths: Widths of vectors beside the full one that the loss compares.
       later_steps: Steps of head epochs that follow.
       vectors: Returns where the vectors of a step are kept; None: they are not kept.
     """
@@ -71,6 +72,7 @@ class Trainer(EpochLoop):
         split: str = "test",
         stop: preemption.StopSignal,
         joint: bool = False,
+        widths: Sequence[int] = (),
         later_steps: int = 0,
         vectors: Callable[[int], VectorStore] | None = None,
     ):
@@ -89,7 +91,7 @@ class Trainer(EpochLoop):
         self.model, self.dataset, self.batch, self.labels = model, dataset, batch, labels
         self.block, self.group, self.guard = block, group, guard
         self.evaluate, self.split, self.vectors = evaluate, split, vectors
-        self._head = model.head if joint else None
+        self._head, self._widths = model.head if joint else None, widths
         self._weights = None
         if batch.positives == "inverse_propensity":
             counts = np.bincount(dataset.train_relevance.indices, minlength=dataset.num_labels)
@@ -197,7 +199,9 @@ class Trainer(EpochLoop):
             "queries": np.count_nonzero(batch.query_ids >= 0),
             "labels": np.count_nonzero(batch.label_ids >= 0),
             "tokens": np.count_nonzero(batch.items.segments >= 0),
-            "flops": step_flops(self.model.tower.config, self.model.combiner, batch, self._head),
+            "flops": step_flops(
+                self.model.tower.config, self.model.combiner, batch, self._head, self._widths
+            ),
         }
         return {name: count * self._shards_per_read for name, count in work.items()}
 
