@@ -170,8 +170,8 @@ class LossConfig:
     )
     widths: list[int] = flag(
         [],
-        "Widths at which vectors are to be usable, such as 64,128,256. The loss, and that of the "
-        "label head, is the mean over the first 64, 128, 256 and all numbers of the vectors. Empty: "
+        "Widths at which vectors are to be usable, such as 64,128. The loss, and that of the label "
+        "head, is the mean over the first 64, the first 128 and all numbers of the vectors. Empty: "
         "all numbers alone, as published.",
     )
 

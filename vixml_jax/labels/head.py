@@ -7,10 +7,10 @@ With q a unit query vector, g = unit(q + MLP(q)) and w_l, b_l the vector and the
 the logit of the label is s_l = SCALE * g.w_l + b_l. A head that reads words adds those of the query
 to q + MLP(q) (`head_words`).
 
-With `widths`, the loss is also that of the first W columns of g, of unit length again, and of w, for
-each of these widths, and the mean over them and the full width (Matryoshka representation learning,
-arXiv 2205.13147). Such a prefix, padded with zeros, is one more query of the batch with the same
-labels, so nothing else changes.
+With `widths`, the loss is the mean over these widths W and the full one, where the logits of W are
+SCALE * unit(g[:W]).w_l[:W] + b_l (Matryoshka representation learning, arXiv 2205.13147). Such a
+prefix, padded with zeros, is one more query of the batch with the same labels, so nothing else
+changes. The biases are the same for all widths.
 
 Logits are computed in blocks of labels (`blocked_logits`), so memory grows with the size of a batch
 times that of a block, never with the number of labels. On a mesh, each device holds the rows of its
