@@ -26,6 +26,7 @@ from vixml_jax.parallel import distributed
 from vixml_jax.parallel.distributed import Group
 from vixml_jax.report import tables
 from vixml_jax.runtime import compilation_cache, console, host_memory
+from vixml_jax.search import factory
 from vixml_jax.serving import artifacts, label_updates
 from vixml_jax.storage import atomic, json_files, object_store
 from vixml_jax.storage.vector_store import VectorStore
@@ -136,6 +137,8 @@ def show(
     name = "this run" + (", text and images" if uses_images else ", text")
     saved = f"{split}-{search}" + ("-without_images" if drop_images else "")
     saved += f"-data_{dataset.content_hash[:8]}" if is_other_data else ""
+    saved += f"-width_{search_config.width}" if search_config.width else ""
+    saved += f"-{search_config.dtype}" if search_config.dtype != "float32" else ""
     rows = {**results.get("knn_baseline", {}), name: results["metrics"]}
     if "with_neighbours" in results:
         rows[name + evaluator.NEIGHBOURS] = results["with_neighbours"]
@@ -226,6 +229,8 @@ def main(argv: Sequence[str]) -> None:
     _check_tuning(values.tune, dataset, config)
     mesh = workdir_lib.make_mesh(config)
     tower, layout = workdir_lib.read_tower(config.workdir)
+    search_config = config_lib.group_from_flags("search", SearchConfig, values)
+    factory.check(values.search, search_config, config, tower.width)
     model = workdir_lib.build_model(config, tower, layout, dataset.num_labels, mesh)
     with saved_model.opened(config.workdir) as saved:
         params, labels = saved.restore(model)
@@ -245,7 +250,7 @@ def main(argv: Sequence[str]) -> None:
         dataset,
         split=values.split,
         search=values.search,
-        search_config=config_lib.group_from_flags("search", SearchConfig, values),
+        search_config=search_config,
         step=step,
         vectors=None
         if is_other_data  # Those of the run's data are kept.
@@ -362,6 +367,11 @@ def _check_flags(values: flags.FlagValues, group: Group) -> None:
     if group.count > 1 and (values.search == "scann" or values.report):
         flag = "report" if values.report else "search=scann"
         raise InputError(f"--{flag}: works with one process only; leave out --coordinator")
+    if group.count > 1 and values["search.dtype"].value != "float32":
+        raise InputError(
+            f"--search.dtype={values['search.dtype'].value}: works with one process only; leave "
+            "out --coordinator"
+        )
     if values.report_images and not values.report:
         raise InputError(f"--report_images={values.report_images}: add --report")
     if values.report_images and not os.path.isfile(values.report_images):

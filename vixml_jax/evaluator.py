@@ -30,7 +30,6 @@ from vixml_jax.parallel.distributed import Group
 from vixml_jax.runtime import host_memory
 from vixml_jax.search import cost
 from vixml_jax.search import index as index_lib
-from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.factory import open_index
 from vixml_jax.search.fusion import Fusion
 from vixml_jax.search.index import Index
@@ -212,6 +211,7 @@ def search_model(
     index = open_index(
         searched,
         kind=search,
+        embedding=model.table.width,
         directory=os.path.join(index_dir, "labels") if index_dir else "",
         queries=scored.search_vectors(queries, scoring.fusion),
         weights=scoring.fusion or (),
@@ -250,7 +250,7 @@ def search_model(
     lap("search")
     settings = {"kind": search, **index.settings, "k": k}
     settings[f"recall@{k}"] = _recall(
-        index, searched, scored.search_vectors(queries, alone.fusion), k, model, dataset
+        index, searched, scored.search_vectors(queries, alone.fusion), k, model, search_config
     )
     lap("recall")
     about: dict[str, Any] = {"metrics": measure(result, dataset, split)}
@@ -397,13 +397,24 @@ def _recall(
     queries: Float[np.ndarray, "q e"],
     k: int,
     model: Model,
-    dataset: PreparedDataset,
+    search_config: SearchConfig,
 ) -> float:
-    """Returns the recall of an index against exact search, on a sample of the queries."""
-    if isinstance(index, ExactIndex):
+    """Returns the recall of an index against exact search, on a sample of the queries.
+
+    Exact search is in float32, by vectors of the same width.
+    """
+    if index.settings["kind"] == "exact" and index.settings["dtype"] == "float32":
         return 1.0
     sample = queries[np.random.default_rng(1).permutation(len(queries))[:1000]]
-    exact = ExactIndex(labels, num_labels=dataset.num_labels, mesh=model.mesh)
+    exact = open_index(
+        labels,
+        kind="exact",
+        embedding=model.table.width,
+        k=k,
+        mesh=model.mesh,
+        num_labels=model.table.num_labels,
+        **dataclasses.asdict(search_config) | {"dtype": "float32"},
+    )
     return index_lib.recall_against(exact.search(sample, k), index.search(sample, k), k)
 
 

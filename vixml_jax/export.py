@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags
 
 from vixml_jax import command_line, errors, workdir
+from vixml_jax.config import SearchConfig
 from vixml_jax.data import store
 from vixml_jax.errors import InputError
 from vixml_jax.models import hf_files
@@ -35,9 +36,11 @@ Exported by vixml_jax from a run on {name}.
 | labels.parquet | id, text and vector of the same labels, in the same order |
 | export.json | how texts are turned into vectors, for programs |
 {more}
-The vector q of a query is the tower's {pooling}, scaled to unit length. {scored} any index for
+The vector q of a query is the tower's {pooling}, scaled to unit length.{cut} {scored} any index for
 maximum inner product search can be used.{probability}
 """
+_FIRST = """ Of all
+vectors, only the first {width} numbers are used; those of queries are scaled to unit length."""
 _COSINE = "The score of a label is the\ninner product of both vectors, so"
 _FUSED = """A label has its
 prototype, its vector and its bias in the label head, one after the other; a query is searched by
@@ -89,6 +92,8 @@ _QUERIES = {
     query = torch.nn.functional.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)
 """,
 }
+_CUT = """    {name} = torch.nn.functional.normalize({name}[:, :{width}], dim=-1)
+"""
 _SCORES = """    scores = query.numpy() @ np.load("labels.npy").T
 """
 _MLP = """    hidden = torch.nn.functional.gelu(query @ head["up_kernel"] + head["up_bias"])
@@ -105,26 +110,50 @@ _HEAD_SCORES = """    head = np.load("head.npz")
     scores = fused.numpy() @ labels.T
     probabilities = torch.from_numpy(scores).softmax(dim=1)
 """
+_INT8 = """
+The vectors of labels_int8.npz, in float32:
+
+    int8 = np.load("labels_int8.npz")
+    labels = int8["values"] * int8["scales"][:, :, None]
+    labels = np.concatenate([labels.reshape(len(labels), -1), int8["bias"]], axis=1)
+
+They are used in place of those of labels.npy. No entry differs by more than half its scale.
+"""
 _SENTENCE_TRANSFORMERS = """
 q is also `sentence_transformers.SentenceTransformer("tower").encode(["a query"])`.
 """
 
 
-def _snippet(config: TowerConfig, head: Any) -> str:
-    """Returns code for the README; `head` is from `exporting.host_head`, None without a head."""
+def _snippet(config: TowerConfig, head: Any, used: int) -> str:
+    """Returns code for the README.
+
+    Args:
+      config: Of the tower.
+      head: From `exporting.host_head`; None without a head.
+      used: Columns of the vectors that are searched.
+    """
+    is_cut = used < config.width
     is_encoder = isinstance(config, EncoderConfig)
     code = _QUERIES["encoder" if is_encoder else "decoder"]
     code = code.format(weights=_POOLINGS[config.pooling][1])
+    cut = [_CUT.format(name=name, width=used) if is_cut else "" for name in ("query", "g")]
     if head is None:
-        code += _SCORES
+        code += cut[0] + _SCORES
     else:
         reading = _MLP if "mlp" in head else "    g = query\n"
-        code += _HEAD_SCORES.format(reading=reading + (_WORDS if "words" in head else ""))
+        reading += _WORDS if "words" in head else ""
+        code += _HEAD_SCORES.format(reading=reading + "".join(cut))
     return code + (_SENTENCE_TRANSFORMERS if is_encoder else "")
 
 
 def write(
-    directory: str, predictor: Predictor, *, like: str | None, tower: bool, program: bool
+    directory: str,
+    predictor: Predictor,
+    *,
+    like: str | None,
+    tower: bool,
+    program: bool,
+    with_int8: bool = False,
 ) -> list[str]:
     """Writes an export into an empty directory; returns the names of its files.
 
@@ -135,6 +164,7 @@ def write(
         scratch.
       tower: Whether to write the tower as a Hugging Face directory.
       program: Whether to write tower and label head as StableHLO.
+      with_int8: Whether to write the vectors of labels as integers of 8 bits, too.
 
     Raises:
       InputError: If the tower cannot be written in one of these formats.
@@ -155,7 +185,7 @@ def write(
             max_tokens=about["max_tokens"],
         )
         rows.append("| tower/ | the tower and its tokenizer, for transformers; texts only |\n")
-        snippet = _snippet(config, head)
+        snippet = _snippet(config, head, predictor.prefix.used)
     if program:
         texts = [text or "a" for text in itertools.islice(artifacts.texts, _NUM_CHECKED)]
         path = os.path.join(directory, exporting.PROGRAM)
@@ -172,7 +202,10 @@ def write(
     if about["images"]:
         exporting.write_projection(os.path.join(directory, "image_projection.npz"), params)
         rows.append("| image_projection.npz | image embeddings to inputs of the tower |\n")
-    exporting.write_labels(directory, predictor.view)
+    exporting.write_labels(directory, predictor.view, predictor.prefix, with_int8=with_int8)
+    if with_int8:
+        rows.append(f"| {exporting.INT8} | the vectors of labels.npy as integers of 8 bits |\n")
+        snippet += _INT8
     readme = _README.format(
         name=artifacts.about.name,
         labels=about["labels"],
@@ -182,6 +215,7 @@ def write(
         probability="" if head is None else _PROBABILITY,
         more="".join(rows),
         pooling=_POOLINGS[about["pooling"]][0],
+        cut=_FIRST.format(width=predictor.prefix.used) if not predictor.prefix.is_all else "",
     )
     atomic.write_text(os.path.join(directory, "README.md"), readme + snippet)
     json_files.write(os.path.join(directory, exporting.ABOUT), about)
@@ -215,11 +249,21 @@ def main(argv: Sequence[str]) -> None:
         data=values.data,
         data_cache=values.data_cache,
         mesh=values.mesh,
+        search_config=SearchConfig(
+            width=values["search.width"].value, dtype=values["search.dtype"].value
+        ),
         with_neighbours=False,  # They cannot be exported; the weights of scores are those without.
         warm=False,
     )
     with errors.writing(f"--out={values.out}"), atomic.directory(values.out) as temporary:
-        names = write(temporary, predictor, like=like, tower=values.tower, program=values.program)
+        names = write(
+            temporary,
+            predictor,
+            like=like,
+            tower=values.tower,
+            program=values.program,
+            with_int8=values["search.dtype"].value == "int8",
+        )
     print(f"{predictor.num_labels} labels exported: {values.out} ({', '.join(names)})")
 
 
@@ -231,6 +275,13 @@ def define_flags() -> None:
     text("like", "", "Hugging Face directory of the original tower, if moved.")
     flags.DEFINE_boolean("tower", True, "Write the tower as a Hugging Face directory.")
     flags.DEFINE_boolean("program", True, "Write tower and label head as a StableHLO program.")
+    flags.DEFINE_integer("search.width", 0, "First numbers of vectors to export; 0: all.")
+    flags.DEFINE_enum(
+        "search.dtype",
+        "float32",
+        ["float32", "int8"],
+        "int8: also write the vectors of labels as integers. A quarter of the size of float32.",
+    )
     text(
         "data",
         "",

@@ -450,6 +450,20 @@ class SearchConfig:
         lower_bound=0.01,
         upper_bound=1.0,
     )
+    width: int = flag(
+        0,
+        "First numbers of vectors to search with; 0: all. The vectors of labels and queries are "
+        "cut to them, for runs that were trained with this number in --loss.widths.",
+        lower_bound=0,
+        upper_bound=1 << 19,
+    )
+    dtype: str = flag(
+        "float32",
+        "Data type of the vectors that are searched. int8: a quarter of the memory; the best "
+        "labels are scored again by their float32 vectors, which stay on disk or on the host. With "
+        "--search=exact only.",
+        choices=("float32", "int8"),
+    )
     sample: int = flag(
         1000, "Queries that the index is tuned on at most.", lower_bound=1, upper_bound=1 << 20
     )

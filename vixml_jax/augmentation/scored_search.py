@@ -94,7 +94,7 @@ class ScoredSearch:
         if "head" not in self.params:
             return prototypes
         vectors, bias = self.model.head_rows(self.params)
-        values = fusion_lib.label_vectors(prototypes.values, vectors.values, bias.values)
+        values = fusion_lib.LabelRows(prototypes.values, vectors.values, bias.values)
         return prototypes._replace(values=values)
 
     def search_vectors(self, queries: Queries, fusion: Fusion | None) -> Float[np.ndarray, "q w"]:

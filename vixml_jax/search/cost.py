@@ -15,16 +15,23 @@ _FLOAT_BYTES = 4
 
 
 def exact_bytes(
-    num_labels: int, width: int, *, query_block: int, label_block: int, devices: int = 1
+    num_labels: int,
+    width: int,
+    *,
+    query_block: int,
+    label_block: int,
+    devices: int = 1,
+    dtype: str = "float32",
 ) -> int:
     """Bytes that exact search on CPUs needs in addition to the vectors that it is given.
 
-    They hold a copy of the vectors, the scores of a block on each device and the workspace that
+    They hold a copy of the vectors in the given dtype (with a scale or two and a bias for each of
+    8 bits), the scores of a block on each device and the workspace that
     selects from them, and the block's vectors as the matrix product packs them.
     """
     labels = min(devices * label_block, num_labels)
-    values = num_labels * width + 1.3 * query_block * labels + 3 * labels * width
-    return round(_FLOAT_BYTES * values)
+    held = num_labels * width * (_FLOAT_BYTES if dtype == "float32" else 1.1)
+    return round(held + _FLOAT_BYTES * (1.3 * query_block * labels + 3 * labels * width))
 
 
 def build_bytes(num_labels: int, width: int) -> int:

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.sharding import ROWS
-from vixml_jax.search import index, top_k
+from vixml_jax.search import index, int8, top_k
 from vixml_jax.search.index import Normalised
+from vixml_jax.search.int8 import Int8Vectors
 from vixml_jax.structs import SearchResult, Shard
 
 
@@ -31,7 +32,7 @@ class ExactIndex:
 
     def __init__(
         self,
-        vectors: Float[np.ndarray, "n e"] | Shard,
+        vectors: Float[np.ndarray, "n e"] | Int8Vectors | Shard,
         *,
         num_labels: int | None = None,
         query_block: int = 1024,
@@ -42,7 +43,8 @@ class ExactIndex:
 
         Args:
           vectors: Label vectors; the id of a label is its row. With a mesh, a `Shard` holds only
-            the rows of this process.
+            the rows of this process. `Int8Vectors` stay as they are, and blocks of them are
+            converted to float32 one at a time.
           num_labels: Labels of all processes together; None: `vectors` holds all of them.
           query_block: Queries searched at a time.
           label_block: Labels scored at a time on each device; a block of scores takes
@@ -55,14 +57,17 @@ class ExactIndex:
             "label_block": label_block,
         }
         if not isinstance(vectors, Shard):
-            vectors = Shard(np.arange(len(vectors)), vectors)
-        vectors = vectors._replace(values=np.asarray(vectors.values, np.float32))
-        self._num_labels = len(vectors.values) if num_labels is None else num_labels
+            vectors = Shard(np.arange(int8.num_rows(vectors)), vectors)
+        if not isinstance(vectors.values, Int8Vectors):
+            vectors = vectors._replace(values=np.asarray(vectors.values, np.float32))
+        count = int8.num_rows(vectors.values)
+        self._num_labels = count if num_labels is None else num_labels
         self._query_block = query_block
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         self._rows: _HostRows | _DeviceRows
         if device.platform == "cpu" and (mesh is None or mesh.size == 1):
-            self._rows = _HostRows(vectors.values[: self._num_labels], label_block)
+            rows = jax.tree.map(lambda x: x[: self._num_labels], vectors.values)
+            self._rows = _HostRows(rows, label_block)
         else:
             self._rows = _DeviceRows(vectors, self._num_labels, label_block, mesh)
 
@@ -105,16 +110,21 @@ class ExactIndex:
 class _HostRows:
     """All rows on one CPU: XLA computes the scores and numpy selects, on all cores."""
 
-    def __init__(self, values: Float[np.ndarray, "n e"], label_block: int):
-        self._num_labels = len(values)
-        self._size = _round_to_groups(min(label_block, len(values)))
-        self._blocks = []
-        for start in range(0, len(values), self._size):
-            rows = values[start : start + self._size]
+    def __init__(self, values: Float[np.ndarray, "n e"] | Int8Vectors, label_block: int):
+        self._num_labels = int8.num_rows(values)
+        self._size = _round_to_groups(min(label_block, self._num_labels))
+
+        def block(rows: np.ndarray, start: int) -> Array:
+            rows = rows[start : start + self._size]
             # Copies of the last row do not change the maximum of its group.
             if missing := _round_to_groups(len(rows)) - len(rows):
-                rows = np.pad(rows, ((0, missing), (0, 0)), mode="edge")
-            self._blocks.append(jax.device_put(rows))
+                rows = np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)), mode="edge")
+            return jax.device_put(rows)
+
+        self._blocks = [
+            jax.tree.map(functools.partial(block, start=start), values)
+            for start in range(0, self._num_labels, self._size)
+        ]
         # The cores that this process may use, if the system reports them; else one.
         has_affinity = hasattr(os, "sched_getaffinity")
         self._num_threads = len(os.sched_getaffinity(0)) if has_affinity else 1
@@ -157,11 +167,14 @@ class _DeviceRows:
 
     def __init__(self, vectors: Shard, num_labels: int, label_block: int, mesh: Mesh | None):
         self._num_labels, self._mesh = num_labels, mesh
-        if mesh is None:
-            self._vectors = jax.device_put(vectors.values)
-        else:
-            self._vectors = sharding.spread_rows(vectors, num_labels, mesh)
-        self._num_blocks = _num_blocks(self._vectors.shape[0], label_block, mesh)
+
+        def place(values: np.ndarray) -> Array:
+            if mesh is None:
+                return jax.device_put(values)
+            return sharding.spread_rows(vectors._replace(values=values), num_labels, mesh)
+
+        self._vectors = jax.tree.map(place, vectors.values)
+        self._num_blocks = _num_blocks(int8.num_rows(self._vectors), label_block, mesh)
 
     def best(
         self, queries: Float[np.ndarray, "q e"], count: int, k: int, with_log_sum: bool
@@ -216,7 +229,7 @@ def traced(
 
 @functools.partial(jax.jit, static_argnames="group")
 def _score(
-    queries: Float[Array, "q e"], rows: Float[Array, "n e"], *, group: int
+    queries: Float[Array, "q e"], rows: Float[Array, "n e"] | Int8Vectors, *, group: int
 ) -> tuple[Float[Array, "q n"], Float[Array, "q g"]]:
     """Returns all inner products and the maximum of each group of columns."""
     scores = _inner_products(queries, rows)
@@ -234,12 +247,14 @@ def _log_sum(
     return largest[:, 0] + jnp.log(jnp.sum(exponentials, axis=1, where=is_label))
 
 
-def _inner_products(queries: Float[Array, "q e"], rows: Float[Array, "n e"]) -> Float[Array, "q n"]:
+def _inner_products(
+    queries: Float[Array, "q e"], rows: Float[Array, "n e"] | Int8Vectors
+) -> Float[Array, "q n"]:
     """Returns the inner products of all queries and rows, computed in float32 throughout."""
     return jnp.einsum(
         "qe,ne->qn",
         queries,
-        rows,
+        int8.as_float(rows, queries.shape[1]),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
@@ -249,7 +264,7 @@ def _inner_products(queries: Float[Array, "q e"], rows: Float[Array, "n e"]) -> 
     jax.jit, static_argnames=("k", "num_labels", "num_blocks", "mesh", "with_log_sum")
 )
 def _top_k(
-    vectors: Float[Array, "n e"],
+    vectors: Float[Array, "n e"] | Int8Vectors,
     queries: Float[Array, "q e"],
     *,
     k: int,
@@ -273,9 +288,9 @@ def _top_k(
         return local(vectors, queries, 0)
 
     def search_shard(
-        rows: Float[Array, "n e"], queries: Float[Array, "q e"]
+        rows: Float[Array, "n e"] | Int8Vectors, queries: Float[Array, "q e"]
     ) -> tuple[SearchResult, Float[Array, " q"] | None]:
-        found, log_sum = local(rows, queries, jax.lax.axis_index(ROWS) * rows.shape[0])
+        found, log_sum = local(rows, queries, jax.lax.axis_index(ROWS) * int8.num_rows(rows))
         # [q, devices * k] candidates, in the same order on every device.
         found = jax.tree.map(lambda x: jax.lax.all_gather(x, ROWS, axis=1, tiled=True), found)
         if with_log_sum:
@@ -290,7 +305,7 @@ def _top_k(
 
 
 def _local_top_k(
-    rows: Float[Array, "n e"],
+    rows: Float[Array, "n e"] | Int8Vectors,
     queries: Float[Array, "q e"],
     first: Int[Array, ""] | int,
     *,
@@ -300,14 +315,15 @@ def _local_top_k(
     with_log_sum: bool,
 ) -> tuple[SearchResult, Float[Array, " q"] | None]:
     """Returns the result of `_top_k` for one device, whose first row is label `first`."""
-    size = -(-rows.shape[0] // num_blocks)
+    num_rows = int8.num_rows(rows)
+    size = -(-num_rows // num_blocks)
 
     def add_block(carry: Any, start: Array) -> tuple[Any, None]:
         best, log_sum = carry
         # The last block ends with the last row; rows that it shares with the block before are
         # masked, so that they count once.
-        at = jnp.minimum(start, rows.shape[0] - size) + jnp.arange(size, dtype=jnp.int32)
-        vectors = jax.lax.dynamic_slice_in_dim(rows, at[0], size)
+        at = jnp.minimum(start, num_rows - size) + jnp.arange(size, dtype=jnp.int32)
+        vectors = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at[0], size), rows)
         scores = _inner_products(queries, vectors)
         ids = jnp.asarray(first + at, jnp.int32)
         scores = jnp.where((at >= start) & (ids < num_labels), scores, -jnp.inf)

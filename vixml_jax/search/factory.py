@@ -1,6 +1,7 @@
 """Opens a search index: loads it, or builds it, tunes it to a recall and saves it."""
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -13,20 +14,27 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from vixml_jax import errors
+from vixml_jax.config import Config, SearchConfig
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import console, progress
 from vixml_jax.search import cost as cost_lib
 from vixml_jax.search import index, scann, tuning
 from vixml_jax.search.exact import ExactIndex
+from vixml_jax.search.fusion import LabelRows
 from vixml_jax.search.index import Index
+from vixml_jax.search.int8 import RescoredIndex, quantised
+from vixml_jax.search.prefix import Prefix, PrefixIndex
 from vixml_jax.search.scann import ScannIndex
 from vixml_jax.structs import SearchResult, Shard
 
 
 def open_index(
-    vectors: Float[np.ndarray, "n e"] | Shard,
+    vectors: Float[np.ndarray, "n e"] | LabelRows | Shard,
     *,
     kind: str,
+    embedding: int | None = None,
+    width: int = 0,
+    dtype: str = "float32",
     directory: str = "",
     queries: Float[np.ndarray, "q e"] | None = None,
     weights: Sequence[float] = (),
@@ -41,6 +49,8 @@ def open_index(
 ) -> Index:
     """Returns an index over label vectors, ready to search.
 
+    Whatever `width` is, it is searched with whole query vectors.
+
     A ScaNN index is loaded from `directory` if it is of these vectors; otherwise it is built and
     saved there. It is tuned on a sample of the queries, once for each k, recall and weights. Its
     settings then hold `kind`, `k`, `recall_wanted`, the `recall` reached on the sample, and all
@@ -51,7 +61,12 @@ def open_index(
       vectors: Label vectors; for exact search over a mesh of several processes, a `Shard` with the
         rows of this process.
       kind: 'exact' or 'scann'.
-      directory: Directory of the ScaNN index; empty: it is not saved.
+      embedding: Width of embeddings; vectors that are wider are fused. None: that of the vectors.
+      width: Columns of embeddings that are searched; 0: all.
+      dtype: 'float32', or 'int8' for exact search over vectors of 8 bits, the best of which are
+        scored again (`int8.RescoredIndex`). With 'int8', `vectors` are kept.
+      directory: Directory of the ScaNN index of all columns; those of fewer columns are beside it.
+        Empty: it is not saved.
       queries: Typical queries, to tune the index on; None: it is searched as it was tuned before
         for the nearest k, or else as it was built.
       weights: Weights with which the query vectors are fused, which the recall depends on: the
@@ -65,30 +80,45 @@ def open_index(
     Raises:
       InputError: If the memory does not suffice, or the index cannot be written.
     """
-    values = vectors.values if isinstance(vectors, Shard) else vectors
+    if not isinstance(vectors, Shard):
+        vectors = Shard(np.arange(len(vectors)), vectors)
+    embedding = embedding or vectors.values.shape[1]
+    prefix = Prefix(embedding, width or embedding)
+    shape = len(vectors.values), prefix.width(vectors.values.shape[1])
     limit = round(memory_gb * 1e9) or None
     blocks = {"query_block": query_block, "label_block": label_block}
     devices = jax.local_devices() if mesh is None else mesh.local_devices
     num_devices = len(devices) if mesh is not None else 1
-    exact_bytes = cost_lib.exact_bytes(*values.shape, devices=num_devices, **blocks)
+    exact_bytes = cost_lib.exact_bytes(*shape, devices=num_devices, dtype=dtype, **blocks)
     exact_bytes *= devices[0].platform == "cpu"  # Accelerators have memory of their own.
-    what = f"--search={kind}: {len(values):,} labels x {values.shape[1]}"
+    what = f"--search={kind}: {shape[0]:,} labels x {shape[1]}"
 
-    def open_exact() -> ExactIndex:
+    def open_exact() -> Index:
         remedy = "choose a smaller --search.query_block or --search.label_block, or more memory"
         cost_lib.check_memory(exact_bytes, what, remedy, limit=limit)
-        exact = ExactIndex(vectors, num_labels=num_labels, mesh=mesh, **blocks)
-        exact.settings.update(k=k, recall=1.0)
+        read = prefix.read if dtype == "float32" else functools.partial(quantised, prefix=prefix)
+        rows = vectors._replace(values=read(vectors.values))
+        exact = ExactIndex(rows, num_labels=num_labels, mesh=mesh, **blocks)
+        exact.settings.update(k=k, width=prefix.used, dtype=dtype)
+        if dtype == "int8":
+            return RescoredIndex(exact, vectors.values, prefix)
+        exact.settings["recall"] = 1.0
         return exact
 
+    def of_whole_queries(index: Index) -> Index:
+        return index if prefix.is_all else PrefixIndex(index, prefix)
+
     if kind == "exact":
-        return open_exact()
+        return of_whole_queries(open_exact())
     if reason := scann.unavailable_reason():
         print(f"--search=scann: {reason}; exact search is used instead", flush=True)
         exact = open_exact()
         exact.settings["wanted"] = kind
-        return exact
-    values = np.ascontiguousarray(values, np.float32)
+        return of_whole_queries(exact)
+    values = np.ascontiguousarray(prefix.read(vectors.values))
+    if not prefix.is_all:
+        directory = directory and f"{directory}-width_{prefix.used}"
+        queries = queries if queries is None else prefix.queries(queries)
     tunable = queries is not None and len(queries) > 0
     remedy = "choose a machine with more memory, or --search=exact"
     search_bytes, tree = cost_lib.search_bytes(*values.shape), None
@@ -124,7 +154,45 @@ def open_index(
                 tree.save_points(directory)
     else:
         console.status(f"index not tuned for recall@{k} of {recall}: no queries to tune it on")
-    return tree
+    tree.settings["width"] = prefix.used
+    return of_whole_queries(tree)
+
+
+def exact_index(vectors: Float[np.ndarray, "n w"], prefix: Prefix, mesh: Mesh | None) -> Index:
+    """Returns exact search in float32 with the columns of a prefix, for whole query vectors."""
+    index = ExactIndex(prefix.read(vectors), mesh=mesh)
+    return index if prefix.is_all else PrefixIndex(index, prefix)
+
+
+def check(kind: str, search: SearchConfig, run: Config, embedding: int) -> None:
+    """Checks flags of a search against a run, and notes a width that it was not trained for.
+
+    Such a width is no error: a pretrained tower may have been trained for it elsewhere.
+
+    Args:
+      kind: `--search`.
+      search: The other flags of the search.
+      run: Of the run.
+      embedding: Width of its tower.
+
+    Raises:
+      InputError: If the flags cannot be combined, or the tower is narrower.
+    """
+    width, dtype, trained = search.width, search.dtype, run.loss.widths
+    if not 0 <= width <= embedding:
+        raise InputError(
+            f"--search.width={width}: expected 0 to {embedding}, the width of the run's tower"
+        )
+    if kind == "scann" and dtype != "float32":
+        raise InputError(
+            f"--search.dtype={dtype}: works with --search=exact only; ScaNN has codes of its own"
+        )
+    if width not in (0, embedding, *trained):
+        widths = ", ".join(map(str, sorted({*trained, embedding})))
+        print(
+            f"note: --search.width={width}: the run was trained for {widths} (--loss.widths); "
+            "expect lower metrics"
+        )
 
 
 def _load(directory: str, vectors: Float[np.ndarray, "n e"]) -> ScannIndex | None:

@@ -170,6 +170,7 @@ def _biases(
     chosen = artifacts_lib.sample_rows(len(artifacts.train_vectors))
     g = predictor.head_queries(artifacts.train_vectors[chosen], artifacts.sample_tokens)
     log_sum = predictor.head_log_sum(g).astype(np.float64)
+    g, rows = predictor.prefix.queries(g), rows[:, : predictor.prefix.used]  # As they are searched.
     biases = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), _BLOCK):
         block = slice(start, start + _BLOCK)

@@ -86,15 +86,16 @@ def explain(
     found = predictor.search(queries, min(k, view.num_labels), pairs)
     kept = found.ids[0] >= 0
     rows, scores = found.ids[0][kept], found.scores[0][kept]
-    vectors, query = view.label_vectors(rows), predictor.query_vectors(queries)[0]
-    width = queries.vectors.shape[1]
+    whole = predictor.query_vectors(queries)
+    vectors = predictor.prefix.labels(view.label_vectors(rows))
+    query, width = predictor.prefix.queries(whole)[0], predictor.prefix.used
     prototypes = vectors[:, :width] @ query[:width]
     heads: Sequence[float | None] = [None] * len(rows)
     added: Sequence[float | None] = [None] * len(rows)
     if predictor.fusion is not None:
         heads = vectors[:, width:] @ query[width:]
         if predictor.mixing is not None:
-            log_sum = view.index.search_normalised(query[None], 1).log_sum[0]
+            log_sum = view.index.search_normalised(whole, 1).log_sum[0]
             added = scores - np.exp(prototypes + heads - log_sum)
     labels = [
         Explained(

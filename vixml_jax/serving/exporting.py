@@ -19,12 +19,15 @@ from vixml_jax.modeling import Model
 from vixml_jax.models import hf_export, sentence_modules
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
-from vixml_jax.models.layers import unit
+from vixml_jax.models.layers import prefix, unit
 from vixml_jax.models.tower import EncoderConfig, TowerConfig
 from vixml_jax.parallel import sharding
 from vixml_jax.runtime import progress
 from vixml_jax.search import fusion as fusion_lib
+from vixml_jax.search import int8
 from vixml_jax.search.fusion import Fusion
+from vixml_jax.search.int8 import Int8Vectors
+from vixml_jax.search.prefix import Prefix
 from vixml_jax.serving import label_view
 from vixml_jax.serving.label_view import LabelView
 from vixml_jax.serving.predictor import Predictor
@@ -32,6 +35,7 @@ from vixml_jax.storage import atomic
 from vixml_jax.structs import PackedItems
 
 TOWER, PROGRAM, ABOUT, HEAD = "tower", "tower.stablehlo", "export.json", "head.npz"
+INT8 = "labels_int8.npz"
 _ROWS = 1 << 14  # Labels written at a time.
 _MAX_PROGRAM_BYTES = 1_900_000_000  # The serialised format is limited to 2 GB.
 _PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # Used as padding if the tokenizer has them.
@@ -128,7 +132,11 @@ def _write_json(directory: str, name: str, value: Any) -> None:
 
 
 def program(
-    model: Model, tower: Any, head: Any = None, fusion: Fusion | None = None
+    model: Model,
+    tower: Any,
+    head: Any = None,
+    fusion: Fusion | None = None,
+    used: int | None = None,
 ) -> jax.export.Exported:
     """Returns a program from token ids [b, t] and mask [b, t], int32, to query vectors [b, w].
 
@@ -141,6 +149,7 @@ def program(
       tower: Parameters from `host_tower`.
       head: Parameters from `host_head`.
       fusion: Weights of prototypes and head; None: without a head.
+      used: Columns of the vectors that are searched; None: all.
 
     Raises:
       InputError: If the tower is too large for one program.
@@ -175,15 +184,16 @@ def program(
         with model.precision():
             vectors = model.tower.apply({"params": tower}, packed, ids.shape[0], deterministic=True)
         vectors = unit(vectors)
+        width = used or vectors.shape[1]
         if fusion is None:
-            return vectors
-        constant = jnp.full_like(vectors[:, :1], fusion.head)
+            return prefix(vectors, width)
+        g = model.head.queries(head, vectors, text_tokens(ids, mask))
         parts = [
-            fusion.prototypes * vectors,
-            fusion.head * model.head.queries(head, vectors, text_tokens(ids, mask)),
-            constant,
+            fusion.prototypes * prefix(vectors, width),
+            fusion.head * prefix(g, width),
+            jnp.full_like(vectors[:, :1], fusion.head),
         ]
-        missing = fusion_lib.width(vectors.shape[1]) - 2 * vectors.shape[1] - 1
+        missing = fusion_lib.width(width) - 2 * width - 1
         return jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (0, missing)))
 
     shape = jax.export.symbolic_shape("b, t")
@@ -238,11 +248,13 @@ def write_program(path: str, predictor: Predictor, tower: Any, texts: list[str])
     Raises:
       InputError: If the difference is above the tolerance, or the tower is too large.
     """
-    fusion = predictor.fusion
-    serialized = program(predictor.model, tower, host_head(predictor), fusion).serialize()
+    fusion, searched = predictor.fusion, predictor.prefix
+    made = program(predictor.model, tower, host_head(predictor), fusion, searched.used)
+    serialized = made.serialize()
     deserialized = jax.export.deserialize(serialized)
     vectors = np.asarray(deserialized.call(*rows_of(predictor, texts)))
-    difference = float(np.abs(vectors - predictor.query_vectors(predictor.queries(texts))).max())
+    expected = searched.queries(predictor.query_vectors(predictor.queries(texts)))
+    difference = float(np.abs(vectors - expected).max())
     model = predictor.model
     tolerance = tolerance_of(
         model.mesh.devices.flat[0].platform, model.matmul_precision, model.tower.config.dtype
@@ -282,15 +294,25 @@ def label_blocks(
         yield select(updates.ids, updates.texts)
 
 
-def write_labels(directory: str, view: LabelView) -> None:
+def write_labels(
+    directory: str, view: LabelView, searched: Prefix, *, with_int8: bool = False
+) -> None:
     """Writes labels.npy, float32 [l, w], and labels.parquet with id, text and vector.
 
-    Both have the same order.
+    Args:
+      directory: Directory of the files.
+      view: The labels.
+      searched: Columns of their vectors that are written.
+      with_int8: Whether to write labels_int8.npz as well: the arrays of `int8.Int8Vectors`.
+
+    All have the same order.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, width = view.num_labels, label_view.label_width(view.artifacts, view.head_rows)
+    count = view.num_labels
+    width = searched.width(label_view.label_width(view.artifacts, view.head_rows))
+    blocks = []
     fields = [("id", pa.string()), ("text", pa.string()), ("vector", pa.list_(pa.float32(), width))]
     schema = pa.schema(fields)
     array = np.lib.format.open_memmap(
@@ -302,6 +324,9 @@ def write_labels(directory: str, view: LabelView) -> None:
         progress.track("labels", count, unit="label") as advance,
     ):
         for ids, texts, vectors in label_blocks(view):
+            if with_int8:
+                blocks.append(int8.quantised(vectors, searched))
+            vectors = searched.labels(vectors)
             array[written : written + len(ids)] = vectors
             flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
             vector_column = pa.FixedSizeListArray.from_arrays(flat, width)
@@ -310,6 +335,10 @@ def write_labels(directory: str, view: LabelView) -> None:
             written += len(ids)
             advance(len(ids))
     array.flush()
+    if with_int8:
+        arrays = map(np.concatenate, zip(*blocks, strict=True))
+        with atomic.file(os.path.join(directory, INT8)) as path, open(path, "wb") as file:
+            np.savez(file, **dict(zip(Int8Vectors._fields, arrays, strict=True)))
 
 
 def prompt_of(layout: Layout) -> tuple[list[int], list[int]]:
@@ -335,7 +364,8 @@ def describe(predictor: Predictor, config: TowerConfig) -> dict[str, Any]:
         "after": after,
         "width": config.width,
         "labels": predictor.num_labels,
-        "label_width": predictor.label_width,
+        "searched_width": predictor.prefix.used,
+        "label_width": predictor.prefix.width(predictor.label_width),
         "fusion": None if predictor.fusion is None else predictor.fusion._asdict(),
         "images": layout.num_images if predictor.image_width else 0,
     }

@@ -22,12 +22,12 @@ from vixml_jax.data.store import Items, Ragged
 from vixml_jax.errors import InputError
 from vixml_jax.labels.head import query_params
 from vixml_jax.modeling import Model
+from vixml_jax.search import factory
 from vixml_jax.search import fusion as fusion_lib
 from vixml_jax.search import index as index_lib
-from vixml_jax.search.exact import ExactIndex
-from vixml_jax.search.factory import open_index
 from vixml_jax.search.fusion import Fusion
 from vixml_jax.search.index import Index
+from vixml_jax.search.prefix import Prefix
 from vixml_jax.serving import label_updates, label_view, opening, query_items
 from vixml_jax.serving.artifacts import ServingArtifacts
 from vixml_jax.serving.coalescing import Coalescer
@@ -84,6 +84,7 @@ class Predictor:
       fusion: Weights of prototypes and head in the score of a label; None without a head.
       mixing: How training neighbours are mixed in; None: they are not used.
       image_width: Width of the image embeddings that the model reads; 0: it reads none.
+      prefix: The columns of vectors that are searched.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Predictor:
         index: Index,
         train_index: Index | None,
         scoring: Scoring,
+        width: int = 0,
         head_rows: HeadRows | None = None,
         min_results: int = K,
     ):
@@ -108,6 +110,7 @@ class Predictor:
             one.
           train_index: Over the vectors of the training queries; needed for mixing.
           scoring: Weights of the scores; see the attributes `fusion` and `mixing`.
+          width: Columns of vectors that the indexes search; 0: all.
           min_results: Labels that are retrieved per query at least, however few are returned.
         """
         self.workdir, self.artifacts = workdir, artifacts
@@ -115,6 +118,7 @@ class Predictor:
         self.fusion, self.mixing = scoring.fusion, scoring.mixing
         self._run_index, self._train_index = index, train_index
         self._min_results = min_results
+        self.prefix = Prefix(model.table.width, width or model.table.width)
         self._encoder = QueryEncoder(model, params, artifacts)
         self.image_width = self._encoder.image_width
         self._calls = Coalescer(self._run_calls, self._encoder.planner.max_size)
@@ -160,6 +164,7 @@ class Predictor:
                 "indexes are written to it; copy the run to this machine first"
             )
         config = workdir_lib.read_config(workdir, data=data, mesh=mesh)
+        factory.check(search, search_config, config, workdir_lib.read_tower(workdir)[0].width)
         if data:  # Others are refused, even if nothing has to be read from them.
             workdir_lib.open_run_dataset(config, data_cache)
         with saved_model.opened(workdir) as saved:
@@ -177,16 +182,17 @@ class Predictor:
         searched, head_rows = artifacts.vectors, None
         if "head" in params:
             head_rows = HeadRows(*(shard.values for shard in model.head_rows(params)))
-            searched = fusion_lib.label_vectors(searched, *head_rows)
+            searched = fusion_lib.LabelRows(searched, *head_rows)
             # The rows are on the host and in the index.
             params = {**params, "head": query_params(params["head"])}
         else:
             scoring = scoring._replace(fusion=None)
 
-        def open_named(vectors: np.ndarray, name: str, k: int, weights: Sequence[float]) -> Index:
-            return open_index(
+        def open_named(vectors: Any, name: str, k: int, weights: Sequence[float] = ()) -> Index:
+            return factory.open_index(
                 vectors,
                 kind=search,
+                embedding=model.table.width,
                 directory=os.path.join(workdir, "evaluation", "scann", name),
                 weights=weights,
                 k=min(k, len(vectors)),
@@ -197,9 +203,7 @@ class Predictor:
         weights, train_index = scoring.fusion or (), None
         index = open_named(searched, "labels", config.eval.k, weights)
         if scoring.mixing is not None:
-            train_index = open_named(
-                artifacts.train_vectors, "training_queries", scoring.mixing.k, ()
-            )
+            train_index = open_named(artifacts.train_vectors, "training_queries", scoring.mixing.k)
         predictor = Predictor(
             workdir,
             model,
@@ -209,6 +213,7 @@ class Predictor:
             index=index,
             train_index=train_index,
             scoring=scoring,
+            width=search_config.width,
             head_rows=head_rows,
             min_results=K if scoring.mixing is None else config.eval.k,
         )
@@ -231,7 +236,7 @@ class Predictor:
                 self.head_rows,
                 self._run_index,
                 label_updates.read(self.workdir, self.artifacts, self.label_width),
-                lambda vectors: ExactIndex(vectors, mesh=self.model.mesh),
+                lambda rows: factory.exact_index(rows, self.prefix, self.model.mesh),
                 normalised=self.fusion is not None,
             )
 
@@ -351,13 +356,8 @@ class Predictor:
         return self._encoder.head_queries(vectors, tokens)
 
     def head_log_sum(self, head_queries: Float[np.ndarray, "q e"]) -> Float[np.ndarray, " q"]:
-        """Returns the log of the sum of exp(logit) over the labels of the run, of the head alone.
-
-        Args:
-          head_queries: See `head_queries`.
-        """
-        weights = Fusion(0.0, 1.0)
-        fused = fusion_lib.query_vectors(np.zeros_like(head_queries), head_queries, weights)
+        """Returns the log of the sum of exp(logit) over the run's labels, by the head alone."""
+        fused = fusion_lib.query_vectors(0 * head_queries, head_queries, Fusion(0.0, 1.0))
         return self._run_index.search_normalised(fused, 1).log_sum
 
     @functools.cached_property
@@ -365,7 +365,7 @@ class Predictor:
         """Over the vectors of the training queries; None: the run keeps none."""
         if self._train_index is not None or self.artifacts.train_vectors is None:
             return self._train_index
-        return ExactIndex(self.artifacts.train_vectors, mesh=self.model.mesh)
+        return factory.exact_index(self.artifacts.train_vectors, self.prefix, self.model.mesh)
 
     def label(self, row: int) -> tuple[str, str]:
         """Returns id and text of a label; rows of added labels follow those of the run."""
