@@ -103,5 +103,5 @@ def test_widths_are_checked(capsys):
     assert f"the run was trained for {W}, {E}" in capsys.readouterr().out
     with pytest.raises(InputError, match=f"--search.width={E + 1}: expected 0 to {E}"):
         factory.check("exact", SearchConfig(width=E + 1), run, E)
-    with pytest.raises(InputError, match="--search.dtype=int8: works with --search=exact"):
+    with pytest.raises(InputError, match="int8: works with --search=exact only"):
         factory.check("scann", SearchConfig(dtype="int8"), run, E)
