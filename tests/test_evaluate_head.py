@@ -56,8 +56,11 @@ def searched(opened, **how):
     return evaluator.search_model(model, params, labels, dataset, **how)
 
 
-def dense(opened, split, fusion):
-    """Probabilities of all labels in float64, and the cosines of queries and training queries."""
+def dense(opened, split, fusion, width=None):
+    """Probabilities of all labels in float64, and the cosines of queries and training queries.
+
+    They are those of the first `width` columns of all vectors.
+    """
     _, model, params, labels, dataset, _ = opened
     z = model.encode_labels(params, labels, dataset.labels, block=32).values.astype(np.float64)
     q, t = (
@@ -70,7 +73,8 @@ def dense(opened, split, fusion):
     x = q @ up["kernel"] + up["bias"]
     gelu = x * 0.5 * (1 + scipy.special.erf(x / np.sqrt(2)))
     g = q + gelu @ down["kernel"] + down["bias"]
-    g /= np.linalg.norm(g, axis=1, keepdims=True)
+    w, (q, z, t, g) = w[:, :width], (x[:, :width] for x in (q, z, t, g))
+    q, z, t, g = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, z, t, g))
     scores = fusion.prototypes * q @ z.T + fusion.head * (SCALE * g @ w.T + b)
     return scipy.special.softmax(scores, axis=1), q @ t.T
 
@@ -100,13 +104,16 @@ def test_scores_are_probabilities_over_all_labels(opened, search, fusion):
         assert "fusion" not in cosines.results and "log_sum" not in cosines.results["search"]
 
 
-@pytest.mark.parametrize("split", ["test", "train"])
-def test_neighbours_mix_in_probability(opened, split):
+@pytest.mark.parametrize(("split", "width"), [("test", 0), ("train", 0), ("test", 8)])
+def test_neighbours_mix_in_probability(opened, split, width):
     dataset = opened[4]
     mixing, alone = Mixing(0.4, 6, 0.1), Fusion(2.0, 1.0)
-    found = searched(opened, split=split, scoring=Scoring(FUSION, mixing, alone))
-    assert_ranked(found.searches[""], dense(opened, split, alone)[0])
-    p, cosines = dense(opened, split, FUSION)
+    size = SearchConfig(width=width)
+    found = searched(
+        opened, split=split, scoring=Scoring(FUSION, mixing, alone), search_config=size
+    )
+    assert_ranked(found.searches[""], dense(opened, split, alone, width or None)[0])
+    p, cosines = dense(opened, split, FUSION, width or None)
     expected = np.zeros_like(p)
     best = np.argsort(-p, axis=1)[:, :10]
     np.put_along_axis(expected, best, 0.6 * np.take_along_axis(p, best, axis=1), axis=1)
@@ -205,6 +212,46 @@ def test_the_command_takes_weights_and_shows_them(run):
         "evaluate", f"--workdir={run.workdir}", "--fusion.prototypes=0", "--fusion.head=0", status=2
     )
     assert "all scores would be equal" in error
+
+
+@pytest.mark.parametrize("search", ["exact", "scann"])
+def test_the_first_columns_of_all_vectors_are_searched(opened, search, tmp_path):
+    """Of both parts; indexes and vectors of other widths are not used."""
+    width, store = 8, VectorStore(str(tmp_path), 1, "hash", num_processes=1)
+    how = {"scoring": Scoring(FUSION), "search": search, "vectors": store}
+    how["index_dir"] = str(tmp_path / "scann")
+    whole = searched(opened, **how)
+    found = searched(opened, search_config=SearchConfig(width=width), **how)
+    again = searched(opened, **how)
+    np.testing.assert_array_equal(whole.searches[""].ids, again.searches[""].ids)
+    assert_ranked(found.searches[""], dense(opened, "test", FUSION, width)[0])
+    assert found.label_vectors.values.shape[1] > width  # Those that are kept are whole.
+
+
+def test_vectors_of_8_bits_find_the_same(opened):
+    """With so few labels all are scored again, so the sum over them is exact, too."""
+    found = searched(opened, scoring=Scoring(FUSION), search_config=SearchConfig(dtype="int8"))
+    assert_ranked(found.searches[""], dense(opened, "test", FUSION)[0])
+    assert found.results["search"]["log_sum"] == "int8"
+    assert found.results["search"]["recall@10"] == 1.0
+    whole = searched(opened, scoring=Scoring(FUSION))
+    held = [x.results["search"]["bytes_per_label"] for x in (found, whole)]
+    assert held[0] < 0.45 * held[1]  # Narrow vectors: scales and bias count.
+
+
+def test_results_of_other_sizes_have_names_of_their_own(run):
+    tiny.run_command("evaluate", f"--workdir={run.workdir}")
+    path = pathlib.Path(run.workdir, "evaluation", "test-exact.json")
+    before = path.read_bytes()
+    printed = tiny.run_command(
+        "evaluate", f"--workdir={run.workdir}", "--search.width=8", "--search.dtype=int8"
+    )
+    assert "note: --search.width=8: the run was trained for 16 (--loss.widths)" in printed
+    results = json.loads(path.with_name("test-exact-width_8-int8.json").read_text())
+    assert results["search"]["width"] == 8 and results["search"]["dtype"] == "int8"
+    assert path.read_bytes() == before
+    error = tiny.run_command("evaluate", f"--workdir={run.workdir}", "--search.width=17", status=2)
+    assert "--search.width=17: expected 0 to 16" in error
 
 
 def test_search_settings_do_not_change_probabilities(opened):

@@ -18,7 +18,7 @@ from vixml_jax import config as config_lib
 from vixml_jax import saved_model, train
 from vixml_jax import workdir as workdir_lib
 from vixml_jax.errors import InputError
-from vixml_jax.flag_groups import HeadConfig
+from vixml_jax.flag_groups import HeadConfig, LossConfig
 from vixml_jax.modeling import Model
 from vixml_jax.parallel import sharding
 from vixml_jax.storage import digests
@@ -77,6 +77,19 @@ def others_of(state):
         for name, value in state.items()
         if name.startswith("['model']") and "['head']" not in name
     }
+
+
+def test_run_with_widths_resumes_bit_for_bit(data, tmp_path):
+    """In an epoch of the whole model and in one of the head; one program serves all its steps."""
+    widths = LossConfig(widths=[4, 8])
+    configs = [head_run(data, tmp_path / name, "joint", loss=widths) for name in "ab"]
+    train.train(configs[0])
+    for num_steps in (5, 13):
+        train_interrupted(configs[1], num_steps)
+    train.train(configs[1])
+    assert_same_state(*map(final_state, configs))
+    with pytest.raises(InputError, match=r"--loss.widths=4,17: expected at most 16, the width"):
+        train.train(head_run(data, tmp_path / "c", "joint", loss=LossConfig(widths=[4, 17])))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import transformers
 
 from tests import tiny
 from vixml_jax import train
-from vixml_jax.config import LoraConfig, PromptConfig
+from vixml_jax.config import LoraConfig, PromptConfig, SearchConfig
 from vixml_jax.data.store import PreparedDataset
 from vixml_jax.models import hf_checkpoints
 from vixml_jax.serving import exporting, label_updates
@@ -169,6 +169,37 @@ def test_the_code_of_the_readme_computes_the_scores_of_the_run(exported, tmp_pat
     for label in predictor(["a query"], k=20)[0]:
         assert label.score == pytest.approx(found[label.id], abs=1e-4)
     assert has_head == (out / "head.npz").exists()
+
+
+def test_first_columns_and_8_bits(exported, tmp_path):
+    """The code of the README computes the scores of a predictor of this width, also from int8."""
+    whole, _ = exported
+    out = tmp_path / "out"
+    flags = "--search.width=8", "--search.dtype=int8"
+    tiny.run_command("export", f"--workdir={whole.workdir}", f"--out={out}", *flags)
+    predictor = Predictor.load(
+        whole.workdir, search_config=SearchConfig(width=8), with_neighbours=False, warm=False
+    )
+    readme = (out / "README.md").read_text()
+    assert "only the first 8 numbers" in readme
+    lines = [line[4:] for line in readme.splitlines() if line.startswith("    ")]
+    at = next(i for i, line in enumerate(lines) if line.startswith("int8 = "))
+    left = "fused" if predictor.fusion is not None else "query"
+    code = [*lines, f"again = {left}.numpy() @ labels.T"]
+    assert at > 0
+    code.append(f"np.savez({str(tmp_path / 'scores.npz')!r}, scores=scores, again=again)")
+    subprocess.run([sys.executable, "-c", "\n".join(code)], check=True, cwd=out)
+    found = np.load(tmp_path / "scores.npz")
+    ids = pq.read_table(out / "labels.parquet")["id"].to_pylist()
+    rows = np.array([predictor.row_of(name) for name in ids])
+    vectors = predictor.prefix.labels(predictor.label_vectors(rows))
+    np.testing.assert_array_equal(np.load(out / "labels.npy"), vectors)
+    queries = predictor.query_vectors(predictor.queries(["a query"]))
+    expected = predictor.prefix.queries(queries) @ vectors.T
+    np.testing.assert_allclose(found["scores"], expected, atol=3e-4)
+    np.testing.assert_allclose(found["again"], expected, atol=0.02 * np.abs(expected).max() + 0.01)
+    best = predictor(["a query"], k=1)[0][0]
+    assert best.id == ids[np.argmax(expected[0])]
 
 
 def test_sentence_transformers_reads_the_pooling(exported):

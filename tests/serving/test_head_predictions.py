@@ -15,11 +15,13 @@ from vixml_jax import workdir as workdir_lib
 from vixml_jax.augmentation import settings
 from vixml_jax.augmentation.mixing import Mixing
 from vixml_jax.augmentation.settings import Scoring
+from vixml_jax.config import SearchConfig
 from vixml_jax.errors import InputError
 from vixml_jax.labels.head import SCALE
 from vixml_jax.modeling import Model
-from vixml_jax.search.fusion import Fusion
-from vixml_jax.serving import cold_start, label_updates
+from vixml_jax.search.fusion import Fusion, label_vectors
+from vixml_jax.serving import artifacts as artifacts_lib
+from vixml_jax.serving import cold_start, explaining, label_updates
 from vixml_jax.serving.predictor import Predictor
 
 
@@ -71,10 +73,13 @@ class Dense:
         """[z; w; b] of each label."""
         return [*zip(self.z, self.head["vectors"], self.head["bias"], strict=False)]
 
-    def probabilities(self, q, texts, rows):
+    def probabilities(self, q, texts, rows, width=None):
+        """Of all labels; with a width, by the first columns of all vectors."""
         z, w, b = map(np.array, zip(*rows, strict=True))
         a, c = self.fusion.prototypes, self.fusion.head
-        return scipy.special.softmax(a * q @ z.T + c * (SCALE * self.g(q, texts) @ w.T + b), axis=1)
+        cut = [x[:, :width] for x in (q, z, self.g(q, texts))]
+        q, z, g = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in cut)
+        return scipy.special.softmax(a * q @ z.T + c * (SCALE * g @ w[:, :width].T + b), axis=1)
 
     def neighbours(self, q, k, temperature, columns):
         """Labels of the k nearest training queries, which divide their share among their labels."""
@@ -129,6 +134,48 @@ def test_a_score_is_the_probability_among_all_labels(head_run, dense, search):
         for row, found, less in zip(predictor(texts, k=3), everything, lacking, strict=True):
             best = sorted(found.values())[:-4:-1]
             np.testing.assert_allclose([x.score for x in row], best, rtol=1e-4, atol=less)
+
+
+def test_first_columns_and_8_bits(workdir, dense):
+    """With added and removed labels; all labels are scored again here, so scores are exact."""
+    search = SearchConfig(width=8, dtype="int8")
+    predictor = Predictor.load(workdir, search_config=search, warm=False)
+    predictor.mixing = None
+    rng = np.random.default_rng()
+    z = rng.normal(size=(1, 16))
+    new = z / np.linalg.norm(z), rng.normal(size=(1, 16)), np.array([0.5])
+    vectors = label_vectors(*(x.astype(np.float32) for x in new))
+    label_updates.remove(workdir, predictor.artifacts, [predictor.artifacts.ids[4]])
+    label_updates.add(workdir, predictor.artifacts, ["new"], ["a new one"], vectors)
+    predictor.refresh()
+    texts = texts_of(rng, 12)
+    q = predictor.encode(texts).astype(np.float64)
+    names = [*dense.dataset.labels.ids, "new"]
+    rows = [*dense.rows, tuple(x[0] for x in new)]
+    del names[4], rows[4]
+    p = dense.probabilities(q, texts, rows, 8)
+    for row, found in zip(p, scores_of(predictor, texts), strict=True):
+        np.testing.assert_allclose([found[name] for name in names], row, rtol=1e-4, atol=1e-7)
+    explained = explaining.explain(predictor, texts[0], k=20).labels
+    logits = np.array([one.prototype + one.head for one in explained])
+    log_scores = np.log([one.label.score for one in explained])
+    np.testing.assert_allclose(np.diff(logits), np.diff(log_scores), atol=1e-4)
+
+
+def test_an_added_label_is_as_probable_as_others_at_any_width(workdir):
+    """Its bias is set for the logits that are searched."""
+    predictor = Predictor.load(workdir, search_config=SearchConfig(width=8), warm=False)
+    rows = cold_start.label_vectors(predictor, ["a1 b2", "a3"])
+    share = predictor.artifacts.train_relevance.nnz / 20
+    share /= predictor.artifacts.train_relevance.nnz + share
+    chosen = artifacts_lib.sample_rows(len(predictor.artifacts.train_vectors))
+    train = predictor.artifacts.train_vectors[chosen]
+    g = predictor.head_queries(train, predictor.artifacts.sample_tokens).astype(np.float64)
+    log_sum = predictor.head_log_sum(g.astype(np.float32)).astype(np.float64)
+    g = g[:, :8] / np.linalg.norm(g[:, :8], axis=1, keepdims=True)
+    log_odds = g @ rows[:, 16:24].T.astype(np.float64) + rows[:, 32] - log_sum[:, None]
+    probability = scipy.special.expit(log_odds).mean(axis=0)
+    np.testing.assert_allclose(probability, share, rtol=1e-3)
 
 
 @pytest.mark.parametrize("with_neighbours", [True, False])

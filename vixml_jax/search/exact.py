@@ -24,7 +24,7 @@ class ExactIndex:
     """Scores every label in float32; only one block of scores exists at a time.
 
     Attributes:
-      settings: The block sizes.
+      settings: The block sizes, and how many bytes the vector of a label takes.
       log_sum: "exact": `search_normalised` sums over all labels.
     """
 
@@ -61,6 +61,8 @@ class ExactIndex:
         if not isinstance(vectors.values, Int8Vectors):
             vectors = vectors._replace(values=np.asarray(vectors.values, np.float32))
         count = int8.num_rows(vectors.values)
+        held = sum(x.nbytes for x in jax.tree.leaves(vectors.values))
+        self.settings["bytes_per_label"] = held // max(1, count)
         self._num_labels = count if num_labels is None else num_labels
         self._query_block = query_block
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
