@@ -4,6 +4,7 @@
 
 Each run is evaluated on a split at each width (`--search.width`) in float32 and int8
 (`--search.dtype`), by exact search, with the fusion of its flags and without training neighbours.
+The error of the log-sum, from which probabilities follow, is that of int8 to float32 of this width.
 All searches are timed in turns on the same queries, and their times divided by that of full float32
 vectors in the same round. Vectors are encoded once and kept in the run directory.
 """
@@ -42,6 +43,7 @@ class Row(NamedTuple):
       width, dtype: As `--search.width` and `--search.dtype`.
       metrics: In percent, by name.
       bytes: Of a label in the index.
+      log_sum: Largest difference of a query's log-sum from that of float32.
       slower: Time of a search, divided by that with full float32 vectors: median, least, most.
     """
 
@@ -49,6 +51,7 @@ class Row(NamedTuple):
     dtype: str
     metrics: dict[str, float]
     bytes: float
+    log_sum: float
     slower: tuple[float, float, float]
 
 
@@ -91,15 +94,25 @@ def measure(workdir: str, values: Any) -> list[Row]:
     ]
     found = [index_lib.search_filtered(index, searched, pairs, K) for index in indexes]
     chosen = np.random.default_rng(0).permutation(len(searched))[: values.queries]
+    log_sums = [index.search_normalised(searched, K).log_sum for index in indexes]
+    # Sizes alternate between both types.
+    errors = [
+        float(np.abs(found - exact).max())
+        for pair in zip(log_sums[::2], log_sums[1::2], strict=True)
+        for found, exact in ((pair[0], pair[0]), (pair[1], pair[0]))
+    ]
     timed = time_in_turns(indexes, searched[chosen], values.rounds)
     return [
         Row(
             *size,
             evaluator.measure(result, dataset, values.split),
             index.settings["bytes_per_label"],
+            error,
             slower,
         )
-        for size, result, index, slower in zip(sizes, found, indexes, timed, strict=True)
+        for size, result, index, error, slower in zip(
+            sizes, found, indexes, errors, timed, strict=True
+        )
     ]
 
 
@@ -123,12 +136,12 @@ def time_in_turns(
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the results of a run as a Markdown table."""
-    names = "width", "vectors", *METRICS, "bytes per label", "search time"
+    names = "width", "vectors", *METRICS, "bytes per label", "log-sum error", "search time"
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         metrics = [f"{row.metrics[name]:.2f}" for name in METRICS]
         slower = "{:.2f} ({:.2f} to {:.2f})".format(*row.slower)
-        cells = row.width, row.dtype, *metrics, f"{row.bytes:,.0f}", slower
+        cells = row.width, row.dtype, *metrics, f"{row.bytes:,.0f}", f"{row.log_sum:.1e}", slower
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
