@@ -43,6 +43,20 @@ def test_exact_programs_take_turns(capfd):
     assert "exact, ours : exact, torch = " in printed
 
 
+def test_latencies_of_exact_search_and_scann(capfd):
+    pytest.importorskip("scann")
+    with flagsaver.flagsaver(**SMALL, what="latency"):
+        search.main([])
+    lines = [line for line in capfd.readouterr().out.splitlines() if "queries: exact" in line]
+    for count, line in zip((1, 16, 128), lines, strict=True):
+        assert line.split()[0] == str(count)
+        own, scann, ratio = (
+            float(line.split(name)[1].split()[0].strip(","))
+            for name in (" exact", "ScaNN", "ratio")
+        )
+        assert own > 0 and ratio == pytest.approx(own / scann, rel=0.3, abs=0.2)
+
+
 @pytest.mark.parametrize("name", list(search_indexes.BUILD))
 def test_each_baseline_reaches_its_recall(name, tmp_path, capfd):
     pytest.importorskip(name)

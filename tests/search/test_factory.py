@@ -111,6 +111,22 @@ def test_without_queries_the_nearest_tuning_is_used(k, nearest, saved, vectors):
     assert found.settings["k"] == nearest
 
 
+def test_auto_takes_an_index_that_is_there_and_large_enough(saved, vectors, monkeypatch, tmp_path):
+    monkeypatch.setattr(ScannIndex, "build", None)  # Nothing is built.
+
+    def chosen(labels, directory, **more):
+        found = factory.open_index(labels, kind="auto", directory=directory, k=5, **more)
+        return found.settings["kind"]
+
+    assert chosen(vectors, saved) == "exact"  # Fewer labels than SCANN_FROM.
+    monkeypatch.setattr(factory, "SCANN_FROM", len(vectors))
+    assert chosen(vectors, saved) == "scann"
+    assert chosen(vectors, saved, dtype="int8") == "exact"
+    assert chosen(vectors, saved, width=8) == "exact"  # No index of this width.
+    assert chosen(vectors, str(tmp_path / "none")) == "exact"
+    assert chosen(vectors[::-1], saved) == "exact"  # The index is one of other vectors.
+
+
 def test_without_tuning_and_queries_the_default_settings_are_used(vectors, capsys):
     found = factory.open_index(vectors, kind="scann", k=7)
     assert found.settings == scann.settings_for(len(vectors))

@@ -3,6 +3,7 @@
     python -m vixml_jax.benchmarks.search --what=exact [--n=131072,1300000 --width=384 --k=100]
     python -m vixml_jax.benchmarks.search --what=approximate [--n=1300000 --width=384
         --baselines=scann,faiss,hnswlib --out=search.json]
+    python -m vixml_jax.benchmarks.search --what=latency [--n=5000,20000,131072 --width=384 --k=10]
 
 Exact: ours, the bare matrix products of the same blocks (XLA and numpy's BLAS), and `matmul` with
 `topk` of 32 queries at a time in PyTorch, as the authors do, take turns in one process on the same
@@ -11,15 +12,22 @@ vectors, on one thread (--threads).
 Approximate: each index in a process of its own, on all cores, on the same clustered vectors (see
 `baselines/search_indexes.py`): the highest speed that it reaches at a recall of 0.95, 0.99 and
 0.999 of the exact 5 and 100 best, seconds to build it, and memory beside the vectors. --out gathers
-the results of several commands. hnswlib and faiss: pip install 'vixml_jax[benchmark]'.
+the results of several commands.
+
+Latency: exact search and ScaNN, tuned to a recall of 0.99, take turns on 1, 16 and 128 queries at a
+time, on all cores.
+
+hnswlib and faiss: pip install 'vixml_jax[benchmark]'.
 """
 
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +39,7 @@ from vixml_jax.benchmarks.baselines import search_indexes
 from vixml_jax.benchmarks.support import workers
 from vixml_jax.errors import InputError
 from vixml_jax.search.exact import ExactIndex
+from vixml_jax.search.factory import open_index
 from vixml_jax.storage import json_files
 
 _QUERY_BLOCK, _LABEL_BLOCK = 1024, 65536  # Defaults of `ExactIndex`.
@@ -92,6 +101,28 @@ def compare_exact(n: int, width: int, k: int, queries: int, *, threads: int, rou
         texts=lambda about: about["queries"],
         unit="queries",
     )
+
+
+def compare_latency(n: int, width: int, k: int, queries: int, rounds: int) -> None:
+    """Prints the median milliseconds of exact search and of ScaNN, and their ratio."""
+    labels, asked = search_indexes.labels_and_queries(n, width, queries)
+    exact = open_index(labels, kind="exact", k=k)
+    tree = open_index(labels, kind="scann", queries=asked, k=k)
+    print(f"{n:,} labels x {width}, {k} results, recall {tree.settings['recall']:.4f}; ms a call")
+    for count in (1, 16, 128):
+        seconds: dict[str, list[float]] = {"exact": [], "scann": []}
+        for turn in range(20 * rounds + 1):
+            block = np.take(asked, np.arange(turn * count, (turn + 1) * count), 0, mode="wrap")
+            for name, index in (("exact", exact), ("scann", tree)):
+                start = time.perf_counter()
+                index.search(block, k)
+                seconds[name].append(time.perf_counter() - start)
+        # The first call compiles.
+        own, scann = (1000 * statistics.median(x[1:]) for x in seconds.values())
+        print(
+            f"  {count:4d} queries: exact {own:8.2f}, ScaNN {scann:8.2f}, ratio {own / scann:6.1f}",
+            flush=True,
+        )
 
 
 def measure_baselines(
@@ -161,7 +192,9 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     check_baselines(values.baselines if values.what == "approximate" else [])
     for n in map(int, values.n):
-        if values.what == "exact":
+        if values.what == "latency":
+            compare_latency(n, values.width, values.k, values.queries, values.rounds)
+        elif values.what == "exact":
             compare_exact(
                 n,
                 values.width,
@@ -178,11 +211,11 @@ def main(argv: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """The flags of this benchmark."""
-    flags.DEFINE_enum("what", "exact", ["exact", "approximate"], "Kind of search.")
+    flags.DEFINE_enum("what", "exact", ["exact", "approximate", "latency"], "Kind of search.")
     flags.DEFINE_list("n", ["131072"], "Numbers of labels, separated by commas.")
     flags.DEFINE_integer("width", 384, "Width of the vectors.", lower_bound=2)
     flags.DEFINE_integer("queries", 2048, "Number of queries.", lower_bound=1)
-    flags.DEFINE_integer("k", 100, "Results per query, for --what=exact.", lower_bound=1)
+    flags.DEFINE_integer("k", 100, "Results per query, not for --what=approximate.", lower_bound=1)
     flags.DEFINE_integer("threads", 1, "Threads, for --what=exact.", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "Rounds of each program.", lower_bound=1)
     flags.DEFINE_list(

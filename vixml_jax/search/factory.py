@@ -27,6 +27,8 @@ from vixml_jax.search.prefix import Prefix, PrefixIndex
 from vixml_jax.search.scann import ScannIndex
 from vixml_jax.structs import SearchResult, Shard
 
+SCANN_FROM = 20_000  # Labels from which on 'auto' prefers ScaNN; see docs/benchmarks.md, Search.
+
 
 def open_index(
     vectors: Float[np.ndarray, "n e"] | LabelRows | Shard,
@@ -57,10 +59,13 @@ def open_index(
     measurements as `curve`. Where ScaNN cannot be used, a message is printed, search is exact, and
     the settings hold `wanted`.
 
+    With 'auto', nothing is built: search is by ScaNN where `directory` has an index of at least
+    SCANN_FROM labels, which were searched on CPUs otherwise, and exact elsewhere.
+
     Args:
       vectors: Label vectors; for exact search over a mesh of several processes, a `Shard` with the
         rows of this process.
-      kind: 'exact' or 'scann'.
+      kind: 'exact', 'scann' or 'auto'.
       embedding: Width of embeddings; vectors that are wider are fused. None: that of the vectors.
       width: Columns of embeddings that are searched; 0: all.
       dtype: 'float32', or 'int8' for exact search over vectors of 8 bits, the best of which are
@@ -108,23 +113,28 @@ def open_index(
     def of_whole_queries(index: Index) -> Index:
         return index if prefix.is_all else PrefixIndex(index, prefix)
 
+    directory = _directory_of(directory, prefix)
+    if kind == "auto":
+        on_cpus = devices[0].platform == "cpu" and dtype == "float32"
+        if not on_cpus or shape[0] < SCANN_FROM or not os.path.isdir(directory):
+            kind = "exact"
     if kind == "exact":
         return of_whole_queries(open_exact())
     if reason := scann.unavailable_reason():
-        print(f"--search=scann: {reason}; exact search is used instead", flush=True)
+        print(f"--search={kind}: {reason}; exact search is used instead", flush=True)
         exact = open_exact()
         exact.settings["wanted"] = kind
         return of_whole_queries(exact)
     values = np.ascontiguousarray(prefix.read(vectors.values))
-    if not prefix.is_all:
-        directory = directory and f"{directory}-width_{prefix.used}"
-        queries = queries if queries is None else prefix.queries(queries)
+    queries = queries if queries is None else prefix.queries(queries)
     tunable = queries is not None and len(queries) > 0
     remedy = "choose a machine with more memory, or --search=exact"
     search_bytes, tree = cost_lib.search_bytes(*values.shape), None
     if os.path.isdir(directory):
         cost_lib.check_memory(search_bytes, what, remedy, limit=limit)
         tree = _load(directory, values)
+    if tree is None and kind == "auto":
+        return of_whole_queries(open_exact())
     if tree is None:
         needed = max(search_bytes + exact_bytes * tunable, cost_lib.build_bytes(*values.shape))
         cost_lib.check_memory(needed, what, remedy, limit=limit)
@@ -156,6 +166,11 @@ def open_index(
         console.status(f"index not tuned for recall@{k} of {recall}: no queries to tune it on")
     tree.settings["width"] = prefix.used
     return of_whole_queries(tree)
+
+
+def _directory_of(directory: str, prefix: Prefix) -> str:
+    """Where the ScaNN index of a prefix is; empty: it is not saved."""
+    return directory if prefix.is_all or not directory else f"{directory}-width_{prefix.used}"
 
 
 def exact_index(vectors: Float[np.ndarray, "n w"], prefix: Prefix, mesh: Mesh | None) -> Index:

@@ -129,7 +129,7 @@ class Predictor:
     def load(
         workdir: str,
         *,
-        search: str = "exact",
+        search: str = "auto",
         search_config: SearchConfig = config_lib.SEARCH,
         values: flags.FlagValues | None = None,
         data: str = "",

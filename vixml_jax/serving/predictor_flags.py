@@ -6,6 +6,7 @@ from vixml_jax import config as config_lib
 from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.config import SearchConfig
 from vixml_jax.runtime import compilation_cache
+from vixml_jax.search import factory
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.storage import object_store
 
@@ -16,7 +17,12 @@ def define() -> None:
         "image_dtype", "float32", ["float32", "bfloat16"], "Precision of the vision model."
     )
     flags.DEFINE_enum(
-        "search", "exact", ["exact", "scann"], "Exact or approximate search of labels."
+        "search",
+        "auto",
+        ["auto", "exact", "scann"],
+        "Exact or approximate search of labels. 'auto': by the ScaNN index that evaluate "
+        f"--search=scann built, if there is one of {factory.SCANN_FROM:,} labels or more, else "
+        "exact.",
     )
     flags.DEFINE_string(
         "data",
