@@ -134,6 +134,45 @@ def test_a_process_that_was_stopped_embeds_nothing_twice(
     assert contents(tmp_path) == expected
 
 
+def test_processes_of_another_number_use_what_was_embedded(
+    source, expected, decoded, tmp_path, monkeypatch
+):
+    add, added = EmbeddingStore.add, []
+
+    def stop(self, digests, vectors):
+        add(self, digests, vectors)
+        added.extend(digests)
+        if len(added) > COUNT // 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(EmbeddingStore, "add", stop)
+        run(tmp_path, source)
+    decoded.clear()
+    for index in (2, 0, 1):
+        run(tmp_path, source, index, 3)
+    # All that were not stored, of which one is broken.
+    assert sum(decoded.values()) <= COUNT - 1 - len(added)
+    assert contents(tmp_path) == expected
+
+
+def test_images_of_which_none_can_be_embedded_may_be_repaired(source, tmp_path, capsys):
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_text("broken")
+    rows = [{"text": "a", "labels": ["x"], "image": f"{i}.png"} for i in range(2)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"--source={tmp_path / 'q.jsonl'}", *source[1:]]
+    run(tmp_path, arguments, 0, 2)
+    with pytest.raises(InputError, match=r"none of the 2 images that q names could be embedded"):
+        run(tmp_path, arguments, 1, 2)
+    for i in range(2):
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    run(tmp_path, arguments, 1, 2)
+    assert "missing: the part of process 0" in capsys.readouterr().out
+    run(tmp_path, arguments, 0, 2)
+    assert len((tmp_path / "out.images/digests.txt").read_text().split()) == 2
+
+
 def test_a_part_of_other_images_is_not_merged(source, tmp_path, capsys):
     run(tmp_path, source, 1, 2, test=0.5)
     run(tmp_path, source, 1, 2)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -121,7 +121,12 @@ class ImageFinder:
             embedded = self._rows(
                 where, items, dict(zip(sources, outcomes, strict=True)), store, origins
             )
-            yield self._replaced(raw, named, embedded)
+            try:
+                replaced = self._replaced(raw, named, embedded)
+            except InputError:
+                parts.remove()  # Files may be repaired: then all processes read them again.
+                raise
+            yield replaced
             parts.remove()
 
     def _embed_part(self, sources: Sequence[str], origins: Mapping[str, str]) -> Parts:
@@ -137,7 +142,14 @@ class ImageFinder:
         parts.begin()
         own = [sources[number] for number in parts.own_numbers()]
         known = self._open(self._directory, writable=False).row_of
-        outcomes = self._outcomes(own, self._open(parts.own), known, sources)
+        left = parts.left(width=self._encoder.width, about=self._encoder.about)
+        outcomes = self._outcomes(
+            own,
+            self._open(parts.own),
+            known,
+            elsewhere={digest for store in left for digest in store.row_of},
+            others=sources,
+        )
         parts.complete(outcomes[source] for source in own)
         return parts
 
@@ -206,6 +218,8 @@ class ImageFinder:
         sources: Sequence[ImageSource],
         store: EmbeddingStore,
         known: Mapping[str, int],
+        *,
+        elsewhere: Iterable[str] = (),
         others: Sequence[ImageSource] = (),
     ) -> dict[ImageSource, Outcome]:
         """Downloads and embeds images.
@@ -213,7 +227,7 @@ class ImageFinder:
         Args:
           sources: The images.
           store: Where their embeddings are added.
-          known: SHA-256 of images that have an embedding elsewhere.
+          known, elsewhere: See `pipeline.embed_files`.
           others: More images, to whose hosts redirects of downloads may lead.
         """
         file_of, faults = self._download(sources, others)
@@ -222,6 +236,7 @@ class ImageFinder:
             list(dict.fromkeys(file_of.values())),
             store,
             known,
+            elsewhere=elsewhere,
             batch=self._encoder.batch_size(self._batch),
             threads=len(os.sched_getaffinity(0)),
         )

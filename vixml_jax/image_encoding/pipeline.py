@@ -45,6 +45,7 @@ def embed_files(
     store: EmbeddingStore,
     known: Container[str],
     *,
+    elsewhere: Iterable[str] = (),
     batch: int,
     threads: int,
 ) -> dict[ImageSource, Outcome]:
@@ -54,7 +55,9 @@ def embed_files(
       encoder: Of the images.
       sources: Distinct paths of files, or their contents; several may have the same content.
       store: Stored embeddings, to which the new ones are added.
-      known: SHA-256 of images whose embeddings are stored elsewhere, or in this store.
+      known: SHA-256 of images that are left out of batches, since they have embeddings.
+      elsewhere: SHA-256 of more images that have embeddings, but keep their places in batches, as
+        those in the store do.
       batch: Number of images embedded at a time, a multiple of the number of devices.
       threads: Number of threads that decode files.
 
@@ -77,7 +80,7 @@ def embed_files(
         stack.enter_context(contextlib.closing(read))
 
         def planned() -> Iterator[_Batch]:
-            found = set(store.row_of)  # Here, and planned to be.
+            found = {*store.row_of, *elsewhere}  # And planned to be.
             for start, chunk_digests in zip(range(0, len(sources), step), read, strict=True):
                 chunk = dict(zip(sources[start : start + step], chunk_digests, strict=True))
                 digests.update(chunk)

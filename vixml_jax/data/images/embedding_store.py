@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from vixml_jax.storage import atomic, json_files
 from vixml_jax.storage.resumable import Place
 
 _OUTCOMES = "outcomes.jsonl"
+_PART = re.compile(r"part(-\d{5}-of-\d{5})?")  # Names of `Place.part`.
 _MERGED = 1 << 12  # Rows copied at a time.
 
 
@@ -158,7 +160,7 @@ class Parts:
     Each part is a store of its own in the directory of the store in which they are merged at the
     end. Its process holds its lock. When a part is complete, `outcomes.jsonl` in it says what
     became of each of its images. Images are dealt out in chunks: process i of n has every n-th
-    chunk, from chunk i on.
+    chunk, from chunk i on. What processes of another number have left is used, too.
     """
 
     def __init__(self, store: str, place: Place, names: Sequence[str], chunk: int, of: Any):
@@ -173,6 +175,10 @@ class Parts:
         """
         path = os.path.join(store, "part")
         self._places = [Place(path, index, place.count) for index in range(place.count)]
+        own = {one.part for one in self._places}
+        names_there = os.listdir(store) if os.path.isdir(store) else []
+        found_parts = (os.path.join(store, name) for name in names_there if _PART.fullmatch(name))
+        self._left = sorted(path for path in found_parts if path not in own)
         self._index, self._chunk, self._num_images = place.index, chunk, len(names)
         found = hashlib.sha256(msgspec.json.encode([of, chunk, place.count]))
         for name in names:
@@ -195,6 +201,14 @@ class Parts:
     def own_numbers(self) -> list[int]:
         """The images that this process embeds."""
         return [i for i in range(self._num_images) if self.owner(i) == self._index]
+
+    def left(self, **about: Any) -> list[EmbeddingStore]:
+        """The stores that processes of another number have left.
+
+        Args:
+          about: Of the parts; see `EmbeddingStore`.
+        """
+        return [EmbeddingStore(path, writable=False, **about) for path in self._left]
 
     def begin(self) -> None:
         """Says that the part of this process is not complete, if it was once."""
@@ -257,13 +271,23 @@ class Parts:
           about: Of the parts; see `EmbeddingStore`.
         """
         stores = [EmbeddingStore(place.part, writable=False, **about) for place in self._places]
+        left = self.left(**about)
+
+        def which(number: int, digest: str) -> int:
+            if digest in stores[self.owner(number)].row_of:
+                return self.owner(number)
+            # Else it is not needed, as the store has it, or it was left.
+            return next((i for i, one in enumerate(left, len(stores)) if digest in one.row_of), -1)
+
         found = enumerate(outcomes)
-        store.merge(stores, ((x.digest, self.owner(i)) for i, x in found if x.digest))
+        store.merge(
+            [*stores, *left], ((x.digest, which(i, x.digest)) for i, x in found if x.digest)
+        )
 
     def remove(self) -> None:
         """Removes all parts."""
-        for place in self._places:
+        for path in (*(place.part for place in self._places), *self._left):
             # First what says that it is complete: of a half-removed part nothing is used.
             with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(place.part, _OUTCOMES))
-            shutil.rmtree(place.part, ignore_errors=True)
+                os.remove(os.path.join(path, _OUTCOMES))
+            shutil.rmtree(path, ignore_errors=True)
