@@ -20,7 +20,7 @@ from vixml_jax.storage import locks
 from vixml_jax.storage.resumable import Place
 
 _ALONE = Place("")
-_DECIDING = ".merge.lock"  # Held while a process finds out whether it is the last.
+_DECIDING = ".parts.lock"
 
 
 class ImageFinder:
@@ -104,13 +104,14 @@ class ImageFinder:
 
         Raises:
           InputError: If it names images, but none of them could be embedded, or embeddings that
-            come with it have another width.
+            come with it have another width; or if another process is finishing already, before
+            anything is done.
         """
         named = named_images.parts(raw)
         items = [names for images in named.values() for names in images.by_item()]
         origins = {path: where for i in named.values() for path, where in i.origins.items()}
         sources = list(dict.fromkeys(source for item in items for source in item))
-        parts = self._embed_part(sources, origins)
+        parts = self._embed_part(sources, origins, finishing)
         with contextlib.ExitStack() as stack:
             if not self._is_last(parts, stack, finishing):
                 yield None
@@ -129,7 +130,12 @@ class ImageFinder:
             yield replaced
             parts.remove()
 
-    def _embed_part(self, sources: Sequence[str], origins: Mapping[str, str]) -> Parts:
+    def _embed_part(
+        self,
+        sources: Sequence[str],
+        origins: Mapping[str, str],
+        finishing: Callable[[], contextlib.AbstractContextManager],
+    ) -> Parts:
         """Embeds the images that are this process's; returns all parts."""
         size = self._encoder.batch_size(self._batch)
         parts = Parts(
@@ -139,7 +145,8 @@ class ImageFinder:
             size * pipeline.CHUNK_BATCHES,
             [self._encoder.about, size],
         )
-        parts.begin()
+        with self._deciding(), finishing():  # Nobody merges what is begun again.
+            parts.begin()
         own = [sources[number] for number in parts.own_numbers()]
         known = self._open(self._directory, writable=False).row_of
         left = parts.left(width=self._encoder.width, about=self._encoder.about)
@@ -153,6 +160,13 @@ class ImageFinder:
         parts.complete(outcomes[source] for source in own)
         return parts
 
+    def _deciding(self) -> contextlib.AbstractContextManager[None]:
+        """A short lock, under which parts begin and are found to be complete."""
+        os.makedirs(self._directory, exist_ok=True)
+        return locks.exclusive(
+            self._directory, doing="looking for parts", wait_s=np.inf, name=_DECIDING
+        )
+
     def _is_last(
         self,
         parts: Parts,
@@ -160,9 +174,7 @@ class ImageFinder:
         finishing: Callable[[], contextlib.AbstractContextManager],
     ) -> bool:
         """Whether this process finishes the data set; its lock is then held by the stack."""
-        with locks.exclusive(
-            self._directory, doing="looking for parts", wait_s=np.inf, name=_DECIDING
-        ):
+        with self._deciding():
             missing = parts.missing()
             if not missing:
                 try:
