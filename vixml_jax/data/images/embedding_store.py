@@ -148,10 +148,15 @@ class EmbeddingStore:
             block: dict[str, int] = {}
             for digest, which in taken:
                 block.setdefault(digest, which)  # The first of equal images.
-            rows = [tables[which][others[which].row_of[digest]] for digest, which in block.items()]
-            self.add([*block], np.stack(rows))
-            for table in tables:
-                mapped_rows.release(table)
+            vectors = np.empty((len(block), self._width), np.float16)
+            which_of = np.fromiter(block.values(), np.int64, len(block))
+            digests = np.array([*block])
+            for which in np.unique(which_of):
+                at = np.flatnonzero(which_of == which)
+                rows = [others[which].row_of[digest] for digest in digests[at].tolist()]
+                vectors[at] = tables[which][rows]
+                mapped_rows.release(tables[which])
+            self.add([*block], vectors)
 
 
 class Parts:
