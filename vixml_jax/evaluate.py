@@ -339,20 +339,19 @@ def _check_other_data(workdir: str, dataset: PreparedDataset, tune: Sequence[str
 def _save_tuned(workdir: str, step: int, names: Sequence[str], tried: list[dict[str, Any]]) -> None:
     """Saves the result of tuning in the run directory, and prints the best scorings."""
     what = "fusion and training neighbours" if "head" in tried[0] else "training neighbours"
-    print(
-        f"{what} tuned on the validation split by {', '.join(names)}; best of {len(tried)} "
-        "settings:"
-    )
+    print(f"{what} tuned on the validation split by {', '.join(names)}; {len(tried)} settings:")
     for row in tried[:3]:
         described = settings_lib.describe(settings_lib.from_row(row)) or "--knn.weight=0"
         print(f"  {row['value']:.2f}  {described}")
-    best, with_neighbours = tried[0], next((row for row in tried if row["weight"]), None)
-    if not best["weight"] and with_neighbours is not None:
-        metric = names[0] if len(names) == 1 else f"the mean of {', '.join(names)}"
+    used, metric = tried[0], names[0] if len(names) == 1 else f"the mean of {', '.join(names)}"
+    others = [row for row in tried if row["value"] > used["value"]]
+    if others:
         print(
-            f"neighbours do not raise {metric} beyond chance: {with_neighbours['value']:.1f} at "
-            f"best, {best['value']:.1f} without: off"
+            f"the first is used: the others do not raise {metric} beyond chance, from "
+            f"{used['value']:.2f} to {max(row['value'] for row in others):.2f} at best"
         )
+    if not used["weight"] and any(row["weight"] for row in tried):
+        print("training neighbours are off")
     path = settings_lib.save_tuned(workdir, step, names, tried)
     console.status(f"written to {path}; evaluate and predict use the best from now on")
 

@@ -316,8 +316,8 @@ def tune_scoring(
       k: Labels per query.
 
     Returns:
-      Rows of `settings.to_row`, best first; but first the best one without training neighbours, if
-      with them the metrics are not better by the standard error of the difference.
+      Rows of `settings.to_row`: the one to use, that without training neighbours, and all others,
+      best first; see `without_chance`.
     """
     dataset = scored.dataset
     queries = scored.queries("valid")
@@ -361,34 +361,52 @@ def tune_scoring(
             **metrics_lib.cuts(columns),
         ).queries
 
-    return without_chance(tried, terms, names)
+    return without_chance(tried, trained, terms, names)
 
 
 def without_chance(
     tried: list[dict[str, Any]],
+    trained: Fusion | None,
     terms: Callable[[dict[str, Any]], PerQuery],
     names: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Puts the best scoring without training neighbours first, unless they help beyond chance.
+    """Puts the scoring first that is to be used, and of those without neighbours that one first.
 
-    Of hundreds of scorings with neighbours, one is a little better than those without by chance
-    alone. They must be better by the standard error of the difference.
+    Of hundreds of scorings, one is a little better than the others by chance alone. Other weights
+    of prototypes and head than those of the run's flags must be better by the standard error of the
+    difference, with training neighbours and without, and so must scorings with neighbours be.
 
     Args:
       tried: Rows of `settings.to_row`, best first.
+      trained: Weights of the run's flags; None: the model has no label head.
       terms: Returns the terms of the metrics per query of a row.
       names: The metrics. Coverage, which is no mean over queries, does not count.
     """
-    alone = next(row for row in tried if not row["weight"])
-    if not tried[0]["weight"]:
-        return tried
-    one, other = terms(tried[0]), terms(alone)
-    means = [name for name in names if name in one.names]
-    if means:
-        gain, error = per_query.gain(one, other, means)
-        if gain < error:
-            return [alone, *(row for row in tried if row is not alone)]
-    return tried
+
+    def preferred(rows: list[dict[str, Any]], is_simple: Callable[[dict], bool]) -> dict[str, Any]:
+        """The best row, or the best simple one if the best is not better than it beyond chance."""
+        best, simple = rows[0], next(filter(is_simple, rows), None)
+        if simple is None or is_simple(best):
+            return best
+        one, other = terms(best), terms(simple)
+        means = [name for name in names if name in one.names]
+        if means:
+            gain, error = per_query.gain(one, other, means)
+            if gain < error:
+                return simple
+        return best
+
+    def has_own_weights(row: dict[str, Any]) -> bool:
+        return settings_lib.from_row(row).fusion == trained
+
+    alone = preferred([row for row in tried if not row["weight"]], has_own_weights)
+    first = [alone]
+    if mixed := [row for row in tried if row["weight"]]:
+        with_neighbours = preferred(mixed, has_own_weights)
+        pair = sorted([alone, with_neighbours], key=lambda row: -row["value"])
+        if preferred(pair, lambda row: not row["weight"]) is with_neighbours:
+            first = [with_neighbours, alone]
+    return [*first, *(row for row in tried if all(row is not one for one in first))]
 
 
 def _recall(

@@ -148,9 +148,12 @@ def test_neighbours_must_help_beyond_chance(helped, lost, kept):
     mixed = hits.copy()
     mixed[:lost], mixed[100 : 100 + helped] = 0.0, 1.0
     rows = [
-        {"weight": 0.1, "value": 50 + (helped - lost) / 2},
-        {"weight": 0.2, "value": 50.0},
-        {"weight": 0.0, "value": 50.0},
+        settings.to_row(settings.Scoring(None, mixing), value)
+        for mixing, value in (
+            (Mixing(0.1, 1, 0.1), 50 + (helped - lost) / 2),
+            (Mixing(0.2, 1, 0.1), 50.0),
+            (None, 50.0),
+        )
     ]
     values = {0.1: mixed, 0.0: hits}
 
@@ -160,9 +163,50 @@ def test_neighbours_must_help_beyond_chance(helped, lost, kept):
     # The standard error of a sum of `helped` ones and `lost` minus ones, in queries.
     error = np.sqrt(helped + lost - (helped - lost) ** 2 / 200)
     assert kept == (helped - lost > 1.01 * error)
-    found = evaluator.without_chance(rows, terms, ["P@1", "coverage@1"])
-    assert found == (rows if kept else [rows[2], rows[0], rows[1]])
-    assert evaluator.without_chance(rows, terms, ["coverage@1"]) == rows
+    found = evaluator.without_chance(rows, None, terms, ["P@1", "coverage@1"])
+    assert found == ([rows[0], rows[2], rows[1]] if kept else [rows[2], rows[0], rows[1]])
+    found = evaluator.without_chance(rows, None, terms, ["coverage@1"])
+    assert found == [rows[0], rows[2], rows[1]]
+
+
+@pytest.mark.parametrize(
+    "of_weights,of_neighbours,expected",
+    [
+        (3, 30, ["mixed", "own"]),
+        (30, 30, ["both", "other"]),
+        (30, 2, ["other"]),
+        (3, 2, ["own"]),
+        (-3, 30, ["mixed", "own"]),
+    ],
+)
+def test_other_weights_must_help_beyond_chance(of_weights, of_neighbours, expected):
+    """Weights and neighbours each lose 10 of 400 queries, and gain 10 others and these numbers."""
+    own, other = Fusion(10.0, 1.0), Fusion(20.0, 1.0)
+    rows, hits = {}, {}
+    for name, fusion, weight in (
+        ("own", own, 0.0), ("other", other, 0.0), ("mixed", own, 0.1), ("both", other, 0.1),
+    ):  # fmt: skip
+        hits[name] = np.zeros((400, 1), np.float32)
+        hits[name][:100] = 1.0
+        if fusion is other:
+            hits[name][:10], hits[name][100 : 110 + of_weights] = 0.0, 1.0
+        if weight:
+            hits[name][10:20], hits[name][200 : 210 + of_neighbours] = 0.0, 1.0
+        scoring = settings.Scoring(fusion, Mixing(weight, 1, 0.1) if weight else None)
+        rows[name] = settings.to_row(scoring, 100 * float(hits[name].mean()))
+    name_of = {id(row): name for name, row in rows.items()}
+
+    def terms(row):
+        values = hits[name_of[id(row)]]
+        return PerQuery(("P@1",), values, (), np.zeros((400, 0), np.float32))
+
+    tried = sorted(rows.values(), key=lambda row: -row["value"])
+    found = [name_of[id(row)] for row in evaluator.without_chance(tried, own, terms, ["P@1"])]
+    assert found[: len(expected)] == expected
+    assert sorted(found) == sorted(rows)
+    assert found[len(expected) :] == [
+        name_of[id(row)] for row in tried if name_of[id(row)] not in expected
+    ]
 
 
 def test_neighbours_that_only_tie_are_left_off():
