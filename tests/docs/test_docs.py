@@ -261,7 +261,7 @@ LAUNCHES = [
     (block.where, line)
     for block in SHELL_BLOCKS
     for line in typed_lines(block)
-    if "launch/" in line and not line.startswith(("docker ", "kubectl "))
+    if "launch/" in line and not line.startswith(("docker ", "kubectl ", "python "))
 ]
 
 

@@ -13,6 +13,7 @@ from vixml_jax.data.text import tokenizer as tokenizer_lib
 from vixml_jax.errors import InputError
 
 MAX_CHARACTERS = 1 << 16  # Longer texts are cut; the tokens that are read end long before.
+_MAX_PIECES = 1 << 17  # Of texts, whose tokens are cached; about 25 MB.
 
 
 class ItemReader:
@@ -33,7 +34,8 @@ class ItemReader:
         tokenizer = tokenizer_lib.load(directory, max_tokens)
         self._unknown_token = tokenizer.token_to_id("[UNK]")
         self.num_special = sum(map(len, tokenizer_lib.special_tokens(tokenizer)))
-        self._encoder, self._lock = batch_tokenizer.Encoder(tokenizer), threading.Lock()
+        self._encoder = batch_tokenizer.Encoder(tokenizer, _MAX_PIECES)
+        self._lock = threading.Lock()
         self._image_width = image_width
 
     def read(self, texts: Sequence[str], images: Sequence[Any] | None = None) -> Items:

@@ -277,17 +277,18 @@ def test_tokens_are_those_of_one_call_per_text(name, texts, max_tokens):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_cached_pieces_do_not_change_tokens(name, monkeypatch):
-    monkeypatch.setattr(batch_tokenizer, "_MAX_PIECES", 20)
     monkeypatch.setattr(batch_tokenizer, "_TOGETHER", 3)
     tokenizer, rng = TOKENIZERS[name], np.random.default_rng(3)
+    tokenizer.no_padding()
     tokenizer.no_truncation()
-    made = batch_tokenizer.Encoder(tokenizer)
+    made = batch_tokenizer.Encoder(tokenizer, max_pieces=20)
     for _ in range(30):
         texts = [" ".join(rng.choice(PARTS, rng.integers(0, 9))) for _ in range(rng.integers(0, 9))]
         values, lengths, full_lengths = made.encode(texts)
         rows = [tokenizer.encode(text).ids for text in texts]
         assert values.tolist() == [token for row in rows for token in row]
         assert lengths.tolist() == full_lengths.tolist() == list(map(len, rows))
+        assert len(made._numbers) <= 20
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

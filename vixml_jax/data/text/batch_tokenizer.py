@@ -58,17 +58,19 @@ class Encoder:
     them up takes a tenth of the time. New pieces go to the tokenizer, which uses all processors.
     """
 
-    def __init__(self, tokenizer: "Tokenizer"):
+    def __init__(self, tokenizer: "Tokenizer", max_pieces: int = _MAX_PIECES):
         """Creates an encoder with an empty cache.
 
         Args:
           tokenizer: Truncates texts as set by `tokenizer.load`.
+          max_pieces: Pieces that are cached at most, each about 200 bytes.
 
         Raises:
           InputError: If its post-processor does more than adding tokens before and after a text.
         """
         with tokenizer_lib.library_errors(_WHERE):
             self._prepare(tokenizer)
+        self._max_pieces = max_pieces
         self._numbers = _Numbers()
         self._tokens = np.zeros(0, np.int32)  # Of all cached pieces, one after the other.
         self._ends = np.zeros(1, np.int64)  # Piece i has the tokens from ends[i] to ends[i + 1].
@@ -147,8 +149,8 @@ class Encoder:
 
     def _shrink_cache(self) -> None:
         """Keeps the pieces that were seen first; the frequent ones are among them."""
-        kept = int(np.searchsorted(self._ends, 4 * _MAX_PIECES, side="right")) - 1
-        kept = min(kept, _MAX_PIECES)
+        kept = int(np.searchsorted(self._ends, 4 * self._max_pieces, side="right")) - 1
+        kept = min(kept, self._max_pieces)
         while len(self._numbers) > kept:
             self._numbers.popitem()  # Removes the newest piece.
         self._ends = self._ends[: kept + 1]
