@@ -198,6 +198,7 @@ def test_insufficient_memory_is_reported_before_any_work(kind, vectors, queries,
 def test_exact_search_uses_the_given_blocks(vectors, queries):
     found = factory.open_index(vectors, kind="exact", k=4, query_block=64, label_block=1000)
     expected = {"kind": "exact", "query_block": 64, "label_block": 1000, "k": 4, "recall": 1.0}
+    expected |= {"dtype": "float32", "bytes_per_label": 4 * 24}
     assert found.settings == expected
     np.testing.assert_array_equal(found.search(queries, 4).ids, truth(vectors, queries, 4).ids)
 

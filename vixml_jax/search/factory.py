@@ -104,7 +104,7 @@ def open_index(
         read = prefix.read if dtype == "float32" else functools.partial(quantised, prefix=prefix)
         rows = vectors._replace(values=read(vectors.values))
         exact = ExactIndex(rows, num_labels=num_labels, mesh=mesh, **blocks)
-        exact.settings.update(k=k, width=prefix.used, dtype=dtype)
+        exact.settings.update(k=k, dtype=dtype)
         if dtype == "int8":
             return RescoredIndex(exact, vectors.values, prefix)
         exact.settings["recall"] = 1.0
@@ -164,7 +164,6 @@ def open_index(
                 tree.save_points(directory)
     else:
         console.status(f"index not tuned for recall@{k} of {recall}: no queries to tune it on")
-    tree.settings["width"] = prefix.used
     return of_whole_queries(tree)
 
 

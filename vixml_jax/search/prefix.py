@@ -76,11 +76,12 @@ class PrefixIndex:
     """Searches an index over the first columns of vectors with those of the queries.
 
     Attributes:
-      settings, log_sum: Those of the index.
+      settings: Those of the index, and the `width`.
+      log_sum: That of the index.
     """
 
     def __init__(self, index: Index, prefix: Prefix):
-        self.settings: dict[str, Any] = index.settings
+        self.settings: dict[str, Any] = {**index.settings, "width": prefix.used}
         self.log_sum = index.log_sum
         self._index, self._prefix = index, prefix
 
