@@ -80,7 +80,7 @@ def others_of(state):
 
 
 def test_run_with_widths_resumes_bit_for_bit(data, tmp_path):
-    """In an epoch of the whole model and in one of the head; one program serves all its steps."""
+    """Interrupted in an epoch of the whole model, and in one of the head."""
     widths = LossConfig(widths=[4, 8])
     configs = [head_run(data, tmp_path / name, "joint", loss=widths) for name in "ab"]
     train.train(configs[0])
