@@ -1,6 +1,7 @@
 """Vectors of queries: texts are tokenized, packed in batches of few shapes, and encoded."""
 
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from vixml_jax.serving.artifacts import ServingArtifacts
 from vixml_jax.serving.batching import BatchPlanner
 from vixml_jax.serving.query_items import ItemReader
 from vixml_jax.structs import Queries
+
+_COMPILED_AT_ONCE = 3  # Programs, and the search; each takes memory while it is compiled.
 
 
 class QueryEncoder:
@@ -113,13 +116,22 @@ class QueryEncoder:
           search: Searches for the labels of queries.
         """
         model, items = self.model, self.items([""])
-        for shape in self.planner.shapes:
-            batch = self.planner.empty(items, shape)
-            packed = sharding.abstract_on_devices(batch.packed, model.mesh)
-            # A later call with these shapes finds the program.
-            model.trace_encoding(self.params, packed, batch.size).lower().compile()
-        for size in index_lib.padded_sizes(self.planner.max_size):
-            vectors = np.zeros((size, model.table.width), np.float32)
-            no_tokens = Ragged(items.tokens.values, np.zeros(size + 1, np.int64))
-            head = self.head_queries(vectors, no_tokens) if "head" in self.params else None
-            search(Queries(vectors, head))
+
+        def search_all_sizes() -> None:
+            for size in index_lib.padded_sizes(self.planner.max_size):
+                vectors = np.zeros((size, model.table.width), np.float32)
+                no_tokens = Ragged(items.tokens.values, np.zeros(size + 1, np.int64))
+                head = self.head_queries(vectors, no_tokens) if "head" in self.params else None
+                search(Queries(vectors, head))
+
+        # Programs are traced here, one after the other, and compiled in the other threads.
+        with futures.ThreadPoolExecutor(_COMPILED_AT_ONCE) as threads:
+            started = [threads.submit(search_all_sizes)]
+            for shape in self.planner.shapes:
+                batch = self.planner.empty(items, shape)
+                packed = sharding.abstract_on_devices(batch.packed, model.mesh)
+                traced = model.trace_encoding(self.params, packed, batch.size)
+                # A later call with these shapes finds the program.
+                started.append(threads.submit(traced.lower().compile))
+            for one in started:
+                one.result()
