@@ -10,6 +10,7 @@ from flax import linen as nn
 from vixml_jax import workdir
 from vixml_jax.config import Config, LabelsConfig, ModelConfig
 from vixml_jax.data.packing import Layout
+from vixml_jax.models import layers
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.parallel import sharding
 from vixml_jax.serving import exporting
@@ -43,6 +44,39 @@ def vectors(mesh, packed):
     encode = jax.jit(lambda params, packed: model.tower_vectors(params, packed, 16))
     lowered = encode.lower(params, sharding.to_devices(packed, mesh))
     return np.asarray(lowered.compile()(params, sharding.to_devices(packed, mesh))), lowered
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_blocks_may_have_arrays_of_their_own(packed, shape):
+    tower = dataclasses.replace(TOWER, num_layers=3)
+    mesh = sharding.create_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+    model = workdir.build_model(Config(), tower, Layout(), 5, mesh)
+    stored = sharding.stored_tree(model.abstract_params, mesh)
+    params = nn.unbox(model.init_params(jax.random.key(0)))
+    params = jax.device_put(
+        sharding.pad(params, stored), jax.tree.map(lambda x: x.sharding, stored)
+    )
+    own = {**params, "tower": layers.unstacked(params["tower"])}
+    assert layers.is_unstacked(own["tower"]) and not layers.is_unstacked(params["tower"])
+    stacks = params["tower"]["encoder"]["blocks"]
+    for i in range(tower.num_layers):
+        block = own["tower"]["encoder"]["blocks"][str(i)]
+        for stack, layer in zip(jax.tree.leaves(stacks), jax.tree.leaves(block), strict=True):
+            np.testing.assert_array_equal(layer, stack[i])
+            assert (
+                layer.sharding.shard_shape(layer.shape)
+                == stack.sharding.shard_shape(stack.shape)[1:]
+            )
+    jax.tree.map(np.testing.assert_array_equal, layers.stacked(own["tower"]), params["tower"])
+    jax.tree.map(np.testing.assert_array_equal, layers.stacked(params["tower"]), params["tower"])
+    encode = jax.jit(lambda params, packed: model.tower_vectors(params, packed, 16))
+    on_devices = sharding.to_devices(packed, mesh)
+    expected, found = encode(params, on_devices), encode(own, on_devices)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    # Nothing of a layer is copied out of a stack.
+    text = encode.lower(own, on_devices).as_text()
+    assert f"tensor<{tower.num_layers}x" not in text
+    assert f"tensor<{tower.num_layers}x" in encode.lower(params, on_devices).as_text()
 
 
 def test_activations_are_sharded_over_the_mesh(packed):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -22,6 +23,7 @@ from vixml_jax.labels.head import LabelHead
 from vixml_jax.labels.prototypes import Combiner
 from vixml_jax.labels.table import LabelTable
 from vixml_jax.models import attention as attention_lib
+from vixml_jax.models import layers
 from vixml_jax.models.layers import unit
 from vixml_jax.models.tower import ShardLayout, Tower
 from vixml_jax.parallel import sharding
@@ -156,7 +158,7 @@ class Model:
         """Pooled tower vectors, float32, not normalised.
 
         Args:
-          params: Parameters of the model.
+          params: Parameters of the model; the tower's may be `layers.unstacked`.
           packed: Items packed in blocks, one or several per device.
           num_items: Number of items over all devices.
           sides: 2 if the items are queries followed by as many labels, otherwise 1.
@@ -167,7 +169,10 @@ class Model:
         num_microbatches = 0
         if dropout is not None and self.microbatch_rows:
             num_microbatches = packed.tokens.shape[0] // devices // self.microbatch_rows
-        weights = sharding.unpad(params["tower"], self.abstract_params["tower"])
+        like = nn.unbox(self.abstract_params["tower"])
+        if layers.is_unstacked(params["tower"]):
+            like = layers.unstacked(like)
+        weights = sharding.unpad(params["tower"], like)
         attention = self.attention(packed.tokens.shape[1], training=dropout is not None)
         with sharding.activation_sharding(self.mesh), self.precision():
             return self.tower.clone(attention=attention.implementation).apply(

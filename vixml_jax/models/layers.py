@@ -2,13 +2,14 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vixml_jax.parallel import axis_names
@@ -304,7 +305,7 @@ def run_blocks(
     """Applies `num_layers` blocks in turn, as submodule "blocks" of `module`.
 
     The parameters are stacked, `[layers, ...]`, whether the blocks are scanned (`config.scan`) or
-    unrolled.
+    unrolled. Unrolled blocks also take those of `unstacked`.
 
     Args:
       module: The calling module, inside its compact method. Its `config` has `num_layers`, `scan`
@@ -335,12 +336,62 @@ def run_blocks(
         run = jax.checkpoint(run)
     # The transpose of a split is one concatenation. The transpose of indexing would add up one
     # array of zeros as large as the stack for each layer.
-    stacked, tree = jax.tree.flatten(nn.unbox(module.variables["params"]["blocks"]))
-    parts = [jax.lax.split(w, [1] * config.num_layers) for w in stacked]
+    blocks = nn.unbox(module.variables["params"]["blocks"])
+    if "0" not in blocks:
+        blocks = _of_layers(
+            blocks, lambda w: [x.squeeze(0) for x in jax.lax.split(w, [1] * config.num_layers)]
+        )
     for i in range(config.num_layers):
-        weights = jax.tree.unflatten(tree, [part[i].squeeze(0) for part in parts])
-        x = run(weights, x, jax.tree.map(operator.itemgetter(i), each))
+        x = run(blocks[str(i)], x, jax.tree.map(operator.itemgetter(i), each))
     return x
+
+
+def _of_layers(blocks: Any, split: Callable[[Array], Sequence[Array]]) -> dict[str, Any]:
+    """The parameters of each block, by its number, from those of all blocks."""
+    stacks, tree = jax.tree.flatten(blocks)
+    layers = zip(*map(split, stacks), strict=True)
+    return {str(i): jax.tree.unflatten(tree, layer) for i, layer in enumerate(layers)}
+
+
+def unstacked(params: Any) -> Any:
+    """Parameters in which each block has arrays of its own, for `run_blocks` without scanning.
+
+    A program copies the layers that it takes out of a stack, each time that it runs. For a few
+    short texts on a CPU, that takes as long as all else.
+
+    Args:
+      params: Of a tower, on devices, or their shapes and dtypes; stacked, without boxes.
+    """
+    if not isinstance(params, dict):
+        return params
+    return {
+        name: _of_layers(value, _split) if name == "blocks" else unstacked(value)
+        for name, value in params.items()
+    }
+
+
+def stacked(params: Any) -> Any:
+    """The inverse of `unstacked`; parameters that are stacked stay as they are."""
+    if not isinstance(params, dict):
+        return params
+    if "0" in params:
+        return jax.tree.map(lambda *x: jnp.stack(x), *(params[str(i)] for i in range(len(params))))
+    return {name: stacked(value) for name, value in params.items()}
+
+
+def is_unstacked(params: Any) -> bool:
+    """Whether parameters are those of `unstacked`."""
+    return isinstance(params, dict) and ("0" in params or any(map(is_unstacked, params.values())))
+
+
+def _split(stack: Array | jax.ShapeDtypeStruct) -> list[Any]:
+    """The layers of a stack, each sharded as in the stack."""
+    if isinstance(stack, jax.ShapeDtypeStruct):
+        return [jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)] * stack.shape[0]
+    layer = stack.sharding
+    if isinstance(layer, NamedSharding):
+        layer = NamedSharding(layer.mesh, PartitionSpec(*layer.spec[1:]))
+    return jax.device_put([*np.asarray(stack)], layer)
 
 
 def unit(x: Float[Array, "... e"]) -> Float[Array, "... e"]:

@@ -19,7 +19,7 @@ from vixml_jax.modeling import Model
 from vixml_jax.models import hf_export, sentence_modules
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.models.decoder import DecoderConfig
-from vixml_jax.models.layers import prefix, unit
+from vixml_jax.models.layers import prefix, stacked, unit
 from vixml_jax.models.tower import EncoderConfig, TowerConfig
 from vixml_jax.parallel import sharding
 from vixml_jax.runtime import progress
@@ -47,7 +47,7 @@ def host_tower(model: Model, params: Any) -> Any:
 
     In float32, adapters can be merged into a bfloat16 base without rounding it again.
     """
-    tower = sharding.unpad(params["tower"], model.abstract_params["tower"])
+    tower = sharding.unpad(stacked(params["tower"]), model.abstract_params["tower"])
     return jax.tree.map(lambda x: np.asarray(x, np.float32), tower)
 
 

@@ -77,7 +77,8 @@ class Predictor:
       artifacts: Serving artifacts of the run.
       view: The labels as `refresh` found them last: those of the run, with all label updates.
       model: The run's model.
-      params: Its parameters. Of the label head, only the network of the queries.
+      params: Its parameters, as `QueryEncoder` has them. Of the label head, only the network of the
+        queries.
       labels: Its label state.
       head_rows: Vectors [n, e] and biases [n] of the labels in the label head; None: the run has no
         head.
@@ -114,12 +115,13 @@ class Predictor:
           min_results: Labels that are retrieved per query at least, however few are returned.
         """
         self.workdir, self.artifacts = workdir, artifacts
-        self.model, self.params, self.labels, self.head_rows = model, params, labels, head_rows
+        self.model, self.labels, self.head_rows = model, labels, head_rows
         self.fusion, self.mixing = scoring.fusion, scoring.mixing
         self._run_index, self._train_index = index, train_index
         self._min_results = min_results
         self.prefix = Prefix(model.table.width, width or model.table.width)
         self._encoder = QueryEncoder(model, params, artifacts)
+        self.params = self._encoder.params
         self.image_width = self._encoder.image_width
         self._calls = Coalescer(self._run_calls, self._encoder.planner.max_size)
         self._refreshing = threading.Lock()

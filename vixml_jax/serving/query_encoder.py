@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from vixml_jax.data.store import Items, Ragged
 from vixml_jax.modeling import Model
+from vixml_jax.models import layers
 from vixml_jax.parallel import sharding
 from vixml_jax.search import index as index_lib
 from vixml_jax.serving.artifacts import ServingArtifacts
@@ -23,7 +24,7 @@ class QueryEncoder:
     """Encodes queries with a run's tower, and for its label head; several threads may use it.
 
     Attributes:
-      model, params: The model.
+      model, params: The model; unrolled blocks of the tower may be `layers.unstacked`.
       planner: Decides on the batches.
       image_width: Width of the image embeddings that the model reads; 0: it reads none.
     """
@@ -36,6 +37,8 @@ class QueryEncoder:
           artifacts: Serving artifacts of the run.
         """
         self.model, self.params = model, params
+        if model.mesh.devices.flat[0].platform == "cpu" and not model.tower.config.scan:
+            self.params = {**params, "tower": layers.unstacked(params["tower"])}
         tower, about = model.tower.config, artifacts.about
         self.image_width = tower.image_width if model.layout.num_images else 0
         self._reader = ItemReader(artifacts.path, about.max_tokens, self.image_width)
