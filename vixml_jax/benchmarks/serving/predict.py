@@ -4,7 +4,9 @@
 
 From texts to the best ten labels: tokenizer, tower, search. Random weights and labels, float32,
 texts in the order of the data. Ours is a `Predictor`; PyTorch pads texts to the longest of a batch
-and searches by `matmul` and `topk`. Programs take turns on the same cores.
+and searches by `matmul` and `topk`. "ours, tower" are the vectors of a query alone, without search.
+With --search=scann, ours searches by ScaNN as it is built, without tuning. Programs take turns on
+the same cores.
 """
 
 import functools
@@ -23,7 +25,8 @@ from vixml_jax.benchmarks.support import inputs, workers
 from vixml_jax.models import published_towers as towers
 
 K = 10
-PROGRAMS = ("ours, alone", "ours, many", "torch, alone", "torch, many")
+PROGRAMS = ("ours, alone", "ours, tower", "ours, many", "torch, alone", "torch, many")
+_OURS = 3  # The first of them.
 _QUERIES = 2048  # Each round draws some of them.
 
 
@@ -34,15 +37,15 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
     rng, labels = np.random.default_rng(0), random_labels(settings)
     if programs[0].startswith("ours"):
         predictor = our_predictor(dataset, labels, settings)
-        answer = functools.partial(predictor, k=K)
+        answer, encode = functools.partial(predictor, k=K), predictor.encode
     else:
-        answer = torch_answers(dataset, labels, settings)
+        answer = encode = torch_answers(dataset, labels, settings)
 
-    def alone() -> dict[str, Any]:
+    def alone(run: Callable[[list[str]], object]) -> dict[str, Any]:
         seconds = []
         for i in rng.integers(len(texts), size=settings["singles"]):
             start = time.perf_counter()
-            answer([texts[i]])
+            run([texts[i]])
             seconds.append(time.perf_counter() - start)
         return {"each": seconds}
 
@@ -51,7 +54,11 @@ def prepare(programs: list[str], settings: dict[str, Any]) -> dict[str, workers.
         answer(texts[start : start + settings["batch"]])
         return {}
 
-    known = {"alone": (settings["singles"], alone), "many": (settings["batch"], many)}
+    known = {
+        "alone": (settings["singles"], functools.partial(alone, answer)),
+        "tower": (settings["singles"], functools.partial(alone, encode)),
+        "many": (settings["batch"], many),
+    }
     prepared: dict[str, workers.Prepared] = {}
     for program in programs:
         count, run = known[program.split(", ")[1]]
@@ -80,7 +87,7 @@ def our_predictor(dataset: Any, labels: np.ndarray, settings: dict[str, Any]) ->
     from vixml_jax.config import Config, LabelsConfig
     from vixml_jax.data.packing import Layout
     from vixml_jax.parallel import sharding
-    from vixml_jax.search.exact import ExactIndex
+    from vixml_jax.search.factory import open_index
     from vixml_jax.serving import artifacts
     from vixml_jax.serving.predictor import Predictor
 
@@ -105,7 +112,7 @@ def our_predictor(dataset: Any, labels: np.ndarray, settings: dict[str, Any]) ->
             params,
             None,
             kept,
-            index=ExactIndex(labels),
+            index=open_index(labels, kind=settings["search"], k=K),
             train_index=None,
             scoring=COSINES,
         )
@@ -145,13 +152,17 @@ def main(argv: Sequence[str]) -> None:
     """Prints a table for each tower."""
     del argv
     values = flags.FLAGS
-    names = ("data", "labels", "batch", "singles", "threads")
+    names = ("data", "labels", "search", "batch", "singles", "threads")
     for tower in values.towers:
         settings = {"tower": tower} | {name: values[name].value for name in names}
         reports = workers.compare(
             "vixml_jax.benchmarks.serving.predict",
-            PROGRAMS if values.baseline == "torch" else PROGRAMS[:2],
-            [("ours, alone", "torch, alone"), ("ours, many", "torch, many")],
+            PROGRAMS if values.baseline == "torch" else PROGRAMS[:_OURS],
+            [
+                ("ours, tower", "ours, alone"),
+                ("ours, alone", "torch, alone"),
+                ("ours, many", "torch, many"),
+            ],
             settings,
             rounds=values.rounds,
             texts=lambda about: about["queries"],
@@ -169,6 +180,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("baseline", "torch", ["torch", "none"], "Baseline to compare with.")
     flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are the queries, or 'glyphs'.")
     flags.DEFINE_integer("labels", 131072, "Number of labels.", lower_bound=K)
+    flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How ours searches.")
     flags.DEFINE_integer("batch", 256, "Queries per batch.", lower_bound=1)
     flags.DEFINE_integer("singles", 100, "Single queries per round.", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "Rounds of each program.", lower_bound=1)

@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
     """Prints a table: queries a second, p50 and p99 of each program by the number of clients."""
     del argv
     values = flags.FLAGS
-    names = ("data", "labels", "threads", "tower", "queries", "timeout_s")
+    names = ("data", "labels", "search", "threads", "tower", "queries", "timeout_s")
     settings = {"batch": 256} | {name: values[name].value for name in names}
     loads = [f"{count} client{'s'[: int(count) > 1]}" for count in values.clients]
     compared = ["ours"] + ([values.baseline] if values.baseline != "none" else [])
@@ -184,6 +184,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("baseline", "torch", [*PROGRAMS[1:], "none"], "Baseline to compare with.")
     flags.DEFINE_string("data", "glyphs", "Prepared data whose texts are the queries, or 'glyphs'.")
     flags.DEFINE_integer("labels", 131072, "Number of labels.", lower_bound=predict.K)
+    flags.DEFINE_enum("search", "exact", ["exact", "scann"], "How ours searches.")
     flags.DEFINE_list("clients", ["1", "16", "128"], "Numbers of clients.")
     flags.DEFINE_integer("queries", 256, "Queries of a round.", lower_bound=1)
     flags.DEFINE_float("timeout_s", 10.0, "Deadline of a request to our service.", 0.1)
