@@ -7,8 +7,8 @@ from vixml_jax.benchmarks.serving import service
 from vixml_jax.models import published_towers as towers
 
 SETTINGS = {
-    "tower": "all-minilm-l6", "labels": 50, "search": "exact", "batch": 4, "threads": 1, "queries": 30,
-    "timeout_s": 60.0,
+    "tower": "all-minilm-l6", "labels": 50, "search": "exact", "batch": 4, "threads": 1,
+    "queries": 30, "timeout_s": 60.0,
 }  # fmt: skip
 
 
