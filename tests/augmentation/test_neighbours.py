@@ -81,7 +81,10 @@ def test_tuning_on_valid_then_evaluating(run, search, monkeypatch):
     for row in again:
         expected = expected_metrics[settings.from_row(row)]
         assert row["value"] == pytest.approx((expected["P@1"] + expected["PSP@3"]) / 2)
-    assert [row["value"] for row in again] == sorted((r["value"] for r in again), reverse=True)
+    # What is used comes first, then that without neighbours, then all others, best first.
+    assert [row["weight"] for row in again[: 1 + (again[0]["weight"] > 0)]][-1] == 0
+    rest = [row["value"] for row in again[1 + (again[0]["weight"] > 0) :]]
+    assert rest == sorted(rest, reverse=True)
 
 
 def test_the_command_saves_tuned_settings_and_refuses_invalid_flags(run):
