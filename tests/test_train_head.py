@@ -79,6 +79,7 @@ def others_of(state):
     }
 
 
+@pytest.mark.slow
 def test_run_with_widths_resumes_bit_for_bit(data, tmp_path):
     """Interrupted in an epoch of the whole model, and in one of the head."""
     widths = LossConfig(widths=[4, 8])

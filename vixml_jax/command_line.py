@@ -24,7 +24,7 @@ from vixml_jax import config, errors
 from vixml_jax.errors import InputError, NotFiniteError, Preempted
 from vixml_jax.runtime import console, flag_fields, signals
 
-WIDTH = 98  # Columns of help.
+WIDTH = 100  # Columns of help.
 # Flags of version 0.1 that commands other than train had, and what they are called now.
 RENAMED = config.RENAMED | {
     "encode_chunk": "microbatch_rows",
