@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -169,9 +168,7 @@ class Model:
         num_microbatches = 0
         if dropout is not None and self.microbatch_rows:
             num_microbatches = packed.tokens.shape[0] // devices // self.microbatch_rows
-        like = nn.unbox(self.abstract_params["tower"])
-        if layers.is_unstacked(params["tower"]):
-            like = layers.unstacked(like)
+        like = layers.abstract_like(params["tower"], self.abstract_params["tower"])
         weights = sharding.unpad(params["tower"], like)
         attention = self.attention(packed.tokens.shape[1], training=dropout is not None)
         with sharding.activation_sharding(self.mesh), self.precision():

@@ -384,6 +384,12 @@ def is_unstacked(params: Any) -> bool:
     return isinstance(params, dict) and ("0" in params or any(map(is_unstacked, params.values())))
 
 
+def abstract_like(params: Any, abstract: Any) -> Any:
+    """Shapes and dtypes of stacked parameters, unstacked if some parameters are; without boxes."""
+    abstract = nn.unbox(abstract)
+    return unstacked(abstract) if is_unstacked(params) else abstract
+
+
 def _split(stack: Array | jax.ShapeDtypeStruct) -> list[Any]:
     """The layers of a stack, each sharded as in the stack."""
     if isinstance(stack, jax.ShapeDtypeStruct):
