@@ -99,6 +99,10 @@ def our_predictor(dataset: Any, labels: np.ndarray, settings: dict[str, Any]) ->
         sharding.create_mesh(),
     )
     params = nn.unbox(jax.jit(model.init_params)(jax.random.key(0)))
+    stored = sharding.stored_tree(model.abstract_params, model.mesh)
+    params = jax.device_put(
+        sharding.pad(params, stored), jax.tree.map(lambda x: x.sharding, stored)
+    )
     names = [f"label {row}" for row in range(len(labels))]
     with tempfile.TemporaryDirectory() as directory:
         place = os.path.join(directory, artifacts.DIRECTORY)
