@@ -171,6 +171,11 @@ def test_the_code_of_the_readme_computes_the_scores_of_the_run(exported, tmp_pat
     assert has_head == (out / "head.npz").exists()
 
 
+@pytest.mark.parametrize(
+    "exported",
+    [kind if kind == "head" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+    indirect=True,
+)
 def test_first_columns_and_8_bits(exported, tmp_path):
     """The code of the README computes the scores of a predictor of this width, also from int8."""
     whole, _ = exported
