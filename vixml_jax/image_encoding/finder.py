@@ -16,6 +16,7 @@ from vixml_jax.data.sources.raw import RawDataset
 from vixml_jax.errors import InputError
 from vixml_jax.image_encoding import pipeline
 from vixml_jax.image_encoding.encoder import ImageEncoder
+from vixml_jax.runtime import processors
 from vixml_jax.storage import locks
 from vixml_jax.storage.resumable import Place
 
@@ -250,7 +251,7 @@ class ImageFinder:
             known,
             elsewhere=elsewhere,
             batch=self._encoder.batch_size(self._batch),
-            threads=len(os.sched_getaffinity(0)),
+            threads=processors.usable(),
         )
         return {
             source: Outcome(fault=faults[source]) if source in faults else outcomes[file_of[source]]

@@ -1,7 +1,6 @@
 """Exact search: inner products in blocks with a running top-k, label rows sharded over a mesh."""
 
 import functools
-import os
 from concurrent import futures
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.sharding import ROWS
+from vixml_jax.runtime import processors
 from vixml_jax.search import index, int8, top_k
 from vixml_jax.search.index import Normalised
 from vixml_jax.search.int8 import Int8Vectors
@@ -127,9 +127,7 @@ class _HostRows:
             jax.tree.map(functools.partial(block, start=start), values)
             for start in range(0, self._num_labels, self._size)
         ]
-        # The cores that this process may use, if the system reports them; else one.
-        has_affinity = hasattr(os, "sched_getaffinity")
-        self._num_threads = len(os.sched_getaffinity(0)) if has_affinity else 1
+        self._num_threads = processors.usable()
         self._threads = futures.ThreadPoolExecutor(self._num_threads)
 
     def best(

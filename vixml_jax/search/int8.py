@@ -7,7 +7,6 @@ of integers. The best few of each query are then scored by their float32 vectors
 they are: on the host, or in a memory-mapped file.
 """
 
-import os
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
+from vixml_jax.runtime import processors
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.index import Index, Normalised
 from vixml_jax.search.prefix import Prefix
@@ -115,9 +115,7 @@ class RescoredIndex:
         """
         self.settings: dict[str, Any] = index.settings
         self._index, self._vectors, self._prefix = index, vectors, prefix
-        has_affinity = hasattr(os, "sched_getaffinity")
-        num_threads = len(os.sched_getaffinity(0)) if has_affinity else 1
-        self._threads = futures.ThreadPoolExecutor(num_threads)
+        self._threads = futures.ThreadPoolExecutor(processors.usable())
 
     def search(self, queries: Float[np.ndarray, "q v"], k: int) -> SearchResult:
         """Returns the k best labels of each query, best first, ties by the lower id."""

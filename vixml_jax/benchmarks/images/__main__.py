@@ -16,6 +16,7 @@ from absl import flags
 
 from vixml_jax import command_line
 from vixml_jax.benchmarks.images import decoding
+from vixml_jax.runtime import processors
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     print(
         f"{len(paths)} JPEG files of {values.side} x {values.side} pixels, {size:.0f} kB each, to "
         f"{values.frame} x {values.frame}; median of {values.rounds} rounds; load "
-        f"{os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores"
+        f"{os.getloadavg()[0]:.1f} on {processors.usable()} cores"
     )
     print(f"{'program':14s} {'images/s':>9s} {'processor ms/image':>19s}  times 1 thread")
     for name, rounds in found.items():

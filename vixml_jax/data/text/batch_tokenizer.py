@@ -20,6 +20,7 @@ from vixml_jax.data.store import ranges
 from vixml_jax.data.text import pretokenizer
 from vixml_jax.data.text import tokenizer as tokenizer_lib
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import processors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -273,8 +274,8 @@ class Encoders:
 
 def processes_for(num_texts: int) -> int:
     """Number of processes for `Encoders`: one per processor, at most 16; 0 for few texts."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    return min(processors, 16) if processors > 1 and num_texts >= _MANY_TEXTS else 0
+    count = processors.usable()
+    return min(count, 16) if count > 1 and num_texts >= _MANY_TEXTS else 0
 
 
 def _serve() -> None:
