@@ -9,6 +9,7 @@ import signal
 import tempfile
 
 import pytest
+from absl.testing import flagsaver
 
 PLATFORM = os.environ.get("VIXML_JAX_TEST_PLATFORM", "")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,6 +55,14 @@ def pytest_collection_modifyitems(items):
         return not item.nodeid.removeprefix("tests/").startswith(SLOWEST)
 
     items.sort(key=is_fast)
+
+
+@pytest.fixture(autouse=True)
+def flags_of_one_test():
+    """Flags that a test defines or changes are gone after it: commands share names of flags."""
+    saved = flagsaver.save_flag_values()
+    yield
+    flagsaver.restore_flag_values(saved)
 
 
 @pytest.hookimpl(wrapper=True)

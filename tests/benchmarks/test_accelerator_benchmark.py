@@ -198,8 +198,7 @@ def test_parts_that_failed_are_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(platforms, "describe", lambda: found)
     monkeypatch.setattr(accelerator.subprocess, "Popen", start)
     accelerator.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()
     out, names = str(tmp_path / "out"), ["head", "search", "doctor"]
     with flagsaver.flagsaver(out=out, size="tiny", parts=names, timeout_s=2.0):
         with pytest.raises(SystemExit) as stop:

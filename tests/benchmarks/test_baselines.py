@@ -44,8 +44,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def defined_flags():
     baselines.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()
 
 
 def written(tmp_path, dataset, fetched=20):

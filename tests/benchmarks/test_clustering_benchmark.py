@@ -10,10 +10,8 @@ from vixml_jax.benchmarks import clustering
 
 @pytest.mark.parametrize("noise", [False, True])
 def test_prints_a_table_for_each_leaf(noise, capsys):
-    if "leaf" not in flags.FLAGS:
-        clustering.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    clustering.define_flags()
+    flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(n=300, width=8, leaf=["16", "100"], rounds=1, noise=noise):
         clustering.main([])
     printed = capsys.readouterr().out

@@ -49,8 +49,7 @@ def test_nothing_that_devices_exchange_grows_with_the_labels(num_sampled):
 
 def test_both_counts_are_printed(capsys):
     communication.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(what="head", batch=64, labels=500, loss="bce", list=True):
         communication.main([])
     printed = capsys.readouterr().out

@@ -36,8 +36,7 @@ def test_each_query_has_distinct_labels():
 
 def test_time_and_memory_are_measured_in_turns(capfd):
     head.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()
     small = {"labels": ["20000"], "width": 16, "batch": 128, "block": 1000, "rounds": 2}
     with flagsaver.flagsaver(**small):
         head.main([])

@@ -16,8 +16,7 @@ def test_rows_of_threads_and_processes(tmp_path, capsys):
     used = decoding.decode(paths, 24)
     assert 0 < used < 60
     images.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(files=6, side=40, frame=24, workers=2, rounds=2):
         images.main([])
     printed = capsys.readouterr().out

@@ -42,8 +42,7 @@ def test_a_round(program, tmp_path, monkeypatch):
 
 def test_prints_a_line_for_each_program(capfd):
     load.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(gigabytes=1e-4, devices=["1", "2"], baseline="none", rounds=1):
         load.main([])
     lines = capfd.readouterr().out.splitlines()

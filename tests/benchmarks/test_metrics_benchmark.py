@@ -13,10 +13,8 @@ SMALL = {"queries": 40, "k": 12, "labels": 50, "part": 10, "rounds": 1}
 
 @pytest.fixture(autouse=True)
 def defined_flags():
-    if "part" not in flags.FLAGS:
-        metrics.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    metrics.define_flags()
+    flags.FLAGS.mark_as_parsed()
 
 
 def test_prints_one_table_of_programs_that_agree(capfd):

@@ -24,8 +24,7 @@ def small(monkeypatch):
 
 
 def parsed():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()
 
 
 def test_synthetic_data_have_the_given_sizes(tmp_path):

@@ -16,10 +16,8 @@ SMALL = {"n": ["12000"], "width": 16, "queries": 64, "k": 100, "rounds": 1}
 
 @pytest.fixture(autouse=True)
 def defined_flags():
-    if "baselines" not in flags.FLAGS:
-        search.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    search.define_flags()
+    flags.FLAGS.mark_as_parsed()
 
 
 def test_vectors_are_clustered_and_queries_near_them():

@@ -17,10 +17,8 @@ from vixml_jax.evaluation import bootstrap, compare, per_query
 
 @pytest.fixture
 def defined_flags():
-    if "permutations" not in flags.FLAGS:
-        compare.define_flags()
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    compare.define_flags()
+    flags.FLAGS.mark_as_parsed()
 
 
 def test_command_prints_and_writes_comparison(tmp_path, defined_flags, capsys):

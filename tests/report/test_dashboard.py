@@ -254,21 +254,17 @@ def test_command_writes_the_page_or_refuses(tmp_path):
     a = write_run(tmp_path / "a", 0)
     dashboard.define_flags()
     flags.FLAGS.mark_as_parsed()
-    try:
-        with flagsaver.flagsaver(runs=[a], out=str(tmp_path / "out.html")):
+    with flagsaver.flagsaver(runs=[a], out=str(tmp_path / "out.html")):
+        dashboard.main([])
+    assert "<h1>a</h1>" in (tmp_path / "out.html").read_text()
+    for given, message in (
+        ([], "found 0, expected 1 to 6"),
+        ([a] * 7, "found 7, expected 1 to 6"),
+        ([a, a + "/"], "is given twice"),
+        ([str(tmp_path)], "config.json: not found; expected a run directory"),
+    ):
+        with flagsaver.flagsaver(runs=given), pytest.raises(InputError, match=message):
             dashboard.main([])
-        assert "<h1>a</h1>" in (tmp_path / "out.html").read_text()
-        for given, message in (
-            ([], "found 0, expected 1 to 6"),
-            ([a] * 7, "found 7, expected 1 to 6"),
-            ([a, a + "/"], "is given twice"),
-            ([str(tmp_path)], "config.json: not found; expected a run directory"),
-        ):
-            with flagsaver.flagsaver(runs=given), pytest.raises(InputError, match=message):
-                dashboard.main([])
-    finally:
-        for name in ("runs", "split", "search", "out"):
-            delattr(flags.FLAGS, name)
 
 
 @pytest.mark.parametrize("name,content,message", [
