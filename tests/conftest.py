@@ -9,7 +9,7 @@ import signal
 import tempfile
 
 import pytest
-from absl.testing import flagsaver
+from absl import flags
 
 PLATFORM = os.environ.get("VIXML_JAX_TEST_PLATFORM", "")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -58,11 +58,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def flags_of_one_test():
-    """Flags that a test defines or changes are gone after it: commands share names of flags."""
-    saved = flagsaver.save_flag_values()
+def own_flags():
+    """Flags that a test defines are gone after it: commands share names of flags."""
+    before = set(flags.FLAGS)
     yield
-    flagsaver.restore_flag_values(saved)
+    for name in set(flags.FLAGS) - before:  # Libraries define some as they are imported.
+        if flags.FLAGS.find_module_defining_flag(name).startswith("vixml_jax"):
+            delattr(flags.FLAGS, name)
 
 
 @pytest.hookimpl(wrapper=True)
