@@ -1,5 +1,6 @@
 """Tests of the training step on several devices: equal results, communication, sparse updates."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -164,13 +165,15 @@ def test_sparse_step_updates_free_vectors_in_place():
         batch = sharding.to_devices(random_batch(np.random.default_rng(0)), mesh)
         program = train.program(batch, jax.random.key(0))
         kinds = re.findall(rf" = f32\[{NUM_FREE},16\]\S* ([\w-]+)\(", program.as_text())
-        return set(kinds), kinds.count("scatter"), kinds.count("fusion")
+        return collections.Counter(kinds)
 
-    kinds, scatters, fusions = operations(sparse=True)
-    assert kinds <= {"parameter", "scatter", "fusion"}
-    assert scatters == 3 and fusions <= scatters  # At most one fusion around each.
-    kinds, _, _ = operations(sparse=False)
-    assert {"multiply", "add"} <= kinds
+    kinds = operations(sparse=True)
+    # A scatter may be written as a loop that updates one row at a time.
+    in_place = kinds["scatter"] + kinds["dynamic-update-slice"]
+    passed_on = {"parameter", "get-tuple-element"}
+    assert kinds.keys() <= {"scatter", "dynamic-update-slice", "fusion"} | passed_on
+    assert in_place == 3 and kinds["fusion"] <= in_place  # At most one fusion around each.
+    assert {"multiply", "add"} <= operations(sparse=False).keys()
 
 
 @pytest.mark.parametrize(
