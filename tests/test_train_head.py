@@ -179,7 +179,7 @@ def test_restored_model_has_the_head(finished):
     """Its logits, computed from the restored arrays, rank the labels of training queries high."""
     for kind in ("only", "refit", "joint", "none"):
         config = workdir_lib.read_config(finished(kind).workdir)
-        assert config.head.loss == ("auto" if kind == "none" else "softmax")
+        assert config.head.loss == ("auto" if kind == "none" else "decoupled_softmax")
         dataset = workdir_lib.open_dataset(config)
         mesh = workdir_lib.make_mesh(config)
         model = workdir_lib.build_model(
@@ -277,7 +277,7 @@ def test_opening_lines_and_progress_tell_of_the_head(data, tmp_path, capsys):
     train.train(config)
     output = capsys.readouterr().out.splitlines()
     assert output[2] == (
-        "head: softmax over 20 labels (2.0 labels per query), MLP of 8, 50 words, trained 2 epochs "
+        "head: decoupled_softmax over 20 labels (2.0 labels per query), MLP of 8, 50 words, trained 2 epochs "
         "after the last"
     )
     lines = [line for line in output if "epoch " in line and ", step " in line]
@@ -290,15 +290,15 @@ def test_opening_lines_and_progress_tell_of_the_head(data, tmp_path, capsys):
 def test_loss_is_chosen_by_labels_per_query_and_queries_per_label(data, tmp_path):
     config = head_run(data, tmp_path / "run", "only")
     for *density, loss in (
-        (5.4, 99.0, "softmax"),
-        (5.5, 24.9, "softmax"),
+        (5.4, 99.0, "decoupled_softmax"),
+        (5.5, 24.9, "decoupled_softmax"),
         (5.5, 25.0, "bce"),
         (41.0, 117.0, "bce"),
     ):
         assert workdir_lib.with_head_loss(config, *density).head.loss == loss
-    given = dataclasses.replace(config.head, loss="decoupled_softmax")
+    given = dataclasses.replace(config.head, loss="softmax")
     config = dataclasses.replace(config, head=given)
-    assert workdir_lib.with_head_loss(config, 99.0, 99.0).head.loss == "decoupled_softmax"
+    assert workdir_lib.with_head_loss(config, 99.0, 99.0).head.loss == "softmax"
     with pytest.raises(ValueError, match="with_head_loss"):
         workdir_lib.build_model(
             head_run(data, tmp_path, "only"), None, None, 20, sharding.create_mesh()

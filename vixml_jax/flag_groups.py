@@ -212,10 +212,10 @@ class HeadConfig:
     )
     loss: str = flag(
         "auto",
-        "Loss of the head. softmax: over all labels, for queries with few labels; "
-        "decoupled_softmax: the same, in which labels of a query do not compete with each other; "
-        "bce: binary cross-entropy, for many labels per query; auto: bce from 5.5 labels per query "
-        "and 25 queries per label on, else softmax.",
+        "Loss of the head. softmax: over all labels; decoupled_softmax: the same, in which labels "
+        "of a query do not compete with each other; bce: binary cross-entropy, for many labels per "
+        "query; auto: bce from 5.5 labels per query and 25 queries per label on, else "
+        "decoupled_softmax.",
         choices=("auto", "softmax", "decoupled_softmax", "bce"),
     )
     learning_rate: float = flag(

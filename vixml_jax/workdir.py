@@ -38,8 +38,8 @@ BEST = "best"
 # Flags whose values may change when a run is resumed. The data may move; their content may not
 # change, which their content hash says.
 FREE_FLAGS = ("data", "workdir", "mesh", "loop.save_every", "loop.save_minutes", "loop.max_to_keep")
-# --head.loss=auto is bce from these numbers on: of labels per training query, and of training
-# queries per label, without which bce hardly learns the rare labels.
+# --head.loss=auto is bce from these numbers on, else decoupled_softmax: of labels per training
+# query, and of training queries per label, without which bce hardly learns the rare labels.
 BCE_FROM = 5.5
 BCE_FROM_PER_LABEL = 25
 FAMILIES = {"encoder": BertConfig, "modernbert": ModernBertConfig, "decoder": DecoderConfig}
@@ -188,7 +188,7 @@ def with_head_loss(config: Config, labels_per_query: float, queries_per_label: f
     if not config.head.enabled or config.head.loss != "auto":
         return config
     is_dense = labels_per_query >= BCE_FROM and queries_per_label >= BCE_FROM_PER_LABEL
-    loss = "bce" if is_dense else "softmax"
+    loss = "bce" if is_dense else "decoupled_softmax"
     if (epath.Path(config.workdir) / TOWER).exists():
         loss = _read_tower(config.workdir).head_loss or loss
     return dataclasses.replace(config, head=dataclasses.replace(config.head, loss=loss))
