@@ -16,7 +16,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", ["softmax", "bce"])
+@pytest.mark.parametrize("loss", ["softmax", "decoupled_softmax", "bce"])
 def test_both_programs_take_the_same_steps(loss):
     settings = SETTINGS | {"loss": loss}
     ours, theirs = steps.ours(settings), steps.pytorch(settings)

@@ -106,7 +106,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("width", 384, "Width of the vectors.", lower_bound=1)
     flags.DEFINE_integer("batch", 512, "Queries per batch.", lower_bound=1)
     flags.DEFINE_integer("positives", 3, "Labels of each query.", lower_bound=1)
-    flags.DEFINE_enum("loss", "softmax", ["softmax", "bce"], "As --head.loss in train.")
+    losses = ["softmax", "decoupled_softmax", "bce"]
+    flags.DEFINE_enum("loss", "softmax", losses, "As --head.loss in train.")
     flags.DEFINE_integer("block", 8192, "As --head.label_block in train.", lower_bound=1)
     flags.DEFINE_enum(
         "moments", "float32", ["float32", "bfloat16"], "As --head.moments in train; ours alone."

@@ -112,6 +112,11 @@ def pytorch(settings: dict[str, Any]) -> Program:
         log_probabilities = torch.log_softmax(functional.linear(scaled, *params), dim=1)
         return -log_probabilities.gather(1, labels).mean()
 
+    def decoupled_softmax() -> torch.Tensor:
+        logits = functional.linear(scaled, *params)
+        of_others = logits.scatter(1, labels, -torch.inf).logsumexp(1, keepdim=True)
+        return functional.softplus(of_others - logits.gather(1, labels)).mean()
+
     def bce() -> torch.Tensor:
         targets = torch.zeros(len(queries), settings["labels"], device=device)
         targets = targets.scatter_(1, labels, 1.0)
@@ -119,7 +124,8 @@ def pytorch(settings: dict[str, Any]) -> Program:
         total = functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         return total / labels.numel()
 
-    cost = {"softmax": softmax, "bce": bce}[settings["loss"]]
+    costs = {"softmax": softmax, "decoupled_softmax": decoupled_softmax, "bce": bce}
+    cost = costs[settings["loss"]]
 
     def step() -> float:
         adam.zero_grad(set_to_none=True)
