@@ -1,10 +1,10 @@
 """Starts the processes of a run on this machine, each with its own host devices."""
 
-import os
 import re
 import subprocess
 import sys
 
+from tests import host_devices
 from vixml_jax.benchmarks.support import workers
 
 
@@ -20,11 +20,7 @@ def start(module, arguments, *, num_processes, devices):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            },
+            env=host_devices.environment(devices),
         )
         for process_flags in workers.cluster_flags(num_processes)
     ]

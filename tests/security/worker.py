@@ -18,6 +18,8 @@ import time
 
 import numpy as np
 
+from tests import host_devices
+
 ROOT = pathlib.Path(__file__).parents[2]
 _TIME_S = 10  # Of a processor, for one attack.
 _WAIT_S = 60  # Longest time of one attack, on a machine with much else to do.
@@ -34,7 +36,7 @@ def run(module, root, seed, count):
       count: Number of attacks.
     """
     command = [sys.executable, "-m", __name__, module, str(root), str(seed), str(count)]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "XLA_FLAGS": ""}
+    environment = {**host_devices.environment(1), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
         text=True, check=False,

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests import host_devices
 from vixml_jax.errors import Preempted
 from vixml_jax.runtime import progress
 from vixml_jax.training.preemption import StopSignal
@@ -70,8 +71,7 @@ def test_two_processes_stop_and_save_together(tmp_path):
         free_port.bind(("localhost", 0))
         address = f"localhost:{free_port.getsockname()[1]}"
     here = pathlib.Path(__file__).parent
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    env = host_devices.environment(2)
     env["PYTHONPATH"] = os.pathsep.join([str(here), *sys.path])
     script = str(here / "two_processes.py")
     started = [
