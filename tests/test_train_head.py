@@ -277,8 +277,8 @@ def test_opening_lines_and_progress_tell_of_the_head(data, tmp_path, capsys):
     train.train(config)
     output = capsys.readouterr().out.splitlines()
     assert output[2] == (
-        "head: decoupled_softmax over 20 labels (2.0 labels per query), MLP of 8, 50 words, trained 2 epochs "
-        "after the last"
+        "head: decoupled_softmax over 20 labels (2.0 labels per query), MLP of 8, 50 words, "
+        "trained 2 epochs after the last"
     )
     lines = [line for line in output if "epoch " in line and ", step " in line]
     assert lines[0].startswith("epoch 1/1, step 6 of 12: loss ") and "violators" in lines[0]

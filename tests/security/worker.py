@@ -9,7 +9,6 @@ import collections
 import faulthandler
 import importlib
 import json
-import os
 import pathlib
 import resource
 import subprocess
