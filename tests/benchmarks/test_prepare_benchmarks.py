@@ -23,10 +23,6 @@ def small(monkeypatch):
     monkeypatch.setitem(synthetic_data.LIKE, "lf_wikipedia_500k", LIKE)
 
 
-def parsed():
-    flags.FLAGS.mark_as_parsed()
-
-
 def test_synthetic_data_have_the_given_sizes(tmp_path):
     synthetic_data.write(str(tmp_path), LIKE, tokenizer="train")
     raw = xml_repository.read_xml_repository(str(tmp_path))
@@ -65,7 +61,7 @@ def test_ranks_by_zipf():
 @pytest.mark.parametrize("keep", [False, True])
 def test_prints_a_line_per_step_and_cleans_up(tmp_path, capfd, monkeypatch, keep):
     prepare.define_flags()
-    parsed()
+    flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(dir=str(tmp_path), batch=32, keep=keep):
         prepare.main([])
     lines = capfd.readouterr().out.splitlines()
@@ -117,7 +113,7 @@ def test_programs_give_the_same_tokens():
 
 def test_tokenising_prints_two_tables(capfd, tmp_path):
     tokenize.define_flags()
-    parsed()
+    flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(texts=20, rounds=2, threads=1, words=1000):
         tokenize.main([])
     lines = capfd.readouterr().out.splitlines()

@@ -20,7 +20,7 @@ def start(module, arguments, *, num_processes, devices):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=host_devices.environment(devices),
+            env=host_devices.environment(devices) | {"JAX_PLATFORMS": "cpu"},
         )
         for process_flags in workers.cluster_flags(num_processes)
     ]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
+from tests import host_devices
 from tests.tiny import configuration, make_data, make_qwen
 from vixml_jax import config as config_lib
 from vixml_jax import frozen_weights, saved_model, train, workdir
@@ -279,7 +280,7 @@ def test_a_run_is_restored_on_another_mesh(run, tmp_path):
 def test_evaluate_on_fewer_devices_than_trained(run):
     """On one device the mesh of the run is refused with a message, and another one works."""
     command = [sys.executable, "-m", "vixml_jax.evaluate", f"--workdir={run.workdir}"]
-    one_device = {**os.environ, "XLA_FLAGS": ""}
+    one_device = host_devices.environment(1)
     for flags, status in (([], 2), (["--mesh=fsdp:-1"], 0)):
         done = subprocess.run([*command, *flags], env=one_device, capture_output=True, text=True,
                               cwd=ROOT, check=False)  # fmt: skip

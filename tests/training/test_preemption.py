@@ -71,7 +71,7 @@ def test_two_processes_stop_and_save_together(tmp_path):
         free_port.bind(("localhost", 0))
         address = f"localhost:{free_port.getsockname()[1]}"
     here = pathlib.Path(__file__).parent
-    env = host_devices.environment(2)
+    env = host_devices.environment(2) | {"JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = os.pathsep.join([str(here), *sys.path])
     script = str(here / "two_processes.py")
     started = [
