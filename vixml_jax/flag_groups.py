@@ -56,9 +56,9 @@ class ModelConfig:
     )
     matmul_precision: str = flag(
         "default",
-        "Precision of float32 products of tower and prototypes. default: TF32 on GPUs, one pass of "
-        "bfloat16 on TPUs; high: TF32 on GPUs, three passes on TPUs; highest: float32. CPUs always "
-        "compute in float32.",
+        "Precision of float32 products of tower, prototypes and head. default: TF32 on GPUs, one "
+        "pass of bfloat16 on TPUs; high: TF32 on GPUs, three passes on TPUs; highest: float32. "
+        "CPUs always compute in float32.",
         choices=("default", "high", "highest"),
     )
     scan: bool = flag(

@@ -46,8 +46,8 @@ class Model:
       mesh: Mesh on which the model runs.
       row_width: Number of positions of a packed row.
       layout: Layout of items.
-      matmul_precision: Precision of float32 products in tower and prototype network: "default" of
-        the device, "high" or "highest", as `jax.lax.Precision` has them.
+      matmul_precision: Precision of float32 products in tower, prototype network and head:
+        "default" of the device, "high" or "highest", as `jax.lax.Precision` has them.
       microbatch_rows: Rows per device that the tower processes at a time in training; 0 for all.
       head: The label head; None if the run has none. Its parameters are `params["head"]`, which are
         absent as long as nothing has trained it.
@@ -85,7 +85,7 @@ class Model:
         return params
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """The context in which tower and prototype network are traced; gradients follow them."""
+        """The context in which tower, prototype network, head and their gradients are traced."""
         if self.matmul_precision == "default":  # Of the device, or as JAX is configured.
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.matmul_precision)
@@ -324,7 +324,11 @@ class Model:
 
     @functools.cached_property
     def _head_block(self) -> Any:
-        return jax.jit(self.head.queries)
+        def queries(reading: Any, queries: Array, words: Array | None) -> Float[Array, "b e"]:
+            with self.precision():
+                return self.head.queries(reading, queries, words)
+
+        return jax.jit(queries)
 
     def head_rows(self, params: Any) -> tuple[Shard, Shard]:
         """Vectors [n, e] and biases [n] of the labels in the head, on the host.

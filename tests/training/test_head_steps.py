@@ -10,7 +10,7 @@ from scipy import sparse
 from vixml_jax.config import Config
 from vixml_jax.data import sampling
 from vixml_jax.data.packing import Layout
-from vixml_jax.flag_groups import HeadConfig, LabelsConfig
+from vixml_jax.flag_groups import HeadConfig, LabelsConfig, ModelConfig
 from vixml_jax.models.bert import BertConfig
 from vixml_jax.parallel import sharding
 from vixml_jax.structs import HeadBatch, Shard
@@ -178,6 +178,36 @@ def test_head_step_fits_its_abstract_batch_and_plan():
     assert 0 < plan.step < 2**24
     bigger = plan._replace(step=plan.step + 1)
     assert memory_planner.largest([plan, bigger, plan]) is bigger
+
+
+@pytest.mark.parametrize("loss", ["softmax", "decoupled_softmax", "bce"])
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+def test_all_products_of_the_head_have_the_precision_of_the_run(precision, loss):
+    """In the head epochs, whose gradients have rules of their own, and in steps of both."""
+    mesh = mesh_of(1, 1)
+    config = Config(
+        model=ModelConfig(matmul_precision=precision),
+        head=HeadConfig(weight=1.0, refit=True, loss=loss, mlp_width=8),
+        labels=LabelsConfig(num_heads=2),
+    )
+    sizes = DataSizes(NUM_QUERIES, NUM_LABELS, 3.0)
+    parts = build.assemble(config, TOWER, Layout(0), sizes, mesh)
+    key = jax.random.key(0)
+    batch = memory_planner.abstract_head_batch(parts.model, SIZE, 3.0)[0]
+    head = str(parts.head.step.traced(batch, key).jaxpr)
+    products, name = head.count("dot_general["), f"Precision.{precision.upper()}"
+    # Two layers and logits: forward, and backward for both factors but the queries.
+    assert products >= 3 * 3 - 1
+    expected = 0 if precision == "default" else products
+    assert head.count(f"precision=({name}, {name})") == expected
+    batch = memory_planner.abstract_batch(parts.model, SIZE, 4.0, has_images=[False] * 2, width=0)
+    joint = str(parts.step.traced(batch[0], key).jaxpr)
+    # Similarities of the loss over the batch have the highest one in each run.
+    similarities = 0 if precision == "highest" else joint.count("precision=(Precision.HIGHEST, ")
+    others = joint.count("dot_general[") - similarities
+    assert others > products
+    expected = 0 if precision == "default" else others
+    assert joint.count(f"precision=({name}, {name})") == expected
 
 
 def test_operations_of_the_head_are_counted():

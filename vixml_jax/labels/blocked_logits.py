@@ -222,7 +222,7 @@ def _logits(
 ) -> tuple[Float[Array, "b k"], Float[Array, " k"]]:
     """Logits of a block, and log-weights: `ABSENT` at labels of the block before."""
     vectors, bias, log_weight = map(block.take, labels)
-    # Default precision: logits need no more than training does, unlike scores that are ranked.
+    # The precision of the run: logits need no more than training does, unlike ranked scores.
     logits = jnp.einsum("be,ke->bk", g, vectors, preferred_element_type=jnp.float32) + bias
     return logits, block.where_new(log_weight, ABSENT)
 

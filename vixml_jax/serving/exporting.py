@@ -187,7 +187,8 @@ def program(
         width = used or vectors.shape[1]
         if fusion is None:
             return prefix(vectors, width)
-        g = model.head.queries(head, vectors, text_tokens(ids, mask))
+        with model.precision():
+            g = model.head.queries(head, vectors, text_tokens(ids, mask))
         parts = [
             fusion.prototypes * prefix(vectors, width),
             fusion.head * prefix(g, width),

@@ -309,9 +309,7 @@ def _head_parts(config: Config, model: Model, sizes: DataSizes) -> HeadParts:
         params=sharding.stored_tree(trained, model.mesh),
         frozen=sharding.stored_tree(frozen, model.mesh),
     )
-    return HeadParts(
-        tx, like, train_step.make_head_step(model.head, tx, head_trainer.own_state(like))
-    )
+    return HeadParts(tx, like, train_step.make_head_step(model, tx, head_trainer.own_state(like)))
 
 
 def _head_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:

@@ -166,20 +166,21 @@ def make_train_step(
             scalars,
         )
 
-    return _compiled_on_demand(step, like)
+    return _compiled_on_demand(step, like, model)
 
 
 def make_head_step(
-    head: LabelHead, optimizer: optax.GradientTransformation, like: TrainState
+    model: Model, optimizer: optax.GradientTransformation, like: TrainState
 ) -> TrainStep:
     """Makes the step of the head epochs: the loss of the head on queries whose vectors are cached.
 
     Args:
-      head: The label head.
+      model: A model with a label head.
       optimizer: Updates {"head": parameters}.
       like: Shapes, dtypes and shardings of the state, whose only parameters are those of the head.
         `bank` holds the vectors of the training queries and is not changed.
     """
+    head = model.head
 
     def step(
         state: TrainState, batch: HeadBatch, key: Array
@@ -207,13 +208,19 @@ def make_head_step(
         state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, scalars
 
-    return _compiled_on_demand(step, like)
+    return _compiled_on_demand(step, like, model)
 
 
-def _compiled_on_demand(step: Callable[..., Any], like: TrainState) -> TrainStep:
+def _compiled_on_demand(step: Callable[..., Any], like: TrainState, model: Model) -> TrainStep:
+    def with_precision(state: TrainState, batch: Any, key: Array) -> Any:
+        with model.precision():  # Also for gradients with rules of their own, traced at the end.
+            return step(state, batch, key)
+
     shardings = jax.tree.map(lambda x: x.sharding, like)
     scalars = sharding.replicated(like.step.sharding.mesh)
-    return TrainStep(jax.jit(step, donate_argnums=0, out_shardings=(shardings, scalars)), like)
+    return TrainStep(
+        jax.jit(with_precision, donate_argnums=0, out_shardings=(shardings, scalars)), like
+    )
 
 
 def _head_key(key: Array, step: Array) -> Array:
