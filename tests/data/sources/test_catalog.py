@@ -1,6 +1,5 @@
 """Tests of public data sets by name, with small synthetic files in the published formats."""
 
-import dataclasses
 import gzip
 import json
 import pathlib
@@ -12,96 +11,28 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
-from scipy import sparse
 
-from vixml_jax import prepare
+from tests.data.sources.published_files import (
+    PREFIX,
+    SIZES,
+    random_rows,
+    relevance_of,
+    shrink_catalogue,
+    titles,
+    titles_and_contents,
+    write_filters,
+    write_json,
+    write_lines,
+)
 from vixml_jax.data.sources import catalog, published, tfds_records
-from vixml_jax.data.store import PreparedDataset
 from vixml_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[3]
-WORDS = np.array("red green blue Straße naïve 漢字 шина 🚲 car\ttab house".split(" "))
-SIZES = {"train": 23, "labels": 9, "test": 7}
-PREFIX = {"train": "trn", "labels": "lbl", "test": "tst"}
-
-
-def random_rows(seed=0):
-    """The contents of a synthetic data set: a list of published rows for each part."""
-    rng = np.random.default_rng(seed)
-
-    def text(min_words):
-        return " ".join(rng.choice(WORDS, rng.integers(min_words, 6)))
-
-    held = {}
-    for part, count in SIZES.items():
-        held[part] = [
-            {"uid": f"B{part[:2]}{row:04}ß", "title": text(1), "content": text(0)}
-            for row in range(count)
-        ]
-        for row in held[part] if part != "labels" else ():
-            labels = rng.permutation(SIZES["labels"])[: rng.integers(0, 5)].tolist()
-            row |= {"target_ind": labels, "target_rel": [1.0] * len(labels)}
-    held["train"][0] |= {"target_ind": [3, 1], "target_rel": [1.0, 1.0]}  # Not sorted.
-    return held
-
-
-def write_json(directory, held):
-    directory.mkdir(parents=True, exist_ok=True)
-    for part, rows in held.items():
-        lines = [json.dumps(row, ensure_ascii=n % 2 == 0) for n, row in enumerate(rows)]
-        with gzip.open(directory / f"{PREFIX[part]}.json.gz", "wt", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-    return held
-
-
-def write_lines(directory, held, layout, encoding="utf-8"):
-    """Writes the titles in a layout with one text per line, and the relevance in files."""
-    for part, rows in held.items():
-        path = directory / layout.texts[part][0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for row in rows:
-            row["content"] = ""
-            row["title"] = row["title"].encode(encoding, "ignore").decode(encoding)
-            row["uid"] = row["uid"].encode("ascii", "ignore").decode() if layout.with_ids else ""
-        lines = [f"{row['uid']}->" * layout.with_ids + row["title"] for row in rows]
-        path.write_bytes("".join(f"{line}\n" for line in lines).encode(encoding))
-        if part == "labels":
-            continue
-        path = directory / layout.relevance[part][0]
-        if path.suffix == ".npz":
-            sparse.save_npz(path, sparse.csr_matrix(relevance_of(rows)))
-        else:
-            lines = [" ".join(f"{label}:1.0" for label in row["target_ind"]) for row in rows]
-            path.write_text(f"{len(rows)} {SIZES['labels']}\n" + "".join(f"{x}\n" for x in lines))
-    return held
-
-
-def relevance_of(rows):
-    matrix = np.zeros((len(rows), SIZES["labels"]), np.float32)
-    for matrix_row, row in zip(matrix, rows, strict=True):
-        matrix_row[row["target_ind"]] = 1.0
-    return matrix
-
-
-def write_filters(directory, seed=1):
-    rng = np.random.default_rng(seed)
-    pairs = {}
-    for split in ("train", "test"):
-        flat = np.sort(rng.permutation(SIZES[split] * SIZES["labels"])[:6])
-        pairs[split] = np.stack([flat // SIZES["labels"], flat % SIZES["labels"]], axis=1)
-        text = "".join(f"{query} {label}\n" for query, label in rng.permutation(pairs[split]))
-        (directory / f"filter_labels_{split}.txt").write_text(text)
-    return pairs
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Gives every data set of the catalogue the synthetic sizes, and shards of a few rows."""
-    for key, dataset in catalog.CATALOG.items():
-        monkeypatch.setitem(catalog.CATALOG, key, dataclasses.replace(dataset, **SIZES))
-    monkeypatch.setattr(tfds_records, "_SHARD", 5)
-    monkeypatch.setattr(tfds_records, "_CHUNK", 3)
+    shrink_catalogue(monkeypatch)
 
 
 def read(tmp_path, name="lf_amazon_131k"):
@@ -138,14 +69,6 @@ def check_equal(raw, held, texts, with_ids=True):
         np.testing.assert_array_equal(matrix.toarray(), relevance_of(held[split]))
         for number, row in enumerate(held[split]):
             assert matrix[number].indices.tolist() == sorted(row["target_ind"])
-
-
-def titles(rows):
-    return [row["title"].strip() for row in rows]
-
-
-def titles_and_contents(rows):
-    return [f"{row['title']} {row['content']}".strip() for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -463,146 +386,3 @@ def test_damaged_build_is_refused(tmp_path, damage):
         (sorted(built.glob("*test*"))[1] if damage == "a shard" else built / damage).unlink()
     with pytest.raises(InputError, match=f"remove {re.escape(str(built))}"):
         read(tmp_path)
-
-
-def run_command(tmp_path, **options):
-    """The data set that `python -m vixml_jax.prepare` writes with some options."""
-    values = flags.FlagValues()
-    prepare.define_flags(values)
-    options = {
-        "source": "lf_wikiseealso_320k",
-        "out": tmp_path / "out",
-        "manual_dir": tmp_path / "raw",
-        "data_dir": tmp_path / "tfds",
-        "vocab_size": 64,
-        "max_tokens": 8,
-    } | options
-    values(["prepare", *(f"--{name}={value}" for name, value in options.items())])
-    prepare.run(values)
-    return PreparedDataset.open(options["out"]) if not options.get("dry_run") else None
-
-
-def test_prepare_a_public_data_set(tmp_path, capsys):
-    held = write_json(tmp_path / "raw", random_rows())
-    write_filters(tmp_path / "raw")
-    embeddings = np.random.default_rng(0).normal(size=(SIZES["train"], 2, 4)).astype(np.float32)
-    np.save(tmp_path / "raw" / "trn_image_embeddings.npy", embeddings)
-    dataset = run_command(tmp_path)
-    kept = [number for number, row in enumerate(held["train"]) if row["target_ind"]]
-    assert 0 < len(kept) < SIZES["train"]
-    assert list(dataset.train.texts) == [titles_and_contents(held["train"])[row] for row in kept]
-    assert list(dataset.labels.texts) == titles_and_contents(held["labels"])
-    assert list(dataset.train.ids) == [held["train"][row]["uid"] for row in kept]
-    np.testing.assert_array_equal(
-        dataset.train_relevance.toarray(), relevance_of(held["train"])[kept]
-    )
-    np.testing.assert_array_equal(
-        dataset.train.images.values, embeddings[kept].reshape(-1, 4).astype(np.float16)
-    )
-    assert len(dataset.test_filter) == 6
-    assert dataset.name == "LF-WikiSeeAlso-320K"
-    assert (dataset.propensity_a, dataset.propensity_b) == (0.55, 1.5)
-    capsys.readouterr()
-    run_command(tmp_path)
-    assert "already prepared" in capsys.readouterr().out
-    with pytest.raises(InputError, match="differs in propensity_b"):
-        run_command(tmp_path, propensity_b=0.4)
-
-
-def test_explicit_propensity_constants_take_precedence(tmp_path):
-    write_json(tmp_path / "raw", random_rows())
-    dataset = run_command(tmp_path, propensity_a=0.0, source="lf_wikititles_500k")
-    assert (dataset.propensity_a, dataset.propensity_b) == (0.0, 0.4)
-    dataset = run_command(tmp_path, source="glyphs", out=tmp_path / "glyphs")
-    assert (dataset.propensity_a, dataset.propensity_b) == (0.6, 2.6)
-
-
-def test_directory_with_the_name_of_a_data_set_takes_precedence(tmp_path, monkeypatch):
-    held = write_json(tmp_path / "lf_wikipedia_500k", random_rows())
-    monkeypatch.chdir(tmp_path)
-    dataset = run_command(tmp_path, source="lf_wikipedia_500k")
-    assert list(dataset.labels.ids) == [row["uid"] for row in held["labels"]]
-    assert (dataset.propensity_a, dataset.propensity_b) == (0.5, 0.4)  # Recognised by its name.
-    assert not (tmp_path / "tfds").exists()
-
-
-def test_dry_run_prints_the_citation(tmp_path, capsys):
-    write_json(tmp_path / "raw", random_rows())
-    run_command(tmp_path, dry_run=True)
-    output = capsys.readouterr().out
-    assert "@misc{Bhatia16" in output and "LF-WikiSeeAlso-320K from http" in output
-    assert not (tmp_path / "out").exists()
-
-
-def test_catalog_flag_prints_the_catalogue(capsys):
-    values = flags.FlagValues()
-    prepare.define_flags(values)
-    values(["prepare", "--catalog"])
-    prepare.run(values)
-    lines = capsys.readouterr().out.splitlines()
-    for key, dataset in catalog.CATALOG.items():
-        line = next(line for line in lines if line.split()[0] == key)
-        assert dataset.homepage in line
-        for fact in (*SIZES.values(), dataset.propensity_a, dataset.propensity_b):
-            assert str(fact) in line.split()
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(InputError, match="expected one of lf_amazontitles_131k, "):
-        catalog.builder("lf_amazontitles")
-
-
-DATASETS = list(catalog.CATALOG.values())  # With the published sizes.
-# Train, labels, test, A, B from the papers.
-FACTS = {
-    "LF-AmazonTitles-131K": (294805, 131073, 134835, 0.6, 2.6),
-    "LF-Amazon-131K": (294805, 131073, 134835, 0.6, 2.6),
-    "MM-AmazonTitles-300K": (586781, 303296, 260536, 0.6, 2.6),
-    "LF-AmazonTitles-1.3M": (2248619, 1305265, 970237, 0.6, 2.6),
-    "LF-WikiSeeAlso-320K": (693082, 312330, 177515, 0.55, 1.5),
-    "LF-WikiSeeAlsoTitles-320K": (693082, 312330, 177515, 0.55, 1.5),
-    "LF-Wikipedia-500K": (1813391, 501070, 783743, 0.5, 0.4),
-    "LF-WikiTitles-500K": (1813391, 501070, 783743, 0.5, 0.4),
-    "EURLex-4K": (15449, 3956, 3865, 0.55, 1.5),
-}
-
-
-def test_catalogue_is_complete():
-    assert [dataset.name for dataset in DATASETS] == list(FACTS)
-
-
-@pytest.mark.parametrize("dataset", DATASETS, ids=lambda dataset: dataset.key)
-def test_published_facts(dataset):
-    sizes = (dataset.train, dataset.labels, dataset.test)
-    assert (*sizes, dataset.propensity_a, dataset.propensity_b) == FACTS[dataset.name]
-    assert dataset.key == dataset.name.lower().replace("-", "_")
-    assert dataset.fields == (
-        ("title",)
-        if "Titles" in dataset.name or dataset.key == "eurlex_4k"
-        else ("title", "content")
-    )
-    for fact in dataclasses.fields(dataset):
-        assert getattr(dataset, fact.name), fact.name
-    entries = re.findall(r"^@\w+\{\w+,$", dataset.citation, re.MULTILINE)
-    assert len(entries) == dataset.citation.count("@") > 0
-    assert dataset.citation.count("{") == dataset.citation.count("}")
-    for part in ("author", "title", "year"):
-        assert dataset.citation.count(f"  {part} = {{") == len(entries)
-    assert re.fullmatch(r"https?://\S+", dataset.homepage)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [p for p in sorted((ROOT / "experiments").glob("[lm][fm]_*.flags")) if "_" in p.stem[3:]],
-    ids=lambda path: path.stem,
-)
-def test_experiments_match_the_catalogue(path):
-    """A, B and the text length in the prepare command of each flag file."""
-    content = path.read_text()
-    dataset = {dataset.name: dataset for dataset in DATASETS}[content[2 : content.index(",")]]
-    assert f"--source=RAW/{dataset.name} " in content
-    explicit = [float(x) for x in re.findall(r"--propensity_[ab]=(\S+)", content)]
-    expected = (dataset.propensity_a, dataset.propensity_b)
-    assert tuple(explicit or catalog.DEFAULT_PROPENSITY) == expected
-    tokens = int(re.search(r"--max_tokens=(\d+)", content)[1])
-    assert (tokens == 32) == (dataset.fields == ("title",))

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from tests.data.sources import random_tables
-from tests.data.sources.test_tabular import labels_of, read, texts_of
+from tests.data.sources.tables import labels_of, read, texts_of
 from vixml_jax.data import preprocessing, summary
 from vixml_jax.data.sources.delimited import USUAL
 from vixml_jax.errors import InputError
