@@ -1,6 +1,8 @@
 """The benchmarks of prepare and of tokenizing on little data."""
 
+import csv
 import os
+import re
 import subprocess
 import sys
 
@@ -8,8 +10,9 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from pyarrow import parquet
 
-from vixml_jax.benchmarks import prepare, tokenize
+from vixml_jax.benchmarks import prepare, prepare_stages, tokenize
 from vixml_jax.benchmarks.support import synthetic_data
 from vixml_jax.data.sources import xml_repository
 from vixml_jax.errors import InputError
@@ -124,3 +127,37 @@ def test_tokenising_prints_two_tables(capfd, tmp_path):
     with flagsaver.flagsaver(file=str(path), texts=20, rounds=2, threads=1):
         with pytest.raises(InputError, match="expected 40 texts"):
             tokenize.main([])
+
+
+def test_tables_of_stages_hold_the_same_rows(tmp_path):
+    prepare_stages.write_tables(str(tmp_path), LIKE, 90, prepare.find_tokenizer())
+    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+        rows = [row | {"labels": row["labels"].split("|")} for row in csv.DictReader(file)]
+    assert rows == parquet.read_table(tmp_path / "table.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [f"q{i}" for i in range(90)]
+    assert {len(row["text"].split()) for row in rows} == {3, 4, 5, 6}
+    assert 2.5 < np.mean([len(row["labels"]) for row in rows]) < 6
+
+
+def test_stages_are_printed_for_both_formats(tmp_path, capfd):
+    prepare_stages.define_flags()
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(rows=90, dir=str(tmp_path)):
+        prepare_stages.main([])
+    lines = [line for line in capfd.readouterr().out.splitlines() if "rows as" in line]
+    assert [re.search(r"90 rows as (\w+)", line)[1] for line in lines] == ["csv", "parquet"]
+    for line in lines:
+        stages = re.findall(r"(\w+) \d+\.\d s \(", line)
+        assert stages == ["read", "split", "tokenize", "write"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_stage_within_another_is_not_counted_twice(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 7.0, 15.0])
+    monkeypatch.setattr(prepare_stages.time, "process_time", lambda: next(now))
+    clock = prepare_stages.Clock()
+    assert clock.switch("write") == ""
+    assert clock.switch("tokenize") == "write"
+    assert clock.switch("write") == "tokenize"
+    clock.switch("")
+    assert clock.spent == {"": 1.0, "write": 2.0 + 8.0, "tokenize": 4.0}

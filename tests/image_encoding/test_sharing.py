@@ -24,7 +24,8 @@ from vixml_jax.image_encoding import pipeline
 from vixml_jax.storage import locks
 
 BATCH = 8  # The number of devices.
-COUNT = 5 * pipeline.CHUNK_BATCHES * BATCH // 2  # Two chunks and a half.
+CHUNK = pipeline.CHUNK_BATCHES * BATCH
+COUNT = 5 * CHUNK // 2  # Two chunks and a half.
 BROKEN, MISSING = COUNT // 2, COUNT - 2
 
 
@@ -127,8 +128,7 @@ def test_a_process_that_was_stopped_embeds_nothing_twice(
     run(tmp_path, source, 0, 2)
     assert contents(tmp_path) == expected
     # All in the part of process 0 that were not stored, of which one more may be broken.
-    chunk = pipeline.CHUNK_BATCHES * BATCH
-    own = [i for i in range(COUNT) if i // chunk != 1]
+    own = [i for i in range(COUNT) if i // CHUNK != 1]
     assert len(own) - stored - 3 <= sum(decoded.values()) - before <= len(own) - stored + 1
     run(tmp_path, source, 1, 2)  # Once more: the data set is kept.
     assert "kept as it is" in capsys.readouterr().out
@@ -155,6 +155,23 @@ def test_processes_of_another_number_use_what_was_embedded(
     # All that were not stored, of which one is broken.
     assert sum(decoded.values()) <= COUNT - 1 - len(added)
     assert contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0, 1)])
+def test_failed_downloads_are_listed_as_by_one_process(order, source, tmp_path):
+    # Every other image is a URL of this machine, which is refused without a request.
+    names = [f"http://127.0.0.1/{i}.png" if i % 2 else f"{i}.png" for i in range(3 * CHUNK // 2)]
+    rows = [{"text": "a", "labels": ["x"], "image": name} for name in names]
+    Image.new("RGB", (9, 9)).save(tmp_path / "0.png")
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"--source={tmp_path / 'q.jsonl'}", *source[1:]]
+    run(tmp_path / "one", arguments)
+    expected = contents(tmp_path / "one")
+    lines = expected["out.images/files/failures.tsv"].decode().splitlines()
+    assert len(lines) == len(rows) // 2
+    for index in order:
+        run(tmp_path / "two", arguments, index, 2)
+    assert contents(tmp_path / "two") == expected
 
 
 def test_images_of_which_none_can_be_embedded_may_be_repaired(source, tmp_path, capsys):

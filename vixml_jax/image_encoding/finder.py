@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,11 +19,24 @@ from vixml_jax.errors import InputError
 from vixml_jax.image_encoding import pipeline
 from vixml_jax.image_encoding.encoder import ImageEncoder
 from vixml_jax.runtime import processors
-from vixml_jax.storage import locks
+from vixml_jax.storage import atomic, locks
 from vixml_jax.storage.resumable import Place
 
 _ALONE = Place("")
 _DECIDING = ".parts.lock"
+_BROKEN = "broken.txt"
+
+
+class _Downloaded(NamedTuple):
+    """Where images are, once those that are URLs are downloaded.
+
+    Attributes:
+      file_of: File or content of each image.
+      faults: Why others could not be downloaded.
+    """
+
+    file_of: dict[ImageSource, ImageSource]
+    faults: dict[ImageSource, str]
 
 
 class ImageFinder:
@@ -57,6 +72,7 @@ class ImageFinder:
         self._model, self._directory, self._bounds = model, directory, bounds
         self._keep_aspect, self._batch, self._dtype = keep_aspect, batch, dtype
         self._place = place
+        self._store: EmbeddingStore | None = None  # Of query images, once it has been opened.
         self.broken: dict[str, str] = {}
         self.unfinished = ""
         self._named = 0
@@ -72,10 +88,19 @@ class ImageFinder:
             directory, width=encoder.width, about=encoder.about, writable=writable
         )
 
-    @functools.cached_property
-    def _store(self) -> EmbeddingStore:
-        """The embeddings of query images."""
-        return self._open(self._directory)
+    @contextlib.contextmanager
+    def _held_store(self) -> Iterator[EmbeddingStore]:
+        """The embeddings of query images, to which no other process adds any meanwhile.
+
+        Raises:
+          InputError: If the directory cannot be written to, or its file system has no locks.
+        """
+        os.makedirs(self._directory, exist_ok=True)
+        doing = "embedding images of queries"
+        with locks.exclusive(self._directory, doing=doing, wait_s=math.inf):
+            if self._store is None or not self._store.is_current():
+                self._store = self._open(self._directory)
+            yield self._store
 
     @property
     def used(self) -> bool:
@@ -123,6 +148,8 @@ class ImageFinder:
             embedded = self._rows(
                 where, items, dict(zip(sources, outcomes, strict=True)), store, origins
             )
+            lines = (f"{name}\t{fault}\n" for name, fault in self.broken.items())
+            atomic.write_text(os.path.join(self._directory, _BROKEN), "".join(lines))
             try:
                 replaced = self._replaced(raw, named, embedded)
             except InputError:
@@ -152,11 +179,10 @@ class ImageFinder:
         known = self._open(self._directory, writable=False).row_of
         left = parts.left(width=self._encoder.width, about=self._encoder.about)
         outcomes = self._outcomes(
-            own,
+            self._download(own, sources),
             self._open(parts.own),
             known,
             elsewhere={digest for store in left for digest in store.row_of},
-            others=sources,
         )
         parts.complete(outcomes[source] for source in own)
         return parts
@@ -165,7 +191,7 @@ class ImageFinder:
         """A short lock, under which parts begin and are found to be complete."""
         os.makedirs(self._directory, exist_ok=True)
         return locks.exclusive(
-            self._directory, doing="looking for parts", wait_s=np.inf, name=_DECIDING
+            self._directory, doing="looking for parts", wait_s=math.inf, name=_DECIDING
         )
 
     def _is_last(
@@ -223,40 +249,38 @@ class ImageFinder:
           images: The images of each query: paths, URLs or contents.
         """
         sources = list(dict.fromkeys(source for item in images for source in item))
-        outcomes = self._outcomes(sources, self._store, self._store.row_of)
-        return self._rows(name, images, outcomes, self._store)
+        downloaded = self._download(sources)
+        with self._held_store() as store:
+            outcomes = self._outcomes(downloaded, store, store.row_of)
+            return self._rows(name, images, outcomes, store)
 
     def _outcomes(
         self,
-        sources: Sequence[ImageSource],
+        downloaded: _Downloaded,
         store: EmbeddingStore,
         known: Mapping[str, int],
         *,
         elsewhere: Iterable[str] = (),
-        others: Sequence[ImageSource] = (),
     ) -> dict[ImageSource, Outcome]:
-        """Downloads and embeds images.
+        """Embeds images.
 
         Args:
-          sources: The images.
+          downloaded: The images.
           store: Where their embeddings are added.
           known, elsewhere: See `pipeline.embed_files`.
-          others: More images, to whose hosts redirects of downloads may lead.
         """
-        file_of, faults = self._download(sources, others)
         outcomes = pipeline.embed_files(
             self._encoder,
-            list(dict.fromkeys(file_of.values())),
+            list(dict.fromkeys(downloaded.file_of.values())),
             store,
             known,
             elsewhere=elsewhere,
             batch=self._encoder.batch_size(self._batch),
             threads=processors.usable(),
         )
-        return {
-            source: Outcome(fault=faults[source]) if source in faults else outcomes[file_of[source]]
-            for source in sources
-        }
+        found = {source: outcomes[file] for source, file in downloaded.file_of.items()}
+        found |= {source: Outcome(fault=fault) for source, fault in downloaded.faults.items()}
+        return found
 
     def _rows(
         self,
@@ -281,8 +305,6 @@ class ImageFinder:
             for source, outcome in outcomes.items()
             if outcome.fault
         }
-        with open(os.path.join(self._directory, "broken.txt"), "w", encoding="utf-8") as file:
-            file.writelines(f"{name}\t{fault}\n" for name, fault in self.broken.items())
         found = [
             [store.row_of[outcomes[source].digest] for source in item if outcomes[source].digest]
             for item in images
@@ -294,24 +316,29 @@ class ImageFinder:
         return FileImages(rows, store.vectors(), name)
 
     def _download(
-        self, sources: Sequence[ImageSource], others: Sequence[ImageSource]
-    ) -> tuple[dict[ImageSource, ImageSource], dict[ImageSource, str]]:
-        """The file of each image (URLs are downloaded), and the reason for each failure."""
+        self, sources: Sequence[ImageSource], others: Sequence[ImageSource] = ()
+    ) -> _Downloaded:
+        """Downloads the images that are URLs.
+
+        Args:
+          sources: The images.
+          others: See `download.download`.
+        """
         urls = _urls(sources)
         if not urls:
-            return {source: source for source in sources}, {}
+            return _Downloaded({source: source for source in sources}, {})
         directory = os.path.join(self._directory, "files")
         downloaded, faults = download.download(
             urls, directory, others=_urls(others), settings=self._bounds
         )
         file_of = {x: downloaded.get(x, x) for x in sources if x not in faults}
-        return file_of, dict(faults)
+        return _Downloaded(file_of, dict(faults))
 
     def describe(self) -> str:
         """A line on the number of images, and on those that could not be embedded."""
         line = f"images: {self._named} named in the source, embeddings in {self._directory}"
         if self.broken:
-            path = os.path.join(self._directory, "broken.txt")
+            path = os.path.join(self._directory, _BROKEN)
             name, fault = next(iter(self.broken.items()))
             line += f"; {len(self.broken)} missing or broken, listed in {path}"
             line += f"; the first is {name}: {fault}"

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent import futures
 
 import pytest
 
@@ -382,6 +383,28 @@ def test_failures_are_written_during_the_download(server, tmp_path, monkeypatch)
     server.routes["/last"] = last
     download.download([server.url("/gone"), server.url("/last")], str(tmp_path), settings=LOCAL)
     assert seen == [f"{server.url('/gone')}\tstatus 404 Not Found"]
+
+
+def test_failures_of_calls_at_the_same_time_are_all_listed_in_order(server, tmp_path):
+    began = threading.Barrier(3)
+
+    def gone(handler):
+        began.wait(5)
+        handler.reply(410)
+
+    server.routes = {f"/last{i}": gone for i in range(3)}
+    urls = [server.url(f"/{i}") for i in range(9)] + [server.url(f"/last{i}") for i in range(3)]
+    (tmp_path / "failures.tsv").write_text(f"http://old/\tbefore\n{urls[4]}\tbefore\n")
+    server.routes["/3"] = b"x"
+
+    def share(index):  # Ends only after all have begun.
+        download.download(urls[index::3], str(tmp_path), others=urls, settings=LOCAL)
+
+    with futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(share, range(3)))
+    expected = [f"{url}\tstatus 404 Not Found" for url in urls[:9] if url != urls[3]]
+    expected += [f"{url}\tstatus 410 Gone" for url in urls[9:]]
+    assert failures(tmp_path).splitlines() == ["http://old/\tbefore", *expected]
 
 
 # Errors that stop the program.

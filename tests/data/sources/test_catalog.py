@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -167,6 +169,33 @@ def test_existing_build_is_reused(tmp_path, monkeypatch):
     read(tmp_path)
     monkeypatch.setattr(published, "read", lambda *_: pytest.fail("the data set was rebuilt"))
     read(tmp_path)
+
+
+def test_a_build_that_another_process_made_meanwhile_is_used(tmp_path):
+    held = write_json(tmp_path / "raw", random_rows())
+    directories = {"data_dir": str(tmp_path / "tfds"), "manual_dir": str(tmp_path / "raw")}
+    makers = [catalog.builder("lf_amazon_131k", **directories) for _ in range(2)]
+    for maker in makers:
+        tfds_records.build(maker)
+    assert {part: len(makers[1].as_data_source(part)) for part in held} == SIZES
+
+
+def test_processes_that_start_together_build_once(tmp_path, monkeypatch):
+    held = write_json(tmp_path / "raw", random_rows())
+    builds, original = [], tfds_records._write_extra_files
+
+    def slow(*arguments):
+        builds.append(arguments)
+        time.sleep(1)
+        original(*arguments)
+
+    monkeypatch.setattr(tfds_records, "_write_extra_files", slow)
+    with futures.ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: read(tmp_path), range(3)):
+            check_equal(found, held, titles_and_contents)
+    assert len(builds) == 1
+    left = [path.name for path in (tmp_path / "tfds" / "lf_amazon_131k").iterdir()]
+    assert left == ["1.0.0"] and not list((tmp_path / "tfds").glob(".*"))
 
 
 def test_changed_files_are_noticed(tmp_path):

@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
-from vixml_jax.data.images import url_safety
+from vixml_jax.data.images import failure_list, url_safety
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import progress
 from vixml_jax.storage import atomic
@@ -88,14 +88,16 @@ def download(
 
     Files that exist already are not downloaded again; URLs that failed in an earlier run are tried
     again. `failures.tsv` in the directory lists URL and reason of all failures, those of other
-    calls included. Whether a file is an image is not checked.
+    calls included, which may run at the same time in other processes. Whether a file is an image is
+    not checked.
 
     Args:
       urls: Any texts; those that are not http or https URLs fail. Redirects are followed only to
         the hosts of these URLs.
       directory: Created if it does not exist. The name of a file is the SHA-256 of its URL, in a
         subdirectory: `ab/ab12...`.
-      others: URLs that other processes download. Redirects may lead to their hosts, too.
+      others: URLs of a data set that several processes download, in order; `urls` may be among
+        them. Redirects may lead to their hosts, too, and failures are listed in their order.
       settings: Limits of the downloads.
 
     Returns:
@@ -103,6 +105,7 @@ def download(
       `urls`.
 
     Raises:
+      InputError: If the directory cannot be written to, or its file system has no locks.
       OSError: If a file cannot be written. Files downloaded before are kept.
     """
     faults: dict[str, str] = {}
@@ -115,9 +118,9 @@ def download(
             hosts.add(url_safety.parse(url).host)
             path_of[url] = _path(directory, url)
         except ValueError as fault:
-            faults[url] = _printable(str(fault))
+            faults[url] = failure_list.printable(str(fault))
     pending = [url for url, path in path_of.items() if not _exists(path)]
-    failures = _Failures(directory, urls)
+    failures = failure_list.FailureList(directory, urls, others)
     with (
         atomic.scratch(os.path.join(directory, _PARTIAL)) as partial,
         progress.track("image URLs", len(pending)) as done,
@@ -131,11 +134,11 @@ def download(
             if fault is not None:
                 faults[url] = fault
             if time.monotonic() > written + _FAILURES_EVERY_S:
-                failures.write(faults)
+                failures.write(faults, in_order=False)
                 written = time.monotonic()
     # Downloads finished in any order; the result is in the order of `urls`.
     faults = {url: faults[url] for url in dict.fromkeys(urls) if url in faults}
-    failures.write(faults)
+    failures.write(faults, in_order=True)
     return {url: path for url, path in path_of.items() if url not in faults}, faults
 
 
@@ -150,7 +153,7 @@ class _Fault(Exception):
 
     def __init__(self, reason: str, *, again: bool = False, wait: float = 0.0):
         super().__init__(reason)
-        self.reason, self.again, self.wait = _printable(reason), again, wait
+        self.reason, self.again, self.wait = failure_list.printable(reason), again, wait
 
 
 class _Fetcher:
@@ -410,22 +413,6 @@ class _Reader(io.RawIOBase):
         return count
 
 
-class _Failures:
-    """`failures.tsv`: URL and reason of each failure, of this call and of calls with other URLs."""
-
-    def __init__(self, directory: str, urls: Iterable[str]):
-        self._path = os.path.join(directory, "failures.tsv")
-        self._others = []
-        if os.path.exists(self._path):
-            current = {_printable(url) for url in urls}
-            with open(self._path, encoding="utf-8", errors="replace", newline="\n") as file:
-                self._others = [line for line in file if line.partition("\t")[0] not in current]
-
-    def write(self, faults: dict[str, str]) -> None:
-        lines = [f"{_printable(url)}\t{reason}\n" for url, reason in faults.items()]
-        atomic.write_text(self._path, "".join([*self._others, *lines]))
-
-
 def _path(directory: str, url: str) -> str:
     """Path of the file of a URL."""
     name = hashlib.sha256(url.encode()).hexdigest()
@@ -448,13 +435,3 @@ def _seconds(retry_after: str) -> float:
         return email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
     except (TypeError, ValueError, OverflowError):
         return 0.0
-
-
-def _printable(text: str) -> str:
-    """A text on one line, with control characters escaped."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )

@@ -129,6 +129,14 @@ class EmbeddingStore:
         first = len(self.row_of)
         self.row_of |= {digest: first + i for i, digest in enumerate(digests)}
 
+    def is_current(self) -> bool:
+        """Whether the files have the rows of `row_of` and no others, which a process may add."""
+        try:
+            sizes = os.path.getsize(self._vectors), os.path.getsize(self._digests)
+        except FileNotFoundError:
+            return False
+        return sizes == (len(self.row_of) * 2 * self._width, len(self.row_of) * 65)
+
     def vectors(self) -> Float16[np.ndarray, "m v"]:
         """All rows, memory-mapped."""
         if not self.row_of:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from vixml_jax.data.sources.published import LABELS, PublicDataset
 from vixml_jax.data.sources.raw import file_stats
 from vixml_jax.errors import InputError
 from vixml_jax.runtime import progress
-from vixml_jax.storage import json_files
+from vixml_jax.storage import json_files, locks
 
 VERSION = "1.0.0"  # Version of the build format; increased when older builds cannot be read.
 _SHARD = 1 << 15  # Rows per file, which are in memory while it is written.
@@ -139,7 +140,7 @@ def _shards(rows: Iterator[dict[str, Any]], count: int) -> list[Any]:
 
 
 def build(maker: Any) -> None:
-    """Builds a data set, unless it is built already.
+    """Builds a data set, unless it is built already; waits for another process that builds it.
 
     Args:
       maker: Its builder.
@@ -148,23 +149,35 @@ def build(maker: Any) -> None:
       InputError: If the published files are missing, not valid, or have changed since the build; or
         if the build is damaged.
     """
+    if not os.path.isdir(maker.data_dir):
+        published.find(maker.dataset, maker.manual_dir)
+        root = maker.data_dir_root
+        with errors.writing(f"--data_dir={root}"):
+            os.makedirs(root, exist_ok=True)
+            doing, name = f"building {maker.dataset.name}", f".{maker.name}.lock"
+            with locks.exclusive(root, doing=doing, wait_s=math.inf, name=name):
+                if not os.path.isdir(maker.data_dir):
+                    _build(maker)
+                    return
+    if not maker.info.initialized:  # Another process has built it since the builder was made.
+        maker.info.read_from_directory(maker.data_dir)
+    _check(maker)
+
+
+def _build(maker: Any) -> None:
     import tensorflow_datasets as tfds
 
-    if os.path.isdir(maker.data_dir):
-        _check(maker)
-    else:
-        published.find(maker.dataset, maker.manual_dir)
-        config = tfds.download.DownloadConfig(try_download_gcs=False)
-        try:
-            with errors.writing(f"--data_dir={maker.data_dir}"):
-                maker.download_and_prepare(download_config=config)
-        except RuntimeError as error:
-            if not _FAILED_CALL.search(str(error)):
-                raise
-            raise InputError(
-                f"--data_dir={maker.data_dir}: cannot be written ({error}); the unfinished files "
-                "were removed"
-            ) from None
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+        with errors.writing(f"--data_dir={maker.data_dir}"):
+            maker.download_and_prepare(download_config=config)
+    except RuntimeError as error:
+        if not _FAILED_CALL.search(str(error)):
+            raise
+        raise InputError(
+            f"--data_dir={maker.data_dir}: cannot be written ({error}); the unfinished files "
+            "were removed"
+        ) from None
 
 
 def _check(maker: Any) -> None:
