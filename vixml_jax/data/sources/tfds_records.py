@@ -36,6 +36,7 @@ _SHARD = 1 << 15  # Rows per file, which are in memory while it is written.
 _CHUNK = 1 << 13  # Rows read at a time.
 _TEXTS = ("title", "content")
 _FAILED_CALL = re.compile(r"\w\(\) failed: ")  # ArrayRecord's error for a full disk.
+_INFO = "dataset_info.json"  # As TFDS names it.
 _SOURCES = "published.json"  # The published files of which a build was made.
 
 
@@ -159,7 +160,8 @@ def build(maker: Any) -> None:
                 if not os.path.isdir(maker.data_dir):
                     _build(maker)
                     return
-    if not maker.info.initialized:  # Another process has built it since the builder was made.
+    is_described = os.path.isfile(os.path.join(maker.data_dir, _INFO))
+    if is_described and not maker.info.initialized:  # Built since the builder was made.
         maker.info.read_from_directory(maker.data_dir)
     _check(maker)
 
