@@ -21,7 +21,7 @@ from vixml_jax.modeling import Model
 from vixml_jax.search.fusion import Fusion
 from vixml_jax.storage.vector_store import VectorStore
 
-FUSION = Fusion(5.0, 1.0)
+FUSION = Fusion(5.0, 1.0, 0.7)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,9 @@ def dense(opened, split, fusion, width=None):
     g = q + gelu @ down["kernel"] + down["bias"]
     w, (q, z, t, g) = w[:, :width], (x[:, :width] for x in (q, z, t, g))
     q, z, t, g = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, z, t, g))
+    count = np.array([np.sum(dataset.train_relevance.toarray() > 0, axis=0)])
     scores = fusion.prototypes * q @ z.T + fusion.head * (SCALE * g @ w.T + b)
+    scores += fusion.frequency * np.log(1 + count)
     return scipy.special.softmax(scores, axis=1), q @ t.T
 
 
@@ -86,7 +88,7 @@ def assert_ranked(result, p):
     np.testing.assert_allclose(np.take_along_axis(p, result.ids, axis=1), order, rtol=2e-4)
 
 
-@pytest.mark.parametrize("fusion", [FUSION, Fusion(0.0, 1.0), Fusion(20.0, 0.0)])
+@pytest.mark.parametrize("fusion", [FUSION, Fusion(0.0, 1.0, -2.0), Fusion(20.0, 0.0)])
 @pytest.mark.parametrize("search", ["exact", "scann"])
 def test_scores_are_probabilities_over_all_labels(opened, search, fusion):
     found = searched(opened, scoring=Scoring(fusion), search=search)
@@ -107,7 +109,7 @@ def test_scores_are_probabilities_over_all_labels(opened, search, fusion):
 @pytest.mark.parametrize(("split", "width"), [("test", 0), ("train", 0), ("test", 8)])
 def test_neighbours_mix_in_probability(opened, split, width):
     dataset = opened[4]
-    mixing, alone = Mixing(0.4, 6, 0.1), Fusion(2.0, 1.0)
+    mixing, alone = Mixing(0.4, 6, 0.1), Fusion(2.0, 1.0, 0.3)
     size = SearchConfig(width=width)
     found = searched(
         opened, split=split, scoring=Scoring(FUSION, mixing, alone), search_config=size

@@ -42,6 +42,7 @@ COMMON_FLAGS = (
     "tune",
     "fusion.prototypes",
     "fusion.head",
+    "fusion.frequency",
     "knn.weight",
     "drop_images",
     "data",

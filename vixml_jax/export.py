@@ -43,9 +43,10 @@ _FIRST = """ Of all
 vectors, only the first {width} numbers are used; those of queries are scaled to unit length."""
 _COSINE = "The score of a label is the\ninner product of both vectors, so"
 _FUSED = """A label has its
-prototype, its vector and its bias in the label head, one after the other; a query is searched by
-[a q; c g; c], where g is its vector in the head, and a and c are the weights of prototypes and
-head. The score of a label is the inner product of both, so"""
+prototype, its vector and its bias in the label head, and log(1 + n) of the number n of its
+training queries, one after the other; a query is searched by [a q; c g; c; t], where g is its
+vector in the head, and a, c and t are the weights of prototypes, head and frequency. The score of
+a label is the inner product of both, so"""
 _PROBABILITY = """
 
 exp(score), divided by its sum over all labels, is the probability that a label drawn from those of
@@ -105,7 +106,8 @@ _WORDS = """    words = [token % len(head["words"]) for token in read[: int(head
 _HEAD_SCORES = """    head = np.load("head.npz")
     head = {{name: torch.from_numpy(values) for name, values in head.items()}}
 {reading}    g, a, c = torch.nn.functional.normalize(g, dim=-1), head["prototypes"], head["head"]
-    fused = torch.cat([a * query, c * g, c.expand(len(query), 1)], dim=1)
+    terms = torch.stack([c, head["frequency"]]).expand(len(query), 2)
+    fused = torch.cat([a * query, c * g, terms], dim=1)
     labels = np.load("labels.npy")[:, : fused.shape[1]]  # The rest is padding.
     scores = fused.numpy() @ labels.T
     probabilities = torch.from_numpy(scores).softmax(dim=1)
@@ -115,7 +117,7 @@ The vectors of labels_int8.npz, in float32:
 
     int8 = np.load("labels_int8.npz")
     labels = int8["values"] * int8["scales"][:, :, None]
-    labels = np.concatenate([labels.reshape(len(labels), -1), int8["bias"]], axis=1)
+    labels = np.concatenate([labels.reshape(len(labels), -1), int8["terms"]], axis=1)
 
 They are used in place of those of labels.npy. No entry differs by more than half its scale.
 """
@@ -198,7 +200,7 @@ def write(
         )
     if head is not None:
         exporting.write_head(os.path.join(directory, exporting.HEAD), predictor)
-        rows.append("| head.npz | how the label head reads queries, and the weights a and c |\n")
+        rows.append("| head.npz | how the label head reads queries, and the weights a, c and t |\n")
     if about["images"]:
         exporting.write_projection(os.path.join(directory, "image_projection.npz"), params)
         rows.append("| image_projection.npz | image embeddings to inputs of the tower |\n")

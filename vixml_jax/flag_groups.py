@@ -267,7 +267,7 @@ class HeadConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FusionConfig:
-    """How the scores of prototypes and of the head are added. Used where the run has a head."""
+    """How the scores of prototypes, head and frequency are added. Used where the run has a head."""
 
     prototypes: float = flag(
         10.0,
@@ -280,6 +280,13 @@ class FusionConfig:
         1.0,
         "Weight of the head's logits in scores; 0: prototypes alone.",
         lower_bound=0.0,
+        upper_bound=1e6,
+    )
+    frequency: float = flag(
+        0.3,
+        "Weight of log(1 + training queries of a label) in its score, which decides between labels "
+        "where a query is unlike those of training; below 0 rare labels gain.",
+        lower_bound=-1e6,
         upper_bound=1e6,
     )
 

@@ -73,11 +73,13 @@ def test_weights_of_prototypes_and_head(tmp_path):
     def scoring(**flags):
         return settings.from_flags(WITH_HEAD, given(**flags), where, 5)
 
-    assert scoring() == Scoring(Fusion(10.0, 2.0)) == settings.as_trained(WITH_HEAD)
-    assert scoring(fusion_prototypes=0.0) == Scoring(Fusion(0.0, 2.0))
-    assert scoring(fusion_head=0.0) == Scoring(Fusion(10.0, 0.0))
-    with pytest.raises(InputError, match="all scores would be equal"):
-        scoring(fusion_head=0.0, fusion_prototypes=0.0)
+    assert scoring() == Scoring(Fusion(10.0, 2.0, 0.3)) == settings.as_trained(WITH_HEAD)
+    assert scoring(fusion_prototypes=0.0) == Scoring(Fusion(0.0, 2.0, 0.3))
+    assert scoring(fusion_head=0.0) == Scoring(Fusion(10.0, 0.0, 0.3))
+    assert scoring(fusion_frequency=-0.5) == Scoring(Fusion(10.0, 2.0, -0.5))
+    for frequency in (0.0, 0.6):  # It does not depend on the query.
+        with pytest.raises(InputError, match="all scores would be equal"):
+            scoring(fusion_head=0.0, fusion_prototypes=0.0, fusion_frequency=frequency)
     with pytest.raises(InputError, match=r"--fusion\.head: .* has no label head"):
         settings.from_flags(PLAIN, given(fusion_head=1.0), where, 5)
     with pytest.raises(InputError, match=r"--noknn\.joint"):
@@ -88,18 +90,20 @@ def test_weights_of_prototypes_and_head(tmp_path):
         5,
         ["P@1"],
         rows(
-            Scoring(Fusion(5.0, 1.0), mixing), Scoring(Fusion(20.0, 1.0)), Scoring(Fusion(0.0, 1.0))
+            Scoring(Fusion(5.0, 1.0, 0.6), mixing),
+            Scoring(Fusion(20.0, 1.0)),
+            Scoring(Fusion(0.0, 1.0)),
         ),
     )
-    tuned = Scoring(Fusion(5.0, 1.0), mixing, Fusion(20.0, 1.0))
+    tuned = Scoring(Fusion(5.0, 1.0, 0.6), mixing, Fusion(20.0, 1.0))
     assert scoring() == tuned == settings.as_tuned(WITH_HEAD, where, 5)
     assert tuned.without_neighbours() == Scoring(Fusion(20.0, 1.0))
     assert scoring(knn_weight=0.0) == Scoring(Fusion(20.0, 1.0))
     assert scoring(fusion_prototypes=7.0, knn_k=3) == Scoring(
-        Fusion(7.0, 1.0), mixing._replace(k=3), Fusion(7.0, 1.0)
+        Fusion(7.0, 1.0, 0.6), mixing._replace(k=3), Fusion(7.0, 1.0)
     )
     saved = json.loads(pathlib.Path(where, settings.TUNED).read_text())
-    assert saved["fusion"] == {"prototypes": 5.0, "head": 1.0}
+    assert saved["fusion"] == {"prototypes": 5.0, "head": 1.0, "frequency": 0.6}
     assert saved["mixing"] == mixing._asdict()
 
 
@@ -110,7 +114,9 @@ def test_a_file_without_fusion_is_read(tmp_path):
     path.write_text(json.dumps({"step": 5, "by": ["P@1"], "mixing": mixing, "tried": []}))
     expected = Mixing(0.5, 20, 0.1)
     assert settings.as_tuned(PLAIN, str(tmp_path), 5) == Scoring(mixing=expected)
-    assert settings.as_tuned(WITH_HEAD, str(tmp_path), 5) == Scoring(Fusion(10.0, 2.0), expected)
+    assert settings.as_tuned(WITH_HEAD, str(tmp_path), 5) == Scoring(
+        Fusion(10.0, 2.0, 0.3), expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,9 +125,11 @@ def test_a_file_without_fusion_is_read(tmp_path):
         (Scoring(), ""),
         (Scoring(mixing=Mixing(0.1, 5, 0.2, True)),
          "--knn.weight=0.1 --knn.k=5 --knn.temperature=0.2 --knn.joint"),
-        (Scoring(Fusion(10.0, 1.0)), "--fusion.prototypes=10 --fusion.head=1 --knn.weight=0"),
-        (Scoring(Fusion(5.0, 1.0), Mixing(0.1, 5, 0.2)),
-         "--fusion.prototypes=5 --fusion.head=1 --knn.weight=0.1 --knn.k=5 --knn.temperature=0.2"),
+        (Scoring(Fusion(10.0, 1.0)),
+         "--fusion.prototypes=10 --fusion.head=1 --fusion.frequency=0 --knn.weight=0"),
+        (Scoring(Fusion(5.0, 1.0, -0.25), Mixing(0.1, 5, 0.2)),
+         "--fusion.prototypes=5 --fusion.head=1 --fusion.frequency=-0.25 --knn.weight=0.1 "
+         "--knn.k=5 --knn.temperature=0.2"),
     ],
 )  # fmt: skip
 def test_a_scoring_is_described_by_its_flags(scoring, text):

@@ -77,15 +77,17 @@ def test_queries_search_by_prototypes_by_the_head_and_by_both(has_head):
     rng = np.random.default_rng()
     z, w, q, g = rng.normal(size=(4, 6, 5)).astype(np.float32)
     bias = rng.normal(size=6).astype(np.float32)
-    weights = fusion.Fusion(3.0, 0.5) if has_head else None
+    weights = fusion.Fusion(3.0, 0.5, 0.2) if has_head else None
     queries = Queries(q, g if has_head else None)
     found = withheld.search_vectors(types.SimpleNamespace(fusion=weights), queries)
     prototypes, head = q @ z.T, head_lib.SCALE * g @ w.T + bias
     if not has_head:
         np.testing.assert_array_equal(found[""], q)
         return
-    vectors = fusion.label_vectors(z, w, bias)
-    expected = {", prototypes": prototypes, ", head": head, ", fused": 3 * prototypes + 0.5 * head}
+    log_count = rng.random(6).astype(np.float32)
+    vectors = fusion.label_vectors(z, fusion.HeadRows(w, bias, log_count))
+    both = 3 * prototypes + 0.5 * head + 0.2 * log_count
+    expected = {", prototypes": prototypes, ", head": head, ", fused": both}
     assert list(found) == list(expected)
     for name, scores in expected.items():
         np.testing.assert_allclose(found[name] @ vectors.T, scores, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from vixml_jax.search.fusion import Fusion
 from vixml_jax.search.prefix import Prefix
 
 N, E, W = 3000, 32, 24
-FUSION = Fusion(10.0, 1.0)
+FUSION = Fusion(10.0, 1.0, 0.3)
 
 
 def clustered(rng, count, centres):
@@ -29,7 +29,8 @@ def make(fused, seed):
         return z, q
     w *= rng.uniform(0.5, 2.0, size=(N, 1)).astype(np.float32)
     b = rng.normal(-5.0, 2.0, size=N).astype(np.float32)
-    return fusion.LabelRows(z, w, b), fusion.query_vectors(q, g, FUSION)
+    log_count = np.log1p(rng.integers(0, 1000, N)).astype(np.float32)
+    return fusion.LabelRows(z, fusion.HeadRows(w, b, log_count)), fusion.query_vectors(q, g, FUSION)
 
 
 @pytest.mark.parametrize("mesh", [None, "eight"])

@@ -136,7 +136,8 @@ def fused(rng, num_labels, num_queries, e=16, topics=60):
     w = z + 0.3 * rng.normal(size=z.shape).astype(np.float32) / np.sqrt(e)
     g = q + 0.3 * rng.normal(size=q.shape).astype(np.float32) / np.sqrt(e)
     bias = rng.normal(size=num_labels).astype(np.float32)
-    return fusion.label_vectors(z, w, bias), q, g / np.linalg.norm(g, axis=1, keepdims=True)
+    head = fusion.HeadRows(w, bias, np.zeros_like(bias))
+    return fusion.label_vectors(z, head), q, g / np.linalg.norm(g, axis=1, keepdims=True)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from vixml_jax.search.fusion import Fusion
 from vixml_jax.search.prefix import Prefix
 
 N, E, W = 70, 12, 5
-FUSION = Fusion(7.0, 0.5)
+FUSION = Fusion(7.0, 0.5, 0.3)
 
 
 def unit(x):
@@ -24,18 +24,20 @@ def random_parts(seed):
     """Prototypes, rows and biases of the head, queries and what the head reads of them."""
     rng = np.random.default_rng(seed)
     z, q, g = (unit(rng.normal(size=(n, E))).astype(np.float32) for n in (N, 9, 9))
-    w, b = rng.normal(size=(N, E)).astype(np.float32), rng.normal(size=N).astype(np.float32)
-    return z, w, b, q, g
+    w = rng.normal(size=(N, E)).astype(np.float32)
+    b, n = rng.normal(size=(2, N)).astype(np.float32)
+    return z, fusion.HeadRows(w, b, n), q, g
 
 
 def expected_scores(parts, width, fusion_weights):
     """S of each query and label, in float64; without weights, the cosines."""
-    z, w, b, q, g = (x.astype(np.float64) for x in parts)
+    z, (w, b, n), q, g = parts
+    z, w, b, n, q, g = (x.astype(np.float64) for x in (z, w, b, n, q, g))
     cosines = unit(q[:, :width]) @ unit(z[:, :width]).T
     if fusion_weights is None:
         return cosines
-    a, c = fusion_weights
-    return a * cosines + c * (20.0 * unit(g[:, :width]) @ w[:, :width].T + b)
+    a, c, t = fusion_weights
+    return a * cosines + c * (20.0 * unit(g[:, :width]) @ w[:, :width].T + b) + t * n
 
 
 @pytest.mark.parametrize("mesh", [None, "eight"])
@@ -43,8 +45,8 @@ def expected_scores(parts, width, fusion_weights):
 @pytest.mark.parametrize("width", [W, E, 0])
 def test_scores_are_those_of_the_first_columns(width, fused, mesh):
     parts = random_parts(int(np.random.default_rng().integers(1e9)))
-    z, w, b, q, g = parts
-    vectors = fusion.LabelRows(z, w, b) if fused else z
+    z, head, q, g = parts
+    vectors = fusion.LabelRows(z, head) if fused else z
     queries = fusion.query_vectors(q, g, FUSION) if fused else q
     index = factory.open_index(
         vectors,
@@ -64,8 +66,8 @@ def test_scores_are_those_of_the_first_columns(width, fused, mesh):
 
 
 def test_fused_rows_are_read_as_they_are_made():
-    z, w, b, *_ = random_parts(3)
-    rows, whole = fusion.LabelRows(z, w, b), fusion.label_vectors(z, w, b)
+    z, head, *_ = random_parts(3)
+    rows, whole = fusion.LabelRows(z, head), fusion.label_vectors(z, head)
     assert rows.shape == whole.shape and len(rows) == N
     np.testing.assert_array_equal(np.asarray(rows), whole)
     np.testing.assert_array_equal(rows[np.array([4, 1])], whole[[4, 1]])
@@ -73,7 +75,7 @@ def test_fused_rows_are_read_as_they_are_made():
 
 def test_no_weight_leaves_no_score():
     """A part of a query that is zero stays zero."""
-    q, g = random_parts(4)[3:]
+    q, g = random_parts(4)[2:]
     queries = Prefix(E, W).queries(fusion.query_vectors(q, g, Fusion(0.0, 1.0)))
     assert not queries[:, :W].any() and np.isfinite(queries).all()
 
@@ -81,7 +83,7 @@ def test_no_weight_leaves_no_score():
 @pytest.mark.skipif(bool(scann.unavailable_reason()), reason="needs ScaNN")
 def test_scann_indexes_of_two_widths_have_directories_of_their_own(tmp_path):
     parts = random_parts(5)
-    z, _, _, q, _ = parts
+    z, _, q, _ = parts
     directory = str(tmp_path / "labels")
     for _ in range(2):  # The second time, both are loaded.
         for width in (W, 0):

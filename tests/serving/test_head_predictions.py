@@ -19,7 +19,7 @@ from vixml_jax.config import SearchConfig
 from vixml_jax.errors import InputError
 from vixml_jax.labels.head import SCALE
 from vixml_jax.modeling import Model
-from vixml_jax.search.fusion import Fusion, label_vectors
+from vixml_jax.search.fusion import Fusion, HeadRows, label_vectors
 from vixml_jax.serving import artifacts as artifacts_lib
 from vixml_jax.serving import cold_start, explaining, label_updates
 from vixml_jax.serving.predictor import Predictor
@@ -70,16 +70,18 @@ class Dense:
 
     @property
     def rows(self):
-        """[z; w; b] of each label."""
-        return [*zip(self.z, self.head["vectors"], self.head["bias"], strict=False)]
+        """z, w, b and log(1 + n) of each label."""
+        log_count = np.log1p(self.dataset.train_relevance.toarray().astype(bool).sum(axis=0))
+        return [*zip(self.z, self.head["vectors"], self.head["bias"], log_count, strict=False)]
 
     def probabilities(self, q, texts, rows, width=None):
         """Of all labels; with a width, by the first columns of all vectors."""
-        z, w, b = map(np.array, zip(*rows, strict=True))
-        a, c = self.fusion.prototypes, self.fusion.head
+        z, w, b, log_count = map(np.array, zip(*rows, strict=True))
+        a, c, t = (getattr(self.fusion, name) for name in ("prototypes", "head", "frequency"))
         cut = [x[:, :width] for x in (q, z, self.g(q, texts))]
         q, z, g = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in cut)
-        return scipy.special.softmax(a * q @ z.T + c * (SCALE * g @ w[:, :width].T + b), axis=1)
+        logits = a * q @ z.T + c * (SCALE * g @ w[:, :width].T + b) + t * log_count
+        return scipy.special.softmax(logits, axis=1)
 
     def neighbours(self, q, k, temperature, columns):
         """Labels of the k nearest training queries, which divide their share among their labels."""
@@ -143,8 +145,9 @@ def test_first_columns_and_8_bits(workdir, dense):
     predictor.mixing = None
     rng = np.random.default_rng()
     z = rng.normal(size=(1, 16))
-    new = z / np.linalg.norm(z), rng.normal(size=(1, 16)), np.array([0.5])
-    vectors = label_vectors(*(x.astype(np.float32) for x in new))
+    new = z / np.linalg.norm(z), rng.normal(size=(1, 16)), np.array([0.5]), np.array([1.5])
+    prototypes, *head = (x.astype(np.float32) for x in new)
+    vectors = label_vectors(prototypes, HeadRows(*head))
     label_updates.remove(workdir, predictor.artifacts, [predictor.artifacts.ids[4]])
     label_updates.add(workdir, predictor.artifacts, ["new"], ["a new one"], vectors)
     predictor.refresh()
@@ -202,7 +205,7 @@ def test_added_labels_count_and_removed_ones_do_not(workdir, head_run, dense, wi
             e = dense.z.shape[1]
             for i, (name, x) in enumerate(zip(names, vectors.astype(np.float64), strict=True)):
                 row = 20 + turn + i  # Two labels are added in turn 0 and two in turn 2.
-                live[name] = row, (x[:e], x[e : 2 * e] / SCALE, x[2 * e])
+                live[name] = row, (x[:e], x[e : 2 * e] / SCALE, x[2 * e], x[2 * e + 1])
         predictor.refresh()
         columns = [column for column, _ in live.values()]
         p = dense.probabilities(q, texts, [row for _, row in live.values()])
@@ -294,6 +297,7 @@ def test_the_head_row_of_a_new_label(head_run, dense):
         p = scipy.special.softmax(np.c_[logits, score], axis=1)[:, -1]
         expected = max(count, pairs / 20)
         assert p.mean() == pytest.approx(expected / (pairs + expected), rel=1e-3)
+        assert x[2 * e + 1] == pytest.approx(np.log1p(expected))
     z = cold_start.prototypes(
         predictor, texts, None, u.astype(np.float32), [predictor.queries(x) for x in queries]
     )

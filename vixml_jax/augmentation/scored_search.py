@@ -94,7 +94,9 @@ class ScoredSearch:
         if "head" not in self.params:
             return prototypes
         vectors, bias = self.model.head_rows(self.params)
-        values = fusion_lib.LabelRows(prototypes.values, vectors.values, bias.values)
+        log_count = fusion_lib.log_counts(self.dataset.train_relevance)[prototypes.ids]
+        head = fusion_lib.HeadRows(vectors.values, bias.values, log_count)
+        values = fusion_lib.LabelRows(prototypes.values, head)
         return prototypes._replace(values=values)
 
     def search_vectors(self, queries: Queries, fusion: Fusion | None) -> Float[np.ndarray, "q w"]:

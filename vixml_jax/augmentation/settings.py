@@ -6,7 +6,7 @@ else the one of training.
 
 import os
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 from absl import flags
@@ -37,6 +37,7 @@ class _FusionDict(TypedDict):
 
     prototypes: _Weight
     head: _Weight
+    frequency: NotRequired[Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]]
 
 
 class Scoring(NamedTuple):
@@ -88,6 +89,13 @@ def define_flags() -> None:
         upper_bound=1e6,
     )
     flags.DEFINE_float(
+        "fusion.frequency",
+        None,
+        "Weight of log(1 + training queries of a label) in its score; below 0 rare labels gain.",
+        lower_bound=-1e6,
+        upper_bound=1e6,
+    )
+    flags.DEFINE_float(
         "knn.weight",
         None,
         "Weight of the labels of training neighbours, 0 to 1. Default: as tuned by evaluate "
@@ -117,7 +125,8 @@ def define_flags() -> None:
 def as_trained(config: Config) -> Scoring:
     """Returns the scoring that a run was trained with."""
     mixing = Mixing(*(getattr(config.knn, name) for name in Mixing._fields))
-    fusion = Fusion(config.fusion.prototypes, config.fusion.head) if config.head.enabled else None
+    weights = (getattr(config.fusion, name) for name in Fusion._fields)
+    fusion = Fusion(*weights) if config.head.enabled else None
     return Scoring(fusion, mixing if mixing.weight else None)
 
 
@@ -172,7 +181,7 @@ def from_flags(config: Config, values: flags.FlagValues, workdir: str, step: int
             scoring.fusion_alone and scoring.fusion_alone._replace(**given_fusion),
         )
         for fusion in scoring.fusion, scoring.fusion_alone:
-            if fusion is not None and not any(fusion):
+            if fusion is not None and not fusion.depends_on_query:
                 raise InputError(
                     "--fusion.prototypes=0 and --fusion.head=0: all scores would be equal; give "
                     "one of them a weight"
@@ -231,7 +240,8 @@ def to_row(scoring: Scoring, value: float) -> dict[str, Any]:
 def from_row(row: dict[str, Any]) -> Scoring:
     """Returns the scoring of a row of the tuning table."""
     mixing = Mixing(*(row[name] for name in Mixing._fields))
-    fusion = Fusion(row["prototypes"], row["head"]) if "prototypes" in row else None
+    weights = {name: row[name] for name in Fusion._fields if name in row}
+    fusion = Fusion(**weights) if weights else None
     return Scoring(fusion, mixing if mixing.weight else None)
 
 
@@ -272,7 +282,7 @@ def _read_tuned(workdir: str, step: int) -> _Tuned | None:
     remedy = "remove it, or run evaluate --tune again"
     about = sealed.read(path, _Tuned, remedy)
     for fusion in about.fusion, about.fusion_alone:
-        if fusion is not None and not any(fusion.values()):
+        if fusion is not None and not Fusion(**fusion).depends_on_query:
             raise InputError(f"{path}: both weights of a fusion are 0; {remedy}")
     return about if about.step == step else None
 

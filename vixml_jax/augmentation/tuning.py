@@ -22,10 +22,15 @@ from vixml_jax.search import index
 from vixml_jax.search.fusion import Fusion
 from vixml_jax.structs import SearchResult
 
-# Weights of prototypes and label head that are tried. The last ones are prototypes alone, at a
-# temperature of 0.05.
+# Weights of prototypes, label head and frequency that are tried. The last ones are prototypes
+# alone, at a temperature of 0.05.
 FUSIONS = (
-    *(Fusion(weight, 1.0) for weight in (0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 50.0)),
+    *(
+        Fusion(weight, 1.0, frequency)
+        for frequency in (0.0, 0.3, 0.6)
+        for weight in (0.0, 5.0, 10.0, 15.0, 20.0, 30.0)
+    ),
+    Fusion(50.0, 1.0),
     Fusion(20.0, 0.0),
 )
 _BLOCK = 512  # Queries whose candidates are ranked at a time.

@@ -1,10 +1,10 @@
 """Exact search over label vectors of 8 bits: a quarter of the memory, and the best scored again.
 
 Each part of a vector (prototype, row of the label head) is stored as integers from -127 to 127 and
-one float32 scale; the bias of the head stays float32. All labels are scored by these numbers, which
-are converted to float32 block by block, so that a query is not rounded and no device needs products
-of integers. The best few of each query are then scored by their float32 vectors, which stay where
-they are: on the host, or in a memory-mapped file.
+one float32 scale; the terms of a label alone, such as the bias of the head, stay float32. All
+labels are scored by these numbers, which are converted to float32 block by block, so that a query
+is not rounded and no device needs products of integers. The best few of each query are then scored
+by their float32 vectors, which stay where they are: on the host, or in a memory-mapped file.
 """
 
 from concurrent import futures
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from vixml_jax.runtime import processors
+from vixml_jax.search import fusion
 from vixml_jax.search import index as index_lib
 from vixml_jax.search.index import Index, Normalised
 from vixml_jax.search.prefix import Prefix
@@ -32,12 +33,13 @@ class Int8Vectors(NamedTuple):
     Attributes:
       values: Integers of each of the p parts.
       scales: Their float32 scales: a part is values * scale.
-      bias: The last column of fused vectors; r is 1, or 0 for vectors that are not fused.
+      terms: The columns after the parts of fused vectors (`fusion.NUM_TERMS`); r is 0 for vectors
+        that are not fused.
     """
 
     values: Int8[Any, "n p u"]
     scales: Float[Any, "n p"]
-    bias: Float[Any, "n r"]
+    terms: Float[Any, "n r"]
 
 
 def quantised(vectors: Any, prefix: Prefix) -> Int8Vectors:
@@ -52,17 +54,18 @@ def quantised(vectors: Any, prefix: Prefix) -> Int8Vectors:
     """
     count, width = vectors.shape
     parts = prefix.num_parts(width)
+    num_terms = fusion.NUM_TERMS if parts > 1 else 0
     result = Int8Vectors(
         np.empty((count, parts, prefix.used), np.int8),
         np.empty((count, parts), np.float32),
-        np.empty((count, parts - 1), np.float32),
+        np.empty((count, num_terms), np.float32),
     )
     for start in range(0, count, _BLOCK):
         block = prefix.labels(np.asarray(vectors[start : start + _BLOCK], np.float32))
         end = parts * prefix.used
         found = of_parts(block[:, :end].reshape(len(block), parts, prefix.used))
         result.values[start : start + _BLOCK], result.scales[start : start + _BLOCK] = found
-        result.bias[start : start + _BLOCK] = block[:, end : end + parts - 1]
+        result.terms[start : start + _BLOCK] = block[:, end : end + num_terms]
     return result
 
 
@@ -81,7 +84,7 @@ def as_float(rows: Any, width: int) -> Float[Array, "n w"]:
     if not isinstance(rows, Int8Vectors):
         return rows
     values = rows.values.astype(jnp.float32) * rows.scales[..., None]
-    values = jnp.concatenate([values.reshape(len(values), -1), rows.bias], axis=1)
+    values = jnp.concatenate([values.reshape(len(values), -1), rows.terms], axis=1)
     return jnp.pad(values, ((0, 0), (0, width - values.shape[1])))
 
 

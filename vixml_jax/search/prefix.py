@@ -39,8 +39,9 @@ class Prefix(NamedTuple):
     def labels(self, vectors: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n v"]:
         """Returns the part of label vectors: of a prototype z its first W columns at length 1.
 
-        Of what the label head holds, they are the first columns as they are and the bias, since
-        so they are trained, with the first columns of g at length 1 (`labels.head`).
+        Of what the label head holds, they are the first columns as they are, since so they are
+        trained, with the first columns of g at length 1 (`labels.head`). The terms of a label alone
+        stay as they are.
         """
         if self.is_all:
             return vectors
@@ -48,7 +49,7 @@ class Prefix(NamedTuple):
         if self.num_parts(vectors.shape[1]) == 1:
             return prototypes
         head = vectors[:, self.embedding : self.embedding + self.used]
-        return fusion.joined(prototypes, head, vectors[:, 2 * self.embedding])
+        return fusion.joined(prototypes, head, self._terms(vectors))
 
     def queries(self, vectors: Float[np.ndarray, "q w"]) -> Float[np.ndarray, "q v"]:
         """Returns the part of query vectors, whose parts q and g keep their lengths (weights)."""
@@ -58,7 +59,10 @@ class Prefix(NamedTuple):
         if self.num_parts(vectors.shape[1]) == 1:
             return queries
         head = _cut(vectors[:, self.embedding : 2 * self.embedding], self.used)
-        return fusion.joined(queries, head, vectors[:, 2 * self.embedding])
+        return fusion.joined(queries, head, self._terms(vectors))
+
+    def _terms(self, vectors: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n t"]:
+        return vectors[:, 2 * self.embedding :][:, : fusion.NUM_TERMS]
 
     def read(self, vectors: Any) -> Float[np.ndarray, "n v"]:
         """Returns the part of all label vectors as one float32 array, read block by block."""

@@ -8,9 +8,9 @@ from jaxtyping import Float
 
 from vixml_jax.labels.head import SCALE
 from vixml_jax.search import fusion
+from vixml_jax.search.fusion import HeadRows
 from vixml_jax.serving import artifacts as artifacts_lib
 from vixml_jax.serving import label_updates
-from vixml_jax.serving.label_view import HeadRows
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.structs import Queries
 
@@ -87,7 +87,7 @@ def with_examples(
     found = prototypes(predictor, texts, images, vectors, examples)
     if predictor.head_rows is None:
         return found
-    return fusion.label_vectors(found, *head_rows(predictor, vectors, examples))
+    return fusion.label_vectors(found, head_rows(predictor, vectors, examples))
 
 
 def prototypes(
@@ -131,7 +131,7 @@ def head_rows(
     vectors: Float[np.ndarray, "m e"],
     examples: Sequence[Queries],
 ) -> HeadRows:
-    """Returns what the label head holds of new labels: a vector and a bias for each.
+    """Returns what is searched of new labels beside their prototypes.
 
     The vector starts where training starts it, at the tower's vector of the label, and moves
     towards the vectors g of the example queries, which it is to have large inner products with. It
@@ -140,7 +140,8 @@ def head_rows(
     Training would then lower the logits of the label for all other queries. In its place the bias
     is set such that the mean probability of the label over the training queries is what it is for
     the labels of the run: its share of all pairs of a query and a label. The number of its pairs is
-    that of its examples, but at least that of a label of the run on average.
+    that of its examples, but at least that of a label of the run on average. It also counts as its
+    number of training queries.
 
     Args:
       predictor: Of a run with a label head.
@@ -151,7 +152,8 @@ def head_rows(
     rows = (sums + PRIOR_COUNT * vectors) / (counts[:, None] + PRIOR_COUNT)
     pairs = predictor.artifacts.train_relevance.nnz
     own = np.maximum(counts, pairs / len(predictor.artifacts.ids))
-    return HeadRows(rows, _biases(predictor, rows, own / (pairs + own)))
+    log_count = np.log1p(own).astype(np.float32)
+    return HeadRows(rows, _biases(predictor, rows, own / (pairs + own)), log_count)
 
 
 def _biases(

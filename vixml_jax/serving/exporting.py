@@ -148,7 +148,7 @@ def program(
       model: Model of the run.
       tower: Parameters from `host_tower`.
       head: Parameters from `host_head`.
-      fusion: Weights of prototypes and head; None: without a head.
+      fusion: Weights of prototypes, head and frequency; None: without a head.
       used: Columns of the vectors that are searched; None: all.
 
     Raises:
@@ -193,8 +193,9 @@ def program(
             fusion.prototypes * prefix(vectors, width),
             fusion.head * prefix(g, width),
             jnp.full_like(vectors[:, :1], fusion.head),
+            jnp.full_like(vectors[:, :1], fusion.frequency),
         ]
-        missing = fusion_lib.width(width) - 2 * width - 1
+        missing = fusion_lib.width(width) - 2 * width - fusion_lib.NUM_TERMS
         return jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (0, missing)))
 
     shape = jax.export.symbolic_shape("b, t")
@@ -373,7 +374,7 @@ def describe(predictor: Predictor, config: TowerConfig) -> dict[str, Any]:
 
 
 def write_head(path: str, predictor: Predictor) -> None:
-    """Writes head.npz: how the label head reads queries, and the weights of prototypes and head.
+    """Writes head.npz: how the label head reads queries, and the weights of `Fusion`.
 
     Without a hidden layer (`--head.mlp_width=0`) and words it holds the weights alone.
     """

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,18 +10,12 @@ from scipy import sparse
 
 from vixml_jax.errors import InputError
 from vixml_jax.search import fusion as fusion_lib
+from vixml_jax.search.fusion import HeadRows
 from vixml_jax.search.index import Index
 from vixml_jax.search.updates import UpdatedIndex
 from vixml_jax.serving import label_updates
 from vixml_jax.serving.artifacts import ServingArtifacts
 from vixml_jax.serving.label_updates import LabelUpdates
-
-
-class HeadRows(NamedTuple):
-    """What the label head holds of each label."""
-
-    vectors: Float[np.ndarray, "n e"]
-    bias: Float[np.ndarray, " n"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +148,7 @@ def _vectors(
     vectors = np.empty((len(rows), label_width(artifacts, head_rows)), np.float32)
     prototypes = artifacts.vectors[rows[own]]
     if head_rows is not None:
-        prototypes = fusion_lib.label_vectors(prototypes, *(x[rows[own]] for x in head_rows))
+        prototypes = fusion_lib.LabelRows(artifacts.vectors, head_rows)[rows[own]]
     vectors[own] = prototypes
     added = np.flatnonzero(rows >= count)
     vectors[added] = updates.vectors[rows[added] - count]

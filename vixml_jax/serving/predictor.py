@@ -25,14 +25,14 @@ from vixml_jax.modeling import Model
 from vixml_jax.search import factory
 from vixml_jax.search import fusion as fusion_lib
 from vixml_jax.search import index as index_lib
-from vixml_jax.search.fusion import Fusion
+from vixml_jax.search.fusion import Fusion, HeadRows
 from vixml_jax.search.index import Index
 from vixml_jax.search.prefix import Prefix
 from vixml_jax.serving import label_updates, label_view, opening, query_items
 from vixml_jax.serving.artifacts import ServingArtifacts
 from vixml_jax.serving.coalescing import Coalescer
 from vixml_jax.serving.label_updates import LabelUpdates
-from vixml_jax.serving.label_view import HeadRows, LabelView
+from vixml_jax.serving.label_view import LabelView
 from vixml_jax.serving.query_encoder import QueryEncoder
 from vixml_jax.storage import object_store
 from vixml_jax.structs import LabelState, Queries, SearchResult
@@ -80,9 +80,8 @@ class Predictor:
       params: Its parameters, as `QueryEncoder` has them. Of the label head, only the network of the
         queries.
       labels: Its label state.
-      head_rows: Vectors [n, e] and biases [n] of the labels in the label head; None: the run has no
-        head.
-      fusion: Weights of prototypes and head in the score of a label; None without a head.
+      head_rows: What is searched of the labels beside their prototypes; None: the run has no head.
+      fusion: Weights of the parts of a label's score; None without a head.
       mixing: How training neighbours are mixed in; None: they are not used.
       image_width: Width of the image embeddings that the model reads; 0: it reads none.
       prefix: The columns of vectors that are searched.
@@ -183,8 +182,10 @@ class Predictor:
             )
         searched, head_rows = artifacts.vectors, None
         if "head" in params:
-            head_rows = HeadRows(*(shard.values for shard in model.head_rows(params)))
-            searched = fusion_lib.LabelRows(searched, *head_rows)
+            vectors, bias = (shard.values for shard in model.head_rows(params))
+            log_count = fusion_lib.log_counts(artifacts.train_relevance)
+            head_rows = HeadRows(vectors, bias, log_count)
+            searched = fusion_lib.LabelRows(searched, head_rows)
             # The rows are on the host and in the index.
             params = {**params, "head": query_params(params["head"])}
         else:
