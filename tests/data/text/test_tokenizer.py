@@ -346,3 +346,10 @@ def test_ended_process_is_reported(monkeypatch):
     with pytest.raises(InputError, match="one of its processes ended with exit status 0"):
         with batch_tokenizer.Encoders(tokenizer_lib.load(str(MINILM), 8), 2) as encoders:
             list(encoders.encode([["a"]]))
+
+
+def test_a_process_that_prints_something_else_is_reported(monkeypatch):
+    monkeypatch.setattr(batch_tokenizer, "_MODULE", "this")  # Prints a poem.
+    with pytest.raises(InputError, match="one of its processes ended with exit status 0"):
+        with batch_tokenizer.Encoders(tokenizer_lib.load(str(MINILM), 8), 2) as encoders:
+            list(encoders.encode([["a"]]))

@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from vixml_jax.data.store import ranges
 from vixml_jax.data.text import pretokenizer
 from vixml_jax.data.text import tokenizer as tokenizer_lib
 from vixml_jax.errors import InputError
-from vixml_jax.runtime import processors
+from vixml_jax.runtime import frames, processors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,6 +30,8 @@ _MAX_PIECES = 1 << 20  # Cached pieces, of up to four tokens on average: about 2
 _MANY_TEXTS = 1 << 16  # Fewer are not worth starting processes, which takes half a second.
 _TOGETHER = 64  # New pieces tokenized as one text.
 _INT32_MAX = np.iinfo(np.int32).max
+_DTYPES = ("<i4", "<i8", "<i4")  # Of the arrays that processes send, in the order of `Encoded`.
+_REPLY = tuple[bytes, bytes, bytes] | str  # The arrays, or what is wrong with the texts.
 
 
 class Encoded(NamedTuple):
@@ -258,18 +259,18 @@ class Encoders:
         process = self._local.process
         try:
             if first:
-                pickle.dump(self._written, process.stdin)
-            pickle.dump(texts, process.stdin)
-            process.stdin.flush()
-            encoded = pickle.load(process.stdout)
-            if isinstance(encoded, str):
-                raise InputError(encoded)
-            return Encoded(*encoded)
+                frames.write(process.stdin, self._written)
+            frames.write(process.stdin, texts)
+            reply = frames.read(process.stdout, _REPLY)
         except (EOFError, BrokenPipeError):
+            process.communicate()  # Closes its input, so that it ends in any case.
             raise InputError(
-                f"{_WHERE}: one of its processes ended with exit status {process.wait()}; "
+                f"{_WHERE}: one of its processes ended with exit status {process.returncode}; "
                 "free memory, or see what it printed above"
             ) from None
+        if isinstance(reply, str):
+            raise InputError(reply)
+        return Encoded(*map(np.frombuffer, reply, _DTYPES))
 
 
 def processes_for(num_texts: int) -> int:
@@ -282,15 +283,17 @@ def _serve() -> None:
     """Encodes lists of texts from standard input until it ends."""
     from tokenizers import Tokenizer
 
+    source, target = sys.stdin.buffer, sys.stdout.buffer
     with contextlib.suppress(EOFError, KeyboardInterrupt):
-        encoder = Encoder(Tokenizer.from_str(pickle.load(sys.stdin.buffer)))
+        encoder = Encoder(Tokenizer.from_str(frames.read(source, str)))
         while True:
+            texts = frames.read(source, list[str])
             try:
-                encoded = tuple(encoder.encode(pickle.load(sys.stdin.buffer)))
+                arrays = zip(encoder.encode(texts), _DTYPES, strict=True)
+                reply = tuple(array.astype(dtype).tobytes() for array, dtype in arrays)
             except InputError as error:
-                encoded = str(error)
-            pickle.dump(encoded, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
+                reply = str(error)
+            frames.write(target, reply)
 
 
 if __name__ == "__main__":
