@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from vixml_jax.errors import InputError
 
 _SHOWN = 20
+_MOST = 100_000  # Then reading stops: a table of a billion bad rows would fill the memory.
+
+
+class TooManyProblems(InputError):
+    """Ends a dry run where it is, its problems being printed."""
 
 
 class Problems:
@@ -24,16 +29,27 @@ class Problems:
         self.found: dict[str, None] = {}
 
     def add(self, error: InputError) -> None:
-        """Notes an error, or raises it."""
+        """Notes an error, or raises it.
+
+        Raises:
+          InputError: The error, unless errors are collected; or that there are too many.
+        """
         if not self.collect:
             raise error
         self.found.setdefault(str(error))
+        if len(self.found) == _MOST:
+            self._print()
+            raise TooManyProblems(
+                f"{_MOST:,} problems, listed above; expected none, and the rest is not read"
+            )
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
         """Notes the error that ends the block, or lets it pass."""
         try:
             yield
+        except TooManyProblems:
+            raise
         except InputError as error:
             self.add(error)
 
@@ -45,9 +61,13 @@ class Problems:
     def report(self) -> None:
         """Prints the errors, if there are several, and ends the command if there are any."""
         if len(self.found) > 1:
-            for error in itertools.islice(self.found, _SHOWN):
-                print(f"problem: {error}")
-            if len(self.found) > _SHOWN:
-                print(f"and {len(self.found) - _SHOWN:,} more problems")
+            self._print()
             raise InputError(f"{len(self.found):,} problems, listed above; expected none")
         self.stop()
+
+    def _print(self) -> None:
+        """Prints the first problems, and how many others there are."""
+        for error in itertools.islice(self.found, _SHOWN):
+            print(f"problem: {error}")
+        if len(self.found) > _SHOWN:
+            print(f"and {len(self.found) - _SHOWN:,} more problems")

@@ -17,6 +17,7 @@ from vixml_jax.storage import expansion, regular_files
 COMPRESSED = (".gz", ".zst")
 # Longest line in bytes. Longer lines occur in broken files only, and would exhaust memory.
 MAX_LINE = 4 << 20
+_BLANK = (b"\n", b"\r\n")
 _BUFFERED = 1 << 17  # Bytes decompressed at a time.
 _SNIFFED = 1 << 12  # First bytes, by which UTF-16 without a byte order mark is recognised.
 # Byte order marks that some editors write; that of UTF-32 begins with that of UTF-16.
@@ -206,6 +207,9 @@ def read_lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
 def lines(path: str, encoding: str) -> Iterator[tuple[int, str | InputError]]:
     """Number and text of each line, including its line end, or the error of a bad line.
 
+    Blank lines in a row may come as one text of several line ends, with the number of the first: a
+    file of a few kilobytes may expand to a billion of them.
+
     Raises:
       InputError: At the end, if the encoding has a character for every byte and the file is UTF-8.
     """
@@ -224,13 +228,17 @@ def lines(path: str, encoding: str) -> Iterator[tuple[int, str | InputError]]:
                 while not line.endswith(b"\n") and (line := read_line(number)):
                     pass
                 continue
+            first = number
+            if line in _BLANK:
+                more = _blank_lines(file, path, number + 1)
+                line, number = line + more, number + more.count(b"\n")
             check.add(line)
             try:
                 text = line.decode(line_encoding)
             except UnicodeDecodeError as error:
-                yield number, encoding_error(path, number, error, line_encoding)
+                yield first, encoding_error(path, first, error, line_encoding)
                 continue
-            yield number, text
+            yield first, text
         check.finish()
 
 
@@ -252,9 +260,24 @@ def read_bytes(
     try:
         return file.readline(size) if to_newline else file.read(size)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}, near line {line}: not {error.encoding} ({error.reason}); check --encoding"
-        ) from None
+        raise _wide_error(path, line, error) from None
+
+
+def _blank_lines(file: BinaryIO, path: str, line: int) -> bytes:
+    """The blank lines that come next, as far as they are read from the disk already."""
+    try:
+        ready = file.peek()
+    except UnicodeDecodeError as error:
+        raise _wide_error(path, line, error) from None
+    blank = len(ready) - len(ready.lstrip(b"\r\n"))
+    return file.read(ready.rfind(b"\n", 0, blank) + 1)
+
+
+def _wide_error(path: str, line: int, error: UnicodeDecodeError) -> InputError:
+    """The error for a damaged file of UTF-16 or another wide encoding."""
+    return InputError(
+        f"{path}, near line {line}: not {error.encoding} ({error.reason}); check --encoding"
+    )
 
 
 class Utf8Check:

@@ -7,6 +7,7 @@ from absl import flags
 
 from tests.data.sources import random_tables
 from vixml_jax import prepare
+from vixml_jax.data import problems as problems_lib
 from vixml_jax.errors import InputError
 
 
@@ -94,6 +95,16 @@ def test_many_problems_are_counted(tmp_path, capsys):
     assert dry_run(tmp_path / "q.csv") == "50 problems, listed above; expected none"
     output = capsys.readouterr().out
     assert len(problems(output)) == 20 and "and 30 more problems" in output
+
+
+def test_reading_stops_after_very_many_problems(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(problems_lib, "_MOST", 60)
+    (tmp_path / "q.csv").write_text("text,labels\n" + "a,b\n" * 30 + "alone\n" * 20_000)
+    assert dry_run(tmp_path / "q.csv") == (
+        "60 problems, listed above; expected none, and the rest is not read"
+    )
+    output = capsys.readouterr().out
+    assert len(problems(output)) == 20 and output.count("and 40 more problems") == 1
 
 
 def test_one_problem_is_the_error_itself(tmp_path, capsys):

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import time
 
 import hypothesis
 import numpy as np
@@ -291,3 +292,49 @@ def test_names_of_json_columns_are_of_all_rows(tmp_path, monkeypatch):
 def test_byte_order_marks_are_those_of_codecs():
     written = {"utf-8": codecs.BOM_UTF8, "utf-16-le": codecs.BOM_UTF16_LE}
     assert all((mark, name) in text_files._MARKS for name, mark in written.items())
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("name", ["q.csv", "q.tsv", "q.jsonl", "q.csv.gz", "q.jsonl.gz"])
+def test_blank_lines_between_rows_change_no_row_and_no_line_number(tmp_path, name, encoding, end):
+    rng = np.random.default_rng()
+    kind = readers.kind_of(name)
+    mark = "\t" if kind == "tsv" else ","
+    lines = [] if kind == "jsonl" else [f"text{mark}labels"]
+    expected = []
+    for row in range(30):
+        lines += [""] * int(rng.choice([0, 1, 2, 500, 40_000], p=[0.3, 0.3, 0.2, 0.15, 0.05]))
+        text = f"ü {row}"
+        if kind == "csv" and row % 3 == 0:
+            text += end * int(rng.integers(1, 300)) + "b"  # Lines within quotes are not left out.
+        expected.append((len(lines) + 1, text))
+        fields = [f'"{text}"' if kind == "csv" else text, "a"]
+        line = json.dumps({"text": text}) if kind == "jsonl" else mark.join(fields)
+        if row % 7 == 5:
+            line, expected[-1] = ("{" if kind == "jsonl" else "alone"), (len(lines) + 1, None)
+        lines += line.split(end)
+    content = end.join([*lines, *[""] * int(rng.integers(300))]).encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    found = [
+        (line, None if isinstance(row, InputError) else row["text"])
+        for line, row in readers.read_rows(str(path))
+    ]
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["q.csv", "q.tsv", "q.jsonl", "q.json"])
+def test_blank_lines_cost_nothing(tmp_path, name):
+    start = {"q.csv": "text,labels\na,b\n", "q.tsv": "text\tlabels\na\tb\n", "q.jsonl": "",
+             "q.json": '[{"text": "a"},'}[name]  # fmt: skip
+    end = {"q.jsonl": '{"text": "a"}\n', "q.json": '{"text": "b"}]'}.get(name, "")
+    path = tmp_path / name
+    path.write_text(start + "\n" * 10_000_000 + end)
+    begin = time.process_time()
+    rows = list(readers.read_rows(str(path)))
+    assert time.process_time() - begin < 2  # Line by line it takes 10 seconds.
+    if name == "q.json":
+        assert [line for line, _ in rows] == [1, 10_000_001]
+    else:
+        assert [line for line, _ in rows] == [10_000_001 if name == "q.jsonl" else 2]

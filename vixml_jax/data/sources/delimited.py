@@ -305,6 +305,6 @@ def check_names(where: str, names: Sequence[str]) -> None:
 
 
 def _split(line: str, delimiter: str) -> list[str]:
-    """The fields of a line without quotes; none if the line is blank."""
+    """The fields of a line without quotes; none of blank lines."""
     text = line.removesuffix("\n").removesuffix("\r")
-    return text.split(delimiter) if text else []
+    return text.split(delimiter) if text.strip("\r\n") else []

@@ -3,6 +3,7 @@
 import collections
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.storage import text_files
 
 _READ_CHARACTERS = 1 << 16  # Of an array at a time.
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_objects(
@@ -89,12 +91,11 @@ class _ArrayText:
     def next_character(self) -> str:
         """The next character that is not white space, which is not taken; empty at the end."""
         while True:
-            while self._position < len(self._text):
-                character = self._text[self._position]
-                if character not in " \t\r\n":
-                    return character
-                self._line += character == "\n"
-                self._position += 1
+            end = _SPACE.match(self._text, self._position).end()
+            self._line += self._text.count("\n", self._position, end)
+            self._position = end
+            if end < len(self._text):
+                return self._text[end]
             if not self._read_more():
                 return ""
 
