@@ -269,15 +269,55 @@ def test_command_writes_the_page_or_refuses(tmp_path):
 
 @pytest.mark.parametrize("name,content,message", [
     ("metrics.jsonl", '{"step": 1, "loss": 1.0}\n', "lines without step or epoch"),
-    ("metrics.jsonl", '{"step": 1, "epoch": "<b>"}\n', "Expected `int | float`, got `str`"),
-    ("evaluation/test-exact.json", '{"P@1": "<b>"}', "Expected `float`, got `str`"),
+    ("metrics.jsonl", '{"step": 1, "epoch": "<b>"}\n', "Expected `int`, got `str`"),
+    ("evaluation/test-exact.json", '{"P@1": "<b>"}', "P@1 is '<b>', expected a number"),
+    ("metrics.jsonl", '{"step": 1, "epoch": 1e999}\n', "metrics.jsonl: Expected `int`"),
+    ("metrics.jsonl", f'{{"step": {10**400}, "epoch": 0}}\n', "metrics.jsonl: Expected `int`"),
+    ("metrics.jsonl", '{"step": 1, "epoch": 0, "seconds": NaN}\n', "Expected `float` >= 0.0"),
+    ("evaluation/test-exact.json", '{"P@1": 1e300}', "Expected `float` <= "),
+    ("evaluation/test-exact.json", '{"P@1": 1.0, "intervals": [1]}', "Expected `object`"),
     ("tower.json", "{", "tower.json: .*expected a file that train wrote"),
+    ("tower.json", '{"content_hash": 5}', "content_hash 5; expected a file that train wrote"),
+    ("config.json", f'{{"seed": {10**400}}}', "--seed=10+: expected at most 1e\\+15"),
 ])  # fmt: skip
 def test_damaged_files_are_refused(tmp_path, name, content, message):
     run = write_run(tmp_path / "run", 0)
     (tmp_path / "run" / name).write_text(content)
     with pytest.raises(InputError, match=message):
         make(run)
+
+
+def test_numbers_that_cannot_be_drawn_are_left_out(tmp_path):
+    run = write_run(tmp_path / "run", 0)
+    losses = ("NaN", "Infinity", "-1e999", 10**400, 1e300, 0.5, 0.25)
+    lines = [f'{{"step": {n}, "epoch": 0, "loss": {loss}}}\n' for n, loss in enumerate(losses, 1)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
+    (found,) = runs.read([run], "test", "exact").runs
+    assert [point.value for point in found.losses] == [0.5, 0.25]
+    results = json.loads((tmp_path / "run" / "evaluation" / "test-exact.json").read_text())
+    del results["P@1"]  # Its interval stays.
+    (tmp_path / "run" / "evaluation" / "test-exact.json").write_text(json.dumps(results))
+    assert "nan" not in re.findall(r'<path class="\w+" d="[^"]*"', make(run))
+
+
+@pytest.mark.parametrize("change", [
+    {"values": np.zeros((60, 3), np.float32)}, {"values": np.zeros(60, np.float32)},
+    {"values": np.full((60, 4), np.nan, np.float32)}, {"values": np.array([["a"] * 4] * 60)},
+    {"possible": np.zeros((9, 1), np.float32)}, {"ratios": np.array(["other"])},
+    {"names": np.arange(4)}, {"about": np.arange(5)}, {"about": np.array(["a"])}, None,
+])  # fmt: skip
+def test_damaged_values_of_queries_are_named(tmp_path, change):
+    path = write_run(tmp_path / "run", 0) + "/evaluation/test-exact.queries.npz"
+    if change is None:  # Bytes that cannot be decompressed, in a file that is whole.
+        with open(path, "r+b") as file:
+            file.seek(200)
+            file.write(b"\xff" * 40)
+    else:
+        with np.load(path) as arrays:
+            np.savez_compressed(path, **{**arrays, **change})
+    with pytest.raises(InputError, match="not readable as a file of metrics per query") as error:
+        per_query.load(path)
+    assert "\n" not in str(error.value) and path in str(error.value)
 
 
 def test_names_are_short_and_different():

@@ -99,7 +99,11 @@ def content_hash(run: str) -> str | None:
     Raises:
       InputError: If the directory has no readable tower.json.
     """
-    return _read(os.path.join(run, "tower.json")).get("content_hash")
+    path = os.path.join(run, "tower.json")
+    found = _read(path).get("content_hash")
+    if not isinstance(found, str | None):
+        raise InputError(f"{path}: content_hash {found!r}; expected a file that train wrote")
+    return found
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import io
 import os
-import zipfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -118,12 +117,31 @@ def load(path: str | os.PathLike) -> tuple[PerQuery, About]:
             names, ratios = (tuple(file[part].tolist()) for part in ("names", "ratios"))
             queries = PerQuery(names, file["values"], ratios, file["possible"])
             about = About(*file["about"].tolist())
+        _check(queries, about)
     except FileNotFoundError:
         raise InputError(
             f"{path}: not found; python -m vixml_jax.evaluate --workdir=... writes it"
         ) from None
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy raise many types for a damaged file.
+        reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{path}: not readable as a file of metrics per query ({error}); evaluate the run again"
+            f"{path}: not readable as a file of metrics per query ({reason}); evaluate the run "
+            "again"
         ) from None
     return queries, about
+
+
+def _check(queries: PerQuery, about: About) -> None:
+    """Raises a ValueError if arrays do not fit together, or hold something else than numbers."""
+    shape = len(queries.values), len(queries.names)
+    for name, array, expected in (
+        ("values", queries.values, shape),
+        ("possible", queries.possible, (shape[0], len(queries.ratios))),
+    ):
+        if array.dtype.kind != "f" or array.shape != expected or not np.isfinite(array).all():
+            raise ValueError(f"{name}: {array.dtype} {array.shape}, expected numbers {expected}")
+    names = (*queries.names, *about)
+    if not all(isinstance(name, str) for name in names) or {*queries.ratios} - {*queries.names}:
+        raise ValueError(f"names {str(names)[:100]}")

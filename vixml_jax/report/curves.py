@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 import numpy as np
@@ -18,6 +18,15 @@ from vixml_jax.storage import json_files
 _MAX_LINES_BYTES = 1 << 30  # Of metrics.jsonl.
 METRICS = ("P@1", "PSP@5", "R@100")
 COMMON_FLAGS = ("runs", "x", "out")
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
+class _Place(TypedDict, total=False):
+    """Where a line belongs."""
+
+    step: _Count
+    epoch: _Count
+    seconds: Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
 
 
 def read_lines(workdir: str) -> list[dict[str, int | float]]:
@@ -31,10 +40,16 @@ def read_lines(workdir: str) -> list[dict[str, int | float]]:
     content = json_files.read_bytes(path, remedy, max_bytes=_MAX_LINES_BYTES)
     try:
         whole = content[: content.rfind(b"\n") + 1]  # The last line may be half written.
-        lines = [json.loads(line) for line in whole.decode().splitlines()]
+        lines = [json.loads(line, parse_int=_integer) for line in whole.decode().splitlines()]
+        msgspec.convert(lines, list[_Place])
         return msgspec.convert(lines, list[dict[str, int | float]])
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}; {remedy}") from None
+
+
+def _integer(text: str) -> int | float:
+    """An integer of JSON; one that no file of a run has is as large as any number."""
+    return int(text) if len(text) < 20 else float(text)
 
 
 def read_curve(workdir: str, name: str) -> tuple[str, list[int], list[float]]:
@@ -60,7 +75,12 @@ def read_curve(workdir: str, name: str) -> tuple[str, list[int], list[float]]:
             # be of an earlier epoch that was selected as the best.
             results = json_files.read(last, dict[str, Any], "evaluate the run again")
             if name in results:  # R@100 is missing if fewer labels were retrieved.
-                values.setdefault(lines[-1]["step"], results[name])
+                value = results[name]
+                if not isinstance(value, int | float):
+                    raise InputError(
+                        f"{last}: {name} is {value!r:.60}, expected a number; evaluate again"
+                    )
+                values.setdefault(lines[-1]["step"], value)
         if values:
             break
     return split, list(values), list(values.values())

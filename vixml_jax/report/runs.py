@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from etils import epath
@@ -22,6 +22,8 @@ SCORINGS = {
     "without neighbours": ("", (), "run"),
     "with neighbours": ("-neighbours", ("with_neighbours", "with_memory"), "neighbours"),
 }
+_LARGEST = 1e9  # Numbers that are drawn; a chart of others would show nothing else.
+_Percent = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]
 
 
 class Point(NamedTuple):
@@ -59,8 +61,8 @@ class Scores(NamedTuple):
       intervals: Their 95 % intervals; some metrics may have none.
     """
 
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    metrics: dict[str, _Percent]
+    intervals: dict[str, tuple[_Percent, _Percent]]
 
 
 class Run(NamedTuple):
@@ -202,7 +204,8 @@ def _read_run(letter: str, name: str, path: str, evaluation: str) -> Run:
 def _points(
     lines: Sequence[Mapping[str, float]], values: Sequence[tuple[int, float]]
 ) -> list[Point]:
-    """The points of pairs of step and value."""
+    """The points of pairs of step and value, but for values that are not finite."""
+    values = [(step, value) for step, value in values if abs(value) <= _LARGEST]
     steps = [step for step, _ in values]
     minutes: Sequence[float | None] = [None] * len(steps)
     if all("seconds" in line for line in lines):
@@ -226,8 +229,10 @@ def _scores(path: str, evaluation: str) -> dict[str, Scores]:
         values = next((results[key] for key in keys if key in results), {} if keys else results)
         metrics = {name: values[name] for name in values if "@" in name or name == "MRR"}
         if metrics:
-            bounds = results.get("intervals", {}).get(of_intervals, {})
             try:
+                intervals = msgspec.convert(results.get("intervals", {}), dict[str, dict])
+                bounds = intervals.get(of_intervals, {})
+                bounds = {name: bounds[name] for name in bounds if name in metrics}
                 found[scoring] = msgspec.convert((metrics, bounds), Scores)
             except msgspec.ValidationError as error:
                 raise InputError(f"{file}: {error}; evaluate the run again") from None

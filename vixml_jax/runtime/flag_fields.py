@@ -80,10 +80,10 @@ def check_number(name: str, number: Any) -> None:
     """
     if not _is_number(number):
         return
+    if isinstance(number, int) and abs(number) > _MOST:
+        raise InputError(f"--{name}={str(number)[:20]}: expected at most {_MOST:.0e}")
     if math.isnan(number):
         raise InputError(f"--{name}={number}: expected a number")
-    if isinstance(number, int) and abs(number) > _MOST:
-        raise InputError(f"--{name}={number}: expected at most {_MOST:.0e}")
 
 
 def _is_number(value: Any) -> bool:
