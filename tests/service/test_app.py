@@ -325,6 +325,40 @@ def test_ready_only_once_the_run_is_open(workdir):
         assert client("/predict", {"queries": [{"text": "a1"}]})[0] == 200
 
 
+def test_labels_that_change_while_the_run_is_opened_are_found(workdir):
+    def open_run():
+        predictor = Predictor.load(workdir, warm=False)
+        label_updates.remove(workdir, predictor.artifacts, ["3"])  # By another process.
+        return backend.Opened(predictor, None)
+
+    with serving(open_run) as (client, service):
+        service.wait_until_loaded()
+        end = time.monotonic() + 30
+        while json.loads(client("/readyz")[2])["num_labels"] != 19:
+            assert time.monotonic() < end
+
+
+def test_a_disk_that_is_away_for_a_while(workdir, monkeypatch):
+    """Changes of labels are noticed again once it is back."""
+    predictor = Predictor.load(workdir, warm=False)
+    state, looks = label_updates.state, []
+
+    def away(directory):
+        looks.append(directory)
+        if len(looks) < 5:
+            raise OSError(116, "Stale file handle")
+        return state(directory)
+
+    monkeypatch.setattr(label_updates, "state", away)
+    with serving(lambda: backend.Opened(predictor, None)) as (client, _):
+        end = time.monotonic() + 30
+        while len(looks) < 5:
+            assert time.monotonic() < end
+        label_updates.remove(workdir, predictor.artifacts, ["3"])
+        while json.loads(client("/readyz")[2])["num_labels"] != 19:
+            assert time.monotonic() < end
+
+
 def test_a_run_that_cannot_be_opened(tmp_path):
     def open_run():
         raise ValueError("no such run")

@@ -1,5 +1,6 @@
 """Hostile requests: refused in a line, never an error of the service, and others are answered."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -9,6 +10,7 @@ import struct
 import threading
 import time
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 
 from tests.service.conftest import TOKEN, serving
 from tests.service.test_app import form, png
-from vixml_jax.service import backend
+from vixml_jax.service import app, backend
 from vixml_jax.serving.predictor import Predictor
 
 ODD = [
@@ -178,3 +180,49 @@ def test_a_chunked_body_is_bounded(service):
             connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
         reader.join(30)
     assert b" 413 " in answers[0]
+
+
+def test_all_bodies_together_are_bounded():
+    """Of clients that each send a large body and wait, some are refused; later none is."""
+    body, go_on = {"type": "http.request", "body": b" " * 900, "more_body": True}, asyncio.Event()
+
+    async def answered(scope, receive, send):
+        await receive()
+        await go_on.wait()
+        return "answered"
+
+    guard = app._Guard(answered, mock.MagicMock(), frozenset(), 1000)
+
+    async def client():
+        async def receive():
+            return body
+
+        await guard({"type": "http", "path": "/predict"}, receive, mock.AsyncMock())
+
+    async def clients():
+        first = [asyncio.create_task(client()) for _ in range(20)]
+        await asyncio.sleep(0)
+        go_on.set()
+        found = await asyncio.gather(*first, return_exceptions=True)
+        refused = [error for error in found if error is not None]
+        assert {(error.status_code, error.headers["retry-after"]) for error in refused} == {
+            (503, "1")
+        }
+        assert len(refused) == 20 - app._MAX_HELD * 1000 // 900
+        await client()
+
+    asyncio.run(clients())
+
+
+def test_a_client_that_goes_is_no_error(service):
+    client, _, _ = service
+    host, port = client.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(
+            f"POST /predict HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+            "content-length: 500\r\n\r\n{".encode()
+        )
+    end = time.monotonic() + 30
+    line = 'vixml_requests_total{path="/predict",status="499"} 1.0'
+    while line not in client("/metrics")[2].decode():
+        assert time.monotonic() < end

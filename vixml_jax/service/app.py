@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -27,6 +27,9 @@ from vixml_jax.service.backend import Backend, Unavailable
 _THREADS = 256  # Requests that are worked on; most of them wait for the batch of others.
 _LIMIT, _MAX_LIMIT = 100, 10_000  # Labels of a page.
 _MAX_FILES = 16  # Of a form.
+# Bytes of all requests that arrive or are answered, in requests of the largest size: values of JSON
+# take up to thirty times as much memory as their text.
+_MAX_HELD = 8
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -76,11 +79,11 @@ class Metrics:
 
 
 class _Guard:
-    """Bounds the size of bodies, adds headers, and counts what is answered."""
+    """Bounds the sizes of bodies, adds headers, and counts what is answered."""
 
     def __init__(self, app: Any, metrics: Metrics, paths: frozenset[str], max_body: int):
         self._app, self._metrics, self._max_body = app, metrics, max_body
-        self._paths = paths
+        self._paths, self._held = paths, 0
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -91,11 +94,14 @@ class _Guard:
         async def bounded() -> Any:
             nonlocal size
             message = await receive()
-            size += len(message.get("body", b""))
+            more = len(message.get("body", b""))
+            size, self._held = size + more, self._held + more
             if size > self._max_body:
                 raise HTTPException(
                     413, f"the body is larger than {self._max_body >> 20} MiB (--max_body_mib)"
                 )
+            if self._held > _MAX_HELD * self._max_body:
+                raise HTTPException(503, "too many large requests at a time", {"retry-after": "1"})
             return message
 
         async def secured(message: MutableMapping[str, Any]) -> None:
@@ -108,6 +114,7 @@ class _Guard:
         try:
             await self._app(scope, bounded, secured)
         finally:
+            self._held -= size
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, status).inc()
             self._metrics.seconds.labels(path).observe(time.monotonic() - started)
@@ -131,6 +138,8 @@ async def _failed(request: Request, error: Exception) -> Response:
     del request
     if isinstance(error, HTTPException):
         return _error(error.detail, error.status_code, dict(error.headers or {}))
+    if isinstance(error, ClientDisconnect):  # For the metrics: nobody reads it.
+        return _error("the client has gone", 499)
     if isinstance(error, Unavailable):
         wait = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
         return _error(str(error), error.status, wait)
@@ -329,9 +338,8 @@ def make(backend: Backend, *, token: str, origins: tuple[str, ...], max_body: in
                 allow_headers=["authorization", "content-type"],
             )
         )
-    handlers = dict.fromkeys(
-        (HTTPException, Unavailable, InputError, msgspec.MsgspecError, Exception), _failed
-    )
+    known = (HTTPException, ClientDisconnect, Unavailable, InputError, msgspec.MsgspecError)
+    handlers = dict.fromkeys((*known, Exception), _failed)
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 

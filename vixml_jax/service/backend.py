@@ -97,20 +97,20 @@ class Backend:
     def _run(self) -> None:
         """Opens the run, then looks for label updates until the service ends."""
         try:
-            opened = self._open_run()
-            seen = label_updates.state(opened.predictor.workdir)
-            self._opened = opened
+            self._opened = opened = self._open_run()
         except BaseException as error:  # Reported by the main thread.
             self.failure = error
             return
         finally:
             self._loaded.set()
+        seen = None  # Labels may have changed while programs were compiled.
         while not self._closed.wait(self.settings.refresh_s):
-            found = label_updates.state(opened.predictor.workdir)
-            if found != seen:
-                with contextlib.suppress(InputError):  # Damaged: the labels stay as they were.
+            # Damaged, or out of reach for a while: the labels stay as they were until that is over.
+            with contextlib.suppress(InputError, OSError):
+                found = label_updates.state(opened.predictor.workdir)
+                if found != seen:
                     opened.predictor.refresh()
-                seen = found
+                    seen = found
 
     def close(self) -> None:
         """Ends the thread."""
