@@ -169,6 +169,21 @@ def test_what_was_predicted_of_something_else_is_not_gone_on_with(
             predictor.refresh()
 
 
+@pytest.mark.parametrize("line", ['{"id": ', "\0\0", "5", '{"error": "a"}', '{"best_score": "a"}',
+                                  '{"note": []}'])  # fmt: skip
+def test_damaged_lines_of_a_stopped_process_are_named(predictor, queries, tmp_path, line):
+    place = Place(str(tmp_path / "p.jsonl"))
+    with pytest.raises(Stopped):
+        predict(predictor, queries, place, stop_after=2)
+    lines = (tmp_path / "p.jsonl.unfinished").read_text().split("\n")
+    lines[3] = line
+    (tmp_path / "p.jsonl.unfinished").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"p\.jsonl\.unfinished, line 4: damaged; remove the file"):
+        predict(predictor, queries, place)
+    os.remove(place.unfinished)
+    assert sum(predict(predictor, queries, place)) == COUNT
+
+
 def test_two_processes_with_one_index(predictor, queries, tmp_path):
     place = Place(str(tmp_path / "p.jsonl"))
     with resumable.writing(place, "of"), pytest.raises(InputError, match="another process writes"):

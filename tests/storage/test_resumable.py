@@ -1,10 +1,12 @@
 """Parts of a file that go on where a process was killed, whatever it left and however much."""
 
+import fcntl
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from vixml_jax.errors import InputError
 from vixml_jax.storage import resumable
 from vixml_jax.storage.resumable import Place
 
@@ -52,3 +54,20 @@ def test_memory_does_not_grow_with_what_was_written(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 5 << 20
+
+
+def test_a_part_that_another_process_finishes_meanwhile_stays(tmp_path, monkeypatch):
+    place, lock = Place(str(tmp_path / "p")), fcntl.flock
+
+    def finished_meanwhile(file, operation):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        with resumable.writing(place, "of") as unfinished:
+            unfinished.file.write(b"a line\n")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
+    with pytest.raises(InputError, match="another process has just finished it"):
+        with resumable.writing(place, "of something else"):
+            pass
+    assert (tmp_path / "p").read_bytes() == b"a line\n"
+    assert resumable.finished(place, "of").lines == 1

@@ -125,7 +125,8 @@ def predict_file(
       request: See `Request`.
 
     Raises:
-      InputError: If none of the rows is a valid query, or the disk is full.
+      InputError: If none of the rows is a valid query, if what a stopped process has predicted is
+        damaged, or if the disk is full.
     """
     k, place, min_score = request.k, request.place, request.min_score
     if k > predictor.num_labels:
@@ -142,8 +143,14 @@ def predict_file(
         _output(place, of) as (out, kept, num_kept),
         progress.track("queries", _count_lines(request.path), unit="query") as advance,
     ):
-        for line in kept:
-            tally.add(json.loads(line))
+        for number, line in enumerate(kept, 1):
+            try:
+                tally.add(json.loads(line))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise InputError(
+                    f"{place.unfinished}, line {number}: damaged; remove the file, and its queries "
+                    "are predicted anew"
+                ) from None
         blocks = requests.in_blocks(rows, _BLOCK)
         own = itertools.islice(blocks, place.index, None, place.count)
         for block in _after(own, num_kept):

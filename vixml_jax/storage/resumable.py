@@ -58,6 +58,11 @@ class Place(NamedTuple):
         root, extension = os.path.splitext(self.path)
         return f"{root}-{self.index:05d}-of-{self.count:05d}{extension}"
 
+    @property
+    def unfinished(self) -> str:
+        """Path of the part while it is written."""
+        return self.part + _UNFINISHED
+
 
 def check_index(index: int, count: int) -> None:
     """Checks `--process_index`.
@@ -126,7 +131,7 @@ def writing(place: Place, of: str) -> Iterator[Unfinished]:
     Raises:
       InputError: If another process writes the same part.
     """
-    path = place.part + _UNFINISHED
+    path = place.unfinished
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         try:
@@ -135,6 +140,8 @@ def writing(place: Place, of: str) -> Iterator[Unfinished]:
             raise InputError(
                 f"{path}: another process writes it; give each process a --process_index of its own"
             ) from None
+        if not (os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
+            raise InputError(f"{place.part}: another process has just finished it; start again")
         about = _read_about(place)
         if about is None or about.of != of:
             file.truncate(0)  # Before it is said to be of something else.
