@@ -70,6 +70,9 @@ def test_rounding_is_at_most_half_a_scale():
     np.testing.assert_array_equal(again[:, 2 * E :], exact[:, 2 * E :])  # The bias.
     np.testing.assert_array_equal(np.abs(found.values).max(axis=2), 127)
     assert not int8.quantised(np.zeros((3, E)), Prefix(E, E)).values.any()
+    with np.errstate(all="raise", under="ignore"):  # Numbers too small to be divided by 127.
+        tiny = int8.quantised(np.full((3, E), 1e-44, np.float32), Prefix(E, E))
+    assert (tiny.scales > 0).all() and not tiny.values.any()
 
 
 @pytest.mark.parametrize("mesh", [None, "eight"])

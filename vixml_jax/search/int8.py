@@ -74,7 +74,7 @@ def of_parts(
 ) -> tuple[Int8[np.ndarray, "n p u"], Float[np.ndarray, "n p"]]:
     """Returns integers and scales of the parts of vectors; see `quantised`."""
     largest = np.abs(parts).max(axis=2, initial=0.0)
-    scales = np.where(largest > 0, largest / LARGEST, 1.0).astype(np.float32)
+    scales = np.maximum(largest / LARGEST, np.finfo(np.float32).tiny).astype(np.float32)
     values = np.clip(np.rint(parts / scales[..., None]), -LARGEST, LARGEST)
     return values.astype(np.int8), scales
 
