@@ -20,7 +20,9 @@ from vixml_jax.storage import atomic, json_files
 from vixml_jax.storage.resumable import Place
 
 _OUTCOMES = "outcomes.jsonl"
+_DIGESTS = re.compile(rb"(?:[0-9a-f]{64}\n)*")
 _PART = re.compile(r"part(-\d{5}-of-\d{5})?")  # Names of `Place.part`.
+_DAMAGED = (msgspec.DecodeError, UnicodeDecodeError)  # What JSON raises.
 _MERGED = 1 << 12  # Rows copied at a time.
 
 
@@ -40,8 +42,9 @@ class EmbeddingStore:
     """Embeddings of image files by their content, float16, appended as they are computed.
 
     The directory has `vectors.f16` (rows), `digests.txt` (SHA-256 of the image file of each row,
-    one a line) and `about.json` (the model). Rows that an interrupted run left incomplete are
-    removed when the directory is opened, so that the work continues where it stopped.
+    one a line) and `about.json` (the model). Rows that an interrupted run left incomplete, and all
+    rows from a damaged digest on, are removed when the directory is opened, so that the work
+    continues there.
 
     Attributes:
       row_of: Row of each SHA-256.
@@ -75,11 +78,13 @@ class EmbeddingStore:
             for name in (self._vectors, self._digests):
                 open(name, "ab").close()
         self.row_of: dict[str, int] = {}
-        if writable or (is_current and os.path.exists(self._digests)):
-            with open(self._digests, encoding="ascii") as file:
-                digests = file.read().split("\n")[:-1]  # The last line may be incomplete.
-            digests = digests[: os.path.getsize(self._vectors) // (2 * width)]
-            self.row_of = {digest: row for row, digest in enumerate(digests)}
+        is_there = os.path.exists(self._digests) and os.path.exists(self._vectors)
+        if writable or (is_current and is_there):
+            with open(self._digests, "rb") as file:
+                digests = _DIGESTS.match(file.read())[0].decode().split("\n")[:-1]
+            for row, digest in enumerate(digests[: os.path.getsize(self._vectors) // (2 * width)]):
+                if self.row_of.setdefault(digest, row) != row:
+                    break
         if writable:
             os.truncate(self._vectors, len(self.row_of) * 2 * width)
             os.truncate(self._digests, len(self.row_of) * 65)
@@ -243,7 +248,7 @@ class Parts:
         return [i for i, place in enumerate(self._places) if self._of_part(place) != self._of]
 
     def _of_part(self, place: Place) -> str:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, *_DAMAGED):
             with open(os.path.join(place.part, _OUTCOMES), "rb") as file:
                 return msgspec.json.decode(file.readline(), type=dict[str, str]).get("of", "")
         return ""
@@ -261,7 +266,7 @@ class Parts:
             with open(path, "rb") as file:
                 try:
                     found = [decoder.decode(line) for line in itertools.islice(file, 1, None)]
-                except msgspec.DecodeError as error:
+                except _DAMAGED as error:
                     raise InputError(
                         f"{path}: {error}; remove it and run process {index}"
                     ) from None
@@ -282,15 +287,25 @@ class Parts:
           store: The store.
           outcomes: From `outcomes`.
           about: Of the parts; see `EmbeddingStore`.
+
+        Raises:
+          InputError: If an embedding is missing, as a part was damaged.
         """
         stores = [EmbeddingStore(place.part, writable=False, **about) for place in self._places]
         left = self.left(**about)
 
         def which(number: int, digest: str) -> int:
-            if digest in stores[self.owner(number)].row_of:
-                return self.owner(number)
+            owner = self.owner(number)
+            if digest in stores[owner].row_of:
+                return owner
             # Else it is not needed, as the store has it, or it was left.
-            return next((i for i, one in enumerate(left, len(stores)) if digest in one.row_of), -1)
+            found = next((i for i, one in enumerate(left, len(stores)) if digest in one.row_of), -1)
+            if found < 0 and digest not in store.row_of:
+                raise InputError(
+                    f"{self._places[owner].part}: lacks an embedding that it had; remove it and "
+                    f"run process {owner} again"
+                )
+            return found
 
         found = enumerate(outcomes)
         store.merge(
