@@ -45,6 +45,8 @@ def tiny(name):
         head=dataclasses.replace(run.config.head, batch_size=64, mlp_width=64, label_block=512)
         if run.config.head.only
         else HeadConfig(),
+        # Hidden states of a block of items are smaller than the tables, too.
+        eval=dataclasses.replace(run.config.eval, block=256),
     )
     sizes = DataSizes(QUERIES, LABELS, 2.0)
     lengths = run.lengths._replace(query=12.0, label=10.0, image_width=48)
