@@ -283,9 +283,9 @@ class FusionConfig:
         upper_bound=1e6,
     )
     frequency: float = flag(
-        0.3,
-        "Weight of log(1 + training queries of a label) in its score, which decides between labels "
-        "where a query is unlike those of training; below 0 rare labels gain.",
+        0.0,
+        "Weight of log(1 + training queries of a label) in its score. More favours frequent "
+        "labels, less rare ones, most where a query is unlike those of training.",
         lower_bound=-1e6,
         upper_bound=1e6,
     )

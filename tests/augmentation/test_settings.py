@@ -15,7 +15,9 @@ from vixml_jax.errors import InputError
 from vixml_jax.search.fusion import Fusion
 
 PLAIN = Config(data="data", workdir="run")
-WITH_HEAD = dataclasses.replace(PLAIN, head=HeadConfig(refit=True), fusion=FusionConfig(head=2.0))
+WITH_HEAD = dataclasses.replace(
+    PLAIN, head=HeadConfig(refit=True), fusion=FusionConfig(head=2.0, frequency=0.2)
+)
 
 
 def given(**values):
@@ -73,9 +75,9 @@ def test_weights_of_prototypes_and_head(tmp_path):
     def scoring(**flags):
         return settings.from_flags(WITH_HEAD, given(**flags), where, 5)
 
-    assert scoring() == Scoring(Fusion(10.0, 2.0, 0.3)) == settings.as_trained(WITH_HEAD)
-    assert scoring(fusion_prototypes=0.0) == Scoring(Fusion(0.0, 2.0, 0.3))
-    assert scoring(fusion_head=0.0) == Scoring(Fusion(10.0, 0.0, 0.3))
+    assert scoring() == Scoring(Fusion(10.0, 2.0, 0.2)) == settings.as_trained(WITH_HEAD)
+    assert scoring(fusion_prototypes=0.0) == Scoring(Fusion(0.0, 2.0, 0.2))
+    assert scoring(fusion_head=0.0) == Scoring(Fusion(10.0, 0.0, 0.2))
     assert scoring(fusion_frequency=-0.5) == Scoring(Fusion(10.0, 2.0, -0.5))
     for frequency in (0.0, 0.6):  # It does not depend on the query.
         with pytest.raises(InputError, match="all scores would be equal"):
@@ -115,7 +117,7 @@ def test_a_file_without_fusion_is_read(tmp_path):
     expected = Mixing(0.5, 20, 0.1)
     assert settings.as_tuned(PLAIN, str(tmp_path), 5) == Scoring(mixing=expected)
     assert settings.as_tuned(WITH_HEAD, str(tmp_path), 5) == Scoring(
-        Fusion(10.0, 2.0, 0.3), expected
+        Fusion(10.0, 2.0, 0.2), expected
     )
 
 

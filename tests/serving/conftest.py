@@ -37,7 +37,7 @@ def head_run(run, tmp_path_factory):
         head=dataclasses.replace(
             run.head, refit=True, epochs=4, batch_size=16, learning_rate=0.03, mlp_width=8, words=29
         ),
-        fusion=dataclasses.replace(run.fusion, prototypes=4.0, head=1.5),
+        fusion=dataclasses.replace(run.fusion, prototypes=4.0, head=1.5, frequency=0.4),
     )
     train.train(config)
     return config
