@@ -88,6 +88,7 @@ def test_renamed_flags_are_refused_with_their_new_names():
     for old, new in (
         ("loop.choose_by=P@1", "--loop.choose_by was renamed: use --loop.monitor"),
         ("noeval.memory_joint", "--noeval.memory_joint was renamed: use --noknn.joint"),
+        ("batch.prefetch=2", "--batch.prefetch was removed: leave it out"),
     ):
         said = run("-m", "vixml_jax.train", f"--{old}", status=2)
         assert said == f"error: {new}\n"

@@ -42,6 +42,7 @@ def test_settings_are_read_under_their_new_names(root):
     assert config.batch.microbatch_rows == written["batch"]["encode_chunk"] == 2
     assert (config.loop.monitor, config.loop.max_to_keep) == ("P@1", 1)
     assert not config.eval.knn_baseline
+    assert "prefetch" in written["batch"] and not hasattr(config.batch, "prefetch")
 
 
 def test_data_and_tower_are_read(root):

@@ -181,6 +181,8 @@ def _renamed(name: str) -> str | None:
 
 
 def _unknown(name: str) -> str:
+    if name in config.REMOVED:
+        return f"--{name} was removed: leave it out"
     similar = difflib.get_close_matches(name, list(flags.FLAGS), 1)
     hint = f"did you mean --{similar[0]}?" if similar else "--help lists the flags of the command"
     return f"--{name}: no such flag; {hint}"

@@ -46,6 +46,7 @@ RENAMED = {
     "loop.choose_by": "loop.monitor",
     "loop.keep": "loop.max_to_keep",
 }
+REMOVED = ("batch.prefetch",)  # Without effect on results; earlier versions wrote them.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,7 +265,7 @@ def load(path: str) -> Config:
 
 
 def _with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns a nested dict in which settings of version 0.1 have their new names."""
+    """Returns a nested dict with the new names of settings of version 0.1, without removed ones."""
     tree = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
     for old, new in RENAMED.items():
         (group, name), (new_group, new_name) = old.split("."), new.split(".")
@@ -272,6 +273,9 @@ def _with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
         groups = isinstance(source, dict) and isinstance(target, dict)
         if groups and name in source and new_name not in target:  # Both: `from_dict` refuses old.
             target[new_name] = source.pop(name)
+    for group, name in (removed.split(".") for removed in REMOVED):
+        if isinstance(tree.get(group), dict):
+            tree[group].pop(name, None)
     return tree
 
 

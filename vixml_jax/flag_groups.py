@@ -332,7 +332,6 @@ class BatchConfig:
         lower_bound=0,
         upper_bound=1 << 24,
     )
-    prefetch: int = flag(4, "Batches prepared ahead.", lower_bound=1, upper_bound=1024)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

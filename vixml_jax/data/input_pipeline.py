@@ -32,7 +32,7 @@ def epoch_batches(
     shards: int = 1,
     read: Sequence[int] | None = None,
     num_threads: int = 1,
-    prefetch: int = 2,
+    prefetch: int = 4,
 ) -> Any:
     """Returns a grain iterator over the batches of one epoch, with `get_state` and `set_state`.
 
@@ -111,7 +111,7 @@ def head_batches(
     shards: int = 1,
     read: Sequence[int] | None = None,
     num_threads: int = 1,
-    prefetch: int = 2,
+    prefetch: int = 4,
 ) -> Any:
     """Returns an iterator over the batches of an epoch of the label head, as `epoch_batches` does.
 

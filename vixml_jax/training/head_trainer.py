@@ -209,7 +209,6 @@ class HeadTrainer(EpochLoop):
             sampling.shuffled_order(self.num_queries, rng),
             batch_size=self.head.batch_size,
             read_words=self.model.reader_of_words(self.dataset.train.tokens),
-            prefetch=4,
             **self._sharding,
         )
 

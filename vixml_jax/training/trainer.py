@@ -186,7 +186,6 @@ class Trainer(EpochLoop):
             batch_size=self.batch.size,
             weights=self._weights,
             num_threads=self.batch.threads,
-            prefetch=self.batch.prefetch,
             **self._packing,
         )
 
