@@ -80,7 +80,8 @@ class ExplainedLabel(Label, kw_only=True):
 
     prototype: Annotated[float, Meta(description="Part of the prototype in the logit, or cosine.")]
     head: Annotated[
-        float | None, Meta(description="Part of the label head in the logit; null without one.")
+        float | None,
+        Meta(description="Part of head and frequency in the logit; null without a head."),
     ] = None
     neighbours: Annotated[
         float | None, Meta(description="What training neighbours add to the score.")

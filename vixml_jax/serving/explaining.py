@@ -17,7 +17,8 @@ class Explained(NamedTuple):
       label: The label.
       prototype: In a run with a label head, the part of the prototype in the logit of the label,
         with its weight; else the cosine of the vectors of query and label.
-      head: The part of the label head in the logit; None: the run has none.
+      head: The part of the label head in the logit, and of the label's frequency where it has a
+        weight; None: the run has no head.
       neighbours: What training neighbours add to the score or take from it; None: they are not
         used, or the run has no head, so that scores with and without them have other meanings.
     """
