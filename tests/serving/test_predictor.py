@@ -153,8 +153,15 @@ def test_filters_minimum_scores_and_k_above_the_number_of_labels(predictor):
     assert predictor([]) == []
     with pytest.raises(InputError, match="unknown label 'none' in its filter"):
         predictor(["a1"], never=[["none"]])
-    with pytest.raises(InputError, match="expected embeddings of width 12"):
-        predictor(["a1"], [np.ones(5)])
+    for wrong in (np.ones(5), np.ones((2, 3, 12)), 1.0):
+        with pytest.raises(InputError, match="expected embeddings of width 12"):
+            predictor(["a1"], [wrong])
+    for wrong in ([[1.0] * 12, [1.0]], ["cat.jpg"], {}):
+        with pytest.raises(InputError, match="query 0: found images that are no array of numbers"):
+            predictor(["a1"], [wrong])
+    one = np.ones(12).tolist()
+    assert predictor(["a1"], [one]) == predictor(["a1"], [[one]]) != predictor(["a1"])
+    assert predictor(["a1"], [[]]) == predictor(["a1"], [None]) == predictor(["a1"])
 
 
 @pytest.mark.parametrize(
@@ -164,6 +171,7 @@ def test_filters_minimum_scores_and_k_above_the_number_of_labels(predictor):
         (["a1", None], {}, "query 1: found NoneType, expected a text"),
         (["new words \ud800"], {}, "query 0: the text contains a lone surrogate"),
         (["a1"], {"k": 0}, "k=0: expected at least 1"),
+        (["a1"], {"min_score": np.nan}, "min_score=nan: expected a number"),
         (["a1"], {"images": [[np.nan] * 12]}, "query 0: an image embedding is not finite"),
         (["a1"], {"images": [[1e6] * 12]}, "query 0: an image embedding is not finite"),
         (["a1", "b2"], {"images": [None]}, "found images for 1 queries, expected 2"),

@@ -281,8 +281,10 @@ class Predictor:
           InputError: If texts or images are malformed, or an id of `never` is unknown.
           TimeoutError: If there is no result within `timeout`.
         """
-        if k < 1 or np.isnan(min_score):
-            raise InputError(f"k={k}, min_score={min_score}: expected at least 1, and a number")
+        if k < 1:
+            raise InputError(f"k={k}: expected at least 1")
+        if np.isnan(min_score):
+            raise InputError("min_score=nan: expected a number")
         call = _Call(self.items(texts, images), k, never)
         # How many labels are retrieved changes scores, so it is the same in all calls of a batch.
         view, found = self._calls(

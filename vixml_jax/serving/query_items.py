@@ -77,19 +77,30 @@ class ItemReader:
             raise InputError(f"found images for {len(images)} queries, expected {count}")
         rows = [np.zeros((0, self._image_width), np.float16)]
         for query, image in enumerate(images):
-            values = np.zeros((0, self._image_width)) if image is None else np.asarray(image)
-            values = values.reshape(-1, values.shape[-1]) if values.ndim else values
+            values = _float16(query, [] if image is None else image)
+            if values.ndim == 1:
+                values = values[None] if len(values) else rows[0]
             if values.ndim != 2 or values.shape[1] != self._image_width:
                 raise InputError(
                     f"query {query}: found an image of shape {np.shape(image)}, expected "
                     f"embeddings of width {self._image_width}"
                 )
-            with np.errstate(over="ignore"):
-                rows.append(values.astype(np.float16))
-            if not np.isfinite(rows[-1]).all():
+            rows.append(values)
+            if not np.isfinite(values).all():
                 raise InputError(f"query {query}: an image embedding is not finite in float16")
         offsets = np.cumsum([len(row) for row in rows])
         return Ragged(np.concatenate(rows), offsets)
+
+
+def _float16(query: int, image: Any) -> np.ndarray:
+    """The embeddings that a caller gave for a query, of any shape."""
+    try:
+        with np.errstate(over="ignore"):
+            return np.asarray(image).astype(np.float16)
+    except (TypeError, ValueError):  # Rows of several lengths, or no numbers.
+        raise InputError(
+            f"query {query}: found images that are no array of numbers, expected embeddings"
+        ) from None
 
 
 def joined(parts: Sequence[Items]) -> Items:
