@@ -50,8 +50,7 @@ class Prediction(NamedTuple):
         is this one, with training neighbours or without; scores of all labels add up to 1, so they
         are comparable between queries and between runs. In a run without a head, the cosine of the
         vectors of query and label; with training neighbours, a share of a softmax over the labels
-        and training queries that were found (`augmentation.mixing`), which is comparable within a
-        query only.
+        and training queries found (`augmentation.mixing`), comparable within a query only.
     """
 
     id: str
@@ -183,8 +182,7 @@ class Predictor:
         searched, head_rows = artifacts.vectors, None
         if "head" in params:
             vectors, bias = (shard.values for shard in model.head_rows(params))
-            log_count = fusion_lib.log_counts(artifacts.train_relevance)
-            head_rows = HeadRows(vectors, bias, log_count)
+            head_rows = HeadRows(vectors, bias, fusion_lib.log_counts(artifacts.train_relevance))
             searched = fusion_lib.LabelRows(searched, head_rows)
             # The rows are on the host and in the index.
             params = {**params, "head": query_params(params["head"])}
