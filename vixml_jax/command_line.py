@@ -1,6 +1,5 @@
 """What all commands share: help, presets and flag files, renamed flags, version, exit statuses."""
 
-import contextlib
 import difflib
 import functools
 import importlib.metadata
@@ -364,8 +363,10 @@ def _exit(line: str, status: int) -> None:
     by_signal = status == errors.PREEMPTED or status - 128 in signals.NUMBERS
     if by_signal and errors.is_alone():
         signals.leave(line, status)  # Other threads may still compile or write.
-    with contextlib.suppress(OSError, ValueError):  # Standard error may be closed or full.
+    try:
         print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # Standard error may be closed or full.
+        console.discard_error()
     if status != errors.PREEMPTED:  # All processes reach that status by themselves.
         errors.report_failure(line, status)
     sys.exit(status)

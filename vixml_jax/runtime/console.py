@@ -82,8 +82,17 @@ def guard_output() -> None:
 
 def discard_output() -> None:
     """Sends the rest of standard output nowhere, so that the interpreter's last flush succeeds."""
+    _discard(1)
+
+
+def discard_error() -> None:
+    """The same for standard error."""
+    _discard(2)
+
+
+def _discard(descriptor: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
