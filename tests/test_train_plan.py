@@ -212,7 +212,7 @@ HEAD = {"epochs": 2, "batch_size": 64, "mlp_width": 8, "sample_above": 10_000, "
 @pytest.mark.parametrize(
     "labels",
     [pytest.param(5_000, id="all labels", marks=pytest.mark.slow),
-     pytest.param(40_000, id="sampled labels")],
+     pytest.param(40_000, id="sampled labels", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_plan_knows_the_head(labels, data, tmp_path, capsys):
     """Its rows, moments and steps, whichever of its uses needs most."""

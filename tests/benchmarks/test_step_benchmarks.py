@@ -57,7 +57,9 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.parametrize("whose", ["ours", "torch"])
-@pytest.mark.parametrize("tower", [{}, DECODER, {**DECODER, "images": 2}])
+@pytest.mark.parametrize(
+    "tower", [{}, pytest.param(DECODER, marks=pytest.mark.slow), {**DECODER, "images": 2}]
+)
 def test_a_round_of_training(whose, tower, data):
     programs = [name for name in train_step.PROGRAMS if name.startswith(whose)]
     prepared = train_step.prepare(programs, {**SETTINGS, **tower, "data": data})

@@ -52,7 +52,7 @@ def test_tokens_of_texts(trim):
         assert row.tolist() == [*text, *[-1] * (5 - len(text))]
 
 
-@pytest.mark.parametrize("loss", ["softmax", "bce"])
+@pytest.mark.parametrize("loss", [pytest.param("softmax", marks=pytest.mark.slow), "bce"])
 def test_words_learn_by_the_gradient_of_the_loss(loss):
     """A step by plain gradient descent equals the gradient of the loss, on eight devices."""
     rng = np.random.default_rng()

@@ -56,7 +56,9 @@ def measured(kind, n, width):
     return {key: 1024 * value for key, value in json.loads(done.stdout).items()}
 
 
-@pytest.mark.parametrize("n,width", [(30_000, 256), (60_000, 128)])
+@pytest.mark.parametrize(
+    "n,width", [(30_000, 256), pytest.param(60_000, 128, marks=pytest.mark.slow)]
+)
 def test_build_uses_the_estimated_memory(n, width):
     found = measured("scann", n, width)
     assert found["peak"] <= cost_lib.build_bytes(n, width) <= 1.6 * found["peak"]

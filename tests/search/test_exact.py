@@ -108,10 +108,11 @@ def test_a_mesh_holds_one_block_of_scores():
     assert temporary < 64 * 4096 * 4 / 2
 
 
-def test_groups_find_what_top_k_finds():
+@pytest.mark.parametrize("draws", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_groups_find_what_top_k_finds(draws):
     """On scores with many ties and masked columns, for any number of columns."""
     rng = np.random.default_rng()
-    for _ in range(40):
+    for _ in range(draws):  # Each compiles two programs.
         columns = int(rng.integers(1, 5000))
         k = min(columns, int(rng.integers(1, rng.choice([20, 150, 5000]))))
         scores = rng.integers(0, rng.integers(1, 50), (3, columns)).astype(np.float32)

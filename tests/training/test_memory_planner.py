@@ -57,6 +57,7 @@ def test_bytes_per_device_counts_one_shard():
     assert bytes_per_device(tree) == 16 // sharding.num_row_shards(mesh) * 3 * 4 + 5 * 2
 
 
+@pytest.mark.slow
 def test_step_memory_grows_with_the_microbatch_not_with_the_batch(one_device):
     def step(batch, chunk):
         return memory.plan({**SETTINGS, "batch": batch, "chunk": chunk}).step

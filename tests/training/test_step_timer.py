@@ -299,6 +299,7 @@ def train_profiled(config, path, window):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_window_of_steps_is_profiled(data, tmp_path):
     """The window may differ when a run is resumed; the end of an epoch ends the trace."""
     config = configuration(data, tmp_path / "run")

@@ -85,7 +85,13 @@ def check_rows(source, kind, info):
     assert info["num_train"] + info["num_test"] + left_out == num_read
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "csv.gz", "jsonl.zst", "xml"])
+def slow(kind):
+    return pytest.param(kind, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "kind", ["csv", slow("tsv"), "jsonl", "parquet", slow("csv.gz"), slow("jsonl.zst"), "xml"]
+)
 def test_corrupted_files_are_refused_or_prepared_completely(tmp_path_factory, kind):
     root = tmp_path_factory.mktemp("fuzz")
     held = random_tables.draw(7, train=12, test=6, labels=5)
@@ -96,7 +102,7 @@ def test_corrupted_files_are_refused_or_prepared_completely(tmp_path_factory, ki
     names = sorted(path.name for path in (root / "intact").iterdir() if path.stat().st_size)
     outcomes = {"prepared": 0, "refused": 0}
 
-    @hypothesis.settings(max_examples=60, deadline=None, database=None)
+    @hypothesis.settings(max_examples=40, deadline=None, database=None)
     @hypothesis.given(st.data())
     def check(data):
         shutil.rmtree(root / "source", ignore_errors=True)
