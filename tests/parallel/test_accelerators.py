@@ -1,8 +1,10 @@
 """The table of accelerators: device kinds of JAX, and consistency of the figures."""
 
+import os
 import sys
 import types
 
+import jax
 import pytest
 
 from vixml_jax.errors import InputError
@@ -14,9 +16,12 @@ def kinds(*names):
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_tpu_names_are_device_kinds_of_jax(name):
+def test_tpu_names_are_device_kinds_of_jax(name, monkeypatch):
     pytest.importorskip("libtpu")
+    jax.devices()  # Has read the flags of XLA.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_not_known_to_libtpu=1 --xla_dump_to=")
     device = absent_devices.find(name)[0]
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to="
     kind = accelerators.TPUS[name.split(":")[0]][0]
     assert device.device_kind == kind and device.platform == "tpu"
     assert f"/{name.split(':')[0]}" in accelerators.find(kind).source

@@ -44,9 +44,14 @@ def _tpus(name: str) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     # Nothing is run, so no accelerator is needed. libtpu must neither query the metadata server for
-    # the kind of this machine nor insist on being the only process that uses it.
+    # the kind of this machine nor insist on being the only process that uses it. It ends the
+    # process at flags of XLA that it does not know, such as new ones of the CPU, which has read
+    # its own once it is there.
     jax.config.update("jax_platforms", "cpu")
+    jax.devices()
+    given = os.environ.get("XLA_FLAGS", "").split()
     os.environ |= {
+        "XLA_FLAGS": " ".join(flag for flag in given if not flag.startswith("--xla_cpu_")),
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",
