@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from vixml_jax.errors import InputError
 from vixml_jax.parallel import accelerators, memory_traffic, products, roofline, sharding
 
 
@@ -168,3 +169,13 @@ def test_work_of_a_sharded_program():
     assert found.products["float32"] == 2.0 * 64 * 64 * 32 / 8
     assert set(found.sent) <= {"all-gather", "all-reduce"} and sum(found.sent.values()) > 0
     assert found.moved >= 4 * 64 * 32 / 8
+
+
+def test_a_program_that_cannot_be_read_is_told_in_one_line():
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
+
+    traced = jax.jit(lambda x: x).trace(1.0)
+    with pytest.raises(InputError, match=r"cannot be read by JAX .* \(INTERNAL: RET_CHECK failure"):
+        roofline.work(traced, Unreadable(), 1)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 
+from vixml_jax.errors import InputError
 from vixml_jax.parallel import accelerators, collectives, memory_traffic, products
 from vixml_jax.parallel.accelerators import Accelerator
 
@@ -88,8 +89,18 @@ def work(traced: jax.stages.Traced, program: jax.stages.Compiled, num_devices: i
       traced: The program before it was compiled.
       program: The same, compiled.
       num_devices: Number of devices that share the work.
+
+    Raises:
+      InputError: If this version of JAX cannot read what the compiler of the devices has made.
     """
-    text = program.as_text()
+    try:
+        text = program.as_text()
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise InputError(
+            f"the compiled program cannot be read by JAX {jax.__version__} "
+            f"({str(error).splitlines()[0]}); plan for other devices, or install the version of "
+            "JAX that the compiler belongs to"
+        ) from None
     sent: Counter[str] = Counter()
     for one in collectives.read_collectives(text):
         sent[one.kind] += one.sent
