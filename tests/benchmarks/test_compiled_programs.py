@@ -10,6 +10,7 @@ import pytest
 
 from vixml_jax.benchmarks import compiled as benchmark
 from vixml_jax.config import BatchConfig, LabelsConfig, LossConfig
+from vixml_jax.errors import InputError
 from vixml_jax.flag_groups import HeadConfig
 from vixml_jax.models.siglip import SiglipConfig
 from vixml_jax.parallel import absent_devices, accelerators, collectives, hlo_text, sharding
@@ -149,7 +150,13 @@ def test_programs_compile_and_are_sound(devices, mesh, name, monkeypatch):
     run, kind, tower = tiny(name)
     ((_, mesh),) = benchmark.meshes(absent_devices.find(devices), [mesh])
     parts = run.parts(mesh, **tower)
-    assert_sound(name, benchmark.program(run, kind, parts), parts)
+    try:
+        found = benchmark.program(run, kind, parts)
+    except InputError as error:  # As of libtpu 0.0.52 for v6e by JAX 0.10.2.
+        if "cannot be read by JAX" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert_sound(name, found, parts)
 
 
 @pytest.mark.slow
