@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -19,13 +20,17 @@ def opened(path, **options):
     return EmbeddingStore(str(path), width=WIDTH, about=ABOUT, **options)
 
 
+def replace_line(path, number, line):
+    lines = path.read_bytes().split(b"\n")
+    lines[number] = line
+    path.write_bytes(b"\n".join(lines))
+
+
 @pytest.mark.parametrize("writable", [True, False])
 @pytest.mark.parametrize("line", [b"\xff" * 64, b"0" * 63, b"", b"g" * 64, DIGESTS[1].encode()])
 def test_what_follows_a_damaged_digest_is_embedded_again(tmp_path, line, writable):
     opened(tmp_path).add(DIGESTS[:5], VECTORS[:5])
-    lines = (tmp_path / "digests.txt").read_bytes().split(b"\n")
-    lines[3] = line
-    (tmp_path / "digests.txt").write_bytes(b"\n".join(lines))
+    replace_line(tmp_path / "digests.txt", 3, line)
     store = opened(tmp_path, writable=writable)
     assert list(store.row_of) == DIGESTS[:3]
     np.testing.assert_array_equal(store.vectors(), VECTORS[:3])
@@ -70,22 +75,14 @@ def test_parts_are_merged_in_the_order_of_the_images(tmp_path):
 @pytest.mark.parametrize("first", [b"", b"{", b"[]", b"\xff", b'{"of": 1}', b'{"of": "other"}'])
 def test_a_part_whose_first_line_is_damaged_is_not_complete(tmp_path, first):
     parts = embed(tmp_path)
-    path = os.path.join(parts.own, "outcomes.jsonl")
-    with open(path, "rb") as file:
-        lines = file.read().split(b"\n")
-    with open(path, "wb") as file:
-        file.write(b"\n".join([first, *lines[1:]]))
+    replace_line(pathlib.Path(parts.own, "outcomes.jsonl"), 0, first)
     assert parts.missing() == [1]
 
 
 @pytest.mark.parametrize("line", [b"", b"\xff", b"{", b'{"digest": "\xff"}', b'{"digest": 1}'])
 def test_damaged_outcomes_are_named(tmp_path, line):
     parts = embed(tmp_path)
-    path = os.path.join(parts.own, "outcomes.jsonl")
-    with open(path, "rb") as file:
-        lines = file.read().split(b"\n")
-    with open(path, "wb") as file:
-        file.write(b"\n".join([lines[0], line, *lines[2:]]))
+    replace_line(pathlib.Path(parts.own, "outcomes.jsonl"), 1, line)
     with pytest.raises(InputError, match=r"outcomes\.jsonl: .*; remove it and run process 1"):
         parts.outcomes()
 
