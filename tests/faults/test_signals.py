@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from vixml_jax.benchmarks.support import killed_commands
 from vixml_jax.runtime import progress
 from vixml_jax.structs import Shard
 from vixml_jax.training.clustering import balanced, bisecting
@@ -87,15 +88,6 @@ def end(what, *numbers, before=()):
     return process.returncode, first + output, errors
 
 
-def wait_until_handled(process):
-    """Waits until a process handles SIGTERM, the last of the signals for which it does so."""
-    handled = 0
-    while process.poll() is None and not handled >> (signal.SIGTERM - 1) & 1:
-        with open(f"/proc/{process.pid}/status", encoding="ascii") as file:
-            (line,) = (line for line in file if line.startswith("SigCgt:"))
-        handled = int(line.split()[1], 16)
-
-
 @pytest.mark.parametrize(
     "what, number, status, cleaned, line",
     [
@@ -135,7 +127,7 @@ def test_a_signal_ends_a_command_whatever_its_main_thread_does(what, number, sta
 )
 def test_a_signal_ends_a_command_that_is_being_imported(number, command, status, line, seconds):
     process = start(sys.executable, "-m", *command)
-    wait_until_handled(process)
+    killed_commands.wait_for_start(process)
     time.sleep(seconds)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
@@ -215,7 +207,7 @@ def test_signals_from_the_start_of_a_run_to_its_end(tmp_path):
     for trial in range(40):
         run = faults.Run(data, str(tmp_path / f"run{trial}"))
         process = run.start()
-        wait_until_handled(process)
+        killed_commands.wait_for_start(process)
         faults.wait_for(process, faults.moment(rng, seconds))
         process.send_signal((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[trial % 3])
         then = time.monotonic()

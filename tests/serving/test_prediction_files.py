@@ -120,6 +120,22 @@ def test_processes_share_the_queries(predictor, queries, expected, tmp_path, cou
     assert not [name for name in os.listdir(tmp_path / "out") if "unfinished" in name]
 
 
+def test_parts_of_other_flags_are_named(predictor, queries, tmp_path, capsys):
+    """The manifest never lists parts of different flags, and the one to be made anew is named."""
+    out, manifest = str(tmp_path / "p.jsonl"), tmp_path / "p.manifest.json"
+    for index in (0, 1):
+        predict(predictor, queries, Place(out, index, 2))
+    assert manifest.exists() and "other flags" not in capsys.readouterr().out
+    predict(predictor, queries, Place(out, 1, 2), k=2)
+    said = capsys.readouterr().out
+    assert f"{Place(out, 0, 2).part}: predicted with other flags" in said
+    assert not manifest.exists()
+    predict(predictor, queries, Place(out, 1, 2), k=2)  # It was finished before.
+    assert f"{Place(out, 0, 2).part}: predicted with other flags" in capsys.readouterr().out
+    predict(predictor, queries, Place(out, 0, 2), k=2)
+    assert manifest.exists() and "other flags" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_stopped_process_goes_on(predictor, queries, expected, tmp_path, count):
     out = str(tmp_path / "p.jsonl")

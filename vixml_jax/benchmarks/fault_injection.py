@@ -17,7 +17,6 @@ otherwise that row is skipped and says so.
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -172,10 +171,11 @@ def stops(
     """Sends SIGTERM to `count` runs, half of them while they save, and resumes them."""
     rng = np.random.default_rng((seed, 1))
     recovered, exit_s = 0, []
-    ends = {"saved": 0, "nothing to save": 0, "not started": 0, "complete": 0, "lost": 0}
+    ends = {"saved": 0, "nothing to save": 0, "complete": 0, "lost": 0}
     for number in range(count):
         run = make()
         process = run.start()
+        killed_commands.wait_for_start(process)
         alive = wait_for(process, moment(rng, seconds))
         if alive and number % 2:
             wait_for(process, run.is_saving)
@@ -189,8 +189,6 @@ def stops(
             exit_s.append(time.monotonic() - then)
             written = bool(saved) and f"saved at step {saved[-1]};" in line
             how = "saved" if written else "lost" if "saved at" in line else "nothing to save"
-        elif status == -signal.SIGTERM and not saved:
-            how = "not started"  # Python itself had not started.
         elif status == 0:
             how = "complete"
         ends[how] += 1

@@ -137,6 +137,7 @@ def predict_file(
     of = _digest(predictor, request) if request.resume else ""
     if of and (done := resumable.finished(place, of)):
         print(f"{place.part}: {done.lines} queries were predicted before")
+        _note_others(place, of)
         return
     with (
         errors.writing(f"--out={place.path}"),
@@ -180,6 +181,17 @@ def predict_file(
         f"{predicted} of {tally.count} queries predicted{before}, up to {k} labels each: "
         f"{place.part}"
     )
+    if of:
+        _note_others(place, of)
+
+
+def _note_others(place: Place, of: str) -> None:
+    """Says which parts do not belong with this one, as a process had other flags, say."""
+    if others := resumable.of_something_else(place, of):
+        print(
+            f"{', '.join(others[:_SHOWN])}: predicted with other flags, labels or queries than "
+            f"{place.part}, so there is no manifest yet; run the other processes again"
+        )
 
 
 @contextlib.contextmanager

@@ -144,6 +144,8 @@ def writing(place: Place, of: str) -> Iterator[Unfinished]:
             raise InputError(f"{place.part}: another process has just finished it; start again")
         about = _read_about(place)
         if about is None or about.of != of:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(_manifest(place))  # Its parts are no longer of one kind.
             file.truncate(0)  # Before it is said to be of something else.
             json_files.write(place.part + _ABOUT, msgspec.to_builtins(About(of=of)))
         num_kept = _keep_complete_lines(file)
@@ -179,9 +181,28 @@ def _read_about(place: Place) -> About | None:
     return json_files.read(path, About, f"remove {path}; the part is then written anew")
 
 
+def of_something_else(place: Place, of: str) -> list[str]:
+    """Paths of the parts that are finished or begun, and depend on something else.
+
+    Args:
+      place: Of any of the parts.
+      of: Digest of all that their lines should depend on.
+    """
+    abouts = {one.part: _read_about(one) for one in _all(place)}
+    return [part for part, about in abouts.items() if about is not None and about.of != of]
+
+
+def _all(place: Place) -> list[Place]:
+    return [place._replace(index=index) for index in range(place.count)]
+
+
+def _manifest(place: Place) -> str:
+    return os.path.splitext(place.path)[0] + _MANIFEST
+
+
 def _write_manifest(place: Place, of: str) -> None:
     """Writes the list of all parts, once all are finished."""
-    places = [place._replace(index=index) for index in range(place.count)]
+    places = _all(place)
     if place.count == 1 or not all(os.path.isfile(one.part) for one in places):
         return
     parts = [finished(one, of) for one in places]
@@ -191,8 +212,7 @@ def _write_manifest(place: Place, of: str) -> None:
             for one, part in zip(places, parts, strict=True)
         ]
         total = sum(part.lines for part in parts)
-        root, _ = os.path.splitext(place.path)
-        json_files.write(root + _MANIFEST, {"of": of, "lines": total, "parts": listed})
+        json_files.write(_manifest(place), {"of": of, "lines": total, "parts": listed})
 
 
 def digest_of(*values: object, files: tuple[str, ...] = ()) -> str:

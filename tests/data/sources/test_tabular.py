@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from vixml_jax.data import preprocessing, store, summary
 from vixml_jax.data.sources import readers
 from vixml_jax.data.sources.delimited import USUAL
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import console, progress
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -296,6 +298,21 @@ def test_preview_shows_rows_and_counts(tmp_path):
         assert lines[start + 1].split() == ["id", "text", "labels"]
         for line, text in zip(lines[start + 2 :], texts[:10], strict=False):
             assert line.startswith("  ") and f"  {' '.join(text.split())[:20].strip()}" in line
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_rows_that_are_read_are_progress(tmp_path, monkeypatch, capsys, kind):
+    held = random_tables.draw(1)
+    random_tables.write_tables(held, tmp_path / "d", kind)
+    monkeypatch.setattr(readers, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(console, "_level", console.Level.NORMAL)
+    monkeypatch.setattr(progress, "_FIRST_S", 0.0)
+    monkeypatch.setattr(progress, "_EVERY_S", 0.0)
+    read(tmp_path / "d", tmp_path / "s")
+    said = re.findall(r"rows of (\S+): ([\d,]+), [\d,]+ per second", capsys.readouterr().out)
+    for split in ("train", "test"):
+        counts = [int(n) for name, n in said if name == f"{split}.{kind}"]
+        assert max(counts) == len(held[split]["text"])
 
 
 def test_preview_by_hand(tmp_path):

@@ -52,6 +52,21 @@ def moment(rng: np.random.Generator, seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() >= end
 
 
+def wait_for_start(process: subprocess.Popen) -> bool:
+    """Waits until a command handles SIGTERM, the last of the signals for which it does so.
+
+    Before that the Python interpreter starts, and a signal may end it with a traceback of its own.
+    Returns whether the process still runs.
+    """
+
+    def handled() -> bool:
+        with open(f"/proc/{process.pid}/status", encoding="ascii") as file:
+            masks = [line.split()[1] for line in file if line.startswith("SigCgt:")]
+        return bool(masks) and bool(int(masks[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+    return wait_for(process, handled)
+
+
 class Job(NamedTuple):
     """A command that is killed and started again.
 
@@ -176,7 +191,7 @@ def kill(
     *,
     writing: bool,
 ) -> tuple[int, str]:
-    """Starts a command and signals it.
+    """Starts a command and signals it at a moment after it has begun to handle signals.
 
     Args:
       job: The command.
@@ -196,6 +211,7 @@ def kill(
         return [sorted(os.listdir(path)) for path in places]
 
     before, process = names(), job.start(directory)
+    wait_for_start(process)
     if writing:
         wait_for(process, lambda: names() != before)
     wait_for(process, moment(rng, within))

@@ -27,6 +27,7 @@ from vixml_jax.data.sources.readers import Chunk
 from vixml_jax.data.sources.tabular_part import TabularPart
 from vixml_jax.data.sources.values import LABELS
 from vixml_jax.errors import InputError
+from vixml_jax.runtime import progress
 from vixml_jax.storage import text_files
 
 _FILTER_FILES = {split: f"filter_labels_{split}.txt" for split in SPLITS}
@@ -287,7 +288,8 @@ class _Table(NamedTuple):
         """
         wanted = self.roles.used if only is None else [only]
         for path in self.paths:
-            with problems.noting():
+            title = f"rows of {os.path.basename(path)}"
+            with problems.noting(), progress.track(title, None, unit="rows") as advance:
                 num_rows = 0
                 chunks = readers.read(
                     path, wanted, dialect=self.dialect, strict=not problems.collect, warn=warn
@@ -299,6 +301,7 @@ class _Table(NamedTuple):
                     for error in chunk.errors:
                         problems.add(error)
                     num_rows += len(chunk) + len(chunk.errors)
+                    advance(len(chunk) + len(chunk.errors))
                     yield chunk
                 if not num_rows:
                     raise readers.no_rows_error(path)
