@@ -37,6 +37,13 @@ def main(argv):
 
 command_line.launch(main, lambda: None)
 """
+# As compiled code that calls Python and makes an error of its own of whatever that raises.
+TURNED = """
+    try:
+        print("ready", flush=True); time.sleep(60)
+    except BaseException:
+        raise {error} from None
+"""
 UNWIND = """
     try:
         print("ready", flush=True); time.sleep(60)
@@ -94,6 +101,9 @@ def end(what, *numbers, before=()):
         (UNWIND, signal.SIGTERM, 143, "cleaned", "stopped by SIGTERM"),
         (UNWIND, signal.SIGINT, 130, "cleaned", "interrupted"),
         (UNWIND, signal.SIGHUP, 129, "cleaned", "stopped by SIGHUP"),
+        (TURNED.format(error="ValueError(5)"), signal.SIGINT, 130, "", "interrupted"),
+        (TURNED.format(error="OSError(28, 'x')"), signal.SIGTERM, 143, "", "stopped by SIGTERM"),
+        (TURNED.format(error="errors.InputError('x')"), signal.SIGHUP, 129, "", "stopped by"),
         ("block()", signal.SIGTERM, 143, "swallowed", "stopped by SIGTERM"),
         (
             IN_RUN.format(context="leaving"),

@@ -74,6 +74,8 @@ def handling(handle: Callable[[int], None], watch: Watch) -> Iterator[None]:
     """Handles the signals within the context; for the main thread.
 
     After the context they are ignored: the process is about to end, and its exit status is settled.
+    What `handle` raises leaves the context even where a library turns it into an error of its own,
+    as compiled code may that calls Python.
 
     Args:
       handle: Called with the number of a signal in the main thread; may raise.
@@ -84,9 +86,22 @@ def handling(handle: Callable[[int], None], watch: Watch) -> Iterator[None]:
     _start()
     over, before = threading.Event(), _watching
     _watching, _first_at = (watch, over), None
-    _handle(lambda number, frame: handle(number))
+    raised: list[BaseException] = []
+
+    def noted(number: int, frame: object) -> None:
+        try:
+            handle(number)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    _handle(noted)
     try:
         yield
+    except Exception as error:
+        if raised and error is not raised[0]:
+            raise raised[0] from error
+        raise
     finally:
         for number in NUMBERS:
             signal.signal(number, signal.SIG_IGN)
