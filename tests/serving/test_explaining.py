@@ -1,9 +1,11 @@
 """Explanations: their parts add up to the scores, and neighbours are the nearest queries."""
 
+import shutil
+
 import numpy as np
 import pytest
 
-from vixml_jax.serving import explaining
+from vixml_jax.serving import explaining, label_updates
 from vixml_jax.serving.predictor import Predictor
 
 TEXTS = ("a3 b4", "b7 a1 a2", "a9")
@@ -81,3 +83,22 @@ def test_neighbours_without_mixing(head_run):
     found = explaining.explain(predictor, TEXTS[0])
     assert len(found.neighbours) == 5
     assert all(one.neighbours is None for one in found.labels)
+
+
+def test_labels_that_are_refreshed_meanwhile_do_not_count(run, tmp_path, monkeypatch):
+    """All parts of an explanation are of the labels of one moment."""
+    workdir = str(shutil.copytree(run.workdir, tmp_path / "run"))
+    predictor = Predictor.load(workdir, warm=False)
+    expected, encode = explaining.explain(predictor, TEXTS[0], k=20), predictor.queries
+    near = expected.labels[0].label
+    vector = np.array(predictor.artifacts.vectors[[predictor.row_of(near.id)]])
+
+    def slow_encode(*arguments):
+        label_updates.add(workdir, predictor.artifacts, ["new"], ["new"], vector)
+        label_updates.remove(workdir, predictor.artifacts, [near.id])
+        predictor.refresh()
+        return encode(*arguments)
+
+    monkeypatch.setattr(predictor, "queries", slow_encode)
+    assert explaining.explain(predictor, TEXTS[0], k=20) == expected
+    assert predictor.row_of("new") is not None and predictor.row_of(near.id) is None

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vixml_jax.serving.label_view import LabelView
 from vixml_jax.serving.predictor import K, Prediction, Predictor
 
 _MAX_LABELS = 20  # Of a training query.
@@ -81,10 +82,10 @@ def explain(
     Raises:
       InputError: If the query is malformed, or an id of `never` is unknown.
     """
-    view = predictor.view
+    view = predictor.view  # Of one moment, whatever is refreshed meanwhile.
     queries = predictor.queries([text], [images] if images is not None else None)
     pairs = view.filter_pairs([never], 1)
-    found = predictor.search(queries, min(k, view.num_labels), pairs)
+    found = predictor.search(queries, min(k, view.num_labels), pairs, view=view)
     kept = found.ids[0] >= 0
     rows, scores = found.ids[0][kept], found.scores[0][kept]
     whole = predictor.query_vectors(queries)
@@ -109,11 +110,13 @@ def explain(
             rows, scores, prototypes, heads, added, strict=True
         )
     ]
-    return Explanation(labels, _neighbours(predictor, queries.vectors, num_neighbours))
+    return Explanation(labels, _neighbours(predictor, view, queries.vectors, num_neighbours))
 
 
-def _neighbours(predictor: Predictor, vectors: np.ndarray, count: int) -> list[Neighbour]:
-    index, view = predictor.train_index, predictor.view
+def _neighbours(
+    predictor: Predictor, view: LabelView, vectors: np.ndarray, count: int
+) -> list[Neighbour]:
+    index = predictor.train_index
     if index is None:
         return []
     found = index.search(vectors, min(count, view.relevance.shape[0]))

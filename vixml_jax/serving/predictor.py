@@ -317,11 +317,11 @@ class Predictor:
             return pairs
         starts = np.cumsum([0, *(len(calls[i].items) for i in valid)])
         shifted = [pairs[i] + [start, 0] for i, start in zip(valid, starts[:-1], strict=True)]
-        found = self._search(
-            view,
+        found = self.search(
             self._encoder.queries(query_items.joined([calls[i].items for i in valid])),
             min(max(calls[i].k for i in valid), view.num_labels),
             np.concatenate(shifted),
+            view=view,
         )
         results: list[Any] = [*pairs]
         for i, start, end in zip(valid, starts[:-1], starts[1:], strict=True):
@@ -383,6 +383,8 @@ class Predictor:
         queries: Queries,
         k: int,
         pairs: Int[np.ndarray, "f 2"] | None = None,
+        *,
+        view: LabelView | None = None,
     ) -> SearchResult:
         """Returns the k best labels of queries, with scores as in `Prediction`.
 
@@ -396,17 +398,9 @@ class Predictor:
           queries: From `queries`.
           k: Columns of the result; rows are shorter where there are fewer labels.
           pairs: (query, label) that must not be found.
+          view: The labels, whose rows are found; None: those of now.
         """
-        return self._search(self.view, queries, k, pairs)
-
-    def _search(
-        self,
-        view: LabelView,
-        queries: Queries,
-        k: int,
-        pairs: Int[np.ndarray, "f 2"] | None,
-    ) -> SearchResult:
-        """Searches the labels of a view; see `search`."""
+        view = view or self.view
         result = index_lib.empty_result(len(queries.vectors), k)
         retrieved = min(max(k, self._min_results), view.num_labels)
         for rows in self._encoder.planner.batches(len(queries.vectors)):
