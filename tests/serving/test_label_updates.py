@@ -77,6 +77,16 @@ def test_a_removed_label_can_be_added_again(workdir):
     assert predictor.search(Queries(vector), 1).ids[0, 0] == predictor.row_of(name)
 
 
+def test_a_label_may_be_named_twice_to_be_removed(workdir):
+    predictor = opened(workdir)
+    names = [predictor.artifacts.ids[i] for i in (4, 2, 4)]
+    path = label_updates.remove(str(workdir), predictor.artifacts, names)
+    assert label_updates.describe(path).ids == names[:2]
+    predictor.refresh()
+    assert predictor.num_labels == len(predictor.artifacts.ids) - 2
+    assert [predictor.row_of(name) for name in names] == [None] * 3
+
+
 def test_undo_takes_back_the_last_step_first(workdir):
     predictor = opened(workdir)
     before = predictor(["a1 b2"], k=9)

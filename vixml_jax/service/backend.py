@@ -381,9 +381,7 @@ class Backend:
           InputError: If there is no such label, or none would be left, or if the disk is full.
         """
         with self._label_change() as predictor:
-            label_updates.remove(
-                predictor.workdir, predictor.artifacts, [*dict.fromkeys(request.ids)]
-            )
+            label_updates.remove(predictor.workdir, predictor.artifacts, request.ids)
         return schema.Changed(changed=request.ids, num_labels=predictor.num_labels)
 
     def undo(self) -> schema.Changed:

@@ -325,14 +325,15 @@ def remove(workdir: str, artifacts: ServingArtifacts, ids: Sequence[str]) -> str
       InputError: If there is no such label, if none would be left, or if the run has another model
         meanwhile.
     """
+    ids = [*dict.fromkeys(ids)]
     with _writing(workdir, artifacts, "removing labels") as labels:
         rows = labels.rows()
         unknown = [name for name in ids if name not in rows]
         if unknown:
             raise InputError(f"the run has no label {unknown[0][:60]!r}")
-        if len({*ids}) == len(rows):
+        if len(ids) == len(rows):
             raise InputError("all labels would be removed; expected to keep at least one")
-        fields = {"kind": REMOVE, "ids": [*ids], "rows": [rows[name] for name in ids]}
+        fields = {"kind": REMOVE, "ids": ids, "rows": [rows[name] for name in ids]}
         return _write(workdir, artifacts, fields, None)
 
 
