@@ -176,6 +176,8 @@ def test_filters_minimum_scores_and_k_above_the_number_of_labels(predictor):
         (["a1"], {"images": [[1e6] * 12]}, "query 0: an image embedding is not finite"),
         (["a1", "b2"], {"images": [None]}, "found images for 1 queries, expected 2"),
         (["a1", "b2"], {"never": [["0"]]}, "found filters for 1 queries, expected 2"),
+        (["a1"], {"never": ["12"]}, "query 0: found one text, '12', as its filter"),
+        (["a1", "b2"], {"never": "12"}, "query 0: found one text, '1', as its filter"),
     ],
 )
 def test_invalid_input_is_reported_and_changes_nothing(predictor, texts, settings, message):

@@ -88,7 +88,8 @@ class LabelView:
           count: Number of queries.
 
         Raises:
-          InputError: If an id is unknown, or there are filters for another number of queries.
+          InputError: If an id is unknown, or there are filters for another number of queries, or
+            one that is no list.
         """
         if never is None or not any(never):
             never = [()] * count
@@ -96,6 +97,11 @@ class LabelView:
             raise InputError(f"found filters for {len(never)} queries, expected {count}")
         pairs = []
         for query, names in enumerate(never):
+            if isinstance(names, str):  # Its characters may be ids as well.
+                raise InputError(
+                    f"query {query}: found one text, {names[:40]!r}, as its filter, expected a "
+                    "list of ids"
+                )
             for name in names:
                 row = self.row_of(name)
                 if row is None:
