@@ -54,6 +54,11 @@ class SavedModel:
         return self.step if self.head_from is None else self.head_from
 
     @property
+    def digest(self) -> str:
+        """What tells it from other models, such as those of other runs at the same step."""
+        return digests.of_all(self.path)
+
+    @property
     def is_best(self) -> bool:
         """Whether it was selected by `--loop.monitor`, rather than as the newest."""
         return os.path.basename(os.path.dirname(self.path)) == BEST

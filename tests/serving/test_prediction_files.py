@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 
 from tests.service.conftest import unpack
+from vixml_jax import saved_model
 from vixml_jax.errors import InputError
-from vixml_jax.serving import label_updates, prediction_files, requests
+from vixml_jax.serving import cold_start, label_updates, prediction_files, requests
 from vixml_jax.serving.prediction_files import Request
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.serving.query_images import QueryImages
-from vixml_jax.storage import resumable
+from vixml_jax.storage import digests, resumable
 from vixml_jax.storage.resumable import Place
 
 COUNT, BLOCK = 90, 8
@@ -181,6 +183,32 @@ def test_what_was_predicted_of_something_else_is_not_gone_on_with(
         by_id(rows_of(place.part))
     finally:
         if change == "labels":
+            label_updates.undo(workdir)
+            predictor.refresh()
+
+
+def test_predictions_of_another_model_of_the_same_step_are_not_kept(predictor, queries, tmp_path):
+    place, workdir = Place(str(tmp_path / "p.jsonl")), unpack(tmp_path)
+    predict(predictor, queries, place)
+    with saved_model.opened(workdir) as saved:
+        pathlib.Path(saved.path, "more").write_text("as if it were of other flags")
+        digests.write_digests(saved.path)
+    other = Predictor.load(workdir, warm=False)
+    assert other.artifacts.about.step == predictor.artifacts.about.step
+    assert sum(predict(other, queries, place)) == COUNT
+    assert predict(other, queries, place) == []
+
+
+def test_predictions_of_a_label_before_it_was_added_anew_are_not_kept(
+    predictor, workdir, queries, tmp_path
+):
+    place = Place(str(tmp_path / "p.jsonl"))
+    for text in ("a1", "b7"):
+        cold_start.add_labels(predictor, ["new"], [text], None, [[]])
+        predictor.refresh()
+        try:
+            assert sum(predict(predictor, queries, place)) == COUNT
+        finally:
             label_updates.undo(workdir)
             predictor.refresh()
 

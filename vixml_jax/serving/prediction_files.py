@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -223,7 +224,10 @@ def _digest(predictor: Predictor, request: Request) -> str:
     about, updates = predictor.artifacts.about, predictor.updates
     return resumable.digest_of(
         vixml_jax.__version__,
-        [about.step, about.content_hash, updates.ids, updates.removed.tolist()],
+        [about.step, about.content_hash, predictor.model_digest],
+        # Labels may be taken back and added again, with other texts and examples.
+        [updates.ids, updates.texts, updates.removed.tolist()],
+        hashlib.sha256(updates.vectors.tobytes()).hexdigest(),
         [predictor.fusion, predictor.mixing],
         [request.k, repr(request.min_score), request.place.count, *request.reading],
         files=tuple(path for path in (request.path, request.filters) if path),

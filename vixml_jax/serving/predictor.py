@@ -84,6 +84,7 @@ class Predictor:
       mixing: How training neighbours are mixed in; None: they are not used.
       image_width: Width of the image embeddings that the model reads; 0: it reads none.
       prefix: The columns of vectors that are searched.
+      model_digest: Tells the model from others of the same data and step; empty: not known.
     """
 
     def __init__(
@@ -100,11 +101,12 @@ class Predictor:
         width: int = 0,
         head_rows: HeadRows | None = None,
         min_results: int = K,
+        model_digest: str = "",
     ):
         """Combines the parts that `load` opens.
 
         Args:
-          workdir, model, params, labels, artifacts, head_rows: See the attributes.
+          workdir, model, params, labels, artifacts, head_rows, model_digest: See the attributes.
           index: Over the vectors of the labels: their prototypes, fused with the head if there is
             one.
           train_index: Over the vectors of the training queries; needed for mixing.
@@ -112,7 +114,7 @@ class Predictor:
           width: Columns of vectors that the indexes search; 0: all.
           min_results: Labels that are retrieved per query at least, however few are returned.
         """
-        self.workdir, self.artifacts = workdir, artifacts
+        self.workdir, self.artifacts, self.model_digest = workdir, artifacts, model_digest
         self.model, self.labels, self.head_rows = model, labels, head_rows
         self.fusion, self.mixing = scoring.fusion, scoring.mixing
         self._run_index, self._train_index = index, train_index
@@ -168,6 +170,7 @@ class Predictor:
         if data:  # Others are refused, even if nothing has to be read from them.
             workdir_lib.open_run_dataset(config, data_cache)
         with saved_model.opened(workdir) as saved:
+            model_digest = saved.digest
             if values is None:
                 scoring = settings_lib.as_tuned(config, workdir, saved.step)
             else:
@@ -217,6 +220,7 @@ class Predictor:
             width=search_config.width,
             head_rows=head_rows,
             min_results=K if scoring.mixing is None else config.eval.k,
+            model_digest=model_digest,
         )
         if warm:
             predictor.warm_up()

@@ -80,6 +80,11 @@ def damage(directory: str) -> str | None:
         return next((text for text in pool.map(mismatch, items) if text), None)
 
 
+def of_all(directory: str) -> str:
+    """What tells the files of a directory from all others, by their digests."""
+    return json_files.read(os.path.join(directory, NAME), _Digests, "").check
+
+
 def steps(directory: str) -> list[int]:
     """Steps with complete checkpoints in a directory, ascending."""
     root = epath.Path(directory)
