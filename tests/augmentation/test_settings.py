@@ -62,6 +62,10 @@ def test_flags_override_tuned_settings_which_override_trained_ones(tmp_path, cap
     capsys.readouterr()
     assert mixing(trained) is None
     assert "training neighbours are off: they did not help" in capsys.readouterr().out
+    # What the flags leave open is as in training, also where neighbours were off there.
+    assert mixing(trained, knn_weight=0.3) == Mixing(0.3, 7, 0.2, True)
+    off = dataclasses.replace(PLAIN, knn=dataclasses.replace(knn, weight=0.0))
+    assert mixing(off, step=6, knn_weight=0.4, knn_k=9) == Mixing(0.4, 9, 0.2, True)
     assert settings.as_tuned(trained, where, 5) == Scoring()
     path = pathlib.Path(where, settings.TUNED)
     path.write_text('{"step": 5}')

@@ -124,10 +124,15 @@ def define_flags() -> None:
 
 def as_trained(config: Config) -> Scoring:
     """Returns the scoring that a run was trained with."""
-    mixing = Mixing(*(getattr(config.knn, name) for name in Mixing._fields))
+    mixing = _mixing_of(config)
     weights = (getattr(config.fusion, name) for name in Fusion._fields)
     fusion = Fusion(*weights) if config.head.enabled else None
     return Scoring(fusion, mixing if mixing.weight else None)
+
+
+def _mixing_of(config: Config) -> Mixing:
+    """Returns the settings of training neighbours in the flags of a run, also if they are off."""
+    return Mixing(*(getattr(config.knn, name) for name in Mixing._fields))
 
 
 def is_tuned(workdir: str, step: int) -> bool:
@@ -172,7 +177,7 @@ def from_flags(config: Config, values: flags.FlagValues, workdir: str, step: int
                 f"--knn.{next(iter(given_mixing))}: training neighbours are off; add "
                 "--knn.weight=0.1"
             )
-        default = scoring.mixing or Mixing(*PUBLISHED)
+        default = scoring.mixing or _mixing_of(config)
         scoring = scoring._replace(mixing=default._replace(**given_mixing))
     if config.head.enabled:
         scoring = Scoring(
