@@ -15,7 +15,7 @@ from vixml_jax import saved_model, workdir
 from vixml_jax.augmentation import settings as settings_lib
 from vixml_jax.errors import InputError
 from vixml_jax.search.exact import ExactIndex
-from vixml_jax.serving import artifacts
+from vixml_jax.serving import artifacts, query_items
 from vixml_jax.serving.predictor import Predictor
 from vixml_jax.storage import sealed
 
@@ -185,6 +185,17 @@ def test_invalid_input_is_reported_and_changes_nothing(predictor, texts, setting
     with pytest.raises(InputError, match=message):
         predictor(texts, **settings)
     assert predictor(["a1 b2"], k=3) == before
+
+
+def test_images_of_queries_to_a_run_without_images_are_refused(predictor):
+    reader = query_items.ItemReader(predictor.artifacts.path, 8, 0)
+    for none in (None, [None, None], [[], None]):
+        assert len(reader.read(["a1", "b2"], none)) == 2
+    for image in (np.ones(12), [[1.0] * 12], 1.0):
+        with pytest.raises(InputError, match="query 1: found an image; the run was trained"):
+            reader.read(["a1", "b2"], [None, image])
+    with pytest.raises(InputError, match="found images for 1 queries, expected 2"):
+        reader.read(["a1", "b2"], [None])
 
 
 def test_a_query_without_text_and_image_has_no_labels(predictor):

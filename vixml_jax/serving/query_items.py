@@ -54,10 +54,14 @@ class ItemReader:
         with self._lock:
             tokens = self._encoder.encode(checked)
         offsets = np.concatenate([[0], np.cumsum(tokens.lengths)])
+        images = [None] * len(texts) if images is None else images
+        if len(images) != len(texts):
+            raise InputError(f"found images for {len(images)} queries, expected {len(texts)}")
         item_images = None
         if self._image_width:  # Queries without images use the same programs.
-            images = [None] * len(texts) if images is None else images
-            item_images = self._ragged_images(images, len(texts))
+            item_images = self._ragged_images(images)
+        else:
+            _check_without_images(images)
         no_texts = Texts(np.zeros(0, np.uint8), np.zeros(len(texts) + 1, np.int64))
         return Items(no_texts, Ragged(tokens.values, offsets), item_images)
 
@@ -71,10 +75,8 @@ class ItemReader:
             for a, b in itertools.pairwise(offsets)
         ]
 
-    def _ragged_images(self, images: Sequence[Any], count: int) -> Ragged:
+    def _ragged_images(self, images: Sequence[Any]) -> Ragged:
         """Returns image embeddings of queries, checked, in float16."""
-        if len(images) != count:
-            raise InputError(f"found images for {len(images)} queries, expected {count}")
         rows = [np.zeros((0, self._image_width), np.float16)]
         for query, image in enumerate(images):
             values = _float16(query, [] if image is None else image)
@@ -90,6 +92,12 @@ class ItemReader:
                 raise InputError(f"query {query}: an image embedding is not finite in float16")
         offsets = np.cumsum([len(row) for row in rows])
         return Ragged(np.concatenate(rows), offsets)
+
+
+def _check_without_images(images: Sequence[Any]) -> None:
+    for query, image in enumerate(images):
+        if image is not None and _float16(query, image).size:
+            raise InputError(f"query {query}: found an image; the run was trained without images")
 
 
 def _float16(query: int, image: Any) -> np.ndarray:
