@@ -1,8 +1,11 @@
 """Learning curves read from run directories with and without a validation split."""
 
+import importlib
 import json
+from unittest import mock
 
 import pytest
+from absl import flags
 
 from vixml_jax.errors import InputError
 from vixml_jax.report import curves
@@ -56,3 +59,16 @@ def test_metric_that_was_not_computed_has_no_curve(tmp_path):
     """A run that retrieved few labels has no R@100."""
     run = write_run(tmp_path / "run", [{"step": 4, "loss": 1.0}], test=30.0)
     assert curves.read_curve(run, "R@100")[1:] == ([], [])
+
+
+def test_all_runs_are_drawn(tmp_path):
+    lines = [{"step": 4, "P@1": 1.0, "PSP@5": 1.0, "R@100": 1.0}]
+    runs = [write_run(tmp_path / f"run{i}", lines) for i in range(40)]
+    curves.define_flags()
+    out = tmp_path / "curves.svg"
+    flags.FLAGS(["curves", f"--runs={','.join(runs)}", f"--out={out}"])
+    axes = importlib.import_module("matplotlib.pyplot").Axes
+    with mock.patch.object(axes, "plot", autospec=True, side_effect=axes.plot) as plot:
+        curves.main([])
+    labels = [call.kwargs["label"] for call in plot.call_args_list]
+    assert labels == [f"run{i}" for _ in curves.METRICS for i in range(40)]

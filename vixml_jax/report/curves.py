@@ -1,5 +1,6 @@
 """Plot the learning curves of one or more runs as an image."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -152,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--runs: missing; expected run directories separated by commas")
     figure, panels = pyplot.subplots(1, len(METRICS), figsize=(9, 3), layout="constrained")
     for panel, name in zip(panels, METRICS, strict=True):
-        for run, style in zip(values.runs, ("o-", "s--", "^:", "d-.") * 9, strict=False):
+        for run, style in zip(values.runs, itertools.cycle(("o-", "s--", "^:", "d-."))):
             split, steps, percent = read_curve(run, name)
             label = os.path.basename(run.rstrip("/")) + (", valid" if split == "valid" else "")
             x = steps if values.x == "step" else _minutes(run, steps)
