@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -123,6 +124,18 @@ def test_p_values_match_exact_permutation_test():
         ).pvalue
         error = math.sqrt(exact * (1 - exact) / 40_000)
         assert found[name].p_value == pytest.approx(exact, abs=5 * error + 1e-4), name
+
+
+def test_many_permutations_take_little_memory(monkeypatch):
+    differences = np.random.default_rng(3).normal(0.02, 1.0, (1024, 2)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        found = bootstrap._randomisation_test(differences, 40_000, 0)
+        assert tracemalloc.get_traced_memory()[1] < 150e6
+    finally:
+        tracemalloc.stop()
+    monkeypatch.setattr(bootstrap, "_PERMUTATIONS_BLOCK", 40_000)
+    np.testing.assert_array_equal(bootstrap._randomisation_test(differences, 40_000, 0), found)
 
 
 def test_p_value_with_ties_matches_all_sign_flips():

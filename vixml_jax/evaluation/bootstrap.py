@@ -20,6 +20,7 @@ LEVEL = 0.95  # Confidence level of the intervals.
 RESAMPLES = 1000
 PERMUTATIONS = 10_000
 _BLOCK = 1024  # Queries processed at a time.
+_PERMUTATIONS_BLOCK = 10_000  # Permutations of them applied at a time.
 # Rounding error of float32, relative to the sum of absolute values; closer sums count as equal.
 _ROUNDING = 1e-7
 
@@ -160,8 +161,10 @@ def _randomisation_test(
         for start in range(0, len(differences), _BLOCK):
             block = differences[start : start + _BLOCK].astype(np.float64)
             bits = rng.integers(256, size=(permutations, -(-len(block) // 8)), dtype=np.uint8)
-            negated = np.unpackbits(bits, axis=1, count=len(block))
-            sums += block.sum(axis=0) - 2.0 * (negated.astype(np.float64) @ block)
+            for first in range(0, permutations, _PERMUTATIONS_BLOCK):
+                part = slice(first, first + _PERMUTATIONS_BLOCK)
+                negated = np.unpackbits(bits[part], axis=1, count=len(block))
+                sums[part] += block.sum(axis=0) - 2.0 * (negated.astype(np.float64) @ block)
             advance(len(block))
     observed = np.abs(differences.sum(axis=0, dtype=np.float64))
     tolerance = _ROUNDING * np.abs(differences).sum(axis=0, dtype=np.float64)
