@@ -11,7 +11,10 @@ from PIL import Image
 
 from tests import tiny
 from vixml_jax import train, workdir
+from vixml_jax.data.images.image_embeddings import FileImages
 from vixml_jax.serving.predictor import Predictor
+from vixml_jax.serving.query_images import QueryImages
+from vixml_jax.serving.requests import Query
 
 WORDS = "red green blue black white round square long".split()
 
@@ -90,3 +93,30 @@ def test_the_report_shows_image_files(shop):
         "evaluate", f"--workdir={config.workdir}", "--report_images=x", status=2
     )
     assert error.count("\n") == 1 and "--report_images=x: add --report" in error
+
+
+class Finder:
+    """Embeds the image "n.png" as the number n in all columns; others are broken."""
+
+    def __init__(self):
+        self.broken = {}
+
+    def embed(self, name, images):
+        del name
+        self.broken = {x: "broken" for names in images for x in names if x == "broken.png"}
+        rows = np.full((len(images), 2), -1)
+        for at, names in enumerate(images):
+            kept = [int(x.removesuffix(".png")) for x in names if x not in self.broken]
+            rows[at, : len(kept)] = kept
+        return FileImages(rows, np.arange(9)[:, None] * np.ones((1, 12)), "images")
+
+
+def test_a_query_may_have_embeddings_and_image_files():
+    given = np.full((1, 12), 7, np.float16)
+    columns = [([], given), (["3.png"], None), (["2.png", "5.png"], given), (["broken.png"], given),
+               (["broken.png"], None), ([], None)]  # fmt: skip
+    queries = [Query(i, str(i), "", *both, []) for i, both in enumerate(columns)]
+    vectors, notes = QueryImages(12, Finder()).embed(queries)
+    found = [None if x is None else x[:, 0].tolist() for x in vectors]
+    assert found == [[7.0], [3.0], [7.0, 2.0, 5.0], [7.0], None, None]
+    assert [bool(note) for note in notes] == [False, False, False, True, True, False]

@@ -72,7 +72,9 @@ class QueryImages:
         if named and self._finder is not None:
             embedded = self._finder.embed("--queries", [queries[i].images for i in named])
             for i, rows in zip(named, embedded.rows, strict=True):
-                vectors[i] = np.asarray(embedded.vectors[rows[rows >= 0]], np.float16)
+                read = np.asarray(embedded.vectors[rows[rows >= 0]], np.float16)
+                given = vectors[i]  # A table may have embeddings beside images.
+                vectors[i] = read if given is None else np.concatenate([given, read])
                 names = map(image_reader.describe, queries[i].images)
                 broken = [name for name in names if name in self._finder.broken]
                 if broken:
