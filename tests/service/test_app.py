@@ -213,6 +213,8 @@ def test_labels_are_added_removed_listed_and_taken_back(service, workdir):
     listed = json.loads(client("/labels?limit=3&after=18", token=TOKEN)[2])
     assert [x["id"] for x in listed["labels"]] == ["18", "19", "new"]
     assert listed["num_labels"] == 21
+    for wrong in ("limit=" + "0" * 20 + "99999", "after=" + "0" * 5000, "limit=10001", "limit=-1"):
+        assert client(f"/labels?{wrong}", token=TOKEN)[0] == 400
     listed = json.loads(client("/labels?limit=1", token=TOKEN)[2])
     assert (listed["labels"][0]["id"], listed["next"]) == ("0", 1)
     listed = json.loads(client("/labels?contains=LABEL%20b", token=TOKEN)[2])

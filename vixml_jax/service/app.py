@@ -253,7 +253,8 @@ def make(backend: Backend, *, token: str, origins: tuple[str, ...], max_body: in
     async def list_labels(request: Request) -> Response:
         def number(name: str, default: int, largest: int) -> int:
             value = request.query_params.get(name, str(default))
-            if not (value.isascii() and value.isdigit() and int(value[:12]) <= largest):
+            is_number = value.isascii() and value.isdigit() and len(value) <= 12
+            if not (is_number and int(value) <= largest):
                 raise InputError(f"{name}={value[:20]}: expected from 0 to {largest}")
             return int(value)
 
