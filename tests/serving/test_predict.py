@@ -39,12 +39,13 @@ def test_queries_are_predicted_in_order_and_invalid_ones_listed(workdir, predict
     queries.write_text("\n".join(rows) + "\n", encoding="utf-8")
     filters = tmp_path / "filters.txt"
     ids = list(predictor.artifacts.ids)
-    filters.write_text(f"huge\t{first}\n")
+    filters.write_text(f"huge\t{first}\n7.0\t{first}\n")
     printed = tiny.run_command(
         "predict", f"--workdir={workdir}", f"--queries={queries}", f"--out={out}", "--k=4",
         f"--filters={filters}",
     )  # fmt: skip
     assert f"8 of 10 queries predicted, up to 4 labels each: {out}" in printed
+    assert f"{filters}: 1 of 2 query ids are of no query, such as '7.0'" in printed
     assert "invalid query in line 2: " in printed and "invalid query in line 3: " in printed
     found = rows_of(out)
     names = ["one", None, "empty", "strange", "image", "image alone", "narrow", "missing"]

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import vixml_jax
@@ -134,7 +134,7 @@ def predict_file(
         print(f"--k={k}: the run has only {predictor.num_labels} labels; all of them are ranked")
         k = predictor.num_labels
     filters = requests.read_filters(request.filters) if request.filters else {}
-    tally = _Tally()
+    tally = _Tally(filters)
     of = _digest(predictor, request) if request.resume else ""
     if of and (done := resumable.finished(place, of)):
         print(f"{place.part}: {done.lines} queries were predicted before")
@@ -176,6 +176,11 @@ def predict_file(
             )
     for line in tally.lines(place.part):
         print(line)
+    if tally.without_query and place.count == 1:  # A part has not all queries.
+        print(
+            f"{request.filters}: {len(tally.without_query)} of {len(filters)} query ids are of no "
+            f"query, such as {min(tally.without_query)[:40]!r}"
+        )
     predicted = tally.count - tally.num_errors
     before = f", {num_kept} of them before" if num_kept else ""
     print(
@@ -243,9 +248,11 @@ class _Tally:
       errors: Line and error of the first of them.
       num_below: Queries without a label of at least --min_score.
       below: The lowest and highest of their best scores.
+      without_query: Ids of queries in `--filters` that no row has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, filtered: Iterable[str]) -> None:
+        self.without_query = {*filtered}
         self.count = self.num_errors = 0
         self.errors: list[tuple[int, str]] = []
         self.num_below, self.below = 0, (math.inf, -math.inf)
@@ -254,6 +261,7 @@ class _Tally:
     def add(self, row: dict[str, Any]) -> None:
         """Counts a row of `predict_rows`."""
         self.count += 1
+        self.without_query.discard(row["id"])
         if "error" in row:
             self.num_errors += 1
             self.errors += [(row["line"], row["error"])][: _SHOWN - len(self.errors)]
