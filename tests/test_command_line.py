@@ -70,6 +70,12 @@ def test_short_help_lists_all_flags_on_two_screens(module):
     assert set(explained) - shared == set(listed) and len(explained) > 5
 
 
+def test_short_help_has_no_heading_of_common_flags_where_there_are_none():
+    short = run("-m", "vixml_jax.benchmarks.packing", "--help")
+    assert "Common flags:" not in short and "Other flags:" not in short
+    assert "\n\nFlags:\n  --data=" in short
+
+
 def test_the_console_script_lists_and_runs_commands():
     listed = run("-m", "vixml_jax")
     assert all(f"  {command} " in listed for command in COMMANDS)

@@ -266,7 +266,7 @@ def version() -> str:
 
 def short_help(main: Callable[..., None], own: Sequence[str], common: Sequence[str]) -> str:
     """One line for each common flag; the other flags of the command, grouped, with defaults."""
-    lines = [*_heading(main), "", "Common flags:"]
+    lines = [*_heading(main), *(["", "Common flags:"] if common else [])]
     for name in common:
         about = _help(name).split(". ")[0].rstrip(".")
         switch = flags.FLAGS[name].boolean and not flags.FLAGS[name].default
@@ -274,7 +274,7 @@ def short_help(main: Callable[..., None], own: Sequence[str], common: Sequence[s
         text = f"  {spelled:36} {about}"
         lines.append(text if len(text) <= WIDTH else text[: WIDTH - 4].rsplit(" ", 1)[0] + " ...")
     for group, names in _grouped(
-        (name for name in own if name not in common), "Other flags"
+        (name for name in own if name not in common), "Other flags" if common else "Flags"
     ).items():
         lines += ["", f"{group}:"]
         lines += textwrap.wrap(
