@@ -1,4 +1,4 @@
-"""The model of a run that others than its training read: the best so far, or else the newest."""
+"""The model of a run as other commands read it: the best so far, or else the newest."""
 
 import contextlib
 import dataclasses

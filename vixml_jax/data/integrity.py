@@ -1,4 +1,4 @@
-"""Checks of prepared data: their structure whenever they are opened, their bytes before they count.
+"""Checks of prepared data: their structure whenever they are opened, checksums when a run starts.
 
 The structure is checked in a fraction of a second per gigabyte: offsets, token ids, labels and
 filter pairs lead nowhere but into the data. Only the checksums find values that are possible but

@@ -144,7 +144,8 @@ class Predictor:
 
         Args:
           workdir: Run directory that `train` wrote.
-          search: 'exact' or 'scann'; 'scann' uses the index that `evaluate --search=scann` tuned.
+          search: 'exact'; 'scann', by the index that `evaluate --search=scann` tuned; or 'auto': by
+            that index if it has 20,000 labels or more, else exact.
           search_config: Settings of the search.
           values: Parsed flags of `augmentation.settings.define_flags`; None: scores as tuned or as
             trained.

@@ -1,4 +1,4 @@
-"""Lines that tell what a run is about to do, and what its final model is."""
+"""Lines that say what a run is about to do, and what its final model is."""
 
 import math
 from collections.abc import Callable

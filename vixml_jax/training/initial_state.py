@@ -1,4 +1,4 @@
-"""The state with which a start of a run begins: new, restored, or the best model of before."""
+"""The state from which training starts: new, restored, or the best model so far."""
 
 import dataclasses
 from collections.abc import Callable
