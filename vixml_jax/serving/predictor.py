@@ -144,8 +144,7 @@ class Predictor:
 
         Args:
           workdir: Run directory that `train` wrote.
-          search: 'exact'; 'scann', by the index that `evaluate --search=scann` tuned; or 'auto': by
-            that index if it has 20,000 labels or more, else exact.
+          search: 'exact', 'scann' or 'auto', with the meaning of the flag `predict --search`.
           search_config: Settings of the search.
           values: Parsed flags of `augmentation.settings.define_flags`; None: scores as tuned or as
             trained.
