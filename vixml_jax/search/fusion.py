@@ -1,4 +1,4 @@
-"""One search for the scores of prototypes and of the label head: their vectors, concatenated.
+"""One search for the scores of prototypes, of the label head and of the frequency of labels.
 
 The score of label l for query i is
 
