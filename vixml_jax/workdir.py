@@ -35,6 +35,8 @@ CONFIG = "config.json"
 TOWER = "tower.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
+# What depends on a trained model. It would be taken for that of another run in the same directory.
+_OF_A_MODEL = (CHECKPOINTS, BEST, "frozen", "vectors", "evaluation", "serving", "label_updates")
 # Flags whose values may change when a run is resumed. The data may move; their content may not
 # change, which their content hash says.
 FREE_FLAGS = ("data", "workdir", "mesh", "loop.save_every", "loop.save_minutes", "loop.max_to_keep")
@@ -138,10 +140,12 @@ def open_run(
                 "row shards of this mesh; dropout differs from a run on the former mesh"
             )
         return shards
-    if (epath.Path(config.workdir) / CHECKPOINTS).is_dir():
-        raise InputError(
-            f"{path}: not found, although the directory holds checkpoints; use another --workdir"
-        )
+    for name in _OF_A_MODEL:
+        if (epath.Path(config.workdir) / name).is_dir():
+            raise InputError(
+                f"{path}: not found, although the directory holds {name}/ of a run; use another "
+                "--workdir"
+            )
     epath.Path(config.workdir).mkdir(parents=True, exist_ok=True)
     sealed.write(os.path.join(config.workdir, TOWER), contents)
     run_data.save_reading(config.workdir, reading)
