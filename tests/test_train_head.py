@@ -108,6 +108,7 @@ def test_interrupted_run_resumes_bit_for_bit(finished, data, tmp_path, kind, num
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_refit_added_to_a_finished_run_gives_the_same(finished, tmp_path):
     """The run without a head trains its tower in the same way, bit for bit."""
     plain, expected = finished("none"), final_state(finished("refit"))

@@ -108,7 +108,7 @@ def test_a_mesh_holds_one_block_of_scores():
     assert temporary < 64 * 4096 * 4 / 2
 
 
-@pytest.mark.parametrize("draws", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draws", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_groups_find_what_top_k_finds(draws):
     """On scores with many ties and masked columns, for any number of columns."""
     rng = np.random.default_rng()

@@ -105,7 +105,10 @@ def named_leaves(state):
         yield name, np.asarray(leaf)[:num_rows] if np.ndim(leaf) else leaf
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "sparse",
+    [pytest.param(False, marks=pytest.mark.slow, id="dense"), pytest.param(True, id="sparse")],
+)
 def test_steps_are_equal_on_any_number_of_devices(sparse):
     """Loss, gradient norm and the whole state are equal, with dropout."""
     batches = [random_batch(np.random.default_rng(seed)) for seed in range(3)]
