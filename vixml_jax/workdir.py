@@ -36,7 +36,11 @@ TOWER = "tower.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 # What depends on a trained model. It would be taken for that of another run in the same directory.
-_OF_A_MODEL = (CHECKPOINTS, BEST, "frozen", "vectors", "evaluation", "serving", "label_updates")
+# The last two are names of version 0.1.
+_OF_A_MODEL = (
+    CHECKPOINTS, BEST, "frozen", "vectors", "evaluation", "serving", "label_updates", "answers",
+    "changes",
+)  # fmt: skip
 # Flags whose values may change when a run is resumed. The data may move; their content may not
 # change, which their content hash says.
 FREE_FLAGS = ("data", "workdir", "mesh", "loop.save_every", "loop.save_minutes", "loop.max_to_keep")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vixml_jax.errors import InputError
 from vixml_jax.serving import cold_start
 
 
@@ -38,6 +39,19 @@ def test_the_centroid_combines_examples_and_nearest_labels(predictor):
         )
         np.testing.assert_allclose(found[label], expected[0], atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "examples,message",
+    [
+        ([[], "a3 b4"], "label 1: its example queries are the text 'a3 b4', expected a list"),
+        ([["a3 b4"]], "1 lists of example queries, expected 2"),
+        ([], "0 lists of example queries, expected 2"),
+    ],
+)
+def test_examples_of_the_wrong_shape_are_refused(predictor, examples, message):
+    with pytest.raises(InputError, match=message):
+        cold_start.label_vectors(predictor, ["label a1", "label b2"], None, examples)
 
 
 def test_labels_of_the_run_are_reproduced(predictor):

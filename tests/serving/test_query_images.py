@@ -114,9 +114,12 @@ class Finder:
 def test_a_query_may_have_embeddings_and_image_files():
     given = np.full((1, 12), 7, np.float16)
     columns = [([], given), (["3.png"], None), (["2.png", "5.png"], given), (["broken.png"], given),
-               (["broken.png"], None), ([], None)]  # fmt: skip
+               (["broken.png"], None), ([], None), (["4.png"], given[:, :3]),
+               (["broken.png"], given[:, :3])]  # fmt: skip
     queries = [Query(i, str(i), "", *both, []) for i, both in enumerate(columns)]
     vectors, notes = QueryImages(12, Finder()).embed(queries)
     found = [None if x is None else x[:, 0].tolist() for x in vectors]
-    assert found == [[7.0], [3.0], [7.0, 2.0, 5.0], [7.0], None, None]
-    assert [bool(note) for note in notes] == [False, False, False, True, True, False]
+    assert found == [[7.0], [3.0], [7.0, 2.0, 5.0], [7.0], None, None, [4.0], None]
+    width = "the image is ignored: its embedding has width 3, expected 12"
+    broken = "image broken.png: broken"
+    assert notes == ["", "", "", broken, broken, "", width, f"{width}; {broken}"]

@@ -26,7 +26,11 @@ def start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "left", ["checkpoints", "best", "frozen", "vectors", "evaluation", "serving", "label_updates"]
+    "left",
+    [
+        *("checkpoints", "best", "frozen", "vectors", "evaluation", "serving", "label_updates"),
+        *("answers", "changes"),
+    ],
 )
 def test_a_run_is_not_started_among_files_of_another(start, tmp_path, left):
     run = tmp_path / "run"

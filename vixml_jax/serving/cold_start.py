@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vixml_jax.errors import InputError
 from vixml_jax.labels.head import SCALE
 from vixml_jax.search import fusion
 from vixml_jax.search.fusion import HeadRows
@@ -57,10 +58,21 @@ def label_vectors(
       images: Embeddings of their images, as a predictor takes them.
       examples: Texts of queries for which each label is relevant; may be empty. Blank ones are
         left out.
+
+    Raises:
+      InputError: If there are not as many lists of examples as texts, or one is a text.
     """
+    if examples is not None and len(examples) != len(texts):
+        raise InputError(f"{len(examples)} lists of example queries, expected {len(texts)}")
+    for label, queries in enumerate(examples or ()):
+        if isinstance(queries, str):
+            raise InputError(
+                f"label {label}: its example queries are the text {queries[:40]!r}, expected a "
+                "list of texts"
+            )
     vectors = predictor.encode(texts, images)
-    given = [[query for query in queries if query.strip()] for queries in examples or ()]
-    counts = [len(queries) for queries in given or [[]] * len(texts)]
+    given = [[x for x in queries if x.strip()] for queries in examples or [[]] * len(texts)]
+    counts = [len(queries) for queries in given]
     encoded = predictor.queries([query for queries in given for query in queries])
     ends = np.cumsum(counts)
     of_label = [encoded.at(slice(a, b)) for a, b in zip(ends - counts, ends, strict=True)]

@@ -183,10 +183,11 @@ def predict_file(
         )
     predicted = tally.count - tally.num_errors
     before = f", {num_kept} of them before" if num_kept else ""
-    print(
-        f"{predicted} of {tally.count} queries predicted{before}, up to {k} labels each: "
-        f"{place.part}"
-    )
+    if tally.count:
+        found = f"{predicted} of {tally.count} queries predicted{before}, up to {k} labels each"
+    else:
+        found = "no queries: the other processes predict all of them"
+    print(f"{found}: {place.part}")
     if of:
         _note_others(place, of)
 

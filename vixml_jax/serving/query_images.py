@@ -68,7 +68,7 @@ class QueryImages:
             )
             if query.embeddings is not None and query.embeddings.shape[1] != self._width:
                 vectors[i] = None
-        named = [i for i, query in enumerate(queries) if query.images and not notes[i]]
+        named = [i for i, query in enumerate(queries) if query.images]
         if named and self._finder is not None:
             embedded = self._finder.embed("--queries", [queries[i].images for i in named])
             for i, rows in zip(named, embedded.rows, strict=True):
@@ -78,5 +78,6 @@ class QueryImages:
                 names = map(image_reader.describe, queries[i].images)
                 broken = [name for name in names if name in self._finder.broken]
                 if broken:
-                    notes[i] = f"image {broken[0]}: {self._finder.broken[broken[0]]}"
+                    unread = f"image {broken[0]}: {self._finder.broken[broken[0]]}"
+                    notes[i] = f"{notes[i]}; {unread}" if notes[i] else unread
         return [x if x is not None and len(x) else None for x in vectors], notes

@@ -52,11 +52,10 @@ def moment(rng: np.random.Generator, seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() >= end
 
 
-def wait_for_start(process: subprocess.Popen) -> bool:
+def wait_for_start(process: subprocess.Popen) -> None:
     """Waits until a command handles SIGTERM, the last of the signals for which it does so.
 
     Before that the Python interpreter starts, and a signal may end it with a traceback of its own.
-    Returns whether the process still runs.
     """
 
     def handled() -> bool:
@@ -64,7 +63,7 @@ def wait_for_start(process: subprocess.Popen) -> bool:
             masks = [line.split()[1] for line in file if line.startswith("SigCgt:")]
         return bool(masks) and bool(int(masks[0], 16) >> (signal.SIGTERM - 1) & 1)
 
-    return wait_for(process, handled)
+    wait_for(process, handled)
 
 
 class Job(NamedTuple):
