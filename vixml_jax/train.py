@@ -265,7 +265,10 @@ def train(
         parts.like,
         memory_planner.evaluation_bytes(
             model,
-            max(map(model.mean_length, (dataset.train, dataset.labels))),
+            [
+                (model.mean_length(side), len(side))
+                for side in (dataset.train, dataset.split(split)[0], dataset.labels)
+            ],
             block=config.eval.block,
             labels=dataset.num_labels,
         ),

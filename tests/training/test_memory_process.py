@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vixml_jax.errors import InputError
+from vixml_jax.parallel import sharding
 from vixml_jax.runtime import host_memory
 from vixml_jax.structs import TrainState
 from vixml_jax.training import memory_planner
@@ -55,6 +56,28 @@ def test_parts_are_named_and_a_run_that_does_not_fit_is_refused():
     plan.check()
     with pytest.raises(InputError, match=r"total 4.50 of 4.0: the run does not fit"):
         plan._replace(device=4 * GIB).check()
+
+
+@pytest.mark.parametrize(
+    "items,rows",
+    [
+        ([(64, 1000), (2, 10)], 256),  # A block of queries, each as long as a row.
+        ([(64, 40), (2, 10)], 40),  # Fewer queries than a block.
+        ([(64, 40), (16, 5000)], 64),  # The labels need more rows.
+    ],
+)
+def test_blocks_hold_no_more_items_than_there_are(items, rows):
+    sizes = types.SimpleNamespace
+    model = sizes(
+        tower=sizes(config=sizes(mlp_width=6, width=2, num_heads=1)),
+        mesh=sharding.create_mesh(devices=jax.devices()[:1]),
+        table=sizes(width=2),
+        row_width=64,
+        row_sizes=lambda length, count, shards: sizes(least=int(length) * count // 64 // shards),
+    )
+    found = memory_planner.evaluation_bytes(model, items, block=256, labels=4)
+    values = 3 * (6 + 3 * 2 + 64)  # Of a position: layers, and a row of scores.
+    assert found == 4 * rows * 64 * values
 
 
 def test_capacity_of_a_cpu_is_bounded_by_what_is_available(monkeypatch):

@@ -128,7 +128,7 @@ def traced(run: Run, kind: str, parts: build.Parts) -> tuple[jax.stages.Traced, 
             config.head.batch_size,
         ),
         programs.ENCODING: lambda: (
-            programs.encoding(config, parts, run.lengths),
+            programs.encoding(parts, run.lengths, config.eval.block),
             config.eval.block,
         ),
         programs.SEARCH: lambda: (

@@ -202,19 +202,24 @@ def with_process(plan: MemoryPlan, like: TrainState, evaluation: int) -> MemoryP
     return plan._replace(process=process, saving=saved, evaluation=evaluation)
 
 
-def evaluation_bytes(model: Model, length: float, *, block: int, labels: int) -> int:
+def evaluation_bytes(
+    model: Model, items: Sequence[tuple[float, int]], *, block: int, labels: int
+) -> int:
     """Approximate bytes per device of encoding a block, or of an exact search if that needs more.
 
     Blocks of the search are those that evaluations in training use.
 
     Args:
       model: The model that encodes.
-      length: Mean number of positions of an item.
+      items: Of each kind of items, queries and labels, the mean number of positions and how many
+        there are.
       block: Items encoded at a time, over all devices.
       labels: Number of labels.
     """
     tower, shards = model.tower.config, sharding.num_row_shards(model.mesh)
-    positions = model.row_sizes(length, block, shards).least * model.row_width
+    positions = model.row_width * max(
+        model.row_sizes(length, min(block, count), shards).least for length, count in items
+    )
     # The widest layers and the attention of all heads, of which three copies exist at the peak:
     # measured on encoders of 384 with texts of 16 and of 64 tokens.
     values = 3 * (tower.mlp_width + 3 * tower.width + tower.num_heads * model.row_width)

@@ -121,14 +121,13 @@ def plan(
     if planned.platform == "cpu":
         evaluation = memory_planner.evaluation_bytes(
             model,
-            max(items.query, items.label),
+            [(items.query, sizes.queries), (items.label, sizes.labels)],
             block=config.eval.block,
             labels=sizes.labels,
         )
         return memory_planner.with_process(planned, parts.like, evaluation), found
-    encoding = compiled(
-        programs.ENCODING, programs.encoding(config, parts, items), config.eval.block
-    )
+    block = min(config.eval.block, sizes.queries)
+    encoding = compiled(programs.ENCODING, programs.encoding(parts, items, block), block)
     search = programs.search(config, model, sizes)
     search = compiled(programs.SEARCH, search, programs.QUERY_BLOCK)
     evaluation = max(

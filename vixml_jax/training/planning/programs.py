@@ -83,12 +83,12 @@ def head_step(config: Config, parts: build.Parts, sizes: DataSizes) -> Any:
     return parts.head.step.traced(batch, key)
 
 
-def encoding(config: Config, parts: build.Parts, lengths: Lengths) -> Any:
-    """The traced program that encodes a block of queries."""
+def encoding(parts: build.Parts, lengths: Lengths, block: int) -> Any:
+    """The traced program that encodes a block of that many queries."""
     model, like = parts.model, parts.like
     items, count = memory_planner.abstract_block(
         model,
-        config.eval.block,
+        block,
         lengths.query,
         images=lengths.query_images,
         width=lengths.image_width,
