@@ -302,7 +302,9 @@ def _compare_neighbours(
     alone, mixed = results["metrics"][name], results["with_neighbours"][name]
     if mixed >= alone:
         return
-    found = f"neighbours lower {name} from {alone:.1f} to {mixed:.1f} on the {split} split"
+    digits = 1 if f"{alone:.1f}" != f"{mixed:.1f}" else 4
+    change = f"from {alone:.{digits}f} to {mixed:.{digits}f}"
+    found = f"neighbours lower {name} {change} on the {split} split"
     if not decide or settings_lib.is_tuned(workdir, step):
         print(f"{found}: --knn.weight=0 turns them off")
         return

@@ -57,7 +57,7 @@ def test_latencies_of_exact_search_and_scann(capfd):
 
 @pytest.mark.parametrize("name", list(search_indexes.BUILD))
 def test_each_baseline_reaches_its_recall(name, tmp_path, capfd):
-    pytest.importorskip(name)
+    pytest.importorskip(search_indexes.MODULES.get(name, name))
     out = str(tmp_path / "out.json")
     with flagsaver.flagsaver(**SMALL, what="approximate", baselines=[name], out=out):
         search.main([])

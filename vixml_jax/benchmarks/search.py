@@ -2,7 +2,7 @@
 
     python -m vixml_jax.benchmarks.search --what=exact [--n=131072,1300000 --width=384 --k=100]
     python -m vixml_jax.benchmarks.search --what=approximate [--n=1300000 --width=384
-        --baselines=scann,faiss,hnswlib --out=search.json]
+        --baselines=scann,scann_no_soar,faiss,hnswlib --out=search.json]
     python -m vixml_jax.benchmarks.search --what=latency [--n=5000,20000,131072 --width=384 --k=10]
 
 Exact: ours, the bare matrix products of the same blocks (XLA and numpy's BLAS), and `matmul` with
@@ -157,15 +157,15 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     """One line per baseline: build, memory, queries per second at each recall of each k."""
     columns = [(k, wanted) for k in search_indexes.KS for wanted in search_indexes.TARGETS]
     heads = "".join(f"{f'@{k} {wanted}':>12}" for k, wanted in columns)
-    lines = [f"  {'':10} {'build s':>8} {'peak GiB':>8} {'held GiB':>8}{heads}   queries/s"]
+    lines = [f"  {'':13} {'build s':>8} {'peak GiB':>8} {'held GiB':>8}{heads}   queries/s"]
     for one in found:
         if "rows" not in one:
-            lines.append(f"  {one['baseline']:10} {'':26}{one['queries_per_s']:12,.0f}")
+            lines.append(f"  {one['baseline']:13} {'':26}{one['queries_per_s']:12,.0f}")
             continue
         speeds = {(row["k"], row["wanted"]): row for row in one["rows"]}
         cells = "".join(_cell(speeds[column]) for column in columns)
         numbers = f"{one['build_s']:8.0f} {one['build_gib']:8.2f} {one['search_gib']:8.2f}"
-        lines.append(f"  {one['baseline']:10} {numbers}{cells}   {one['about']}")
+        lines.append(f"  {one['baseline']:13} {numbers}{cells}   {one['about']}")
     return "\n".join(lines)
 
 
@@ -182,7 +182,7 @@ def check_baselines(baseline_names: Sequence[str]) -> None:
         if name not in search_indexes.BUILD:
             known = ", ".join(search_indexes.BUILD)
             raise InputError(f"--baselines={name}: expected some of {known}")
-        if importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(search_indexes.MODULES.get(name, name)) is None:
             raise InputError(f"--baselines={name}: not installed; pip install vixml_jax[benchmark]")
 
 

@@ -154,8 +154,8 @@ class ScannIndex:
                 settings["leaves_searched"],
                 training_sample_size=min(len(vectors), SAMPLE),
                 random_init=False,
-                soar_lambda=settings["soar_lambda"],
-                overretrieve_factor=2.0,
+                soar_lambda=settings["soar_lambda"] or None,
+                overretrieve_factor=2.0 if settings["soar_lambda"] else None,
             )
             builder.score_ah(
                 settings["dimensions_per_block"],

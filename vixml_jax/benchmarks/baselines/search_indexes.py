@@ -7,6 +7,7 @@ queries at once on all cores, and have two numbers that trade speed for recall: 
 candidates looked at, and how many of them are scored exactly.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -68,16 +69,20 @@ def _directions(rng: np.random.Generator, n: int, width: int) -> Float[np.ndarra
     return rng.standard_normal((n, width), np.float32) / np.float32(np.sqrt(width))
 
 
-def build_scann(labels: Float[np.ndarray, "n e"]) -> Baseline:
-    """ScaNN, with our settings for this number of labels."""
-    tree = scann.ScannIndex.build(labels)
+def build_scann(labels: Float[np.ndarray, "n e"], *, soar: bool = True) -> Baseline:
+    """ScaNN, with our settings for this number of labels; without SOAR, each is in one leaf."""
+    settings = scann.settings_for(len(labels))
+    if not soar:
+        settings["soar_lambda"] = 0.0
+    tree = scann.ScannIndex.build(labels, settings)
 
     def search(queries: np.ndarray, k: int, a: int, b: int) -> np.ndarray:
         return tree.search_with(queries, k, leaves_searched=a, reordered=b).ids
 
     leaves = tree.settings["leaves"]
     breadths = tuning.steps(1, leaves)
-    return Baseline(search, breadths, _depths(len(labels)), f"{leaves} leaves, SOAR")
+    about = f"{leaves} leaves, {'SOAR' if soar else 'no SOAR'}"
+    return Baseline(search, breadths, _depths(len(labels)), about)
 
 
 def build_faiss(labels: Float[np.ndarray, "n e"]) -> Baseline:
@@ -120,7 +125,13 @@ def _depths(n: int) -> Callable[[int], list[int]]:
     return lambda k: tuning.steps(k, min(n, max(64 * k, 4096)))
 
 
-BUILD = {"scann": build_scann, "faiss": build_faiss, "hnswlib": build_hnswlib}
+BUILD = {
+    "scann": build_scann,
+    "scann_no_soar": functools.partial(build_scann, soar=False),
+    "faiss": build_faiss,
+    "hnswlib": build_hnswlib,
+}
+MODULES = {"scann_no_soar": "scann"}  # Those that are not called like the baseline.
 
 
 def sweep(
