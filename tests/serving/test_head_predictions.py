@@ -213,7 +213,7 @@ def test_added_labels_count_and_removed_ones_do_not(workdir, head_run, dense, wi
         expected = (1 - weight) * p + weight * near
         for row, found in zip(expected, scores_of(predictor, texts), strict=True):
             assert set(found) == set(live)
-            np.testing.assert_allclose([found[n] for n in live], row, rtol=2e-3, atol=1e-6)
+            np.testing.assert_allclose([found[n] for n in live], row, rtol=1e-4, atol=1e-7)
     label_updates.undo(workdir)  # The labels of the last turn.
     predictor.refresh()
     before = set(live) - set(names)

@@ -80,17 +80,28 @@ class ExactIndex:
         """
         return self._search(queries, k, with_log_sum=False).best
 
-    def search_normalised(self, queries: Float[np.ndarray, "q e"], k: int) -> Normalised:
-        """Returns the result of `search`, and the log of the sum of exp(score) over all labels.
-
-        The sum is computed in the same pass, from the same scores.
-        """
-        return self._search(queries, k, with_log_sum=True)
+    def search_normalised(
+        self,
+        queries: Float[np.ndarray, "q e"],
+        k: int,
+        removed: Int[np.ndarray, " r"] | None = None,
+    ) -> Normalised:
+        """See `Index`. The sum is computed in the same pass, from the same scores."""
+        return self._search(queries, k, with_log_sum=True, removed=removed)
 
     def _search(
-        self, queries: Float[np.ndarray, "q e"], k: int, *, with_log_sum: bool
+        self,
+        queries: Float[np.ndarray, "q e"],
+        k: int,
+        *,
+        with_log_sum: bool,
+        removed: Int[np.ndarray, " r"] | None = None,
     ) -> Normalised:
         """Without `with_log_sum`, all sums are -inf."""
+        if removed is not None:  # Padded to a power of two, so that few programs are compiled.
+            ids = np.full(index.padded_size(len(removed)), -1, np.int32)
+            ids[: len(removed)] = removed
+            removed = ids if len(removed) else None
         few = min(k, self._num_labels)
         result = index.empty_result(len(queries), few)
         log_sums = np.full(len(queries), -np.inf, np.float32)
@@ -102,7 +113,7 @@ class ExactIndex:
             part = slice(start, min(start + size, len(queries)))
             count = part.stop - part.start
             block[:count] = queries[part]
-            found, log_sum = self._rows.best(block, count, few, with_log_sum)
+            found, log_sum = self._rows.best(block, count, few, with_log_sum, removed)
             result.scores[part], result.ids[part] = found
             if with_log_sum:
                 log_sums[part] = log_sum
@@ -131,11 +142,17 @@ class _HostRows:
         self._threads = futures.ThreadPoolExecutor(self._num_threads)
 
     def best(
-        self, queries: Float[np.ndarray, "q e"], count: int, k: int, with_log_sum: bool
+        self,
+        queries: Float[np.ndarray, "q e"],
+        count: int,
+        k: int,
+        with_log_sum: bool,
+        removed: Int[np.ndarray, " r"] | None,
     ) -> tuple[SearchResult, Float[np.ndarray, " q"] | None]:
         """Returns the k best rows of each of the first `count` queries; the others are padding.
 
-        With `with_log_sum` also the log of the sum of exp(score) over all rows, else None.
+        With `with_log_sum` also the log of the sum of exp(score) over all rows but the removed
+        ones, else None.
         """
         each = -(-count // self._num_threads)
         parts = [slice(start, min(start + each, count)) for start in range(0, count, each)]
@@ -147,7 +164,8 @@ class _HostRows:
             real = min(self._size, self._num_labels - first)
             found = _score(queries, block, group=group)
             if with_log_sum:
-                of_block = np.asarray(_log_sum(*found, real))[:count]
+                gone = None if removed is None else removed - first
+                of_block = np.asarray(_log_sum(*found, real, gone))[:count]
                 log_sum = np.logaddexp(log_sum, of_block)
             scores, maxima = map(np.asarray, found)
             add = functools.partial(top_k.add_block, first=first, real=real)
@@ -177,12 +195,18 @@ class _DeviceRows:
         self._num_blocks = _num_blocks(int8.num_rows(self._vectors), label_block, mesh)
 
     def best(
-        self, queries: Float[np.ndarray, "q e"], count: int, k: int, with_log_sum: bool
+        self,
+        queries: Float[np.ndarray, "q e"],
+        count: int,
+        k: int,
+        with_log_sum: bool,
+        removed: Int[np.ndarray, " r"] | None,
     ) -> tuple[SearchResult, Float[np.ndarray, " q"] | None]:
         """Like `_HostRows.best`."""
         found, log_sum = _top_k(
             self._vectors,
             queries,
+            removed,
             k=k,
             num_labels=self._num_labels,
             num_blocks=self._num_blocks,
@@ -238,13 +262,27 @@ def _score(
 
 @jax.jit
 def _log_sum(
-    scores: Float[Array, "q n"], maxima: Float[Array, "q g"], real: Int[Array, ""] | int
+    scores: Float[Array, "q n"],
+    maxima: Float[Array, "q g"],
+    real: Int[Array, ""] | int,
+    removed: Int[Array, " r"] | None,
 ) -> Float[Array, " q"]:
-    """Returns the log of the sum of exp(score) over the first `real` columns, which are labels."""
-    largest = jnp.max(maxima, axis=1, keepdims=True)  # Columns of padding are copies of a label.
+    """Returns the log of the sum of exp(score) over the first `real` columns, which are labels.
+
+    Columns that are removed do not count; numbers outside of the block are ignored.
+    """
+    column = jnp.arange(scores.shape[1])
+    counts = column < real
+    if removed is None:
+        largest = jnp.max(
+            maxima, axis=1, keepdims=True
+        )  # Columns of padding are copies of a label.
+    else:
+        counts &= ~jnp.isin(column, removed)
+        largest = jnp.max(scores, axis=1, keepdims=True, where=counts, initial=-jnp.inf)
+        largest = jnp.where(counts.any(), largest, 0.0)
     exponentials = jnp.exp(scores - largest)
-    is_label = jnp.arange(scores.shape[1]) < real
-    return largest[:, 0] + jnp.log(jnp.sum(exponentials, axis=1, where=is_label))
+    return largest[:, 0] + jnp.log(jnp.sum(exponentials, axis=1, where=counts))
 
 
 def _inner_products(
@@ -266,6 +304,7 @@ def _inner_products(
 def _top_k(
     vectors: Float[Array, "n e"] | Int8Vectors,
     queries: Float[Array, "q e"],
+    removed: Int[Array, " r"] | None = None,
     *,
     k: int,
     num_labels: int,
@@ -275,7 +314,8 @@ def _top_k(
 ) -> tuple[SearchResult, Float[Array, " q"] | None]:
     """Returns the k best of the first `num_labels` rows; each device scores `num_blocks` blocks.
 
-    With `with_log_sum` also the log of the sum of exp(score) over these rows, else None.
+    With `with_log_sum` also the log of the sum of exp(score) over these rows but the removed ones,
+    else None.
     """
     local = functools.partial(
         _local_top_k,
@@ -285,12 +325,15 @@ def _top_k(
         with_log_sum=with_log_sum,
     )
     if mesh is None:
-        return local(vectors, queries, 0)
+        return local(vectors, queries, removed, 0)
 
     def search_shard(
-        rows: Float[Array, "n e"] | Int8Vectors, queries: Float[Array, "q e"]
+        rows: Float[Array, "n e"] | Int8Vectors,
+        queries: Float[Array, "q e"],
+        removed: Int[Array, " r"] | None,
     ) -> tuple[SearchResult, Float[Array, " q"] | None]:
-        found, log_sum = local(rows, queries, jax.lax.axis_index(ROWS) * int8.num_rows(rows))
+        first = jax.lax.axis_index(ROWS) * int8.num_rows(rows)
+        found, log_sum = local(rows, queries, removed, first)
         # [q, devices * k] candidates, in the same order on every device.
         found = jax.tree.map(lambda x: jax.lax.all_gather(x, ROWS, axis=1, tiled=True), found)
         if with_log_sum:
@@ -299,14 +342,15 @@ def _top_k(
 
     # The results are equal on all devices, which the type of all_gather does not express.
     search = jax.shard_map(
-        search_shard, mesh=mesh, in_specs=(P(ROWS), P()), out_specs=P(), check_vma=False
+        search_shard, mesh=mesh, in_specs=(P(ROWS), P(), P()), out_specs=P(), check_vma=False
     )
-    return search(vectors, queries)
+    return search(vectors, queries, removed)
 
 
 def _local_top_k(
     rows: Float[Array, "n e"] | Int8Vectors,
     queries: Float[Array, "q e"],
+    removed: Int[Array, " r"] | None,
     first: Int[Array, ""] | int,
     *,
     k: int,
@@ -328,7 +372,10 @@ def _local_top_k(
         ids = jnp.asarray(first + at, jnp.int32)
         scores = jnp.where((at >= start) & (ids < num_labels), scores, -jnp.inf)
         if with_log_sum:
-            log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=1))
+            counts = scores
+            if removed is not None:
+                counts = jnp.where(jnp.isin(ids, removed), -jnp.inf, scores)
+            log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(counts, axis=1))
         scores, chosen = _top_k_by_groups(scores, min(k, size))
         both = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b], axis=1), best, SearchResult(scores, ids[chosen])

@@ -30,7 +30,7 @@ class Index(Protocol):
     Attributes:
       settings: How the index was built and is searched, in JSON types; saved with results.
       log_sum: "exact" if `search_normalised` sums over all labels, "sampled" if it estimates the
-        sum.
+        sum, "int8" if it sums scores of vectors of 8 bits.
     """
 
     settings: dict[str, Any]
@@ -40,8 +40,18 @@ class Index(Protocol):
         """Returns the k best labels of each query, numpy float32 and int32, best first."""
         ...
 
-    def search_normalised(self, queries: Float[np.ndarray, "q e"], k: int) -> Normalised:
-        """Returns the result of `search`, and the log of the sum of exp(score) over all labels."""
+    def search_normalised(
+        self,
+        queries: Float[np.ndarray, "q e"],
+        k: int,
+        removed: Int[np.ndarray, " r"] | None = None,
+    ) -> Normalised:
+        """Returns the result of `search`, and the log of the sum of exp(score) over all labels.
+
+        Args:
+          queries, k: As of `search`.
+          removed: Ids of labels that do not count in the sum. They are found nevertheless.
+        """
         ...
 
 
@@ -110,6 +120,12 @@ def probabilities(found: Normalised) -> SearchResult:
     log_probability = scores[query, column] - found.log_sum[query]
     values[query, column] = np.exp(np.clip(log_probability, _SMALLEST, 0.0))
     return SearchResult(values, ids)
+
+
+def without(found: SearchResult, removed: Int[np.ndarray, " r"]) -> SearchResult:
+    """Returns the result with id -1, score -inf in place of removed labels."""
+    gone = np.isin(found.ids, removed)
+    return SearchResult(np.where(gone, -np.inf, found.scores), np.where(gone, -1, found.ids))
 
 
 def drop_filtered(result: SearchResult, pairs: Int[np.ndarray, "f 2"], k: int) -> SearchResult:

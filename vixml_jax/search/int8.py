@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, Int8
 
 from vixml_jax.runtime import processors
 from vixml_jax.search import fusion
@@ -124,15 +124,23 @@ class RescoredIndex:
         """Returns the k best labels of each query, best first, ties by the lower id."""
         return _first(self._rescored(queries, self._index.search(queries, self._most(k))), k)
 
-    def search_normalised(self, queries: Float[np.ndarray, "q v"], k: int) -> Normalised:
-        """Returns the result of `search`, and the log of the sum of exp(score) over all labels."""
-        rounded, log_sum = self._index.search_normalised(queries, self._most(k))
+    def search_normalised(
+        self,
+        queries: Float[np.ndarray, "q v"],
+        k: int,
+        removed: Int[np.ndarray, " r"] | None = None,
+    ) -> Normalised:
+        """See `Index`."""
+        rounded, log_sum = self._index.search_normalised(queries, self._most(k), removed)
         exact = self._rescored(queries, rounded)
-        largest = np.maximum(log_sum, exact.scores.max(axis=1, initial=-np.inf)).astype(np.float64)
-        largest = np.where(np.isfinite(largest), largest, 0.0)[:, None]
+        scores = [log_sum[:, None]] + [
+            np.where(np.isin(found.ids, () if removed is None else removed), -np.inf, found.scores)
+            for found in (rounded, exact)
+        ]
+        largest = np.max([x.max(axis=1, initial=-np.inf) for x in scores], axis=0)[:, None]
+        largest = np.where(np.isfinite(largest), largest, 0.0)
         total, of_rounded, of_exact = (
-            np.exp(x.astype(np.float64) - largest).sum(axis=1)
-            for x in (log_sum[:, None], rounded.scores, exact.scores)
+            np.exp(x.astype(np.float64) - largest).sum(axis=1) for x in scores
         )
         with np.errstate(divide="ignore"):
             corrected = np.log(np.maximum(total - of_rounded, 0.0) + of_exact) + largest[:, 0]

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vixml_jax.search import fusion
 from vixml_jax.search.index import Index, Normalised
@@ -93,9 +93,14 @@ class PrefixIndex:
         """Returns the k best labels of each query, best first."""
         return self._index.search(self._prefix.queries(queries), k)
 
-    def search_normalised(self, queries: Float[np.ndarray, "q w"], k: int) -> Normalised:
-        """Returns the result of `search`, and the log of the sum of exp(score) over all labels."""
-        return self._index.search_normalised(self._prefix.queries(queries), k)
+    def search_normalised(
+        self,
+        queries: Float[np.ndarray, "q w"],
+        k: int,
+        removed: Int[np.ndarray, " r"] | None = None,
+    ) -> Normalised:
+        """See `Index`."""
+        return self._index.search_normalised(self._prefix.queries(queries), k, removed)
 
 
 def _cut(vectors: Float[np.ndarray, "n e"], used: int) -> Float[np.ndarray, "n u"]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Required, TypedDict
 
 import msgspec
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vixml_jax.errors import InputError
 from vixml_jax.search import index
@@ -181,37 +181,50 @@ class ScannIndex:
         reordered = math.ceil(self.settings["reordered"] * scale)
         return self.search_with(queries, k, leaves_searched=searched, reordered=reordered)
 
-    def search_normalised(self, queries: Float[np.ndarray, "q e"], k: int) -> Normalised:
-        """Returns the result of `search`, and the log of the sum of exp(score) over all labels.
+    def search_normalised(
+        self,
+        queries: Float[np.ndarray, "q e"],
+        k: int,
+        removed: Int[np.ndarray, " r"] | None = None,
+    ) -> Normalised:
+        """See `Index`.
 
         The labels found count exactly. Of the others, a fixed sample of SUM_SAMPLE labels is
         scored, and each counts for as many labels as it represents. With at most SUM_SAMPLE labels
         the sum is exact.
         """
         found = self.search(queries, max(k, min(_MIN_FOUND, self._num_labels)))
+        removed = np.zeros(0, int) if removed is None else removed
         log_sum = np.full(len(queries), -np.inf, np.float32)
         for start in range(0, len(queries), _SUM_BLOCK):
             part = slice(start, start + _SUM_BLOCK)
             block = SearchResult(*(x[part] for x in found))
-            log_sum[part] = self._log_sum(np.asarray(queries[part], np.float32), block)
+            log_sum[part] = self._log_sum(np.asarray(queries[part], np.float32), block, removed)
         return Normalised(SearchResult(*(x[:, :k] for x in found)), log_sum)
 
     def _log_sum(
-        self, queries: Float[np.ndarray, "q e"], found: SearchResult
+        self,
+        queries: Float[np.ndarray, "q e"],
+        found: SearchResult,
+        removed: Int[np.ndarray, " r"],
     ) -> Float[np.ndarray, " q"]:
-        if not self._num_labels:
+        kept = self._num_labels - len(removed)
+        if not kept:
             return np.full(len(queries), -np.inf, np.float32)
+        found = index.without(found, removed)
         scores = queries @ self._sample_vectors.T  # [q, sample]
+        gone = np.isin(self._sample, removed)
+        scores[:, gone] = -np.inf
         at = np.minimum(np.searchsorted(self._sample, found.ids), len(self._sample) - 1)
         query, column = np.nonzero((self._sample[at] == found.ids) & (found.ids >= 0))
         scores[query, at[query, column]] = -np.inf
         num_found = np.count_nonzero(found.ids >= 0, axis=1)
-        num_sampled = len(self._sample) - np.bincount(query, minlength=len(queries))
+        num_sampled = np.count_nonzero(~gone) - np.bincount(query, minlength=len(queries))
         largest = np.maximum(scores.max(axis=1), found.scores.max(axis=1, initial=-np.inf))
         of_found, of_sample = (
             np.exp(x - largest[:, None]).sum(axis=1) for x in (found.scores, scores)
         )
-        weight = (self._num_labels - num_found) / np.maximum(num_sampled, 1)
+        weight = (kept - num_found) / np.maximum(num_sampled, 1)
         return largest + np.log(of_found + weight * of_sample)
 
     def search_with(

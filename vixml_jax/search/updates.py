@@ -26,7 +26,6 @@ class UpdatedIndex:
         added: Index | None,
         num_original: int,
         removed: Int[np.ndarray, " r"],
-        removed_index: Index | None = None,
     ):
         """Combines two indexes.
 
@@ -35,12 +34,9 @@ class UpdatedIndex:
           added: Over the added labels; None: there are none.
           num_original: Number of original labels.
           removed: Ids of removed labels, original or added.
-          removed_index: Exact index over the vectors of the removed labels; only
-            `search_normalised` needs it, if there are such labels.
         """
         self.settings: dict[str, Any] = original.settings
         self.log_sum = original.log_sum
-        self._removed_index = removed_index
         self._original, self._added, self._num_original = original, added, num_original
         self._removed = np.asarray(removed)
 
@@ -58,22 +54,14 @@ class UpdatedIndex:
         Added labels count, removed ones do not.
         """
         extra = self._extra()
-        found = [self._original.search_normalised(queries, k + extra)]
+        is_original = self._removed < self._num_original
+        of_original, of_added = self._removed[is_original], self._removed[~is_original]
+        found = [self._original.search_normalised(queries, k + extra, of_original)]
         if self._added is not None:
-            found.append(self._added.search_normalised(queries, k + extra))
+            of_added = of_added - self._num_original
+            found.append(self._added.search_normalised(queries, k + extra, of_added))
         best = self._merge([one.best for one in found], k)
-        log_sum = np.logaddexp.reduce([one.log_sum.astype(np.float64) for one in found])
-        if len(self._removed):
-            if self._removed_index is None:
-                raise ValueError("the removed labels are counted: give removed_index")
-            removed = self._removed_index.search_normalised(queries, 1).log_sum
-            share = np.exp(np.minimum(removed - log_sum, 0.0))
-            with np.errstate(divide="ignore"):
-                rest = log_sum + np.log1p(-share)
-            # If the removed labels held nearly all of the sum, the difference is inexact. It is
-            # at least the sum over the labels found.
-            log_sum = np.maximum(rest, np.logaddexp.reduce(best.scores.astype(np.float64), axis=1))
-        return Normalised(best, log_sum.astype(np.float32))
+        return Normalised(best, np.logaddexp.reduce([one.log_sum for one in found]))
 
     def _extra(self) -> int:
         # A power of two extra results, so that few programs are compiled.
@@ -85,7 +73,7 @@ class UpdatedIndex:
             scores, ids = found[1]
             found[1] = SearchResult(scores, np.where(ids >= 0, ids + self._num_original, -1))
         scores, ids = (np.concatenate(x, axis=1) for x in zip(*found, strict=True))
-        scores = np.where(np.isin(ids, self._removed), -np.inf, scores)
+        scores, ids = index.without(SearchResult(scores, ids), self._removed)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         scores, ids = (np.take_along_axis(x, order, axis=1) for x in (scores, ids))
         ids = np.where(scores > -np.inf, ids, -1).astype(np.int32)

@@ -76,7 +76,15 @@ class LabelView:
 
     def label_vectors(self, rows: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m w"]:
         """Returns the vectors of labels as they are searched: prototypes, fused with the head."""
-        return _vectors(self.artifacts, self.head_rows, self.updates, rows)
+        count, head_rows = len(self.artifacts.ids), self.head_rows
+        own, added = np.flatnonzero(rows < count), np.flatnonzero(rows >= count)
+        vectors = np.empty((len(rows), label_width(self.artifacts, head_rows)), np.float32)
+        labels = self.artifacts.vectors
+        if head_rows is not None:
+            labels = fusion_lib.LabelRows(labels, head_rows)
+        vectors[own] = labels[rows[own]]
+        vectors[added] = self.updates.vectors[rows[added] - count]
+        return vectors
 
     def filter_pairs(
         self, never: Sequence[Sequence[str]] | None, count: int
@@ -122,8 +130,6 @@ def make(
     run_index: Index,
     updates: LabelUpdates,
     exact: Callable[[Float[np.ndarray, "m w"]], Index],
-    *,
-    normalised: bool,
 ) -> LabelView:
     """Returns the view of a run's labels after updates.
 
@@ -131,31 +137,9 @@ def make(
       artifacts, head_rows, updates: See `LabelView`.
       run_index: Over the vectors of the run's labels alone.
       exact: Returns an exact index over vectors.
-      normalised: Whether sums over all labels are searched for, which must not count removed ones.
     """
     index = run_index
     if len(updates.ids) or len(updates.removed):
-        gone = None
-        if normalised and len(updates.removed):
-            gone = exact(_vectors(artifacts, head_rows, updates, updates.removed))
         added = exact(updates.vectors) if len(updates.ids) else None
-        index = UpdatedIndex(run_index, added, len(artifacts.ids), updates.removed, gone)
+        index = UpdatedIndex(run_index, added, len(artifacts.ids), updates.removed)
     return LabelView(artifacts, head_rows, updates, index)
-
-
-def _vectors(
-    artifacts: ServingArtifacts,
-    head_rows: HeadRows | None,
-    updates: LabelUpdates,
-    rows: Int[np.ndarray, " m"],
-) -> Float[np.ndarray, "m w"]:
-    count = len(artifacts.ids)
-    own = np.flatnonzero(rows < count)
-    vectors = np.empty((len(rows), label_width(artifacts, head_rows)), np.float32)
-    prototypes = artifacts.vectors[rows[own]]
-    if head_rows is not None:
-        prototypes = fusion_lib.LabelRows(artifacts.vectors, head_rows)[rows[own]]
-    vectors[own] = prototypes
-    added = np.flatnonzero(rows >= count)
-    vectors[added] = updates.vectors[rows[added] - count]
-    return vectors

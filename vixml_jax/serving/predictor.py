@@ -242,7 +242,6 @@ class Predictor:
                 self._run_index,
                 label_updates.read(self.workdir, self.artifacts, self.label_width),
                 lambda rows: factory.exact_index(rows, self.prefix, self.model.mesh),
-                normalised=self.fusion is not None,
             )
 
     @property
