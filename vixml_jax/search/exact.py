@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vixml_jax.parallel import sharding
 from vixml_jax.parallel.sharding import ROWS
@@ -278,11 +278,20 @@ def _log_sum(
             maxima, axis=1, keepdims=True
         )  # Columns of padding are copies of a label.
     else:
-        counts &= ~jnp.isin(column, removed)
+        counts &= ~_is_removed(removed, 0, scores.shape[1])
         largest = jnp.max(scores, axis=1, keepdims=True, where=counts, initial=-jnp.inf)
         largest = jnp.where(counts.any(), largest, 0.0)
     exponentials = jnp.exp(scores - largest)
     return largest[:, 0] + jnp.log(jnp.sum(exponentials, axis=1, where=counts))
+
+
+def _is_removed(
+    removed: Int[Array, " r"], first: Int[Array, ""] | int, size: int
+) -> Bool[Array, " n"]:
+    """Tells which of `size` labels from `first` on are among `removed`, which may hold others."""
+    at = removed - first
+    at = jnp.where(at < 0, size, at)  # Beyond the end, where it is dropped.
+    return jnp.zeros(size, bool).at[at].set(True, mode="drop")
 
 
 def _inner_products(
@@ -374,7 +383,7 @@ def _local_top_k(
         if with_log_sum:
             counts = scores
             if removed is not None:
-                counts = jnp.where(jnp.isin(ids, removed), -jnp.inf, scores)
+                counts = jnp.where(_is_removed(removed, ids[0], size), -jnp.inf, scores)
             log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(counts, axis=1))
         scores, chosen = _top_k_by_groups(scores, min(k, size))
         both = jax.tree.map(
