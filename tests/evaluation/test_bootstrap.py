@@ -84,6 +84,21 @@ def test_standard_errors_match_closed_forms(num):
     np.testing.assert_allclose(spread, 100 * np.array(expected) / math.sqrt(num), rtol=0.06)
 
 
+def test_many_resamples_take_little_memory():
+    found = table(np.random.default_rng(), 1024)
+    tracemalloc.start()
+    try:
+        values = bootstrap.resample(found, resamples=30_000)
+        assert tracemalloc.get_traced_memory()[1] < 250e6
+    finally:
+        tracemalloc.stop()
+    few = bootstrap.resample(found, resamples=10_000)
+    np.testing.assert_array_equal(values[:10_000], few)
+    means, error = values[:, 0].reshape(3, 10_000).mean(axis=1), values[:, 0].std()
+    np.testing.assert_allclose(means, 100 * found.values[:, 0].mean(), atol=0.06 * error)
+    assert len(np.unique(values[:, 0].round(9))) > 29_000  # No part repeats another one.
+
+
 def test_intervals_approach_the_normal_interval():
     found = table(np.random.default_rng(9), 3000)
     low, high = bootstrap.intervals(found, resamples=4000)["mean"]

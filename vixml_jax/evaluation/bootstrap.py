@@ -21,6 +21,7 @@ RESAMPLES = 1000
 PERMUTATIONS = 10_000
 _BLOCK = 1024  # Queries processed at a time.
 _PERMUTATIONS_BLOCK = 10_000  # Permutations of them applied at a time.
+_RESAMPLES_BLOCK = 10_000  # Resamples drawn at a time.
 # Rounding error of float32, relative to the sum of absolute values; closer sums count as equal.
 _ROUNDING = 1e-7
 
@@ -56,11 +57,16 @@ def resample(
     num = len(queries.values)
     sums = np.zeros((resamples, len(queries.names)))
     possible = np.zeros((resamples, len(queries.ratios)))
-    with progress.track("bootstrapped queries", num, unit="queries") as advance:
-        for block, weights in _draws(num, resamples, seed):
-            sums += weights @ queries.values[block]
-            possible += weights @ queries.possible[block]
-            advance(block.stop - block.start)
+    firsts = range(0, resamples, _RESAMPLES_BLOCK)
+    # Each part of the resamples has draws of its own.
+    with progress.track("bootstrapped queries", num * len(firsts), unit="queries") as advance:
+        for first in firsts:
+            part = slice(first, min(first + _RESAMPLES_BLOCK, resamples))
+            seed_of_part = (seed, first) if first else seed
+            for block, weights in _draws(num, part.stop - first, seed_of_part):
+                sums[part] += weights @ queries.values[block]
+                possible[part] += weights @ queries.possible[block]
+                advance(block.stop - block.start)
     return queries.means(sums, possible, num)
 
 
@@ -125,7 +131,9 @@ def compare(
     }
 
 
-def _draws(num: int, resamples: int, seed: int) -> Iterator[tuple[slice, Float[np.ndarray, "n b"]]]:
+def _draws(
+    num: int, resamples: int, seed: int | tuple[int, int]
+) -> Iterator[tuple[slice, Float[np.ndarray, "n b"]]]:
     """Yields blocks of queries and how often each resample contains each of them.
 
     The number of draws that fall into each block is drawn first, then the queries within the block.
