@@ -6,6 +6,7 @@ from scipy import sparse
 
 from vixml_jax.augmentation import mixing as mixing_lib
 from vixml_jax.augmentation.mixing import Mixing
+from vixml_jax.augmentation.settings import LEAST_TEMPERATURE
 from vixml_jax.structs import SearchResult
 
 
@@ -46,6 +47,19 @@ def test_scores_follow_the_formula(weight, monkeypatch):
         left = sorted(candidates - set(found.ids[q][real]))
         assert not left or expected[left].max() <= found.scores[q][real].min() + 1e-7
         assert (found.scores[q][~real] == -np.inf).all()
+
+
+@pytest.mark.parametrize("temperature", [LEAST_TEMPERATURE, 0.002, 0.05])
+def test_no_label_found_is_lost_at_a_low_temperature(temperature):
+    scores = np.sort(np.random.default_rng().uniform(-1, 1, (3, 8)).astype(np.float32))[:, ::-1]
+    ids = np.stack([np.random.default_rng(i).permutation(8) for i in range(3)])
+    scores[2, 6:], ids[2, 6:] = -np.inf, -1
+    relevance = sparse.csr_matrix((4, 8))
+    near = SearchResult(np.full((3, 2), -1.0, np.float32), np.zeros((3, 2), np.int32))
+    found = mixing_lib.mix_neighbours(
+        SearchResult(scores, ids), near, relevance, Mixing(0.1, 2, temperature), 8
+    )
+    np.testing.assert_array_equal(found.ids, ids)
 
 
 def test_ties_go_to_the_lower_id():

@@ -138,7 +138,11 @@ def _softmax(
     largest = logits.max(axis=1, keepdims=True)
     # A query without any neighbour has no probabilities to divide.
     largest = np.where(largest > -np.inf, largest, 0.0)
-    exponentials = np.exp((logits - largest) / mixing.temperature)
+    exponents = (logits - largest) / mixing.temperature
+    # At a low temperature exp would be zero, and a label that was found would be left out: down to
+    # -20,000, for cosines at the least temperature, exponents stay in order and in range.
+    exponents = np.where(exponents < -700.0, -700.0 + 4e-4 * (exponents + 700.0), exponents)
+    exponentials = np.exp(exponents)
     return exponentials / np.maximum(exponentials.sum(axis=1, keepdims=True), _TINY)
 
 
