@@ -96,7 +96,7 @@ def test_many_resamples_take_little_memory():
     np.testing.assert_array_equal(values[:10_000], few)
     means, error = values[:, 0].reshape(3, 10_000).mean(axis=1), values[:, 0].std()
     np.testing.assert_allclose(means, 100 * found.values[:, 0].mean(), atol=0.06 * error)
-    assert len(np.unique(values[:, 0].round(9))) > 29_000  # No part repeats another one.
+    assert (values[:10_000] != values[10_000:20_000]).mean() > 0.9  # No part repeats another one.
 
 
 def test_intervals_approach_the_normal_interval():
