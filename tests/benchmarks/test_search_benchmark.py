@@ -43,10 +43,11 @@ def test_exact_programs_take_turns(capfd):
 
 def test_latencies_of_exact_search_and_scann(capfd):
     pytest.importorskip("scann")
-    with flagsaver.flagsaver(**SMALL, what="latency"):
+    with flagsaver.flagsaver(**SMALL, what="latency", removed=3000):
         search.main([])
-    lines = [line for line in capfd.readouterr().out.splitlines() if "queries: exact" in line]
-    for count, line in zip((1, 16, 128), lines, strict=True):
+    lines = [line for line in capfd.readouterr().out.splitlines() if ": exact" in line]
+    assert [", 3,000 removed" in line for line in lines] == [False, True] * 3
+    for count, line in zip((1, 1, 16, 16, 128, 128), lines, strict=True):
         assert line.split()[0] == str(count)
         own, scann, ratio = (
             float(line.split(name)[1].split()[0].strip(","))

@@ -94,14 +94,14 @@ def test_tuning_reaches_the_wanted_recall(vectors, queries, tmp_path, capsys):
 def test_a_saved_index_is_loaded_with_its_tuning(saved, vectors, queries, capsys, monkeypatch):
     monkeypatch.setattr(ScannIndex, "build", None)
     monkeypatch.setattr(factory, "_tune", None)
-    settings = {}
+    points = {point["k"]: point for point in ScannIndex.load(saved, vectors).points}
     for k, recall in ((20, 0.9), (5, 0.98)):
         again = factory.open_index(
             vectors, kind="scann", directory=saved, queries=queries, k=k, recall=recall
         )
         assert (again.settings["k"], again.settings["recall_wanted"]) == (k, recall)
-        settings[k] = again.settings["leaves_searched"], again.settings["reordered"]
-    assert settings[5] != settings[20]
+        for name in ("leaves_searched", "reordered", "recall"):
+            assert again.settings[name] == points[k][name]
     assert "index loaded in" in capsys.readouterr().out
 
 

@@ -134,12 +134,17 @@ def test_sums_without_the_best_labels(kind):
             shard = sharding.Shard(np.arange(700), vectors)
             searched._rows = exact._DeviceRows(shard, 700, 64, None)
     scores = scores_of(vectors, queries)
-    for count in (1, 5, 40):
-        removed = np.unique(np.argsort(-scores, axis=1)[:, :count])
+    nearly_all = np.setdiff1d(np.arange(700), rng.integers(0, 600, 4))  # The last one, too.
+    of_the_best = [np.unique(np.argsort(-scores, axis=1)[:, :count]) for count in (1, 5, 40)]
+    for removed in (*of_the_best, nearly_all, np.arange(700)):
         kept = np.setdiff1d(np.arange(700), removed)
         found = searched.search_normalised(queries, 10, removed)
-        np.testing.assert_array_equal(found.best.ids, searched.search(queries, 10).ids)
-        expected = log_sum_of(scores[:, kept])
+        np.testing.assert_array_equal(found.best.ids, searched.search(queries, 10, removed).ids)
+        best = kept[np.argsort(-scores[:, kept], axis=1)[:, :10]]
+        assert found.best.ids.shape == (9, 10)
+        np.testing.assert_array_equal(found.best.ids[:, : best.shape[1]], best)
+        assert (found.best.ids[:, best.shape[1] :] == -1).all()
+        expected = log_sum_of(scores[:, kept]) if len(kept) else np.full(9, -np.inf)
         atol = 0.3 if kind == "int8" else 2e-5  # Others than the best are rounded.
         np.testing.assert_allclose(found.log_sum, expected, atol=atol)
 
@@ -182,6 +187,19 @@ def test_sampled_sums_are_accurate(large):
     assert abs(np.mean(np.exp(error)) - 1) < 0.01
 
 
+def test_a_tree_from_which_most_labels_are_removed(large):
+    vectors, q, g = large
+    tree = ScannIndex.build(vectors)
+    queries = fusion.query_vectors(q, g, Fusion(10.0, 1.0))[:50]
+    best = np.unique(ExactIndex(vectors).search(queries, 300).ids)
+    for removed in (best, np.setdiff1d(np.arange(len(vectors)), best[:30])):
+        wanted = ExactIndex(vectors).search(queries, 20, removed)
+        found = tree.search(queries, 20, removed)
+        np.testing.assert_array_equal(np.sort(found.ids >= 0), np.sort(wanted.ids >= 0))
+        assert not np.isin(found.ids, removed).any()
+        assert index.recall_against(wanted, found, 20) > 0.95
+
+
 def test_the_sample_is_fixed(large, tmp_path):
     vectors, q, g = large
     queries = fusion.query_vectors(q, g, Fusion(2.0, 1.0))[:20]
@@ -215,7 +233,7 @@ def test_a_sample_without_labels_found_is_unbiased(monkeypatch, num_removed):
         chosen = np.random.default_rng(seed).permutation(60)[:12]
         tree._sample = np.sort(chosen)
         tree._sample_vectors = vectors[tree._sample]
-        found = ExactIndex(vectors).search(queries, 5)
+        found = ExactIndex(vectors).search(queries, 5, removed)
         sums.append(np.exp(tree._log_sum(queries, found, removed)))
     kept = np.setdiff1d(np.arange(60), removed)
     expected = np.exp(log_sum_of(scores_of(vectors[kept], queries)))

@@ -105,7 +105,11 @@ def test_settings_grow_with_the_labels(num_labels):
         assert settings == {"kind": "scann", "leaves": 0}
     else:
         assert abs(settings["leaves"] - num_labels**0.5) < 1
-        assert settings["leaves"] / 10 - 1 < settings["leaves_searched"] <= settings["leaves"]
+        assert settings["leaves"] / 5 - 1 < settings["leaves_searched"] <= settings["leaves"]
+        assert settings["dimensions_per_block"] == 2
+        coarse = scann.settings_for(num_labels, dimensions_per_block=4)
+        assert coarse["dimensions_per_block"] == 4
+        assert coarse["reordered"] > settings["reordered"]
 
 
 def test_an_index_can_be_moved_and_loaded(tree, vectors, queries, tmp_path):

@@ -2,8 +2,9 @@
 
     python -m vixml_jax.benchmarks.search --what=exact [--n=131072,1300000 --width=384 --k=100]
     python -m vixml_jax.benchmarks.search --what=approximate [--n=1300000 --width=384
-        --baselines=scann,scann_no_soar,faiss,hnswlib --out=search.json]
-    python -m vixml_jax.benchmarks.search --what=latency [--n=5000,20000,131072 --width=384 --k=10]
+        --baselines=scann,scann_soar,faiss,hnswlib --out=search.json]
+    python -m vixml_jax.benchmarks.search --what=latency [--n=5000,20000,131072 --width=384 --k=10
+        --removed=20000]
 
 Exact: ours, the bare matrix products of the same blocks (XLA and numpy's BLAS), and `matmul` with
 `topk` of 32 queries at a time in PyTorch, as the authors do, take turns in one process on the same
@@ -15,7 +16,7 @@ Approximate: each index in a process of its own, on all cores, on the same clust
 the results of several commands.
 
 Latency: exact search and ScaNN, tuned to a recall of 0.99, take turns on 1, 16 and 128 queries at a
-time, on all cores.
+time, on all cores; with --removed also with so many labels removed.
 
 hnswlib and faiss: pip install 'vixml_jax[benchmark]'.
 """
@@ -40,6 +41,8 @@ from vixml_jax.benchmarks.support import workers
 from vixml_jax.errors import InputError
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.factory import open_index
+from vixml_jax.search.index import Index
+from vixml_jax.search.updates import UpdatedIndex
 from vixml_jax.storage import json_files
 
 _QUERY_BLOCK, _LABEL_BLOCK = 1024, 65536  # Defaults of `ExactIndex`.
@@ -103,26 +106,36 @@ def compare_exact(n: int, width: int, k: int, queries: int, *, threads: int, rou
     )
 
 
-def compare_latency(n: int, width: int, k: int, queries: int, rounds: int) -> None:
-    """Prints the median milliseconds of exact search and of ScaNN, and their ratio."""
+def compare_latency(n: int, width: int, k: int, queries: int, rounds: int, removed: int) -> None:
+    """Prints the median milliseconds of exact search and of ScaNN, and their ratio.
+
+    Both are timed as they are and, if `removed` is not 0, with so many labels removed.
+    """
     labels, asked = search_indexes.labels_and_queries(n, width, queries)
     exact = open_index(labels, kind="exact", k=k)
     tree = open_index(labels, kind="scann", queries=asked, k=k)
     print(f"{n:,} labels x {width}, {k} results, recall {tree.settings['recall']:.4f}; ms a call")
+    chosen = np.random.default_rng(0).permutation(n)[:removed]
+    pairs: dict[str, tuple[Index, Index]] = {"": (exact, tree)}
+    if removed:
+        without = (UpdatedIndex(index, None, n, chosen) for index in (exact, tree))
+        pairs[f", {removed:,} removed"] = next(without), next(without)
     for count in (1, 16, 128):
-        seconds: dict[str, list[float]] = {"exact": [], "scann": []}
+        seconds: dict[Index, list[float]] = {index: [] for pair in pairs.values() for index in pair}
         for turn in range(20 * rounds + 1):
             block = np.take(asked, np.arange(turn * count, (turn + 1) * count), 0, mode="wrap")
-            for name, index in (("exact", exact), ("scann", tree)):
+            for index, times in seconds.items():
                 start = time.perf_counter()
                 index.search(block, k)
-                seconds[name].append(time.perf_counter() - start)
-        # The first call compiles.
-        own, scann = (1000 * statistics.median(x[1:]) for x in seconds.values())
-        print(
-            f"  {count:4d} queries: exact {own:8.2f}, ScaNN {scann:8.2f}, ratio {own / scann:6.1f}",
-            flush=True,
-        )
+                times.append(time.perf_counter() - start)
+        for name, pair in pairs.items():
+            # The first call compiles.
+            own, scann = (1000 * statistics.median(seconds[index][1:]) for index in pair)
+            print(
+                f"  {count:4d} queries{name}: exact {own:8.2f}, ScaNN {scann:8.2f}, "
+                f"ratio {own / scann:6.1f}",
+                flush=True,
+            )
 
 
 def measure_baselines(
@@ -193,7 +206,9 @@ def main(argv: Sequence[str]) -> None:
     check_baselines(values.baselines if values.what == "approximate" else [])
     for n in map(int, values.n):
         if values.what == "latency":
-            compare_latency(n, values.width, values.k, values.queries, values.rounds)
+            compare_latency(
+                n, values.width, values.k, values.queries, values.rounds, values.removed
+            )
         elif values.what == "exact":
             compare_exact(
                 n,
@@ -218,6 +233,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("k", 100, "Results per query, not for --what=approximate.", lower_bound=1)
     flags.DEFINE_integer("threads", 1, "Threads, for --what=exact.", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "Rounds of each program.", lower_bound=1)
+    flags.DEFINE_integer(
+        "removed", 0, "Labels removed after training, for --what=latency.", lower_bound=0
+    )
     flags.DEFINE_list(
         "baselines", list(search_indexes.BUILD), "Indexes to compare, separated by commas."
     )

@@ -65,11 +65,11 @@ def search_cost(
 ) -> float:
     """Approximate microseconds of one core per query, without what every setting costs.
 
-    The cost is that of reading the codes of the labels in the searched leaves (each label lies in
-    two leaves) and the vectors of the candidates (each from another place in memory).
+    The cost is that of reading the codes of the labels in the searched leaves and the vectors of
+    the candidates (each from another place in memory).
     """
     labels = leaves_searched / settings["leaves"] * num_labels
-    codes = 2 * labels * width / settings["dimensions_per_block"]
+    codes = labels * width / settings["dimensions_per_block"]
     return 3.2e-5 * codes + (0.13 + 2.8e-4 * width) * min(labels, reordered)
 
 

@@ -73,12 +73,17 @@ class ExactIndex:
         else:
             self._rows = _DeviceRows(vectors, self._num_labels, label_block, mesh)
 
-    def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
+    def search(
+        self,
+        queries: Float[np.ndarray, "q e"],
+        k: int,
+        removed: Int[np.ndarray, " r"] | None = None,
+    ) -> SearchResult:
         """Returns the k best labels of each query, best first, ties by the lower id.
 
         Where k exceeds the number of labels, rows end in id -1, score -inf.
         """
-        return self._search(queries, k, with_log_sum=False).best
+        return self._search(queries, k, with_log_sum=False, removed=removed).best
 
     def search_normalised(
         self,
@@ -117,6 +122,7 @@ class ExactIndex:
             result.scores[part], result.ids[part] = found
             if with_log_sum:
                 log_sums[part] = log_sum
+        result.ids[result.scores == -np.inf] = -1  # Fewer than k labels are not removed.
         return Normalised(index.pad_columns(result, k), log_sums)
 
 
@@ -151,8 +157,8 @@ class _HostRows:
     ) -> tuple[SearchResult, Float[np.ndarray, " q"] | None]:
         """Returns the k best rows of each of the first `count` queries; the others are padding.
 
-        With `with_log_sum` also the log of the sum of exp(score) over all rows but the removed
-        ones, else None.
+        With `with_log_sum` also the log of the sum of exp(score) over all rows, else None. Rows
+        that are removed are neither found nor count.
         """
         each = -(-count // self._num_threads)
         parts = [slice(start, min(start + each, count)) for start in range(0, count, each)]
@@ -162,10 +168,10 @@ class _HostRows:
         for i, block in enumerate(self._blocks):
             first = i * self._size
             real = min(self._size, self._num_labels - first)
-            found = _score(queries, block, group=group)
+            gone = None if removed is None else removed - first
+            found = _score(queries, block, real, gone, group=group)
             if with_log_sum:
-                gone = None if removed is None else removed - first
-                of_block = np.asarray(_log_sum(*found, real, gone))[:count]
+                of_block = np.asarray(_log_sum(*found, real))[:count]
                 log_sum = np.logaddexp(log_sum, of_block)
             scores, maxima = map(np.asarray, found)
             add = functools.partial(top_k.add_block, first=first, real=real)
@@ -253,10 +259,23 @@ def traced(
 
 @functools.partial(jax.jit, static_argnames="group")
 def _score(
-    queries: Float[Array, "q e"], rows: Float[Array, "n e"] | Int8Vectors, *, group: int
+    queries: Float[Array, "q e"],
+    rows: Float[Array, "n e"] | Int8Vectors,
+    real: Int[Array, ""] | int,
+    removed: Int[Array, " r"] | None,
+    *,
+    group: int,
 ) -> tuple[Float[Array, "q n"], Float[Array, "q g"]]:
-    """Returns all inner products and the maximum of each group of columns."""
+    """Returns all inner products and the maximum of each group of columns.
+
+    Columns that are removed have score -inf; numbers outside of the block are ignored.
+    """
     scores = _inner_products(queries, rows)
+    if removed is not None:
+        # Columns from `real` on are copies of the last label, which may be removed.
+        columns = jnp.arange(scores.shape[1])
+        gone = _is_removed(removed, 0, len(columns)) | (columns >= real)
+        scores = jnp.where(gone, -jnp.inf, scores)
     return scores, jnp.max(scores.reshape(len(scores), -1, group), axis=2)
 
 
@@ -265,24 +284,13 @@ def _log_sum(
     scores: Float[Array, "q n"],
     maxima: Float[Array, "q g"],
     real: Int[Array, ""] | int,
-    removed: Int[Array, " r"] | None,
 ) -> Float[Array, " q"]:
-    """Returns the log of the sum of exp(score) over the first `real` columns, which are labels.
-
-    Columns that are removed do not count; numbers outside of the block are ignored.
-    """
-    column = jnp.arange(scores.shape[1])
-    counts = column < real
-    if removed is None:
-        largest = jnp.max(
-            maxima, axis=1, keepdims=True
-        )  # Columns of padding are copies of a label.
-    else:
-        counts &= ~_is_removed(removed, 0, scores.shape[1])
-        largest = jnp.max(scores, axis=1, keepdims=True, where=counts, initial=-jnp.inf)
-        largest = jnp.where(counts.any(), largest, 0.0)
+    """Returns the log of the sum of exp(score) over the first `real` columns, which are labels."""
+    largest = jnp.max(maxima, axis=1, keepdims=True)  # Columns of padding are copies of a label.
+    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)  # All labels may be removed.
     exponentials = jnp.exp(scores - largest)
-    return largest[:, 0] + jnp.log(jnp.sum(exponentials, axis=1, where=counts))
+    is_label = jnp.arange(scores.shape[1]) < real
+    return largest[:, 0] + jnp.log(jnp.sum(exponentials, axis=1, where=is_label))
 
 
 def _is_removed(
@@ -323,8 +331,8 @@ def _top_k(
 ) -> tuple[SearchResult, Float[Array, " q"] | None]:
     """Returns the k best of the first `num_labels` rows; each device scores `num_blocks` blocks.
 
-    With `with_log_sum` also the log of the sum of exp(score) over these rows but the removed ones,
-    else None.
+    With `with_log_sum` also the log of the sum of exp(score) over these rows, else None. Rows that
+    are removed are neither found nor count.
     """
     local = functools.partial(
         _local_top_k,
@@ -379,12 +387,12 @@ def _local_top_k(
         vectors = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at[0], size), rows)
         scores = _inner_products(queries, vectors)
         ids = jnp.asarray(first + at, jnp.int32)
-        scores = jnp.where((at >= start) & (ids < num_labels), scores, -jnp.inf)
+        counts = (at >= start) & (ids < num_labels)
+        if removed is not None:
+            counts &= ~_is_removed(removed, ids[0], size)
+        scores = jnp.where(counts, scores, -jnp.inf)
         if with_log_sum:
-            counts = scores
-            if removed is not None:
-                counts = jnp.where(_is_removed(removed, ids[0], size), -jnp.inf, scores)
-            log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(counts, axis=1))
+            log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=1))
         scores, chosen = _top_k_by_groups(scores, min(k, size))
         both = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b], axis=1), best, SearchResult(scores, ids[chosen])

@@ -138,7 +138,9 @@ def open_index(
     if tree is None:
         needed = max(search_bytes + exact_bytes * tunable, cost_lib.build_bytes(*values.shape))
         cost_lib.check_memory(needed, what, remedy, limit=limit)
-        tree = _build(values, scann.settings_for(len(values)), directory)
+        block = 2 if prefix.num_parts(vectors.values.shape[1]) == 1 else scann.FUSED_BLOCK
+        settings = scann.settings_for(len(values), dimensions_per_block=block)
+        tree = _build(values, settings, directory)
     if not tree.settings["leaves"]:
         tree.settings.update(k=k, recall=1.0)
     elif point := _tuned_before(tree, k, recall, weights, exactly=tunable):
@@ -149,10 +151,11 @@ def open_index(
         truth = open_exact().search(queries, k)
         point = _tune(tree, values, queries, truth, k, recall)
         unreachable = f"recall@{k} of {recall} cannot be reached"
-        if point["recall"] < recall and tree.settings["dimensions_per_block"] > 1:
+        while point["recall"] < recall and (block := tree.settings["dimensions_per_block"]) > 1:
             console.status(f"{unreachable}: building the index again with finer codes")
             del tree
-            tree = _build(values, scann.settings_for(len(values), fine=True), directory)
+            finer = scann.settings_for(len(values), dimensions_per_block=block // 2)
+            tree = _build(values, finer, directory)
             point = _tune(tree, values, queries, truth, k, recall)
         if weights:
             point["weights"] = list(weights)

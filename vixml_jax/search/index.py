@@ -36,8 +36,19 @@ class Index(Protocol):
     settings: dict[str, Any]
     log_sum: str
 
-    def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
-        """Returns the k best labels of each query, numpy float32 and int32, best first."""
+    def search(
+        self,
+        queries: Float[np.ndarray, "q e"],
+        k: int,
+        removed: Int[np.ndarray, " r"] | None = None,
+    ) -> SearchResult:
+        """Returns the k best labels of each query, numpy float32 and int32, best first.
+
+        Args:
+          queries: Any number.
+          k: Columns of the result; where fewer labels are found, rows end in id -1, score -inf.
+          removed: Distinct ids of labels that are as if they were not in the index.
+        """
         ...
 
     def search_normalised(
@@ -49,8 +60,7 @@ class Index(Protocol):
         """Returns the result of `search`, and the log of the sum of exp(score) over all labels.
 
         Args:
-          queries, k: As of `search`.
-          removed: Ids of labels that do not count in the sum. They are found nevertheless.
+          queries, k, removed: As of `search`.
         """
         ...
 
@@ -122,10 +132,14 @@ def probabilities(found: Normalised) -> SearchResult:
     return SearchResult(values, ids)
 
 
-def without(found: SearchResult, removed: Int[np.ndarray, " r"]) -> SearchResult:
-    """Returns the result with id -1, score -inf in place of removed labels."""
+def without(found: SearchResult, removed: Int[np.ndarray, " r"], k: int) -> SearchResult:
+    """Returns the k best of the labels found that are not removed; short rows end in id -1."""
     gone = np.isin(found.ids, removed)
-    return SearchResult(np.where(gone, -np.inf, found.scores), np.where(gone, -1, found.ids))
+    scores, ids = np.where(gone, -np.inf, found.scores), np.where(gone, -1, found.ids)
+    order = np.argsort(ids < 0, axis=1, kind="stable")[:, :k]  # Absent ids move to the end.
+    return pad_columns(
+        SearchResult(*(np.take_along_axis(x, order, axis=1) for x in (scores, ids))), k
+    )
 
 
 def drop_filtered(result: SearchResult, pairs: Int[np.ndarray, "f 2"], k: int) -> SearchResult:

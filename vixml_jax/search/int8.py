@@ -120,9 +120,15 @@ class RescoredIndex:
         self._index, self._vectors, self._prefix = index, vectors, prefix
         self._threads = futures.ThreadPoolExecutor(processors.usable())
 
-    def search(self, queries: Float[np.ndarray, "q v"], k: int) -> SearchResult:
+    def search(
+        self,
+        queries: Float[np.ndarray, "q v"],
+        k: int,
+        removed: Int[np.ndarray, " r"] | None = None,
+    ) -> SearchResult:
         """Returns the k best labels of each query, best first, ties by the lower id."""
-        return _first(self._rescored(queries, self._index.search(queries, self._most(k))), k)
+        rounded = self._index.search(queries, self._most(k), removed)
+        return _first(self._rescored(queries, rounded), k)
 
     def search_normalised(
         self,
@@ -133,10 +139,7 @@ class RescoredIndex:
         """See `Index`."""
         rounded, log_sum = self._index.search_normalised(queries, self._most(k), removed)
         exact = self._rescored(queries, rounded)
-        scores = [log_sum[:, None]] + [
-            np.where(np.isin(found.ids, () if removed is None else removed), -np.inf, found.scores)
-            for found in (rounded, exact)
-        ]
+        scores = log_sum[:, None], rounded.scores, exact.scores
         largest = np.max([x.max(axis=1, initial=-np.inf) for x in scores], axis=0)[:, None]
         largest = np.where(np.isfinite(largest), largest, 0.0)
         total, of_rounded, of_exact = (

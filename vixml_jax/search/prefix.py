@@ -89,9 +89,14 @@ class PrefixIndex:
         self.log_sum = index.log_sum
         self._index, self._prefix = index, prefix
 
-    def search(self, queries: Float[np.ndarray, "q w"], k: int) -> SearchResult:
-        """Returns the k best labels of each query, best first."""
-        return self._index.search(self._prefix.queries(queries), k)
+    def search(
+        self,
+        queries: Float[np.ndarray, "q w"],
+        k: int,
+        removed: Int[np.ndarray, " r"] | None = None,
+    ) -> SearchResult:
+        """See `Index`."""
+        return self._index.search(self._prefix.queries(queries), k, removed)
 
     def search_normalised(
         self,

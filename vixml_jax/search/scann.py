@@ -19,6 +19,9 @@ from vixml_jax.structs import SearchResult
 
 ABOUT = "index.json"
 FORMAT = 2  # Of a saved index; raised when older ones can no longer be read.
+# Columns that share 4 bits of a code of fused vectors. Finding the best of these takes so many
+# leaves that reading codes of half the size is faster, although more candidates are scored again.
+FUSED_BLOCK = 4
 FEW = 10_000  # With fewer labels a tree is no faster than scoring all of them.
 SAMPLE = 250_000  # Maximum number of vectors from which the tree is learnt.
 # Labels, drawn at random once, from which the sum of exp(score) over those not found is estimated;
@@ -73,17 +76,17 @@ class _About(msgspec.Struct):
     files: dict[str, str] = {}
 
 
-def settings_for(num_labels: int, *, fine: bool = False) -> dict[str, Any]:
+def settings_for(num_labels: int, *, dimensions_per_block: int = 2) -> dict[str, Any]:
     """Returns the build settings of an index, and the search settings used until it is tuned.
 
-    With about sqrt(n) leaves, choosing leaves and scoring their contents cost the same. Labels near
-    the boundary of two leaves lie in both (SOAR, Sun et al., NeurIPS 2023), so few leaves suffice:
-    on embeddings of a trained tower the recall of the exact 100 best was 0.985 among 19,000 vectors
-    and 0.99 among 120,000.
+    With about sqrt(n) leaves, choosing leaves and scoring their contents cost the same. Each label
+    lies in one leaf: a second one (SOAR, Sun et al., NeurIPS 2023) doubles what a leaf costs, and
+    was not faster at the same recall where it was measured.
 
     Args:
       num_labels: Vectors of the index.
-      fine: Use codes of twice the size, for vectors that the usual codes cannot distinguish.
+      dimensions_per_block: Columns that share 4 bits of a code. Fewer make codes that are larger
+        and distinguish more vectors.
     """
     if num_labels < FEW:
         return {"kind": "scann", "leaves": 0}
@@ -91,12 +94,11 @@ def settings_for(num_labels: int, *, fine: bool = False) -> dict[str, Any]:
     return {
         "kind": "scann",
         "leaves": leaves,
-        "soar_lambda": 1.5,
-        "dimensions_per_block": 1 if fine else 2,
+        "dimensions_per_block": dimensions_per_block,
         "anisotropic_threshold": 0.2,
         "k": 100,  # The search settings below are meant for up to k results.
-        "leaves_searched": max(30, leaves // 10),
-        "reordered": 400,  # Candidates scored exactly.
+        "leaves_searched": max(60, leaves // 5),
+        "reordered": max(400, 200 * dimensions_per_block),  # Candidates scored exactly.
     }
 
 
@@ -154,8 +156,7 @@ class ScannIndex:
                 settings["leaves_searched"],
                 training_sample_size=min(len(vectors), SAMPLE),
                 random_init=False,
-                soar_lambda=settings["soar_lambda"] or None,
-                overretrieve_factor=2.0 if settings["soar_lambda"] else None,
+                spherical=True,  # Centres of length 1: dense leaves do not attract more queries.
             )
             builder.score_ah(
                 settings["dimensions_per_block"],
@@ -166,11 +167,34 @@ class ScannIndex:
             builder.score_brute_force()
         return ScannIndex(builder.build(), settings, _fingerprint(vectors), vectors)
 
-    def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
+    def search(
+        self,
+        queries: Float[np.ndarray, "q e"],
+        k: int,
+        removed: Int[np.ndarray, " r"] | None = None,
+    ) -> SearchResult:
         """Returns the k best labels found for each query, best first; absent = id -1, score -inf.
 
         If k exceeds the k that the settings are meant for, more leaves and candidates are used.
+        Where too few labels are left without the removed ones, twice as many are searched for,
+        until there are enough.
         """
+        found = self._search_all(queries, k)
+        if removed is None or not len(removed):
+            return found
+        result = index.without(found, removed, k)
+        left, fetched = min(k, self._num_labels - len(removed)), k
+        most = k + len(removed)  # With so many, k are left.
+        rows = np.arange(len(queries))
+        while True:
+            rows = rows[np.count_nonzero(result.ids[rows] >= 0, axis=1) < left]
+            if not len(rows) or fetched >= most:
+                return result
+            fetched = min(2 * fetched, most)
+            found = self._search_all(queries[rows], fetched)
+            result.scores[rows], result.ids[rows] = index.without(found, removed, k)
+
+    def _search_all(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
         if not self.settings["leaves"]:
             return self._search(queries, k)
         k_real = min(k, self._num_labels)
@@ -193,8 +217,8 @@ class ScannIndex:
         scored, and each counts for as many labels as it represents. With at most SUM_SAMPLE labels
         the sum is exact.
         """
-        found = self.search(queries, max(k, min(_MIN_FOUND, self._num_labels)))
         removed = np.zeros(0, int) if removed is None else removed
+        found = self.search(queries, max(k, min(_MIN_FOUND, self._num_labels)), removed)
         log_sum = np.full(len(queries), -np.inf, np.float32)
         for start in range(0, len(queries), _SUM_BLOCK):
             part = slice(start, start + _SUM_BLOCK)
@@ -211,7 +235,6 @@ class ScannIndex:
         kept = self._num_labels - len(removed)
         if not kept:
             return np.full(len(queries), -np.inf, np.float32)
-        found = index.without(found, removed)
         scores = queries @ self._sample_vectors.T  # [q, sample]
         gone = np.isin(self._sample, removed)
         scores[:, gone] = -np.inf

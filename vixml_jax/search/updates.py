@@ -38,14 +38,16 @@ class UpdatedIndex:
         self.settings: dict[str, Any] = original.settings
         self.log_sum = original.log_sum
         self._original, self._added, self._num_original = original, added, num_original
-        self._removed = np.asarray(removed)
+        removed = np.unique(removed)
+        is_original = removed < num_original
+        self._removed = removed[is_original], removed[~is_original] - num_original
 
     def search(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
         """Returns the k best labels of each query, best first."""
-        extra = self._extra()
-        found = [self._original.search(queries, k + extra)]
+        of_original, of_added = self._removed
+        found = [self._original.search(queries, k, of_original)]
         if self._added is not None:
-            found.append(self._added.search(queries, k + extra))
+            found.append(self._added.search(queries, k, of_added))
         return self._merge(found, k)
 
     def search_normalised(self, queries: Float[np.ndarray, "q e"], k: int) -> Normalised:
@@ -53,27 +55,19 @@ class UpdatedIndex:
 
         Added labels count, removed ones do not.
         """
-        extra = self._extra()
-        is_original = self._removed < self._num_original
-        of_original, of_added = self._removed[is_original], self._removed[~is_original]
-        found = [self._original.search_normalised(queries, k + extra, of_original)]
+        of_original, of_added = self._removed
+        found = [self._original.search_normalised(queries, k, of_original)]
         if self._added is not None:
-            of_added = of_added - self._num_original
-            found.append(self._added.search_normalised(queries, k + extra, of_added))
+            found.append(self._added.search_normalised(queries, k, of_added))
         best = self._merge([one.best for one in found], k)
         return Normalised(best, np.logaddexp.reduce([one.log_sum for one in found]))
 
-    def _extra(self) -> int:
-        # A power of two extra results, so that few programs are compiled.
-        return len(self._removed) and 1 << (len(self._removed) - 1).bit_length()
-
     def _merge(self, found: list[SearchResult], k: int) -> SearchResult:
-        """Returns the k best of the original and the added labels that are not removed."""
+        """Returns the k best of the original and the added labels."""
         if len(found) > 1:
             scores, ids = found[1]
             found[1] = SearchResult(scores, np.where(ids >= 0, ids + self._num_original, -1))
         scores, ids = (np.concatenate(x, axis=1) for x in zip(*found, strict=True))
-        scores, ids = index.without(SearchResult(scores, ids), self._removed)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         scores, ids = (np.take_along_axis(x, order, axis=1) for x in (scores, ids))
         ids = np.where(scores > -np.inf, ids, -1).astype(np.int32)
