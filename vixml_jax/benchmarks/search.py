@@ -118,8 +118,10 @@ def compare_latency(n: int, width: int, k: int, queries: int, rounds: int, remov
     chosen = np.random.default_rng(0).permutation(n)[:removed]
     pairs: dict[str, tuple[Index, Index]] = {"": (exact, tree)}
     if removed:
-        without = (UpdatedIndex(index, None, n, chosen) for index in (exact, tree))
-        pairs[f", {removed:,} removed"] = next(without), next(without)
+        pairs[f", {removed:,} removed"] = (
+            UpdatedIndex(exact, None, n, chosen),
+            UpdatedIndex(tree, None, n, chosen),
+        )
     for count in (1, 16, 128):
         seconds: dict[Index, list[float]] = {index: [] for pair in pairs.values() for index in pair}
         for turn in range(20 * rounds + 1):

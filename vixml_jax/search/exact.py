@@ -122,7 +122,8 @@ class ExactIndex:
             result.scores[part], result.ids[part] = found
             if with_log_sum:
                 log_sums[part] = log_sum
-        result.ids[result.scores == -np.inf] = -1  # Fewer than k labels are not removed.
+        if removed is not None:  # Perhaps fewer than k labels are left.
+            result.ids[result.scores == -np.inf] = -1
         return Normalised(index.pad_columns(result, k), log_sums)
 
 
@@ -168,8 +169,7 @@ class _HostRows:
         for i, block in enumerate(self._blocks):
             first = i * self._size
             real = min(self._size, self._num_labels - first)
-            gone = None if removed is None else removed - first
-            found = _score(queries, block, real, gone, group=group)
+            found = _score(queries, block, removed, first, real, group=group)
             if with_log_sum:
                 of_block = np.asarray(_log_sum(*found, real))[:count]
                 log_sum = np.logaddexp(log_sum, of_block)
@@ -261,20 +261,21 @@ def traced(
 def _score(
     queries: Float[Array, "q e"],
     rows: Float[Array, "n e"] | Int8Vectors,
-    real: Int[Array, ""] | int,
     removed: Int[Array, " r"] | None,
+    first: Int[Array, ""] | int,
+    real: Int[Array, ""] | int,
     *,
     group: int,
 ) -> tuple[Float[Array, "q n"], Float[Array, "q g"]]:
     """Returns all inner products and the maximum of each group of columns.
 
-    Columns that are removed have score -inf; numbers outside of the block are ignored.
+    Column 0 is label `first`; columns that are removed have score -inf.
     """
     scores = _inner_products(queries, rows)
     if removed is not None:
         # Columns from `real` on are copies of the last label, which may be removed.
         columns = jnp.arange(scores.shape[1])
-        gone = _is_removed(removed, 0, len(columns)) | (columns >= real)
+        gone = _is_removed(removed, first, len(columns)) | (columns >= real)
         scores = jnp.where(gone, -jnp.inf, scores)
     return scores, jnp.max(scores.reshape(len(scores), -1, group), axis=2)
 

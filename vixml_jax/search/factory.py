@@ -138,7 +138,8 @@ def open_index(
     if tree is None:
         needed = max(search_bytes + exact_bytes * tunable, cost_lib.build_bytes(*values.shape))
         cost_lib.check_memory(needed, what, remedy, limit=limit)
-        block = 2 if prefix.num_parts(vectors.values.shape[1]) == 1 else scann.FUSED_BLOCK
+        is_fused = vectors.values.shape[1] != embedding
+        block = scann.FUSED_BLOCK if is_fused else scann.BLOCK
         settings = scann.settings_for(len(values), dimensions_per_block=block)
         tree = _build(values, settings, directory)
     if not tree.settings["leaves"]:

@@ -136,10 +136,8 @@ def without(found: SearchResult, removed: Int[np.ndarray, " r"], k: int) -> Sear
     """Returns the k best of the labels found that are not removed; short rows end in id -1."""
     gone = np.isin(found.ids, removed)
     scores, ids = np.where(gone, -np.inf, found.scores), np.where(gone, -1, found.ids)
-    order = np.argsort(ids < 0, axis=1, kind="stable")[:, :k]  # Absent ids move to the end.
-    return pad_columns(
-        SearchResult(*(np.take_along_axis(x, order, axis=1) for x in (scores, ids))), k
-    )
+    scores, ids = _absent_last(SearchResult(scores, ids))
+    return pad_columns(SearchResult(scores[:, :k], ids[:, :k]), k)
 
 
 def drop_filtered(result: SearchResult, pairs: Int[np.ndarray, "f 2"], k: int) -> SearchResult:
@@ -158,10 +156,14 @@ def drop_filtered(result: SearchResult, pairs: Int[np.ndarray, "f 2"], k: int) -
         at, column = np.nonzero(ids[queries] == labels[:, None])
         ids[queries[at], column], scores[queries[at], column] = -1, -np.inf
         rows = np.unique(queries[at])
-        order = np.argsort(ids[rows] < 0, axis=1, kind="stable")  # Absent ids move to the end.
-        ids[rows] = np.take_along_axis(ids[rows], order, axis=1)
-        scores[rows] = np.take_along_axis(scores[rows], order, axis=1)
+        scores[rows], ids[rows] = _absent_last(SearchResult(scores[rows], ids[rows]))
     return pad_columns(SearchResult(scores[:, :k], ids[:, :k]), k)
+
+
+def _absent_last(found: SearchResult) -> SearchResult:
+    """Moves absent ids to the end of their row; the others keep their order."""
+    order = np.argsort(found.ids < 0, axis=1, kind="stable")
+    return SearchResult(*(np.take_along_axis(x, order, axis=1) for x in found))
 
 
 def padded_size(count: int) -> int:

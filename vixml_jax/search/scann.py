@@ -19,9 +19,9 @@ from vixml_jax.structs import SearchResult
 
 ABOUT = "index.json"
 FORMAT = 2  # Of a saved index; raised when older ones can no longer be read.
-# Columns that share 4 bits of a code of fused vectors. Finding the best of these takes so many
-# leaves that reading codes of half the size is faster, although more candidates are scored again.
-FUSED_BLOCK = 4
+# Columns that share 4 bits of a code, and those of fused vectors: finding the best of these takes
+# so many leaves that codes of half the size are faster, although more candidates are scored again.
+BLOCK, FUSED_BLOCK = 2, 4
 FEW = 10_000  # With fewer labels a tree is no faster than scoring all of them.
 SAMPLE = 250_000  # Maximum number of vectors from which the tree is learnt.
 # Labels, drawn at random once, from which the sum of exp(score) over those not found is estimated;
@@ -76,7 +76,7 @@ class _About(msgspec.Struct):
     files: dict[str, str] = {}
 
 
-def settings_for(num_labels: int, *, dimensions_per_block: int = 2) -> dict[str, Any]:
+def settings_for(num_labels: int, *, dimensions_per_block: int = BLOCK) -> dict[str, Any]:
     """Returns the build settings of an index, and the search settings used until it is tuned.
 
     With about sqrt(n) leaves, choosing leaves and scoring their contents cost the same. Each label
@@ -179,20 +179,20 @@ class ScannIndex:
         Where too few labels are left without the removed ones, twice as many are searched for,
         until there are enough.
         """
-        found = self._search_all(queries, k)
         if removed is None or not len(removed):
-            return found
-        result = index.without(found, removed, k)
-        left, fetched = min(k, self._num_labels - len(removed)), k
-        most = k + len(removed)  # With so many, k are left.
+            return self._search_all(queries, k)
+        result = index.empty_result(len(queries), k)
+        left = min(k, self._num_labels - len(removed))
+        fetched, most = k, k + len(removed)  # Of the most, k are left.
         rows = np.arange(len(queries))
-        while True:
-            rows = rows[np.count_nonzero(result.ids[rows] >= 0, axis=1) < left]
-            if not len(rows) or fetched >= most:
-                return result
-            fetched = min(2 * fetched, most)
+        while len(rows):
             found = self._search_all(queries[rows], fetched)
             result.scores[rows], result.ids[rows] = index.without(found, removed, k)
+            if fetched == most:
+                break
+            rows = rows[np.count_nonzero(result.ids[rows] >= 0, axis=1) < left]
+            fetched = min(2 * fetched, most)
+        return result
 
     def _search_all(self, queries: Float[np.ndarray, "q e"], k: int) -> SearchResult:
         if not self.settings["leaves"]:
